@@ -1,0 +1,40 @@
+# Every target works from a bare machine with Python 3.10+: the first one used makes .venv, and nothing is installed again until
+# setup.py, settings.ini or pyproject.toml change. PYTHON picks the interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+.PHONY: help demo test docs bench clean
+help:
+	@echo 'make demo   train on the phantom, from command line to report.html (ARGS="--data FOLDER" for real clips)'
+	@echo 'make test   every test: tests/ and every notebook, executed in a fresh kernel (ARGS="-k folds" for some)'
+	@echo 'make docs   README.md and the site: derived, checked, and rendered where the quarto program is installed'
+	@echo 'make bench  every measurement of benchmarks/, one after another'
+	@echo 'make clean  remove what was built, .venv included'
+
+$(STAMP): setup.py settings.ini pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	 { echo "lus_fastai needs Python 3.10 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "No virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -f README.md || touch README.md
+	@echo 'installing lus_fastai and its development requirements into .venv (once; a few minutes)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/lus_demo $(ARGS)
+
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal --durations=15 tests $(ARGS)
+
+docs: $(STAMP)
+	@$(BIN)/python tools/docs.py all
+
+bench: $(STAMP)
+	@set -e; for f in benchmarks/bench_*.py; do $(BIN)/python $$f; done
+
+clean:
+	rm -rf .venv build dist *.egg-info _docs _proc .pytest_cache .hypothesis lus_fastai/_modidx.py
+	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/results.qmd
+	find lus_fastai tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,37 @@
+"The public surface in one import: fastai's vision names, then every module of lus_fastai (ours win where a name is in both)."
+import fastai.vision.all as _fastai
+from fastai.vision.all import *
+from lus_fastai.core import *
+from lus_fastai.phantom import *
+from lus_fastai.sources import *
+from lus_fastai.clips import *
+from lus_fastai.folds import *
+from lus_fastai.data import *
+from lus_fastai.augment import *
+from lus_fastai.models import *
+from lus_fastai.transfer import *
+from lus_fastai.metrics import *
+from lus_fastai.training import *
+from lus_fastai.report import *
+from lus_fastai.cli import *
+from lus_fastai.papers.gare import *
+from lus_fastai import core as _core
+from lus_fastai import phantom as _phantom
+from lus_fastai import sources as _sources
+from lus_fastai import clips as _clips
+from lus_fastai import folds as _folds
+from lus_fastai import data as _data
+from lus_fastai import augment as _augment
+from lus_fastai import models as _models
+from lus_fastai import transfer as _transfer
+from lus_fastai import metrics as _metrics
+from lus_fastai import training as _training
+from lus_fastai import report as _report
+from lus_fastai import cli as _cli
+from lus_fastai.papers import gare as _gare
+
+_modules = (_core, _phantom, _sources, _clips, _folds, _data, _augment, _models, _transfer, _metrics, _training, _report, _cli, _gare,)
+_ours = [name for module in _modules for name in module.__all__]
+_shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our module, so a star import brings neither
+
+__all__ = list(dict.fromkeys(_ours + [name for name in vars(_fastai) if not name.startswith('_') and name not in _shadowed]))

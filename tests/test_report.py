@@ -1,0 +1,331 @@
+"What the notebook does not own: the promises of the page, faults while writing, odd tables and figures, results that must be refused."
+import json, platform, re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+import numpy as np, pandas as pd, pytest, torch
+import matplotlib as mpl
+from hypothesis import given, settings, strategies as st
+from lus_fastai import report as R
+from lus_fastai.core import DENSE, SPARSE, SPARSE_COLORS
+
+EVIL = '<script>alert("x")</script> & <img src="https://evil.example/a.png"> \' " url(https://evil.example)'
+
+
+class Page(HTMLParser):
+    "Reads a page: addresses, ids, headings, cells; complains about tags that are not closed."
+    VOID = {'meta', 'img', 'br', 'link', 'input', 'hr', 'base', 'source', 'image', 'use', 'path', 'rect'}
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.ids, self.tags, self.open, self.cells, self.styles, self.refs, self.unclosed = [], [], [], [], [], [], [], []
+        self.feed(text); self.close()
+    def handle_startendtag(self, tag, attrs): self._start(tag, attrs)
+    def handle_starttag(self, tag, attrs):
+        self._start(tag, attrs)
+        if tag not in self.VOID: self.open.append(tag)
+    def _start(self, tag, attrs):
+        a = dict(attrs); self.tags.append((tag, a))
+        self.addresses += [v for k, v in attrs if k in ('src', 'href', 'xlink:href', 'srcset', 'action', 'formaction', 'poster', 'data', 'background', 'ping')]
+        self.styles += [v for k, v in attrs if k in ('style', 'clip-path', 'fill', 'stroke', 'filter', 'mask')]
+        self.ids += [a['id']] if 'id' in a else []
+        self.refs += [i for k in ('aria-labelledby', 'aria-describedby') for i in (a.get(k) or '').split()]
+    def handle_endtag(self, tag):
+        if tag in self.VOID: return
+        if not self.open or self.open[-1] != tag: self.unclosed.append((tag, self.open[-3:]))
+        else: self.open.pop()
+    def handle_data(self, data):
+        if self.open and self.open[-1] == 'style': self.styles.append(data)
+        if self.open and self.open[-1] in ('td', 'th', 'small'): self.cells.append((self.tags[-1][1].get('class'), data))
+
+
+def check_page(text):
+    page = Page(text)
+    assert not page.open and not page.unclosed, page.unclosed[:3]
+    names = {t for t, _ in page.tags}
+    assert not names & {'script', 'link', 'iframe', 'object', 'embed', 'base', 'form'}
+    assert not [k for _, a in page.tags for k in a if k.startswith('on')]
+    assert all(a.startswith(('#', 'data:image/')) for a in page.addresses), page.addresses
+    css = ' '.join(filter(None, page.styles))
+    assert '@import' not in css and all(u.strip('\'"').startswith('#') for u in re.findall(r'url\(([^)]*)\)', css))
+    assert len(page.ids) == len(set(page.ids)), 'ids repeat'
+    inside = [a[1:] for a in page.addresses if a.startswith('#')] + [u.strip('\'"')[1:] for u in re.findall(r'url\(([^)]*)\)', css)] + page.refs
+    assert set(inside) <= set(page.ids), set(inside) - set(page.ids)
+    policy = [a['content'] for t, a in page.tags if a.get('http-equiv') == 'Content-Security-Policy']
+    assert policy and "default-src 'none'" in policy[0]
+    rest = re.sub(r'xmlns(:xlink)?="http://www\.w3\.org/[^"]*"|data:image/[a-z]+;base64,[A-Za-z0-9+/=]+', '', text)
+    return page, rest
+
+
+def scores(): return pd.DataFrame(dict(label=['a', 'b', 'a', 'b'], group=['x', 'x', 'y', 'y'], value=[.5, .6, .7, .8], low=[.4, np.nan, .6, .7], high=[.6, np.nan, .8, .9], theirs=[.55, np.nan, .55, .9]))
+def every_figure():
+    rng = np.random.default_rng(0)
+    frames, masks = rng.integers(0, 255, (3, 40, 30), np.uint8), rng.integers(0, 7, (3, 40, 30))
+    curves = pd.DataFrame({'class': ['a', 'a', 'a', 'macro', 'macro'], 'fpr': [0, .2, 1, 0, 1], 'tpr': [0, .8, 1, 0, 1]})
+    areas = pd.DataFrame({'class': ['a', 'macro'], 'auc': [.8, .5], 'low': [.7, np.nan], 'high': [.9, np.nan]})
+    return [R.plot_masks(frames, masks, masks), R.plot_confusion(rng.integers(0, 9, (7, 7)), DENSE), R.plot_roc(curves, areas), R.plot_comparison(scores(), group='group')]
+def full_report():
+    out = R.Report('Title', 'Sub').section('One', 'A first.\n\nA second.')
+    for i, f in enumerate(every_figure()): out.figure(f, f'figure {i}')
+    return out.section('One').table(scores(), 'scores').section('Two: ä/ß?').settings(dict(a=dict(b=1, c=[1, 2]), d='text', e=None), 'settings').numbers({'n': '3\nof 4'})
+
+
+# -- the page
+
+def test_the_page_keeps_its_promises(tmp_path):
+    path = full_report().save(tmp_path/'new'/'report.html')
+    page, rest = check_page(path.read_text(encoding='utf-8'))
+    assert 'http:' not in rest and 'https:' not in rest
+    assert [p.name for p in path.parent.iterdir()] == ['report.html']
+    assert sum(t == 'section' for t, _ in page.tags) == 3 and sum(t == 'h1' for t, _ in page.tags) == 1
+    assert all(a.get('aria-label') for t, a in page.tags if t == 'svg') and page.tags[0][1]['lang'] == 'en'
+    assert not [k for k in ('/work', '/tmp', '/home', platform.node()) if k and k in rest]
+
+
+def test_all_text_is_escaped():
+    fig = R.plot_comparison(scores().assign(label=EVIL), title=EVIL)
+    out = R.Report(EVIL, EVIL).section(EVIL, EVIL).figure(fig, EVIL).table(pd.DataFrame({EVIL: [EVIL]}, index=pd.Index([EVIL], name=EVIL)), EVIL).numbers({EVIL: EVIL}).settings({EVIL: EVIL}, EVIL)
+    out.cells([R.cell(EVIL, EVIL, EVIL, .5, protocol=EVIL)], EVIL)
+    page, _ = check_page(out.html())
+    assert not [a for t, a in page.tags if t == 'img']
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_any_text_makes_a_whole_page(title, text):
+    check_page(R.Report(title).section(title, text).table(pd.DataFrame({title: [text, 1]}), text).html())
+
+
+def test_writing_twice_gives_the_same_bytes():
+    assert full_report().html() == full_report().html()
+
+
+def test_a_full_disk_leaves_the_last_report(tmp_path, monkeypatch):
+    path = R.Report('first').save(tmp_path/'r.html'); before = path.read_bytes()
+    def full(self, *args, **kw): open(self, 'w').write('<!doc'); raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_text', full)
+    with pytest.raises(OSError, match='No space'): R.Report('second').save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['r.html']
+
+
+def test_sections_of_the_same_name_have_their_own_address():
+    out = R.Report('t').section('Same').section('Same').section('???')
+    page, _ = check_page(out.html())
+    assert len({a for a in page.addresses}) == 4      # three sections and the way to the content
+
+
+# -- figures in the page
+
+def test_ours_take_the_colour_of_the_page_and_others_keep_white():
+    from matplotlib.figure import Figure
+    other = Figure(figsize=(3, 2)); other.subplots().plot([0, 1])
+    ours = R.Report('t').figure(R.plot_confusion(np.eye(2), 'ab'), 'c').html()
+    assert 'currentColor' in ours and R._INK not in ours.split('</style>')[1] and 'class="fig white"' not in ours
+    assert 'class="fig white"' in R.Report('t').figure(other, 'c').html()
+
+
+def test_a_heavy_figure_becomes_a_bitmap():
+    from matplotlib.figure import Figure
+    heavy = Figure(figsize=(3, 2)); rng = np.random.default_rng(0); heavy.subplots().scatter(*rng.random((2, 40_000)), s=1)
+    text = R.Report('t').figure(heavy, 'points').html()
+    page, _ = check_page(text)
+    images = [a for t, a in page.tags if t == 'img']
+    assert len(images) == 1 and images[0]['alt'] == 'points' and len(text) < 1_000_000
+
+
+def test_each_svg_is_well_formed_and_keeps_its_text():
+    svgs = re.findall(r'<svg.*?</svg>', full_report().html(), flags=re.S)
+    assert len(svgs) == 4
+    texts = [' '.join(e.text or '' for e in ElementTree.fromstring(s).iter() if e.tag.endswith('text')) for s in svgs]
+    assert 'prediction' in texts[0] and 'unhealthy region' in texts[1] and '0.80 [0.70, 0.90]' in texts[2] and 'paper' in texts[3]
+    assert 'data:image/webp' in svgs[0]
+
+
+def test_masks_are_recoded_without_changing_what_is_seen():
+    import base64, io
+    from PIL import Image
+    frame = np.clip(np.add.outer(np.arange(64)*2, np.arange(64)), 0, 255).astype(np.uint8)[None]
+    svg = R.Report('t').figure(R.plot_masks(frame), 'c').html()
+    kind, raw = re.search(r'data:image/(\w+);base64,([^"]+)"', svg).groups()
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(raw))).convert('L')).astype(int)
+    assert seen.shape == (64, 64) and min(np.abs(seen - frame[0]).mean(), np.abs(seen[::-1] - frame[0]).mean()) < 3
+
+
+def test_only_figures_are_figures():
+    with pytest.raises(TypeError, match='not str'): R.Report('t').figure('picture.png', 'c')
+
+
+# -- plots
+
+def test_plots_leave_pyplot_and_its_settings_alone():
+    import matplotlib.pyplot as plt
+    before, known = dict(mpl.rcParams), plt.get_fignums()
+    for f in every_figure(): R._figure_html(f, 1, 'alt')
+    assert plt.get_fignums() == known and dict(mpl.rcParams) == before
+
+
+def test_confusion_shows_counts_and_row_shares():
+    texts = [t.get_text() for t in R.plot_confusion(torch.tensor([[3, 1], [0, 0]]), ['a', 'b']).axes[0].texts]
+    assert texts == ['3', '75%', '1', '25%', '0', '0%', '0', '0%']           # an empty row is no division by zero
+
+
+def test_comparison_puts_dots_where_the_numbers_are():
+    ax = R.plot_comparison(scores(), group='group').axes[0]
+    x, y, paper = *(l for l in ax.lines if l.get_label() in 'xy'), next(l for l in ax.lines if l.get_label() == 'paper')
+    assert list(x.get_xdata()) == [.5, .6] and list(y.get_xdata()) == [.7, .8] and x.get_marker() != y.get_marker() and x.get_color() != y.get_color()
+    assert sorted(zip(paper.get_xdata(), paper.get_ydata())) == [(.55, 0), (.9, pytest.approx(1 + .155))]     # shared: once, in the middle
+    segments = [s for c in ax.collections for s in c.get_segments() if len(s) and not np.isnan(s).any()]
+    assert sorted((s[0][0], s[1][0]) for s in segments) == [(.4, .6), (.6, .8), (.7, .9)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['a', 'b'] and ax.get_ylim()[0] > ax.get_ylim()[1]
+    with pytest.raises(ValueError, match=r"\['low', 'nobody'\]"): R.plot_comparison(scores().drop(columns='low'), group='nobody')
+
+
+def test_comparison_without_groups_or_intervals():
+    ax = R.plot_comparison(scores()[:2].drop(columns='theirs').assign(low=np.nan, high=np.nan)).axes[0]
+    assert list(ax.lines[0].get_xdata()) == [.5, .6] and not ax.figure.legends
+
+
+def test_iou_plot_takes_the_rows_that_are_ious():
+    table = pd.DataFrame(dict(level='pixel', metric=['pixel_accuracy', 'mean_iou', 'iou'], value=[.9, .5, np.nan], low=.4, high=.6, **{'class': ['all', 'all', 'pleura']}))
+    ax = R.plot_iou(table).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['mean', 'pleura'] and ax.lines[0].get_xdata()[0] == .5
+
+
+def test_mask_plot_names_only_codes_that_occur():
+    frames = np.zeros((2, 8, 8), np.uint8)
+    truth = np.full((2, 8, 8), 3); truth[0, 0] = 1; truth[1, 1] = 255          # 255: no label
+    fig = R.plot_masks(frames, truth, None, SPARSE_COLORS, SPARSE, titles=['a', 'b'])
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ['B-line'] and len(fig.axes) == 4 and fig.axes[0].get_title() == 'a'
+    assert not R.plot_masks(frames, np.full((2, 8, 8), 3), None, SPARSE_COLORS, SPARSE).legends
+    with pytest.raises(ValueError, match='prediction'): R.plot_masks(frames, truth, truth[:, :4])
+    with pytest.raises(ValueError, match=r'\(8, 8\)'): R.plot_masks(frames[0])
+
+
+def legend_fits(fig):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    FigureCanvasAgg(fig).draw()
+    box, page = fig.legends[0].get_window_extent(), fig.bbox
+    return box.x0 >= -1 and box.x1 <= page.x1 + 1 and box.y0 >= -1
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 6])
+def test_legends_are_never_cut_off(n):
+    frames, masks = np.zeros((n, 48, 48), np.uint8), np.tile(np.arange(48)//7, (n, 48, 1))
+    assert legend_fits(R.plot_masks(frames, masks, masks))
+    long = pd.DataFrame([dict(label=l, group=f'pretrained on dense labels {k}'[:12 + 3*n], value=.5 + k/50, low=.4, high=.6, theirs=.5) for l in 'ab' for k in range(n)])
+    assert legend_fits(R.plot_comparison(long, group='group'))
+
+
+# -- tables
+
+def cells_of(df, **kw):
+    page, _ = check_page(R.Report('t').table(df, 'c', **kw).html())
+    return page
+
+
+def test_numbers_are_right_aligned_and_rounded():
+    df = pd.DataFrame({'name': ['a', 'b'], 'x': [.12345, np.nan], 'n': [3, 4], 'iv': ['0.8\n[0.7, 0.9]', '–'], 'neg': [-1., 2.], 'code': ['1', 'b']}, index=pd.Index(['r1', 'r2'], name='row'))
+    page = cells_of(df)
+    heads = [a.get('class') for t, a in page.tags if t == 'th' and a.get('scope') == 'col']
+    assert heads == [None, None, 'num', 'num', 'num', 'num', None]
+    said = [d for _, d in page.cells]
+    assert '0.123' in said and '–' in said and '3' in said and '-1.000' in said and '[0.7, 0.9]' in said
+    assert sum(t == 'th' and a.get('scope') == 'row' for t, a in page.tags) == 2 and {'r1', 'r2'} <= set(said)
+    assert '0.12' in [d for _, d in cells_of(df, digits=2).cells]
+
+
+def test_odd_tables():
+    assert cells_of(pd.DataFrame({'a': []})) and cells_of(pd.DataFrame())
+    two = pd.DataFrame(np.eye(2), columns=pd.MultiIndex.from_product([['x'], ['p', 'q']]))
+    assert 'x · p' in [d for _, d in cells_of(two).cells]
+    many = pd.DataFrame({'v': [1, 2]}, index=pd.MultiIndex.from_tuples([('a', 1), ('b', 2)], names=['k', 'l']))
+    assert {'k', 'l', 'a', 'b'} <= {d for _, d in cells_of(many).cells}
+    assert '–' in [d for _, d in cells_of(pd.DataFrame({'a': [None, pd.NA, pd.NaT]})).cells]
+
+
+def test_settings_are_flat_and_whole_numbers_stay_whole():
+    page, _ = check_page(R.Report('t').settings(dict(folds=3, lr=1e-3, nested=dict(a=dict(b=True)), empty={}, path=None, seeds=[0, 1]), 's').html())
+    said = [d for _, d in page.cells][2:]
+    assert dict(zip(said[::2], said[1::2])) == {'folds': '3', 'lr': '0.001', 'nested.a.b': 'true', 'empty': '{}', 'path': 'null', 'seeds': '[0, 1]'}
+
+
+def test_wide_scores_keep_the_order_and_refuse_to_merge():
+    long = pd.DataFrame(dict(level=['frame', 'frame', 'clip'], metric=['f1', 'mean_iou', 'f1'], value=[.5, .6, .7], low=[.4, np.nan, .6], high=[.6, np.nan, .8]))
+    wide = R.wide_scores(long, digits=2)
+    assert list(wide.index) == ['frame', 'clip'] and list(wide.columns) == ['f1', 'mean iou']
+    assert wide.values.tolist() == [['0.50\n[0.40, 0.60]', '0.60'], ['0.70\n[0.60, 0.80]', '–']]
+    with pytest.raises(ValueError, match='filter'): R.wide_scores(pd.concat([long, long]))
+
+
+def test_cells_become_a_table_per_protocol():
+    cells = [R.cell('T1', r, c, .5, (.4, .6), .55 if p == 'paper split' else None, protocol=p) for p in ('by patient', 'paper split') for r in ('dense', 'none') for c in ('acc', 'f1')]
+    out = R.Report('t').cells(cells, 'Table of')
+    page, _ = check_page(out.html())
+    said = [d for _, d in page.cells]
+    assert out.tables == 2 and said.count('[0.400, 0.600]') == 8 and said.count('paper 0.550') == 4
+
+
+# -- results
+
+PROTOCOLS = {'by patient': dict(split_hash='ab12', description='3 folds', n=3)}
+def results(tmp_path, **change):
+    kw = dict(paper='gare', data='phantom', protocols=PROTOCOLS, seeds=[0, np.int64(1)], cells=[R.cell('T', 'r', 'c', np.float32(.5), np.array([.4, .6]), .55, protocol='by patient')], hours=.5, command='lus_repro gare', device='cpu')
+    return R.results_json(tmp_path/'r.json', **{**kw, **change})
+
+
+def test_results_come_back_as_they_went(tmp_path):
+    wrote = results(tmp_path)
+    assert R.read_results(tmp_path/'r.json') == wrote == json.loads((tmp_path/'r.json').read_text())
+    assert set(wrote) == {'paper', 'data', 'versions', 'device', 'hours', 'command', 'seeds', 'protocols', 'cells'}
+    assert wrote['seeds'] == [0, 1] and wrote['cells'] == [dict(protocol='by patient', table='T', row='r', column='c', ours=.5, interval=[.4, .6], theirs=.55)]
+    table = R.results_table(wrote)
+    assert table[['ours', 'low', 'high', 'theirs']].iloc[0].tolist() == [.5, .4, .6, .55] and table.equals(R.results_table(wrote['cells']))
+
+
+def test_what_is_not_known_is_null(tmp_path):
+    nan = [R.cell('T', 'r', 'c', float('nan'), (np.nan, np.nan), None, protocol='by patient'), R.cell('T', 'r', 'd', torch.tensor(.25), (.1, np.nan), protocol='by patient')]
+    wrote = results(tmp_path, cells=nan)
+    assert [(c['ours'], c['interval'], c['theirs']) for c in wrote['cells']] == [(None, None, None), (.25, None, None)]
+    assert 'NaN' not in (tmp_path/'r.json').read_text() and R.results_table(wrote).low.isna().all()
+    assert R.results_table([]).empty
+
+
+@pytest.mark.parametrize('command,want', [
+    ('lus_repro gare --data /mnt/secret/pocus --quick', 'lus_repro gare --data pocus --quick'), ('/usr/bin/lus_demo --data=/a/b', 'lus_demo --data=b'),
+    ('lus_demo --out ~/r.html', 'lus_demo --out r.html'), ('lus_demo --data ../data/pocus --out a/b.html', 'lus_demo --data ../data/pocus --out a/b.html'), ('lus_demo --data "/a/b c/d"', 'lus_demo --data "b c/d"')])
+def test_no_absolute_path_is_published(tmp_path, command, want):
+    assert results(tmp_path, command=command)['command'] == want
+
+
+def test_versions_say_nothing_about_the_machine():
+    text = json.dumps(R.versions())
+    assert {'python', 'torch', 'torchvision', 'fastai', 'lus_fastai', 'numpy', 'platform'} == set(R.versions()) and '/' not in text
+    assert R.versions()['torch'] == torch.__version__.split('+')[0] or R.versions()['torch'] == torch.__version__
+    assert R.device_name('cpu').startswith('cpu: ') and R.device_name(torch.device('meta')) == 'meta'
+
+
+c1 = dict(protocol='by patient', table='T', row='r', column='c', ours=.5, interval=None, theirs=None)
+@pytest.mark.parametrize('change,words', [
+    (dict(cells=[c1, c1]), 'cell 1 repeats'), (dict(cells=[{**c1, 'protocol': 'by clip'}]), "protocol 'by clip'"), (dict(cells=[{k: v for k, v in c1.items() if k != 'theirs'}]), r"cell 0 misses \['theirs'\]"),
+    (dict(cells=[{**c1, 'interval': [.6, .4]}]), 'low, high'), (dict(cells=[{**c1, 'interval': [.6]}]), 'low, high'), (dict(cells=[{**c1, 'ours': '0.5'}]), "ours is a number or null, got '0.5'"),
+    (dict(protocols={}), 'protocols is empty'), (dict(protocols={'by patient': dict(description='x')}), 'split_hash'), (dict(hours=-1), 'hours'), (dict(hours=float('nan')), 'hours'), (dict(seeds=[]), 'seeds'), (dict(paper=''), 'paper')])
+def test_results_that_cannot_be_trusted_are_refused(tmp_path, change, words):
+    with pytest.raises(ValueError, match=words): results(tmp_path, **change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    for text, words in (('{"paper": ', 'no JSON'), ('[]', 'dictionary'), ('{"paper": "x"}', 'missing')):
+        (tmp_path/'bad.json').write_text(text)
+        with pytest.raises(ValueError, match='bad.json.*' + words): R.read_results(tmp_path/'bad.json')
+
+
+def test_an_intact_result_survives_a_refused_one(tmp_path):
+    wrote = results(tmp_path)
+    with pytest.raises(ValueError): results(tmp_path, seeds=[])
+    assert R.read_results(tmp_path/'r.json') == wrote
+
+
+def test_the_module_is_light():
+    import subprocess, sys
+    code = "import sys, lus_fastai.report; print([m for m in ('matplotlib', 'fastai', 'sklearn', 'seaborn', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'

@@ -1,0 +1,186 @@
+"""The documentation without the Quarto program: derive what nbdev wants in nbs/, make README.md, check the sources, render if possible.
+
+    python tools/docs.py all | derive | readme | check
+"""
+import configparser, contextlib, io, json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import yaml
+
+root = Path(__file__).resolve().parents[1]
+
+def settings(
+    root:Path=root, # the project's folder
+)->dict:            # name -> value of settings.ini
+    "The entries of settings.ini."
+    parser = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    parser.read(root/'settings.ini', encoding='utf-8')
+    return dict(parser['DEFAULT'])
+
+def _local(o): # the root file says nbs/x, the derived ones are inside nbs/ and say x
+    if isinstance(o, dict): return {k: _local(v) for k, v in o.items()}
+    if isinstance(o, list): return [_local(v) for v in o]
+    return o.removeprefix('nbs/') if isinstance(o, str) else o
+
+def pages(
+    o, # a `contents` list of _quarto.yml, or any part of it
+)->list: # the pages it names, in order
+    "Every page named in a sidebar or navbar."
+    if isinstance(o, str): return [o]
+    if isinstance(o, list): return [p for v in o for p in pages(v)]
+    if isinstance(o, dict): return ([o['href']] if 'href' in o else []) + pages(o.get('contents', []))
+    return []
+
+def _cell(x, digits=3): return '' if x is None else f'{x:.{digits}f}' if isinstance(x, float) else str(x).replace('|', '\\|')
+
+def results_page(
+    folder:Path, # holds one JSON a reproduction
+)->str:          # a Quarto page
+    "Ours beside theirs: one section a results file, one table a table of its paper."
+    out = ['---', 'title: Results', 'description: Ours beside theirs, as the code wrote them', '---', '',
+           'Each section is one file of `results/`, written by `lus_repro`. Intervals come from a bootstrap over patients.', '']
+    for f in sorted(Path(folder).glob('*.json')):
+        r = json.loads(f.read_text(encoding='utf-8'))
+        out += [f"## {r.get('paper', f.stem)} on {r.get('data', '?')}", '']
+        out += [f'- {k}: {r[k] if isinstance(r[k], str) else json.dumps(r[k])}' for k in r if k not in ('paper', 'data', 'cells')] + ['']
+        for table in dict.fromkeys(c.get('table', '') for c in r.get('cells', [])):
+            out += [f'### {table}', '', '| row | column | ours | interval | theirs |', '|---|---|--:|---|--:|']
+            for c in r['cells']:
+                if c.get('table', '') != table: continue
+                i = c.get('interval')
+                span = f'{_cell(i[0])} to {_cell(i[1])}' if isinstance(i, (list, tuple)) and len(i) == 2 else _cell(i)
+                out.append(f"| {_cell(c.get('row'))} | {_cell(c.get('column'))} | {_cell(c.get('ours'))} | {span} | {_cell(c.get('theirs'))} |")
+            out.append('')
+    return '\n'.join(out).rstrip() + '\n'
+
+def derive(
+    root:Path=root, # the project's folder
+):
+    "Write nbs/_quarto.yml, nbdev.yml, sidebar.yml, styles.css and results.qmd from the root's files."
+    cfg, quarto = settings(root), _local(yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8')))
+    sidebar = {'website': {'sidebar': quarto['website'].pop('sidebar')}}
+    quarto['metadata-files'] = ['nbdev.yml', 'sidebar.yml']
+    nbdev = {'project': {'output-dir': cfg['doc_path']},
+             'website': {'title': cfg['title'], 'site-url': cfg['doc_host'] + cfg['doc_baseurl'], 'description': cfg['description'],
+                         'repo-branch': cfg['branch'], 'repo-url': cfg['git_url']}}
+    nbs, head = root/'nbs', '# derived by tools/docs.py: edit _quarto.yml at the root\n'
+    for name, o in (('_quarto.yml', quarto), ('nbdev.yml', nbdev), ('sidebar.yml', sidebar)):
+        (nbs/name).write_text(head + yaml.safe_dump(o, sort_keys=False, allow_unicode=True), encoding='utf-8')
+    shutil.copyfile(root/'styles.css', nbs/'styles.css')
+    (nbs/'results.qmd').write_text(results_page(root/'results'), encoding='utf-8')
+
+_link = re.compile(r'(\]\()([^)\s]+)((?:\s+"[^"]*")?\))')
+_away = re.compile(r'^(?:[a-z][a-z0-9+.-]*:|//|#)', re.I)
+
+def _cells(path): return json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+def _join(x): return x if isinstance(x, str) else ''.join(x)
+def _split_fences(text): return re.split(r'(^```.*?^```[^\n]*$)', text, flags=re.M | re.S) # odd parts are fenced code
+
+def readme(
+    root:Path=root, # the project's folder
+)->str:             # the text README.md has to have
+    "README.md from the index notebook: its words, code and printed output; pictures stay files, none is embedded."
+    cfg, out = settings(root), []
+    for c in _cells(root/'nbs'/cfg['readme_nb']):
+        src = _join(c['source'])
+        directives = re.findall(r'^#\|\s*(.+?)\s*$', src, re.M)
+        if any(d.split(':')[0].split()[0] in ('hide', 'default_exp') for d in directives): continue
+        if c['cell_type'] == 'markdown':
+            parts = _split_fences(src)
+            parts[::2] = [_link.sub(lambda m: m[1] + ('' if _away.match(m[2]) else 'nbs/') + m[2] + m[3], p) for p in parts[::2]]
+            out.append(''.join(parts))
+        elif c['cell_type'] == 'code':
+            code = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
+            if code: out.append(f'```python\n{code}\n```')
+            for o in c['outputs']:
+                data = o.get('data', {})
+                text = _join(o['text']) if o.get('name') == 'stdout' else '' if any(k.startswith('image') for k in data) else _join(data.get('text/plain', ''))
+                if text.strip(): out.append('\n'.join('    ' + line for line in text.rstrip().splitlines()))
+    return '<!-- made from nbs/index.ipynb by `make docs`: edit the notebook -->\n\n' + '\n\n'.join(o.strip('\n') for o in out) + '\n'
+
+def check(
+    root:Path=root, # the project's folder; `derive` has run
+)->list:            # sentences, one a fault; empty when the site is sound
+    "Faults of the site's sources: pages that do not exist or are not reachable, broken links, front matter, a stale README."
+    faults, nbs = [], root/'nbs'
+    made = {}
+    for name in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml', 'results.qmd'):
+        try:
+            text = (nbs/name).read_text(encoding='utf-8')
+            made[name] = yaml.safe_load(text.split('---')[1] if name.endswith('.qmd') else text)
+        except Exception as e: faults.append(f'nbs/{name}: {e}')
+    if faults: return faults
+    sidebar, navbar = pages(made['sidebar.yml']['website']['sidebar']['contents']), pages(made['_quarto.yml']['website']['navbar']['left'])
+    for where, names in (('sidebar', sidebar), ('navbar', navbar)):
+        faults += [f'_quarto.yml: the {where} names nbs/{p}, which does not exist' for p in names if not _away.match(p) and not (nbs/p).is_file()]
+    faults += [f'_quarto.yml: the sidebar names nbs/{p} twice' for p in dict.fromkeys(sidebar) if sidebar.count(p) > 1]
+    notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(nbs).parts))
+    faults += [f'_quarto.yml: nbs/{p.relative_to(nbs).as_posix()} is not in the sidebar, so no reader finds it'
+               for p in notebooks if p.relative_to(nbs).as_posix() not in sidebar]
+    shared = [p for p in sidebar if p[:1].isdigit()]
+    if shared != sorted(shared): faults.append('_quarto.yml: the sidebar is not in the order of the notebooks')
+    for p in notebooks:
+        cells = _cells(p)
+        first = _join(cells[0]['source']) if cells and cells[0]['cell_type'] == 'markdown' else ''
+        if not re.match(r'# \S.*\n(?:\s*\n)?> \S.*', first): faults.append(f'{p.name}: the first cell is not "# title" with a "> line" under it')
+        for i, c in enumerate(cells):
+            src = _join(c['source'])
+            if c['cell_type'] == 'raw' and src.strip().startswith('---'):
+                try: yaml.safe_load(src.strip().strip('-'))
+                except yaml.YAMLError as e: faults.append(f'{p.name}: cell {i}: front matter: {e}')
+            if c['cell_type'] != 'markdown': continue
+            for part in _split_fences(src)[::2]:
+                for m in _link.finditer(re.sub(r'`[^`\n]*`', '', part)):
+                    target = m[2].split('#')[0].split('?')[0]
+                    if target and not _away.match(m[2]) and not (p.parent/target).exists():
+                        faults.append(f'{p.name}: cell {i}: links to {m[2]}, which does not exist')
+    made_readme = readme(root)
+    if 'data:image' in made_readme: faults.append('README.md would embed a picture: save it under nbs/images and link to it')
+    if not (root/'README.md').is_file() or (root/'README.md').read_text(encoding='utf-8') != made_readme:
+        faults.append('README.md is not what nbs/index.ipynb gives: run `make docs`')
+    return faults
+
+def process(
+    root:Path=root, # the project's folder
+)->list:            # sentences, one a notebook that nbdev could not process
+    "nbdev's own processing of each notebook, documentation of every exported name included, as Quarto would be given them."
+    from execnb.nbio import read_nb
+    from nbdev.processors import FilterDefaults
+    os.chdir(root)
+    os.environ['IN_TEST'] = '1'
+    faults = []
+    for p in sorted((root/'nbs').glob('*.ipynb')):
+        nb, told = read_nb(p), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told): FilterDefaults()(nb)
+            front = yaml.safe_load(nb.cells[0].source.strip().strip('-')) if nb.cells[0].cell_type == 'raw' else {}
+            if not front.get('title'): faults.append(f'{p.name}: nbdev finds no title in it')
+        except Exception as e:
+            why = f' ({type(e.__cause__).__name__}: {e.__cause__})' if e.__cause__ else ''
+            faults.append(f'{p.name}: nbdev could not process it: {" ".join(str(e).split())}{why}')
+    return faults
+
+def render(
+    root:Path=root, # the project's folder
+):
+    "Render the site into _docs with nbdev and Quarto, or say how."
+    cfg = settings(root)
+    if not shutil.which('quarto'):
+        return print("the site's sources are checked; to render it, install Quarto (https://quarto.org/docs/get-started) and run `make docs` again")
+    (root/'README.md').touch() # nbdev would otherwise make its own from the index
+    subprocess.run([sys.executable, '-c', 'from nbdev.quarto import nbdev_docs; nbdev_docs()'], cwd=root, check=True)
+    print(f"rendered: {cfg['doc_path']}/index.html")
+
+def main(what='all'):
+    if what not in ('all', 'derive', 'readme', 'check'): sys.exit(__doc__)
+    derive()
+    if what == 'derive': return
+    if what in ('all', 'readme'):
+        (root/'README.md').write_text(readme(), encoding='utf-8')
+        print('README.md made from nbs/index.ipynb')
+    if what == 'readme': return
+    faults = check() + process()
+    if faults: sys.exit('\n'.join(faults))
+    print("the site's sources are sound: every page exists and is reachable, every internal link resolves, every name is documented")
+    if what == 'all': render()
+
+if __name__ == '__main__': main(*sys.argv[1:])
