@@ -14,7 +14,7 @@ from lus_fastai.metrics import *
 from lus_fastai.training import *
 from lus_fastai.report import *
 from lus_fastai.cli import *
-from lus_fastai.papers.gare import *
+from lus_fastai.papers import gare
 from lus_fastai import core as _core
 from lus_fastai import phantom as _phantom
 from lus_fastai import sources as _sources
@@ -28,10 +28,9 @@ from lus_fastai import metrics as _metrics
 from lus_fastai import training as _training
 from lus_fastai import report as _report
 from lus_fastai import cli as _cli
-from lus_fastai.papers import gare as _gare
 
-_modules = (_core, _phantom, _sources, _clips, _folds, _data, _augment, _models, _transfer, _metrics, _training, _report, _cli, _gare,)
-_ours = [name for module in _modules for name in module.__all__]
+_modules = (_core, _phantom, _sources, _clips, _folds, _data, _augment, _models, _transfer, _metrics, _training, _report, _cli)
+_ours = [name for module in _modules for name in module.__all__] + ['gare']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
 _shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our module, so a star import brings neither
 
 __all__ = list(dict.fromkeys(_ours + [name for name in vars(_fastai) if not name.startswith('_') and name not in _shadowed]))

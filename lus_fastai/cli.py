@@ -6,7 +6,7 @@
 __all__ = ['lus_demo', 'lus_repro', 'lus_audit', 'lus_data']
 
 # %% ../nbs/19_cli.ipynb #c003
-import importlib, os, sys
+import importlib, os, pkgutil, sys
 from pathlib import Path
 from fastcore.script import call_parse, Param, store_true
 from .core import *
@@ -27,8 +27,8 @@ def _reproduction(paper):
     try: return importlib.import_module(f'lus_fastai.papers.{paper}')
     except ModuleNotFoundError as e:
         if e.name != f'lus_fastai.papers.{paper}': raise
-        folder = Path(__file__).parent/'papers'
-        raise ValueError(f"no reproduction named {paper!r}; there is: {', '.join(sorted(p.stem for p in folder.glob('[!_]*.py')))}") from None
+        there = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module('lus_fastai.papers').__path__))
+        raise ValueError(f"no reproduction named {paper!r}; there is: {', '.join(there)}") from None
 
 # %% ../nbs/19_cli.ipynb #c008
 @call_parse
@@ -72,7 +72,7 @@ def lus_audit(
 
 @call_parse
 def lus_data(
-    name:str=None,            # a source; without it, the sources are listed
+    name:Param('a source; without it, the sources are listed', str, opt=False, nargs='?')=None, # a source; without it, the sources are listed
     folder:str=None,          # where to put it; default: LUS_DATA or the package's cache
 ):
     "List the registered data sets, or fetch one: resumed, verified, file by file."

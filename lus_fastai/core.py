@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS', 'dense_to_sparse',
            'mask_rgb', 'overlay', 'TableError', 'check_table', 'clip_ids', 'write_table', 'read_table', 'atomic_path',
-           'write_json', 'seed_all', 'frozen_eval', 'lus_home', 'real_data', 'in_notebook', 'progress']
+           'write_json', 'seed_all', 'frozen_eval', 'lus_home', 'real_data', 'progress']
 
 # %% ../nbs/00_core.ipynb #c003
 import contextlib, json, os, random, sys, tempfile
@@ -44,7 +44,7 @@ def dense_to_sparse(
 # %% ../nbs/00_core.ipynb #c017
 def mask_rgb(
     mask,                     # integer codes, any shape; 255 means "no label" and is drawn grey
-    colors=DENSE_COLORS,      # (n, 3) uint8, a colour per code
+    colors:np.ndarray=DENSE_COLORS,   # (n, 3) uint8, a colour per code
 ) -> np.ndarray:              # mask.shape + (3,) uint8
     "Paint integer codes with their colours."
     table = np.full((256, 3), 128, np.uint8)
@@ -54,7 +54,7 @@ def mask_rgb(
 def overlay(
     frame,                    # (h, w) uint8 grey
     mask,                     # (h, w) integer codes; the last colour's code is background
-    colors=DENSE_COLORS,      # (n, 3) uint8
+    colors:np.ndarray=DENSE_COLORS,   # (n, 3) uint8
     alpha:float=.45,          # opacity of the tint, 0..1
 ) -> np.ndarray:              # (h, w, 3) uint8
     "A grey frame tinted by its mask, background left as it is."
@@ -186,8 +186,7 @@ def real_data():              # Path or None
     if not path.is_dir(): raise FileNotFoundError(f"LUS_DATA names {path}, which is not a folder")
     return path
 
-def in_notebook() -> bool:    # True inside a Jupyter or Colab kernel
-    "Whether the code runs in a notebook kernel."
+def _in_notebook():
     return 'ipykernel' in sys.modules and 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
 
 def progress(
@@ -196,7 +195,7 @@ def progress(
     desc:str='',              # a word beside the bar
 ):                            # the same items, one by one
     "A progress bar over `items` on a terminal or in a notebook; silent when the output goes to a file."
-    if not (in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()): yield from items; return
+    if not (_in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()): yield from items; return
     from fastprogress.fastprogress import progress_bar
     bar = progress_bar(items, total=total if total is not None else len(items), leave=False)
     if desc: bar.comment = desc

@@ -94,7 +94,13 @@ class ReadLabel(RowReader):
 # %% ../nbs/06_data.ipynb #c010
 class FrameDL(TfmdDL):
     "A `TfmdDL` whose datasets start with a `RowReader`; collects a batch by one indexing operation, in the main process."
-    def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, **kwargs):
+    def __init__(self,
+        dataset,              # `Datasets` over rows of a frame table
+        bs:int=64,            # batch size
+        shuffle:bool=False,   # a new order in each epoch
+        num_workers:int=0,    # as fastai passes it on; reading is one indexing operation, so it happens in this process whatever the number
+        **kwargs,
+    ):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)
     def create_batches(self, samps):
         readers = [next(t for t in tl.tfms if isinstance(t, RowReader)) for tl in self.dataset.tls]

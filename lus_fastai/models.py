@@ -23,7 +23,12 @@ def double_conv(
 
 class UNet(nn.Module):
     "Encoder, bottleneck, decoder with skip connections, and a 1x1 head that gives logits of the input's size."
-    def __init__(self, n_out, c_in=1, width=64, bn=False):
+    def __init__(self,
+        n_out:int,            # output classes
+        c_in:int=1,           # input channels
+        width:int=64,         # channels of the first stage
+        bn:bool=False,        # batch norm
+    ):
         super().__init__()
         widths = [width * 2**i for i in range(5)]
         self.encoder = nn.ModuleList(double_conv(i, o, bn) for i, o in zip([c_in] + widths, widths[:4]))
@@ -56,7 +61,11 @@ def unet(
 # %% ../nbs/08_models.ipynb #c013
 class SegClassifier(nn.Module):
     "A segmenter, the softmax of its logits, a global average per code, and one linear layer: logits out."
-    def __init__(self, segmenter, n_codes, n_classes):
+    def __init__(self,
+        segmenter:nn.Module,  # gives logits (b, n_codes, h, w); trained further in place
+        n_codes:int,          # codes of the segmenter
+        n_classes:int,        # diseases
+    ):
         super().__init__()
         self.segmenter, self.head = segmenter, nn.Linear(n_codes, n_classes)
     def forward(self, x): return self.head(self.segmenter(x).float().softmax(1).mean((2, 3)))

@@ -75,24 +75,24 @@ def _disease(label, rng):
     "What this patient's lungs tend to show."
     chance = lambda x: float(rng.random() < x)
     if label == 'regular':
-        return dict(blines=.9*chance(.25), irregular=rng.uniform(0, .12) + .35*chance(.1), subpleural=.2*chance(.1), lobar=0., bronchogram=0., effusion=.15*chance(.08), curtain=.2,
-                    alines=rng.uniform(.6, 1.), haze=rng.uniform(-2, 1.5))
+        return dict(blines=.9*chance(.25), irregular=rng.uniform(0, .1) + .35*chance(.08), subpleural=.2*chance(.1), lobar=0., bronchogram=0., effusion=.15*chance(.06), curtain=.2,
+                    alines=rng.uniform(.65, 1.), haze=rng.uniform(-3, .5))
     if label == 'covid':
-        mild = chance(.15)
-        return dict(blines=rng.uniform(.2, 1.) if mild else rng.uniform(2, 5.5), irregular=rng.uniform(.05, .4) if mild else rng.uniform(.45, 1.),
-                    subpleural=(1 - mild)*rng.uniform(0, 1.2), lobar=.6*chance(.12), bronchogram=.4, effusion=.5*chance(.08), curtain=.1, alines=rng.uniform(.2, .8), haze=rng.uniform(-1, 3))
-    lobar = chance(.7)
-    return dict(blines=rng.uniform(.5, 3.), irregular=rng.uniform(.05, .5), subpleural=(1 - lobar)*rng.uniform(.2, 1.6), lobar=.9*lobar, bronchogram=.8, effusion=.7*chance(.4),
-                curtain=.1, alines=rng.uniform(.2, .8), haze=rng.uniform(-1, 3))
+        mild = chance(.12)
+        return dict(blines=rng.uniform(.2, 1.) if mild else rng.uniform(3, 6), irregular=rng.uniform(.05, .4) if mild else rng.uniform(.6, 1.),
+                    subpleural=(1 - mild)*rng.uniform(0, 1.2), lobar=.6*chance(.08), bronchogram=.4, effusion=.5*chance(.06), curtain=.08, alines=rng.uniform(.1, .6), haze=rng.uniform(1, 4))
+    lobar = chance(.8)
+    return dict(blines=rng.uniform(.3, 1.8) + (1 - lobar), irregular=rng.uniform(.05, .35), subpleural=(1 - lobar)*rng.uniform(.3, 1.6), lobar=.95*lobar, bronchogram=.85, effusion=.7*chance(.45),
+                curtain=.08, alines=rng.uniform(.1, .6), haze=rng.uniform(0, 3))
 
 def _machine(source, probe, rng):
     "Settings of one machine as its user left them for this patient, and the layers that its probe presses on."
     d, u = dict(_DEVICES[source]), rng.uniform
     convex, linear = d.pop('convex'), d.pop('linear')
-    d.update(dynamic_range=d['dynamic_range'] + rng.normal(0, 3), gain=d['gain'] + rng.normal(0, 3), gamma=d['gamma']*np.exp(rng.normal(0, .07)), noise=d['noise'] + rng.normal(0, 2))
+    d.update(dynamic_range=d['dynamic_range'] + rng.normal(0, 3), gain=d['gain'] + rng.normal(0, 1.5), gamma=d['gamma']*np.exp(rng.normal(0, .07)), noise=d['noise'] + rng.normal(0, 2))
     if probe == 'convex':
         d.update(frequency=convex[0]*u(.9, 1.1), radius=convex[1]*u(.95, 1.05), half_angle=convex[2] + u(-1, 1), width=0., depth=float(rng.choice([80, 100, 120, 140, 160])),
-                 crop=u(0, 1), aspect=u(.75, 1.1), tgc=u(-.6, .6), skin=u(1.5, 2.5), fat=u(3, 14), muscle=u(7, 14))
+                 crop=u(0, 1), aspect=u(.75, 1.1), tgc=u(-.4, .4), skin=u(1.5, 2.5), fat=u(3, 14), muscle=u(7, 14))
     else:
         d.update(frequency=linear[0]*u(.9, 1.1), radius=0., half_angle=0., width=float(linear[1]), depth=float(rng.choice([35, 40, 50, 60])),
                  crop=0., aspect=u(.98, 1.2), tgc=u(-1, 1), skin=u(1.2, 2), fat=u(2, 8), muscle=u(6, 11))
@@ -115,15 +115,15 @@ def draw_patient(
     rng, body = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
     drawn = CLASSES[rng.integers(3)], 'convex' if rng.random() < .8 else 'linear'
     label, probe, source = label or drawn[0], probe or drawn[1], sorted(_DEVICES)[rng.integers(len(_DEVICES))]
-    return Patient(seed=seed, label=label, probe=probe, source=source, echo=body.normal(0, 2.5), fibre=body.uniform(.5, 1.5), flatness=body.uniform(0, .8), slide=body.uniform(3, 9),
-                   breath=body.uniform(2.6, 4.6), pulse=body.uniform(.8, 1.5), ribs=.6, rate=float(body.choice([6, 8, 10, 12])),
+    return Patient(seed=seed, label=label, probe=probe, source=source, echo=body.normal(0, 1.5), fibre=body.uniform(.5, 1.5), flatness=body.uniform(0, .8), slide=body.uniform(3, 9),
+                   breath=body.uniform(2.6, 4.6), pulse=body.uniform(.8, 1.5), ribs=.5, rate=float(body.choice([6, 8, 10, 12])),
                    **_disease(label, np.random.default_rng([seed, 3])), **_machine(source, probe, np.random.default_rng([seed, 4])))
 
 # %% ../nbs/01_phantom.ipynb #c015
 class BeamGrid:
     "Beams and depth samples of a patient's probe, and the way from there to pixels."
     def __init__(self,
-        patient:Patient,
+        patient:Patient,         # whose probe, depth and width
         size:tuple=(256, 256),   # height and width of the picture, at least 32 each
     ):
         from scipy.sparse import csr_matrix
@@ -336,7 +336,7 @@ def _no_air(s, rng):
         s.fluid = rng.uniform(12, 45)*u*plateau(s.nx/2 + rng.uniform(-.35, .35)*s.nx, rng.uniform(20, 45), 4)*(1 + .12*smooth(8))
         s.solid = (s.fluid > 1.5*u)*rng.uniform(3, 22)*u*(1 + .35*smooth(4))
     if has.lobar:
-        deep = rng.uniform(22, 65)*u*plateau(s.nx/2 + rng.uniform(-.3, .3)*s.nx, rng.uniform(18, 45), 5)
+        deep = rng.uniform(28, 70)*u*plateau(s.nx/2 + rng.uniform(-.25, .25)*s.nx, rng.uniform(24, 50), 5)
         s.solid = np.maximum(s.solid, deep*(1 + .15*smooth(5) + .1*smooth(1.5)))
     for _ in range(has.subpleural):
         c, half, deep = rng.uniform(s.margin, s.nx - s.margin), s.beams(rng.uniform(3, 9)*u), rng.uniform(2.5, 9)*u
@@ -344,7 +344,7 @@ def _no_air(s, rng):
     s.fluid, s.solid = [np.where(x > least*u, x, 0).astype(np.float32) for x, least in ((s.fluid, 1.5), (s.solid, 1.))]
     rise = np.gradient(s.fluid + s.solid, s.mm)
     s.border = (_amp(rng.uniform(-15, -8) + 4*smooth(1.5))/(1 + rise**2)).astype(np.float32)   # steep parts send little back
-    s.tissue = s.lung*_amp(rng.normal(-29, 2) + 2.5*_texture(rng, s.lung.shape, 4*u/g.dz/2.355, s.beams(6*u))) if s.solid.any() else None
+    s.tissue = s.lung*_amp(rng.normal(-34, 2) + 2.5*_texture(rng, s.lung.shape, 4*u/g.dz/2.355, s.beams(6*u))) if s.solid.any() else None
     s.trees = [_bronchi(s, rng) for _ in range(2)] if has.bronchogram else []
 
 def _bronchi(s, rng):
@@ -357,7 +357,7 @@ def _bronchi(s, rng):
             x, z, angle = x + g.beams(.5*s.u*np.cos(angle), z), z + .5*s.u*np.sin(angle), angle + rng.normal(0, .2)
             if 0 <= z < p.depth - g.dz and 0 <= x < s.nx - 1: out[int(z/g.dz), int(x)] += rng.exponential()
     out = gaussian_filter(out, (.8*s.u/g.dz/2.355 + .4, s.beams(1.4*s.u)/2.355 + .3))
-    return out/max(np.quantile(out, .995), 1e-6)*_amp(-10)
+    return out/max(np.quantile(out, .995), 1e-6)*_amp(-8)
 
 def _sources(s, rng):
     "B-lines: where each starts, how wide and bright it is, how it beats; `tone` is its own ringing along depth."
@@ -414,7 +414,7 @@ def _moment(s, k):
         x, width = b.x - f.at, np.hypot(b.half, .6*s.lateral).astype(np.float32)
         if -2*b.half < x < g.nb + 2*b.half: f.rays.append(SimpleNamespace(x=x, width=width, source=b, beat=.75 + .25*np.sin(b.beat*s.phase[k] + b.start)))
     f.veil = np.zeros(g.nb, np.float32)        # how far B-lines cover what lies behind
-    for r in f.rays: f.veil = np.maximum(f.veil, r.beat*np.exp(-((f.beam - r.x)/(2*r.width[f.row]))**2))
+    for r in f.rays: f.veil = np.maximum(f.veil, np.exp(-((f.beam - r.x)/(2*r.width[f.row]))**2))
     if s.edge: f.edge = s.edge.beam + s.edge.pull*s.shift[k]
     f.outside = (f.beam - f.edge)*s.edge.side > 0 if s.edge else np.zeros(g.nb, bool)
     return f
@@ -436,6 +436,7 @@ def _step_air(s, f, F):
 
 def _a_lines(s, f):
     "Depth, width, amplitude of each A-line, and on which beams it stands out."
+    from scipy.ndimage import uniform_filter1d
     out = []
     for m in range(2, 9):
         at = m*f.depth
@@ -444,7 +445,8 @@ def _a_lines(s, f):
         row = min(int(at.mean()/s.g.dz), s.g.nz - 1)
         noise = abs(s.noise[row, ::8]).mean()/s.gain[row]
         haze = f.haze*np.exp(-np.maximum(at - f.air, 0)/s.fade)
-        out.append(SimpleNamespace(at=at, width=np.hypot(.35*s.u*m**.5, s.axial*s.g.dz), amplitude=amplitude, seen=amplitude > np.maximum(haze, 2*noise), phase=s.turn[m]))
+        seen = uniform_filter1d((amplitude > np.maximum(haze, 2*noise)).astype(np.float32), 9) > .5
+        out.append(SimpleNamespace(at=at, width=np.hypot(.35*s.u*m**.5, s.axial*s.g.dz), amplitude=amplitude, seen=seen, phase=s.turn[m]))
     return out
 
 def _step_mirrors(s, f, F):
@@ -494,7 +496,7 @@ _STEPS = (_step_wall, _step_air, _step_mirrors, _step_no_air, _step_amplify, _st
 # %% ../nbs/01_phantom.ipynb #c036
 def _codes(s, f):
     "Dense codes 0..6 plus 8 rib, 16 consolidation, 32 effusion, on the beam grid; call it after the steps."
-    z, ill = f.z, f.lung(s.ill) > .5
+    z, ill = f.z, (f.lung(s.ill) > .5) | (np.maximum(f.solid, f.fluid) > .8*s.u)
     half = np.maximum(1.5*f.thick, 1.1*s.u)
     code = np.full((s.g.nz, s.g.nb), 6, np.uint8)
     lung = code[f.row:]
@@ -520,7 +522,7 @@ def _count(s, f):
     at = [min(max(int(r.x), 0), s.g.nb - 1) for r in f.rays]
     return sum(bool((a.seen & open_ & (a.at < s.p.depth)).any()) for a in f.alines), sum(bool(open_[i]) for i in at)
 
-# %% ../nbs/01_phantom.ipynb #c038
+# %% ../nbs/01_phantom.ipynb #c039
 @dataclass
 class PhantomClip:
     "A simulated clip and its masks, all (n, h, w) uint8."
@@ -565,9 +567,9 @@ def phantom_clip(
                     bronchogram=bool(s.trees and solid.any()), dynamic=bool(s.has.dynamic and solid.any()), curtain=s.has.curtain, ribs=bool(rib.any()))
     return PhantomClip(frames, dense, rib, solid, fluid, np.repeat(g.fan[None].astype(np.uint8), n, 0), p.rate, p, findings)
 
-# %% ../nbs/01_phantom.ipynb #c040
+# %% ../nbs/01_phantom.ipynb #c041
 def show_phantom(
-    clip:PhantomClip,
+    clip:PhantomClip,   # from `phantom_clip`
     k:int=0,            # which frame
     axs=None,           # two matplotlib axes; new ones when None
 ):                      # the axes
@@ -582,7 +584,7 @@ def show_phantom(
     axs[0].set_title(f'{clip.patient.label}, {clip.patient.probe}', fontsize=9)
     return axs
 
-# %% ../nbs/01_phantom.ipynb #c042
+# %% ../nbs/01_phantom.ipynb #c054
 def write_video(
     path,                 # target file; the suffix chooses the container (.mp4, .mkv, .avi)
     frames:np.ndarray,    # (n, h, w) uint8 grey, n at least 1
@@ -596,7 +598,7 @@ def write_video(
     if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size: raise ValueError(f"frames must be (n, h, w) uint8 and not empty, got {frames.dtype} {frames.shape}")
     if not (np.isfinite(rate) and rate > 0): raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
     codec, options = ('ffv1', dict(level='3')) if lossless else ('libx264', dict(crf='18', preset='veryfast'))
-    with av.open(str(path), 'w') as out:
+    with av.open(str(path), 'w', options=dict(fflags='+bitexact')) as out:  # no random ids: the same frames are the same bytes
         stream = out.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:]
         stream.pix_fmt, stream.options = 'gray', options
@@ -605,7 +607,7 @@ def write_video(
         for frame in frames: out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='gray')))
         out.mux(stream.encode())
 
-# %% ../nbs/01_phantom.ipynb #c043
+# %% ../nbs/01_phantom.ipynb #c055
 def _write_clip(root, name, patient, person, seed, n, size):
     "Simulate one clip, write its three files, then the row that says that they are complete."
     c = phantom_clip(patient, seed, n, size)
@@ -634,7 +636,7 @@ def phantom_dataset(
     jobs = {}
     for i in range(patients):
         p = draw_patient(int(np.random.default_rng([seed, i]).integers(2**31)), CLASSES[i % 3], probe)
-        jobs.update({f'{p.label}_{i:03d}_{j}': (p, f'{i:03d}', j, n, size) for j in range(clips)})
+        jobs.update({f'{p.label}_{i:03d}_{j}': (p, f'P{i:03d}', j, n, size) for j in range(clips)})
     table = root/'clips.csv'
     def whole(name): return (root/'rows'/f'{name}.json').exists() and all((root/f).exists() for f in (f'clips/{name}.mp4', f'masks/{name}.mkv', f'findings/{name}.mkv'))
     todo = [name for name in jobs if not whole(name)]

@@ -142,7 +142,7 @@ def plot_masks(
     frames,                   # (n, h, w) uint8 grey; n is the number of columns, 3 to 6 look best
     truth=None,               # (n, h, w) codes, or None when nobody knows
     pred=None,                # (n, h, w) codes, or None
-    colors=DENSE_COLORS,      # (k, 3) uint8; the last code is background
+    colors:np.ndarray=DENSE_COLORS,   # (k, 3) uint8; the last code is background
     names=DENSE,              # k names
     titles=None,              # n short texts above the columns
 ):                            # matplotlib Figure

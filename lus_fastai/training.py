@@ -11,7 +11,7 @@ import io, json, random, time
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastai.vision.all import Callback
+from fastai.vision.all import Callback, L
 from .core import *
 from .folds import patient_folds, split_hash
 from .metrics import mean_iou
@@ -126,11 +126,16 @@ class Checkpoint(EpochEnd):
         for cb, s in zip(self.keep, state['callbacks']): cb.load_state_dict(s)
     def end_epoch(self):
         buffer = io.BytesIO()
-        torch.save(dict(epoch=self.epoch + 1, model=self.model.state_dict(), opt=self.opt.state_dict(), callbacks=[cb.state_dict() for cb in self.keep]), buffer)
+        torch.save(dict(epoch=self.epoch + 1, model=self.model.state_dict(), opt=_plain(self.opt.state_dict()), callbacks=[cb.state_dict() for cb in self.keep]), buffer)
         try:
             with atomic_path(self.path) as tmp: tmp.write_bytes(buffer.getbuffer())
         except OSError as e:
             raise OSError(e.errno, f"the checkpoint of epoch {self.epoch + 1} could not be written ({e.strerror}); the one before is whole: make room and run again to resume", str(self.path)) from e
+
+def _plain(x):
+    "Lists and dictionaries instead of fastai's own containers, which `torch.load(weights_only=True)` refuses."
+    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, (list, tuple, L)) else x
 
 def _load_checkpoint(path):
     try: return torch.load(path, map_location='cpu', weights_only=True)

@@ -94,6 +94,18 @@ def test_a_checkpoint_that_is_cut_short_is_named(made, tmp_path):
     learn = build(data(frames[folds != 0], frames[folds == 0]))
     with pytest.raises(ValueError, match='c.pt is no checkpoint'): fit_resumable(learn, 1, 1e-3, tmp_path/'c.pt')
 
+def test_fastais_own_optimiser_resumes_too(made, tmp_path):
+    frames, folds, data, _ = setup(made)
+    def fit(path, epochs):
+        seed_all(0)
+        learn = Learner(data(frames[folds != 0], frames[folds == 0]), seg_to_cls(unet(4, width=2)), loss_func=CrossEntropyLossFlat())
+        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, 1e-3, path)
+        return learn.model.state_dict()
+    whole = fit(tmp_path/'whole.pt', 3)
+    fit(tmp_path/'parts.pt', 1)
+    parts = fit(tmp_path/'parts.pt', 3)
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
 def test_an_interrupt_and_a_second_fit_leave_no_hooks(made):
     frames, folds, data, build = setup(made)
     class Interrupt(Callback):

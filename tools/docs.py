@@ -94,7 +94,7 @@ def readme(
             for o in c['outputs']:
                 data = o.get('data', {})
                 text = _join(o['text']) if o.get('name') == 'stdout' else '' if any(k.startswith('image') for k in data) else _join(data.get('text/plain', ''))
-                if text.strip(): out.append('\n'.join('    ' + line for line in text.rstrip().splitlines()))
+                if text.strip() and not re.match(r'<[\w.]+ object>|<Figure', text): out.append('\n'.join('    ' + line for line in text.rstrip().splitlines()))
     return '<!-- made from nbs/index.ipynb by `make docs`: edit the notebook -->\n\n' + '\n\n'.join(o.strip('\n') for o in out) + '\n'
 
 def check(
