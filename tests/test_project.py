@@ -46,7 +46,7 @@ exec('from lus_fastai import *', ours)
 import lus_fastai, lus_fastai.all
 print(json.dumps(dict(fastai=sorted(k for k in before if k[0] != '_'), ours=sorted(k for k in ours if k != '__builtins__'), all=sorted(lus_fastai.all.__all__),
     same=all(ours[k] is getattr(lus_fastai.all, k) for k in ours if k != '__builtins__'), twice=len(lus_fastai.__all__) - len(set(lus_fastai.__all__)))))'''))
-    public = {n for m in MODULES for n in import_module(f'lus_fastai.{m}').__all__}
+    public = {n for m in MODULES if '.' not in m for n in import_module(f'lus_fastai.{m}').__all__} | {m.split('.')[1] for m in MODULES if '.' in m} # a paper is a module
     assert set(got['ours']) == set(got['all']) == (set(got['fastai']) - {'models'}) | public
     assert got['same'] and not got['twice']
 
