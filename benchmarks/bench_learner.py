@@ -13,7 +13,7 @@ from lus_fastai.phantom import phantom_dataset
 from lus_fastai.training import AutoPrecision, EpochSeed, FoldLog, PixelCounts, PlateauLR
 
 with tempfile.TemporaryDirectory() as tmp:
-    store = FrameStore.build(phantom_dataset(f'{tmp}/phantom', patients=8, clips=1, size=(128, 128)), f'{tmp}/store', size=(128, 128), max_frames=8)
+    store = FrameStore.build(phantom_dataset(f'{tmp}/phantom', patients=12, clips=1, size=(128, 128)), f'{tmp}/store', size=(128, 128), max_frames=8)
     frames = store.frames.iloc[:64]
     dls = frame_dls(store, frames, frames.iloc[:8], 'dense', bs=8, device='cpu')
     learn = Learner(dls, unet(7, width=16), loss_func=CrossEntropyLossFlat(axis=1), opt_func=partial(OptimWrapper, opt=torch.optim.Adam))

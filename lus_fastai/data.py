@@ -99,7 +99,7 @@ class FrameDL(TfmdDL):
         bs:int=64,            # batch size
         shuffle:bool=False,   # a new order in each epoch
         num_workers:int=0,    # as fastai passes it on; reading is one indexing operation, so it happens in this process whatever the number
-        **kwargs,
+        **kwargs,             # as for `TfmdDL`
     ):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)
     def create_batches(self, samps):

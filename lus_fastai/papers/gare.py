@@ -8,7 +8,7 @@ __all__ = ['DEFAULT', 'QUICK', 'QUICK_REAL', 'PAPER', 'PROTOCOLS', 'adam', 'THEI
            'best_fold', 'classify', 'segmentation_cells', 'classification_cells', 'run_folder', 'training_hours',
            'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
 
-# %% ../../nbs/20_papers.gare.ipynb #c003
+# %% ../../nbs/20_papers.gare.ipynb #c004
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from ..metrics import cls_confusions, evaluate, evaluate_seg, roc, vote
 from ..training import cross_validate, last_epoch, fold_history, ClassProbs, PixelCounts
 from ..report import (Report, cell, interval_text, plot_comparison, plot_confusion, plot_iou, plot_masks, plot_roc, results_json, results_table, versions)
 
-# %% ../../nbs/20_papers.gare.ipynb #c006
+# %% ../../nbs/20_papers.gare.ipynb #c008
 @dataclass(frozen=True)
 class GareSettings:
     "Sizes of one run of the reproduction; the defaults are what two cores finish in about an hour."
@@ -53,7 +53,7 @@ QUICK = GareSettings(size=(96, 96), seg_patients=24, seg_epochs=24, cls_patients
 QUICK_REAL = replace(QUICK, size=(128, 128))
 PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epochs=12)
 
-# %% ../../nbs/20_papers.gare.ipynb #c008
+# %% ../../nbs/20_papers.gare.ipynb #c010
 def labelled_frames(
     settings:GareSettings=DEFAULT,   # sizes
     home=None,                       # where clips and frames are kept; default `lus_home()`
@@ -83,7 +83,7 @@ def clips_to_classify(
     table = table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
     return FrameStore.build(table, home/'stores'/f"pocus-convex-{s.size[0]}x{s.size[1]}", size=s.size)
 
-# %% ../../nbs/20_papers.gare.ipynb #c013
+# %% ../../nbs/20_papers.gare.ipynb #c015
 PROTOCOLS = dict(
     patient='honest: folds by patient; the last epoch counts; the learning rate follows the training loss',
     clip='as in the paper (classification): folds by clip, so clips of one patient stand on both sides; the test fold picks the epoch and steers the learning rate',
@@ -102,7 +102,7 @@ def protocol_folds(
     for k in range(settings.folds): assert_disjoint(frames[folds != k], frames[folds == k])
     return folds
 
-# %% ../../nbs/20_papers.gare.ipynb #c017
+# %% ../../nbs/20_papers.gare.ipynb #c019
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
 def _learner(model, axis):
@@ -148,7 +148,7 @@ def classify(
     return cross_validate(_learner(model, -1), store.frames, protocol_folds(store.frames, protocol, settings), data=data, collect=ClassProbs(CLASSES),
                           epochs=settings.cls_epochs, path=path, lr=settings.lr, patience=settings.cls_patience, select='last' if protocol == 'patient' else 'best', seed=settings.seed)
 
-# %% ../../nbs/20_papers.gare.ipynb #c022
+# %% ../../nbs/20_papers.gare.ipynb #c024
 THEIRS_SEGMENTATION = pd.DataFrame(
     [[.945, .654, .431, .508, .733, .942], [.957, .711, .523, .613, .756, .954]],
     index=['sparse', 'dense, scored as sparse'], columns=['pixel accuracy', 'mean IoU', *SPARSE])
@@ -158,7 +158,7 @@ THEIRS_CLASSIFICATION = pd.DataFrame(
     [[.849, .885, .908, .897, .769, .632, .694, .812, .836, .824], [.843, .869, .925, .896, .761, .646, .699, .824, .784, .803], [.824, .878, .879, .878, .649, .710, .678, .812, .778, .795]],
     index=['dense', 'sparse', 'none'], columns=['accuracy', *(f'{m} {c}' for c in CLASSES for m in ('precision', 'recall', 'f1'))])
 
-# %% ../../nbs/20_papers.gare.ipynb #c025
+# %% ../../nbs/20_papers.gare.ipynb #c027
 def _cells(scores, columns, table, row, protocol, theirs):
     return [cell(table, row, c, v, (lo, hi), theirs=theirs.get(c), protocol=protocol) for c, v, lo, hi in zip(columns, scores.value, scores.low, scores.high)]
 
@@ -187,7 +187,7 @@ def classification_cells(
     keep = (scores.level == 'frame') | ((scores['class'] == 'all') & scores.metric.isin(['accuracy', 'balanced_accuracy', 'f1']))
     return _cells(scores[keep], columns[keep], table, row, protocol, THEIRS_CLASSIFICATION.loc[row] if table == 'classification' else {})
 
-# %% ../../nbs/20_papers.gare.ipynb #c028
+# %% ../../nbs/20_papers.gare.ipynb #c030
 def run_folder(
     settings:GareSettings,           # sizes
     home=None,                       # default `lus_home()`
@@ -239,7 +239,7 @@ def reproduce(
         results = done('classification', protocol, oof, path, new)
     return gare_report(Path(out)/f'{name}.html', results, labelled, clips, segmented, classified, runs, settings)
 
-# %% ../../nbs/20_papers.gare.ipynb #c030
+# %% ../../nbs/20_papers.gare.ipynb #c032
 def held_out_masks(
     store:FrameStore,                # with masks
     folds:pd.Series,                 # fold per row of its frame table
