@@ -267,7 +267,7 @@ def leak_table(
         if not c['table'].startswith('classification') or c['column'] != 'accuracy': continue
         by_clip = _find(cells, table=c['table'], row=c['row'], protocol=c['protocol'], column='accuracy by clip')
         epoch = 'last' if 'last epoch' in c['table'] or c['protocol'].endswith('patient') else 'best on test fold'
-        rows.append(dict(protocol=c['protocol'].replace('classification ', ''), start=c['row'], epoch=epoch, value=c['ours'], low=c['interval'][0], high=c['interval'][1], theirs=c['theirs'] if epoch != 'last' else None, by_clip=by_clip['ours']))
+        rows.append(dict(protocol=c['protocol'].replace('classification ', ''), start=c['row'], epoch=epoch, value=c['ours'], low=c['interval'][0], high=c['interval'][1], theirs=c['theirs'] if c['protocol'].endswith('clip') and epoch != 'last' else None, by_clip=by_clip['ours']))
     return pd.DataFrame(rows)
 
 def gare_report(
