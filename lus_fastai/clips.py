@@ -7,7 +7,7 @@ __all__ = ['ClipError', 'Clip', 'frame_times', 'sample_times', 'read_clip', 'sam
 
 # %% ../nbs/03_clips.ipynb #c003
 import collections, contextlib, errno, hashlib, itertools, json, math, multiprocessing, os, shutil, sys, threading, time, warnings
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,7 +293,9 @@ def _alone(job):
 
 def _make_parts(jobs, workers):
     "Yield each job with None or the reason why its clip cannot be read, in the order in which they end."
-    if not workers: yield from ((job, _make_part(*job)) for job in jobs)
+    if not workers:
+        jobs = list(jobs)
+        with ThreadPoolExecutor(2) as pool: yield from zip(jobs, pool.map(lambda job: _make_part(*job), jobs))  # libav and PIL let go of the interpreter
     jobs = collections.deque(jobs if workers else ())
     while jobs:
         running = {}
@@ -371,7 +373,7 @@ class FrameStore:
         size:tuple=(224, 224),# (height, width) of the frames
         rate:float=3.,        # frames a second to keep
         max_frames:int=30,    # at most that many of a clip
-        workers:int=2,        # processes that decode; 0 decodes in this one
+        workers:int=2,        # processes that decode; 0 decodes in this one, two clips at a time
     ) -> 'FrameStore':        # opened; clips that cannot be read are in `skipped`
         "Make a store, or bring it up to date: only what is missing or has changed is decoded. TableError when not one clip can be read."
         check_table(table, exists=False)
