@@ -257,15 +257,19 @@ def _stamp(path):
     except OSError: return [os.path.abspath(path)]
     return [os.path.abspath(path), s.st_size, s.st_mtime_ns]
 
-def _key(path, mask, settings): return hashlib.sha1(json.dumps([_FORMAT, settings, _stamp(path), _stamp(mask)]).encode()).hexdigest()
+def _key(path, mask, settings, prepare, row):
+    more = [] if prepare is None else [prepare.__module__, prepare.__qualname__, json.dumps(row, default=str)]
+    return hashlib.sha1(json.dumps([_FORMAT, settings, _stamp(path), _stamp(mask), *more]).encode()).hexdigest()
 
-def _make_part(part, path, mask, settings):
+def _make_part(part, path, mask, settings, prepare, row):
     "Sample one clip into the file `part`; the reason if it cannot be read. Failing to write is an OSError, and no fault of the clip."
     size, rate, max_frames = settings
     try:
-        clip, shape = _clip(path, _by_time(rate), max_frames, size)
+        clip, shape = _clip(path, _by_time(rate), max_frames, None if prepare else size)
         arrays = dict(images=clip.frames, times=clip.times, index=clip.index)
-        if mask is not None: arrays['masks'] = _masks(mask, clip.index, shape, size)
+        if mask is not None: arrays['masks'] = _masks(mask, clip.index, shape, shape if prepare else size)
+        for k in ('images', 'masks') if prepare else ():
+            if k in arrays: arrays[k] = np.stack([_resize(x, size, nearest=k == 'masks') for x in prepare(arrays[k], row)])
     except ClipError as e: return e.reason if e.path == os.fspath(path) else f'mask {e}'
     with atomic_path(part) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
 
@@ -374,6 +378,7 @@ class FrameStore:
         rate:float=3.,        # frames a second to keep
         max_frames:int=30,    # at most that many of a clip
         workers:int=2,        # processes that decode; 0 decodes in this one, two clips at a time
+        prepare=None,         # function (frames or masks (n, h, w) uint8, row of the table as a dict) -> the same, before they are resized, such as `fan_crop`
     ) -> 'FrameStore':        # opened; clips that cannot be read are in `skipped`
         "Make a store, or bring it up to date: only what is missing or has changed is decoded. TableError when not one clip can be read."
         check_table(table, exists=False)
@@ -383,7 +388,7 @@ class FrameStore:
         folder = Path(folder).absolute()
         with _told_when_full(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder): _build(cls, table, folder, settings, int(workers))
+            with _locked(folder): _build(cls, table, folder, settings, int(workers), prepare)
         store = cls(folder)
         if len(store.skipped):
             first = store.skipped.iloc[0]
@@ -391,16 +396,17 @@ class FrameStore:
         return store
 
 # %% ../nbs/03_clips.ipynb #c046
-def _build(cls, table, folder, settings, workers):
+def _build(cls, table, folder, settings, workers, prepare):
     paths = [os.fspath(p) for p in table['path']]
     masks = [os.fspath(m) if isinstance(m, (str, os.PathLike)) and os.fspath(m).strip() else None for m in table['mask']] if 'mask' in table else [None]*len(table)
-    keys = [_key(p, m, settings) for p, m in zip(paths, masks)]
+    rows = table.to_dict('records') if prepare else [None]*len(table)
+    keys = [_key(p, m, settings, prepare, r) for p, m, r in zip(paths, masks, rows)]
     try: old = cls(folder)
     except (OSError, ValueError, KeyError): old = None
     ends = np.cumsum([n for _, n in old.meta['clips']]) if old else []
     kept = {key: slice(int(end) - n, int(end)) for (key, n), end in zip(old.meta['clips'], ends)} if old else {}
     def part(key): return folder/'parts'/f'{key}.npz'
-    jobs = {k: (part(k), p, m, settings) for k, p, m in zip(keys, paths, masks) if k not in kept and _load_part(part(k)) is None}
+    jobs = {k: (part(k), p, m, settings, prepare, r) for k, p, m, r in zip(keys, paths, masks, rows) if k not in kept and _load_part(part(k)) is None}
     faults = {job[0].stem: reason for job, reason in progress(_make_parts(jobs.values(), workers), total=len(jobs), desc='clips') if reason}
     good = [i for i, k in enumerate(keys) if k not in faults]
     if not good: raise TableError(f"none of the {len(keys)} clips can be read, first {paths[0]}: {faults[keys[0]]}")

@@ -201,28 +201,31 @@ class FoldLog(EpochEnd):
         test_dl=None,         # for 'inner': the held-out frames, apart from the validation frames
         precision:str='auto', # for predictions on `test_dl`
         tick=None,            # called after each epoch
+        watch:str='score',    # 'train_loss', 'valid_loss' or 'score': what `watched` gives
     ):
-        self.collect, self.valid, self.folder, self.select, self.test_dl, self.precision, self.tick = collect, valid, Path(folder), select, test_dl, precision, tick
+        self.collect, self.valid, self.folder, self.select, self.test_dl, self.precision, self.tick, self.watch = collect, valid, Path(folder), select, test_dl, precision, tick, watch
         self.history, self.best, self.picked, self.last = [], -float('inf'), None, None
-    def before_train(self): self.loss_sum, self.loss_n, self.start = 0., 0, time.perf_counter()
+    def before_train(self): self.losses, self.start = {True: [0., 0], False: [0., 0]}, time.perf_counter()
     def before_validate(self): self.parts = []
     def after_pred(self):
         if not self.training: self.parts.append(self.collect(self.pred, self.yb[0]))
     def after_batch(self):
-        if self.training: self.loss_sum, self.loss_n = self.loss_sum + self.loss.detach() * len(self.xb[0]), self.loss_n + len(self.xb[0])
+        total, n = self.losses[self.training], len(self.xb[0])
+        total[0] += self.loss.detach() * n; total[1] += n
     def end_epoch(self):
         rows, final = np.concatenate(self.parts), self.epoch == self.n_epoch - 1
         score = self.collect.score(self.valid.reset_index(drop=True).join(pd.DataFrame(rows, columns=self.collect.columns)))
         better = final if self.select == 'last' else score > self.best
         self.best = max(self.best, score)
         if self.test_dl is not None and (better or final): rows = predict_table(self.model, self.test_dl, self.collect, self.precision)
-        self.history.append(dict(epoch=self.epoch, train_loss=float(self.loss_sum / self.loss_n), score=score, lr=self.opt.hypers[-1]['lr'], seconds=time.perf_counter() - self.start))
+        train_loss, valid_loss = (float(loss / n) for loss, n in (self.losses[True], self.losses[False]))
+        self.history.append(dict(epoch=self.epoch, train_loss=train_loss, valid_loss=valid_loss, score=score, lr=self.opt.hypers[-1]['lr'], seconds=time.perf_counter() - self.start))
         if better:
             self.picked = torch.from_numpy(rows)
             save_weights(self.model, self.folder/'model.safetensors')
         if final: self.last = torch.from_numpy(rows)
         if self.tick: self.tick()
-    def watched(self, learn): return self.history[-1]['train_loss'] if self.select == 'last' else -self.history[-1]['score']
+    def watched(self, learn): return self.history[-1][self.watch] * (-1 if self.watch == 'score' else 1)
     def state_dict(self): return dict(history=self.history, best=self.best, picked=self.picked, last=self.last)
     def load_state_dict(self, state): self.history, self.best, self.picked, self.last = (state[k] for k in ('history', 'best', 'picked', 'last'))
 
@@ -237,19 +240,23 @@ def cross_validate(
     epochs:int,               # at least 1
     path,                     # folder for checkpoints, predictions and weights
     lr:float=1e-3,            # at the start
-    patience:int=5,           # epochs on a plateau before the learning rate is halved
+    patience:int=5,           # epochs on a plateau before the learning rate is lowered
+    factor:float=.5,          # what it is multiplied by then
+    watch:str=None,           # where a plateau is seen: 'train_loss', 'valid_loss' or 'score'; default 'train_loss' for select 'last', else 'score'
     select:str='last',        # 'last', 'inner' or 'best': who picks the epoch, see above
     seed:int=0,               # fold k is seeded by (seed, k)
     precision:str='auto',     # see `AutoPrecision`
 ) -> pd.DataFrame:            # the frame table with a column `fold` and the collector's columns, in the order of `frames`
     "Train on all folds but one and predict that one, for each fold; resumes where it was stopped."
     if select not in ('last', 'inner', 'best'): raise ValueError(f"select is 'last', 'inner' or 'best', not {select!r}")
+    watch = watch or ('train_loss' if select == 'last' else 'score')
+    if watch not in ('train_loss', 'valid_loss', 'score'): raise ValueError(f"watch is 'train_loss', 'valid_loss' or 'score', not {watch!r}")
     if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
     if folds is None: folds = patient_folds(frames, 3)
     if not folds.index.equals(frames.index): raise ValueError("folds and frames must have the same index: make the folds from this frame table")
     if folds.nunique() < 2: raise ValueError(f"cross-validation needs at least two folds, got {folds.nunique()}")
     path, tables = Path(path), []
-    _claim(path, dict(split=split_hash(frames, folds), columns=collect.columns, epochs=epochs, lr=lr, patience=patience, select=select, seed=seed, precision=precision))
+    _claim(path, dict(split=split_hash(frames, folds), columns=collect.columns, epochs=epochs, lr=lr, patience=patience, factor=factor, watch=watch, select=select, seed=seed, precision=precision))
     numbers = sorted(folds.unique())
     ticks = iter(progress(range(len(numbers) * epochs), desc=path.name))
     tick = lambda: next(ticks, None)
@@ -258,7 +265,7 @@ def cross_validate(
         folder, held_out = path/f'fold{k}', folds == k
         train, test = frames[~held_out], frames[held_out]
         if not (folder/'predictions.pt').exists():
-            _train_fold(build, data, train, test, collect, epochs, folder, lr, patience, select, seed * 1000 + int(k), precision, tick)
+            _train_fold(build, data, train, test, collect, epochs, folder, lr, (factor, patience, watch), select, seed * 1000 + int(k), precision, tick)
         rows = torch.load(folder/'predictions.pt', weights_only=True)['picked'].numpy()
         tables.append(test.assign(fold=k, **dict(zip(collect.columns, rows.T))))
     return pd.concat(tables).loc[frames.index]
@@ -272,14 +279,15 @@ def _claim(path, settings):
         if old != settings: raise ValueError(f"{path} holds another run ({', '.join(other) or 'other columns'}): choose another path, or delete that folder")
     else: write_json(claim, settings)
 
-def _train_fold(build, data, train, test, collect, epochs, folder, lr, patience, select, seed, precision, tick):
+def _train_fold(build, data, train, test, collect, epochs, folder, lr, plateau, select, seed, precision, tick):
+    factor, patience, watch = plateau
     inner = patient_folds(train, 5, seed=seed) == 0 if select == 'inner' else None
     valid = test if inner is None else train[inner]
     seed_all(seed)
     learn = build(data(train if inner is None else train[~inner], valid))
-    log = FoldLog(collect, valid, folder, select, None if inner is None else learn.dls.test_dl(test, with_labels=True), precision, tick)
+    log = FoldLog(collect, valid, folder, select, None if inner is None else learn.dls.test_dl(test, with_labels=True), precision, tick, watch)
     with learn.no_bar(), learn.no_logging():
-        fit_resumable(learn, epochs, lr, folder/'checkpoint.pt', seed, cbs=[AutoPrecision(precision), log, PlateauLR(log.watched, patience=patience)])
+        fit_resumable(learn, epochs, lr, folder/'checkpoint.pt', seed, cbs=[AutoPrecision(precision), log, PlateauLR(log.watched, factor, patience)])
     with atomic_path(folder/'history.csv') as tmp: pd.DataFrame(log.history).to_csv(tmp, index=False)
     with atomic_path(folder/'predictions.pt') as tmp: torch.save(dict(picked=log.picked, last=log.last), tmp)
     (folder/'checkpoint.pt').unlink()
@@ -300,6 +308,6 @@ def last_epoch(
 
 def fold_history(
     path,                     # folder of a finished `cross_validate`
-) -> pd.DataFrame:            # columns fold, epoch, train_loss, score, lr, seconds
+) -> pd.DataFrame:            # columns fold, epoch, train_loss, valid_loss, score, lr, seconds
     "Loss, score, learning rate and duration of every epoch of every fold."
     return pd.concat([pd.read_csv(f).assign(fold=int(f.parent.name[4:])) for f in sorted(Path(path).glob('fold*/history.csv'))], ignore_index=True)
