@@ -6,7 +6,8 @@
 __all__ = ['confusions', 'confusion', 'iou', 'precision', 'recall', 'f1', 'overall_accuracy', 'pixel_accuracy',
            'balanced_accuracy', 'mean_iou', 'macro_precision', 'macro_recall', 'macro_f1', 'merge_confusion',
            'ConfusionMetric', 'seg_metrics', 'cls_metrics', 'pred_classes', 'check_predictions', 'predicted', 'vote',
-           'bootstrap', 'cls_confusions', 'evaluate', 'roc', 'confusion_columns', 'seg_confusions', 'evaluate_seg']
+           'bootstrap', 'cls_confusions', 'evaluate', 'classification_report', 'roc', 'roc_bands', 'pr_curve',
+           'confusion_columns', 'seg_confusions', 'evaluate_seg']
 
 # %% ../nbs/13_metrics.ipynb #c005
 from functools import partial
@@ -318,6 +319,19 @@ def evaluate(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/13_metrics.ipynb #c052
+def classification_report(
+    preds,                # prediction table of frames, or what `vote` returns; or an (n, n) confusion matrix, rows true
+    names=None,           # n class names for a confusion matrix; a table has its own
+) -> pd.DataFrame:        # index the class names, then 'accuracy', 'macro', 'weighted'; columns precision, recall, f1, support
+    "Precision, recall, F1 and number of items of each class, with accuracy and means; NaN for a class in neither truth nor prediction."
+    cm, names = (cls_confusions(preds).sum(0), pred_classes(preds)) if isinstance(preds, pd.DataFrame) else (preds.cpu().numpy() if torch.is_tensor(preds) else np.asarray(preds), names)
+    if cm.ndim != 2 or cm.shape != (len(names or ()),)*2: raise ValueError(f"{len(names or ())} names for a confusion matrix of shape {cm.shape}")
+    scores, support = np.stack([precision(cm), recall(cm), f1(cm)], 1), cm.sum(1)
+    weighted = (support[:, None]*np.nan_to_num(scores)).sum(0)/max(support.sum(), 1)
+    rows = np.concatenate([scores, [[overall_accuracy(cm)]*3, [macro_precision(cm), macro_recall(cm), macro_f1(cm)], weighted]])
+    return pd.DataFrame(rows, index=[*names, 'accuracy', 'macro', 'weighted'], columns=['precision', 'recall', 'f1']).assign(support=[*support, *[support.sum()]*3])
+
+# %% ../nbs/13_metrics.ipynb #c057
 def _wins(score, positive, group, patients):
     out, won, lost = np.zeros((patients, patients)), score[positive], score[~positive]
     for q in range(patients):
@@ -332,32 +346,90 @@ def _aucs(weights, score, positive, group):
     pairs = (weights @ np.bincount(group[positive], minlength=patients)) * (weights @ np.bincount(group[~positive], minlength=patients)).astype(float)
     return _ratio(((weights @ wins)*weights).sum(1), pairs, pairs > 0)
 
+def _one_against_rest(preds):
+    "Classes, number of patients, and (name, score, positive, group) of each class and of all pairs pooled ('micro')."
+    check_predictions(preds, [c for c in ('clip', 'frame') if c in preds])
+    classes, p = pred_classes(preds), preds[['p_' + c for c in pred_classes(preds)]].to_numpy(float)
+    hot = preds['label'].astype(str).to_numpy()[:, None] == np.array(classes)
+    if hot.any(0).sum() < 2: raise ValueError(f"every row is truly {classes[hot[0].argmax()]!r}: a curve of one class against the rest needs rows of at least two classes; were the others filtered away?")
+    group, names = pd.factorize(preds['patient'].astype(str), sort=True)
+    return classes, len(names), [(c, p[:, i], hot[:, i], group) for i, c in enumerate(classes)] + [('micro', p.ravel(), hot.ravel(), np.repeat(group, len(classes)))]
+
+def _area_table(parts, areas, P):
+    k = len(parts) - 1
+    areas = np.c_[areas, _mean(areas[:, :k], ~np.isnan(areas[:, :k]))]
+    low, high = _percentiles(areas[1:], P)
+    n = [hit.sum() for _, _, hit, _ in parts]
+    return pd.DataFrame({'class': [*(c for c, *_ in parts), 'macro'], 'area': areas[0], 'low': low, 'high': high, 'n': [*n, n[-1]], 'patients': P})
+
+def _weights(P, n_boot, seed): return np.concatenate([np.ones((1, P)), _draws(P, n_boot, seed)]).astype(float)       # the first row is the sample itself
+
 def roc(
     preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
     n_boot:int=1000,      # resamples of patients
     seed:int=0,           # of the resampling
 ) -> tuple:               # (curves, areas): DataFrames with columns `class fpr tpr`, and `class auc low high n patients` (n positives)
-    "One-against-rest ROC curves with micro and macro means; areas with 95 % intervals over patients, NaN for a class without positives or negatives."
+    "One-against-rest ROC curves with micro and macro means; areas with 95 % intervals over patients, NaN for a class without positives; ValueError when all rows are of one class."
     from sklearn.metrics import roc_curve
-    check_predictions(preds, [c for c in ('clip', 'frame') if c in preds])
-    classes = pred_classes(preds)
-    p = preds[['p_' + c for c in classes]].to_numpy(float)
-    hot = preds['label'].astype(str).to_numpy()[:, None] == np.array(classes)
-    group, names = pd.factorize(preds['patient'].astype(str), sort=True)
-    P, k = len(names), len(classes)
-    weights = np.concatenate([np.ones((1, P)), _draws(P, n_boot, seed)]).astype(float)            # the first row is the sample itself
-    one = [(c, p[:, i], hot[:, i], group) for i, c in enumerate(classes)] + [('micro', p.ravel(), hot.ravel(), np.repeat(group, k))]
-    areas = np.stack([_aucs(weights, *parts) for _, *parts in one], 1)
-    areas = np.c_[areas, _mean(areas[:, :k], ~np.isnan(areas[:, :k]))]
-    low, high = _percentiles(areas[1:], P)
-    table = pd.DataFrame({'class': [*classes, 'micro', 'macro'], 'auc': areas[0], 'low': low, 'high': high, 'n': [*hot.sum(0), hot.sum(), hot.sum()], 'patients': P})
-    curves = [pd.DataFrame({'class': c, **dict(zip(('fpr', 'tpr'), roc_curve(h, s)))}) for c, s, h, _ in one if h.any() and not h.all()]
-    grid = np.unique(np.concatenate([[0.]] + [c.fpr for c in curves if c['class'].iloc[0] != 'micro']))
-    single = [np.r_[0, np.interp(grid, c.fpr, c.tpr)] for c in curves if c['class'].iloc[0] != 'micro']
-    if single: curves.append(pd.DataFrame({'class': 'macro', 'fpr': np.r_[0, grid], 'tpr': np.mean(single, 0)}))
-    return pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=['class', 'fpr', 'tpr']), table
+    classes, P, one = _one_against_rest(preds)
+    weights = _weights(P, n_boot, seed)
+    table = _area_table(one, np.stack([_aucs(weights, *parts) for _, *parts in one], 1), P).rename(columns={'area': 'auc'})
+    curves = [pd.DataFrame({'class': c, **dict(zip(('fpr', 'tpr'), roc_curve(h, s)))}) for c, s, h, _ in one if h.any()]
+    grid = np.unique(np.concatenate([[0.]] + [c.fpr for c in curves[:-1]]))
+    single = [np.r_[0, np.interp(grid, c.fpr, c.tpr)] for c in curves[:-1]]
+    curves.append(pd.DataFrame({'class': 'macro', 'fpr': np.r_[0, grid], 'tpr': np.mean(single, 0)}))
+    return pd.concat(curves, ignore_index=True), table
 
-# %% ../nbs/13_metrics.ipynb #c057
+# %% ../nbs/13_metrics.ipynb #c062
+def _cumulated(weights, score, positive, group):
+    "For each row of patient weights: weight of the positives and of all rows at or above each threshold, thresholds falling."
+    order = np.argsort(-score, kind='stable')
+    hit, of, ends = positive[order], group[order], np.r_[np.flatnonzero(np.diff(score[order])), len(score) - 1]
+    for w in weights:
+        row = w[of]
+        yield np.cumsum(row*hit)[ends], np.cumsum(row)[ends]
+
+def _height(grid, tp, called):
+    fp = called - tp
+    return np.interp(grid, np.r_[0, fp]/fp[-1], np.r_[0, tp]/tp[-1]) if tp[-1] > 0 and fp[-1] > 0 else np.full(len(grid), np.nan)
+
+def roc_bands(
+    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    points:int=101,       # false positive rates from 0 to 1
+    n_boot:int=1000,      # resamples of patients
+    seed:int=0,           # of the resampling
+) -> pd.DataFrame:        # class (micro and macro too), fpr, tpr, low, high
+    "True positive rates on a grid of false positive rates, with 95 % intervals over patients point by point; ValueError when all rows are of one class."
+    _, P, one = _one_against_rest(preds)
+    weights, grid = _weights(P, n_boot, seed), np.linspace(0, 1, points)
+    heights = np.stack([np.stack([_height(grid, *c) for c in _cumulated(weights, *parts)]) for _, *parts in one], -1)            # (resamples, points, classes and micro)
+    heights = np.concatenate([heights, _mean(heights[..., :-1], ~np.isnan(heights[..., :-1]))[..., None]], -1)
+    low, high = _percentiles(heights[1:], P)
+    return pd.concat([pd.DataFrame({'class': c, 'fpr': grid, 'tpr': heights[0, :, i], 'low': low[:, i], 'high': high[:, i]}) for i, c in enumerate([*(c for c, *_ in one), 'macro'])], ignore_index=True).dropna(subset='tpr', ignore_index=True)
+
+# %% ../nbs/13_metrics.ipynb #c065
+def _average_precision(tp, called):
+    return (np.diff(tp, prepend=0)*np.divide(tp, called, out=np.zeros_like(tp), where=called > 0)).sum()/tp[-1] if 0 < tp[-1] < called[-1] else np.nan
+
+def pr_curve(
+    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    n_boot:int=1000,      # resamples of patients
+    seed:int=0,           # of the resampling
+) -> tuple:               # (curves, areas): DataFrames with columns `class recall precision`, and `class ap low high n patients chance` (n positives, chance their share)
+    "One-against-rest precision-recall staircases with micro and macro means; average precision with 95 % intervals over patients, NaN for a class without positives; ValueError when all rows are of one class."
+    _, P, one = _one_against_rest(preds)
+    weights = _weights(P, n_boot, seed)
+    table = _area_table(one, np.stack([[_average_precision(*c) for c in _cumulated(weights, *parts)] for _, *parts in one], 1), P).rename(columns={'area': 'ap'})
+    share, held, curves = np.array([hit.mean() for _, _, hit, _ in one]), [hit.any() for _, _, hit, _ in one], []
+    for c, s, h, g in (o for o in one if o[2].any()):
+        tp, called = next(_cumulated(weights[:1], s, h, g))
+        step = np.diff(tp, prepend=0) > 0                                                           # where a recall is first reached
+        curves.append(pd.DataFrame({'class': c, 'recall': np.r_[0, tp[step]/tp[-1]], 'precision': (tp/called)[step][np.r_[0, :step.sum()]]}))
+    grid = np.unique(np.concatenate([c.recall for c in curves[:-1]]))
+    curves.append(pd.DataFrame({'class': 'macro', 'recall': grid, 'precision': np.mean([c.precision.to_numpy()[np.searchsorted(c.recall, grid)] for c in curves[:-1]], 0)}))
+    return pd.concat(curves, ignore_index=True), table.assign(chance=[*share, share[:-1][held[:-1]].mean()])
+
+# %% ../nbs/13_metrics.ipynb #c070
 def confusion_columns(
     n:int,                # number of classes
 ) -> list:                # n*n names, row by row

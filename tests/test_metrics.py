@@ -395,10 +395,111 @@ def test_area_bootstrap_is_the_naive_loop():
     np.testing.assert_allclose([got.low, got.high], np.percentile(naive, [2.5, 97.5]))
 
 
-def test_roc_of_one_class_only_is_empty_not_broken():
+@pytest.mark.parametrize('curve', [M.roc, M.roc_bands, M.pr_curve])
+def test_curves_of_one_class_only_are_refused(curve):
     only = table(two_labels=False); only = only[only.label == 'covid']
-    curves, areas = M.roc(only, n_boot=10)
-    assert set(curves['class']) == {'micro'} and areas.set_index('class').auc[list(CLASSES)].isna().all()
+    with pytest.raises(ValueError, match="every row is truly 'covid'.*at least two classes"): curve(only, n_boot=10)
+    with pytest.raises(ValueError, match="'covid'"): curve(M.vote(only, 'patient'), n_boot=10)
+    with pytest.raises(TableError, match='empty'): curve(only[:0], n_boot=10)
+
+
+def test_band_is_the_naive_loop():
+    preds = table(patients=7, seed=4).round(1)
+    got, group, grid = M.roc_bands(preds, points=11, n_boot=40, seed=5), pd.factorize(preds.patient, sort=True)[0], np.linspace(0, 1, 11)
+    for c in CLASSES:
+        hit, naive = (preds.label == c).to_numpy(), []
+        for draw in M._draws(7, 40, 5):
+            take = np.repeat(np.arange(len(preds)), draw[group])
+            if len(set(hit[take])) == 2: naive.append(np.interp(grid, *sk.roc_curve(hit[take], preds['p_' + c].to_numpy()[take], drop_intermediate=False)[:2]))
+        g = got[got['class'] == c]
+        np.testing.assert_allclose([g.low, g.high], np.percentile(naive, [2.5, 97.5], axis=0), atol=1e-12)
+        np.testing.assert_allclose(g.tpr, np.interp(grid, *sk.roc_curve(hit, preds['p_' + c])[:2]), atol=1e-12)
+    curves = M.roc(preds, n_boot=2)[0]
+    for c in ('micro', 'macro'):
+        g, one = got[got['class'] == c], curves[curves['class'] == c]
+        np.testing.assert_allclose(g.tpr, np.interp(grid, one.fpr, one.tpr), atol=.02 if c == 'macro' else 1e-12)
+
+
+def test_bands_of_a_missing_class_and_of_one_patient():
+    fold = table(patients=9, two_labels=False); fold = fold[fold.label != 'pneumonia']
+    assert set(M.roc_bands(fold, n_boot=10)['class']) == {'covid', 'regular', 'micro', 'macro'}
+    lone = table(patients=1)                                                          # one patient, two labels
+    assert M.roc_bands(lone, n_boot=10).low.isna().all() and M.roc_bands(lone, n_boot=10).tpr.notna().all() and M.pr_curve(lone, n_boot=10)[1].low.isna().all()
+
+
+# -- precision and recall
+
+def test_average_precision_is_scikit_learns():
+    preds = table(patients=10, seed=2).round(1)                                         # rounding makes ties
+    curves, areas = M.pr_curve(preds, n_boot=10)
+    areas, cols, hot = areas.set_index('class'), ['p_' + c for c in CLASSES], preds.label.to_numpy()[:, None] == np.array(CLASSES)
+    for i, c in enumerate(CLASSES):
+        assert np.isclose(areas.ap[c], sk.average_precision_score(hot[:, i], preds[cols[i]])) and areas.n[c] == hot[:, i].sum() and areas.chance[c] == hot[:, i].mean()
+        p, r, _ = sk.precision_recall_curve(hot[:, i], preds[cols[i]])
+        assert {*zip(*curves[curves['class'] == c][['recall', 'precision']].to_numpy()[1:].T)} <= {*zip(r, p)}
+    assert np.isclose(areas.ap['micro'], sk.average_precision_score(hot.ravel(), preds[cols].to_numpy().ravel())) and np.isclose(areas.ap['macro'], areas.ap[list(CLASSES)].mean())
+    for c, g in curves.groupby('class'):
+        assert g.recall.iloc[0] == 0 and np.isclose(g.recall.iloc[-1], 1) and (np.diff(g.recall) > 0).all()
+        assert np.isclose((np.diff(g.recall)*g.precision[1:]).sum(), areas.ap[c])
+
+
+def test_average_precision_bootstrap_is_the_naive_loop():
+    preds = table(patients=7, seed=4).round(1)
+    got, group = M.pr_curve(preds, n_boot=60, seed=5)[1].set_index('class').loc['covid'], pd.factorize(preds.patient, sort=True)[0]
+    hit = (preds.label == 'covid').to_numpy()
+    naive = [sk.average_precision_score(hit, preds.p_covid, sample_weight=draw[group]) for draw in M._draws(7, 60, 5) if len(set(hit[draw[group] > 0])) == 2]
+    np.testing.assert_allclose([got.low, got.high], np.percentile(naive, [2.5, 97.5]))
+
+
+def test_precision_recall_without_one_class():
+    fold = table(patients=9, two_labels=False); fold = fold[fold.label != 'pneumonia']
+    curves, areas = M.pr_curve(fold, n_boot=20); areas = areas.set_index('class')
+    assert np.isnan(areas.ap['pneumonia']) and 'pneumonia' not in set(curves['class']) and areas.ap.notna().sum() == 4 and areas.chance['macro'] == .5
+
+
+# -- the classification report
+
+def test_report_is_scikit_learns():
+    preds = table(patients=13, seed=5)
+    theirs = sk.classification_report(preds.label, M.predicted(preds), labels=list(CLASSES), output_dict=True)
+    ours = M.classification_report(preds)
+    for ours_row, row in [(c, c) for c in CLASSES] + [('macro', 'macro avg'), ('weighted', 'weighted avg')]:
+        np.testing.assert_allclose(ours.loc[ours_row], [theirs[row][k] for k in ('precision', 'recall', 'f1-score', 'support')])
+    assert np.allclose(ours.loc['accuracy', ['precision', 'recall', 'f1']], theirs['accuracy'])
+    pd.testing.assert_frame_equal(ours, M.classification_report(torch.tensor(M.cls_confusions(preds).sum(0)), CLASSES))
+    assert M.classification_report(M.vote(preds, 'clip')).support['macro'] == preds['clip'].nunique()
+
+
+PAPER = {                                                                    # Arora et al. 2020: test fold of the authors' notebook, rows true
+    'vgg16': ([[204, 1, 20], [11, 82, 3], [30, 4, 170]], [[.83, .91, .87], [.94, .85, .90], [.88, .83, .86]], .8686),
+    'resnet18': ([[167, 23, 35], [0, 95, 1], [22, 7, 175]], [[.88, .74, .81], [.76, .99, .86], [.83, .86, .84]], .8324)}
+
+@pytest.mark.parametrize('name', PAPER)
+def test_the_paper_s_confusions_give_its_printed_reports(name):
+    cm, printed, accuracy = PAPER[name]
+    ours = M.classification_report(cm, CLASSES)
+    assert ours.round(2).loc[list(CLASSES), ['precision', 'recall', 'f1']].values.tolist() == printed and list(ours.support[:3]) == [225, 96, 204]
+    assert round(ours.f1['accuracy'], 4) == round(float(M.overall_accuracy(cm)), 4) == accuracy
+
+
+def test_report_of_odd_confusions():
+    absent = M.classification_report([[3, 0, 1], [0, 0, 0], [0, 0, 4]], 'abc')
+    assert absent.loc['b'].isna().tolist() == [True]*3 + [False] and np.isclose(absent.recall['macro'], (3/4 + 1)/2) and np.isclose(absent.recall['weighted'], absent.recall['accuracy'])
+    assert M.classification_report(np.zeros((2, 2), int), 'ab').drop(columns='support').loc[['a', 'accuracy', 'macro']].isna().all(axis=None)
+    for bad in (np.eye(3), np.zeros((2, 3)), np.zeros(2)):
+        with pytest.raises(ValueError, match='2 names for a confusion matrix of shape'): M.classification_report(bad, 'ab')
+    with pytest.raises(ValueError, match='0 names'): M.classification_report(np.eye(3))
+
+
+def test_votes_are_pocovid_nets_two_ways():
+    "Majority of the frames' classes, and largest summed probability."
+    preds, cols = table(patients=12, seed=8), ['p_' + c for c in CLASSES]
+    by_sum = preds.groupby(['patient', 'label', 'clip'])[cols].sum().to_numpy().argmax(1)
+    assert list(M.predicted(M.vote(preds, 'clip'))) == [CLASSES[i] for i in by_sum]
+    majority = M.predicted(M.vote(preds, 'clip', 'majority'))
+    for (_, rows), called in zip(preds.groupby(['patient', 'label', 'clip']), majority):
+        n = M.predicted(rows).value_counts()
+        assert n[called] == n.max()
 
 
 # -- segmentation tables
