@@ -184,6 +184,74 @@ def test_comparison_without_groups_or_intervals():
     assert list(ax.lines[0].get_xdata()) == [.5, .6] and not ax.figure.legends
 
 
+def made_up(patients=6, seed=0):
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(patients):
+        for j in range(6): rows.append(dict(patient=f'p{i}', frame=j, label='ab'[i % 2], **dict(zip(('p_a', 'p_b', 'p_c'), rng.dirichlet([1, 1, .2] + 2*np.eye(3)[i % 2])))))
+    return pd.DataFrame(rows)
+
+
+def line(ax, start): return next(l for l in ax.lines if l.get_label().startswith(start))
+
+
+def test_roc_bands_stand_under_their_class():
+    from lus_fastai.metrics import roc, roc_bands
+    curves, areas = roc(made_up(), n_boot=20)
+    bands = roc_bands(made_up(), points=11, n_boot=20)
+    plain, banded = R.plot_roc(curves, areas).axes[0], R.plot_roc(curves, areas, bands=bands).axes[0]
+    assert not plain.collections and len(banded.collections) == 2                    # nobody has class c; means have no band
+    for name, shape in zip('ab', banded.collections):
+        assert mpl.colors.to_hex(shape.get_facecolor()[0]) == mpl.colors.to_hex(line(banded, f'{name} ').get_color())
+        top = shape.get_paths()[0].vertices[:, 1].max()
+        assert top == bands[bands['class'] == name].high.max()
+    assert [l.get_label() for l in plain.lines] == [l.get_label() for l in banded.lines]
+
+
+def test_precision_recall_is_a_staircase_with_chance():
+    from lus_fastai.metrics import pr_curve
+    curves, areas = pr_curve(made_up(), n_boot=20)
+    fig = R.plot_pr(curves, areas, 'title'); ax = fig.axes[0]
+    a = line(ax, 'a ')
+    assert a.get_drawstyle() == 'steps-pre' and list(a.get_ydata()) == list(curves[curves['class'] == 'a'].precision)
+    chance = areas.set_index('class').chance
+    assert [l.get_ydata()[0] for l in ax.lines[4:]] == [chance[c] for c in ('a', 'b', 'micro', 'macro')] and chance['a'] == .5
+    assert legend_fits(fig)
+
+
+def test_reliability_draws_only_bins_with_rows():
+    from lus_fastai.calibration import reliability
+    r = reliability(made_up(), n_boot=20)
+    one, two = R.plot_reliability(r), R.plot_reliability({'before': r, 'after': r.assign(n=r.n.where(r.n > 2, 0))})
+    ax, below = one.axes
+    assert list(ax.lines[1].get_xdata()) == list(r.confidence[r.n > 0]) and list(ax.lines[1].get_ydata()) == list(r.accuracy[r.n > 0])
+    assert np.isclose(sum(b.get_height() for b in below.patches), 1) and not one.legends
+    assert legend_fits(two) and [t.get_text() for t in two.legends[0].get_texts()] == ['before', 'after']
+    assert two.axes[0].lines[1].get_marker() != two.axes[0].lines[2].get_marker()    # colour is not alone
+    one_bar, left, right = below.patches[0], *(p for p in two.axes[1].patches if p.get_height() and abs(p.get_x() - two.axes[1].patches[-1].get_x()) < .07)
+    assert left.get_x() + left.get_width() <= right.get_x() + 1e-9 and one_bar.get_width() < .1
+    with pytest.raises(ValueError, match='at least one table'): R.plot_reliability({})
+
+
+def test_abstention_beside_random():
+    from lus_fastai.calibration import abstention
+    preds = made_up().assign(blind=0.)
+    named = {'largest probability': abstention(preds, n_boot=20)[0], 'always the same': abstention(preds, 'blind', n_boot=20)[0]}
+    fig = R.plot_abstention(named); ax = fig.axes[0]
+    assert len(ax.lines) == 3 and len(ax.collections) == 2 and legend_fits(fig)                     # one level for both: the rows are the same
+    assert set(line(ax, 'at random').get_ydata()) == {named['always the same'].random[0]} and ax.lines[0].get_linestyle() != ax.lines[1].get_linestyle()
+    assert [t.get_text() for t in R.plot_abstention(named['always the same']).legends[0].get_texts()] == ['at random']
+
+
+def test_curves_go_into_a_page():
+    from lus_fastai.calibration import abstention, reliability
+    from lus_fastai.metrics import pr_curve, roc, roc_bands
+    preds, before = made_up(), dict(mpl.rcParams)
+    out, title = R.Report('t'), '<b> & "'
+    for f in (R.plot_roc(*roc(preds, 5), title, roc_bands(preds, 11, 5)), R.plot_pr(*pr_curve(preds, 5), title), R.plot_reliability({title: reliability(preds, n_boot=5)}, title), R.plot_abstention({title: abstention(preds, n_boot=5)[0]}, title)): out.figure(f, title)
+    check_page(out.html())
+    assert dict(mpl.rcParams) == before and 'class="fig white"' not in out.html()
+
+
 def test_iou_plot_takes_the_rows_that_are_ious():
     table = pd.DataFrame(dict(level='pixel', metric=['pixel_accuracy', 'mean_iou', 'iou'], value=[.9, .5, np.nan], low=.4, high=.6, **{'class': ['all', 'all', 'pleura']}))
     ax = R.plot_iou(table).axes[0]
