@@ -197,11 +197,10 @@ def _inside(fan, spans, b):
     s = s[:, ys[:, 1]] - s[:, ys[:, 0]]
     return s[:, :, xs[:, 1]] - s[:, :, xs[:, 0]] > 0
 
-def _covered(x, rows, boxes, fill):
-    "Pictures x[rows] with a window (y0, y1, x0, x1) filled in each."
-    y, z = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
-    y0, y1, z0, z1 = boxes.T[..., None]
-    hole = ((y >= y0) & (y < y1))[:, None, :, None] & ((z >= z0) & (z < z1))[:, None, None]
+def _covered(x, rows, y, z, fill):
+    "Pictures x[rows] with a window filled in each; y and z are (n, 2): first and last+1 row and column."
+    i, j = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
+    hole = ((i >= y[:, :1]) & (i < y[:, 1:]))[:, None, :, None] & ((j >= z[:, :1]) & (j < z[:, 1:]))[:, None, None]
     return torch.where(hole, fill, x[rows]).contiguous(memory_format=torch.channels_last)
 
 def _window_map(values, kept, spans, shape, value, stride):
@@ -213,6 +212,127 @@ def _window_map(values, kept, spans, shape, value, stride):
     total, count = (np.einsum('brc,ry,cx->byx', a, *cover, optimize=True) for a in (values, kept.astype(np.float64)))
     return total/np.maximum(count, 1)
 
+# %% ../nbs/15_explain.ipynb #c027
+def _gates(model, x):
+    "Modules with maps as output that every path from x to the model's output passes, in the order of the forward pass."
+    calls, leaf = [], x.clone().requires_grad_()
+    with contextlib.ExitStack() as hooks:
+        for m in model.modules():
+            if m is not model: hooks.callback(m.register_forward_hook(lambda m, args, out: calls.append((m, out, getattr(out, 'grad_fn', None)))).remove)
+        root = model(leaf.clone()).grad_fn
+    edges, todo, seen = {}, [root], {root}                              # how many edges lead to each node
+    while todo:
+        for node in (n for n, _ in todo.pop().next_functions if n is not None):
+            edges[node] = edges.get(node, 0) + 1
+            if node not in seen: seen.add(node); todo.append(node)
+    gates, ready, begun = set(), [root], {root}
+    while ready:                                                        # from the output towards x
+        node = ready.pop(); begun.discard(node)
+        if not begun: gates.add(node)                                   # no other node is begun: every path passes this one
+        for n in (n for n, _ in node.next_functions if n is not None):
+            edges[n] -= 1; begun.add(n)
+            if not edges[n]: ready.append(n)
+    count = [m for m, _, _ in calls]
+    return [m for m, out, g in calls if g in gates and torch.is_tensor(out) and out.ndim == 4 and count.count(m) == 1]
+
+def _reaches(model, x, gates):
+    "For each gate its map's size and, on both axes, (step, a, b): output p reads p*step - a .. p*step + b of the gate before; None where that is unknown."
+    found, size = [], x.shape[-2:]
+    def plant(maps):
+        maps = torch.nan_to_num(maps[:1]).expand(4, *maps.shape[1:]).clone()
+        for k in range(4): maps[k, :, min(maps.shape[2] - 1, maps.shape[2]//2 + k), min(maps.shape[3] - 1, maps.shape[3]//2 + k)] = torch.nan
+        return maps
+    def look(module, args, out):
+        nonlocal size
+        hit, reach = out.isnan().any(1), []
+        for axis, (n, m) in enumerate(zip(size, out.shape[-2:])):
+            step, reads = max(1, round(n/m)), []
+            for k in range(4):
+                p = hit[k].any(1 - axis).nonzero().flatten().tolist()
+                if p: reads.append((p[-1]*step - n//2 - k, n//2 + k - p[0]*step) if 0 < p[0] and p[-1] < m - 1 else (n, n))  # up to the border: no bound is known
+            reach.append((step, *(max(0, *r) for r in zip((0, 0), *reads))) if n >= 24 and step <= 4 and -(-n//step) == m and reads else None)
+        size = out.shape[-2:]
+        found.append((module, tuple(size), None if None in reach else reach))
+        return plant(out)
+    with contextlib.ExitStack() as hooks:
+        for m in gates: hooks.callback(m.register_forward_hook(look).remove)
+        model(plant(x))
+    return found
+
+class _Ladder:
+    "Runs a model on covered pictures, its first stages on crops around the windows only; `rungs` is empty where that saves nothing."
+    def __init__(self, model, x, spans):  # x (1, c, h, w); spans: first and last+1 row, and column, of each window
+        self.model, self.rungs, self.known, self.now = model, [], [], None
+        found = []
+        for module, after, reach in _reaches(model, x, _gates(model, x)):
+            if found and reach == [(1, 0, 0)]*2: found[-1] = module, after, found[-1][2]                                # a ReLU goes with its convolution
+            else: found.append((module, after, reach))
+        size, touched = tuple(x.shape[-2:]), spans
+        self.levels = []                                              # per level and axis: (first pixel of each crop, its length, touched pixels, first known one of the result)
+        origin = [np.zeros(len(t), int) for t in touched]
+        for module, after, reach in found:
+            if reach is None: break
+            axes, then = [], []
+            for n, m, t, o, (step, a, b) in zip(size, after, touched, origin, reach):
+                out = np.stack([(-((b - t[:, 0])//step)).clip(0, m - 1), ((t[:, 1] - 1 + a)//step + 1).clip(1, m)], 1)
+                first = (out[:, 0]*step - a).clip(0)//step*step
+                length = int((((out[:, 1] - 1)*step + b + 1).clip(max=n) - first).max())
+                length = min(n, length + (n - length) % step)
+                first = np.minimum(first, n - length)
+                axes.append((first, length, t, o)); then.append((out, first//step))
+            if math.prod(a[1] for a in axes) > .75*math.prod(size): break
+            self.rungs.append(module); self.levels.append(axes)
+            size, (touched, origin) = after, zip(*then)
+        self.levels.append([(np.zeros(len(t), int), n, t, o) for n, t, o in zip(size, touched, origin)])             # the last result is set into the whole map
+        put = lambda k: torch.as_tensor(k, device=x.device)
+        self.levels = [[(put(f), n, put(t), put(o)) for f, n, t, o in axes] for axes in self.levels]
+    def _set(self, level, near):
+        "The part of the known maps that the next stage reads, with what was computed near the window (n, rows, columns, c), or a number, set into it."
+        rows, at = self.now
+        place, inside, local = [], [], []
+        for axis, ((first, length, touched, origin), i) in enumerate(zip(self.levels[level], at)):
+            p = first[i][:, None] + torch.arange(length, device=first.device)
+            place.append(p); inside.append((p >= touched[i, :1]) & (p < touched[i, 1:]))
+            if level: local.append((p - origin[i][:, None]).clamp(0, near.shape[1 + axis] - 1))
+        far = self.known[level][rows[:, None, None], place[0][:, :, None], place[1][:, None]]
+        if level: near = near[torch.arange(len(rows), device=near.device)[:, None, None], local[0][:, :, None], local[1][:, None]]
+        return torch.where((inside[0][:, :, None] & inside[1][:, None])[..., None], near, far).permute(0, 3, 1, 2)
+    @contextlib.contextmanager
+    def climb(self):
+        "Hooks on while the block runs."
+        def hook(level):
+            def look(module, args, out):
+                if self.now is None: self.known.append(out.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format))
+                else: return self._set(level, out.permute(0, 2, 3, 1))
+            return look
+        with contextlib.ExitStack() as hooks:
+            for k, m in enumerate(self.rungs, 1): hooks.callback(m.register_forward_hook(hook(k)).remove)
+            yield self
+    def learn(self, x):
+        "Remember the maps of untouched pictures."
+        self.now, self.known = None, [x.permute(0, 2, 3, 1).contiguous()]
+        self.model(x)
+    def run(self, rows, at, fill):  # which pictures of the learnt ones; which window rows and columns; (1, c, 1, 1)
+        "The model's output for covered pictures."
+        self.now = rows, at
+        return self.model(self._set(0, fill.reshape(-1)))
+
+def _ladder(model, x, spans, fill, at, full):
+    "A `_Ladder` that gives what the model gives in full, or None."
+    if len(at) < 64: return None                                    # probing costs about a dozen passes
+    a = at[at[:, 0] == at[0, 0]]
+    a = a[torch.linspace(0, len(a) - 1, min(4, len(a)), device=a.device).long()]
+    try:
+        with torch.enable_grad(): ladder = _Ladder(model, x[:1], spans)
+        if not ladder.rungs: return None
+        with ladder.climb():
+            ladder.learn(x[a[:1, 0]])
+            fast = ladder.run(torch.zeros_like(a[:, 0]), (a[:, 1], a[:, 2]), fill)
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, AssertionError): return None  # a model that takes no crops
+    slow = full(a)
+    return ladder if fast.shape == slow.shape and torch.allclose(fast, slow, rtol=1e-4, atol=1e-5) else None
+
+# %% ../nbs/15_explain.ipynb #c028
 def occlusion(
     model:nn.Module,              # gives logits (b, n), or (b, n, h, w)
     x,                            # (b, c, h, w) float, finite
@@ -226,7 +346,7 @@ def occlusion(
     bs:int=64,                    # covered pictures in one pass
 ):                                # (b, h, w) float32: P(target | covered) - P(target), or the change of a target function's score
     "What covering a window does to the probability: negative where the picture speaks for the target (Arora 2020)."
-    x = _pictures(x)
+    x = _pictures(x).contiguous(memory_format=torch.channels_last)
     b, _, h, w = x.shape
     size = max(1, (w//5 | 1) - 1) if size is None else size
     stride = max(1, size//3) if stride is None else stride
@@ -236,23 +356,28 @@ def occlusion(
     fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1)
     spans = [_spans(n, size, stride, value) for n in (h, w)]
     kept = _inside(_fan_mask(fan, x), spans, b)
-    jobs = np.argwhere(kept)
-    boxes = torch.from_numpy(np.concatenate([spans[0][jobs[:, 1]], spans[1][jobs[:, 2]]], 1)).to(x.device)
-    rows = torch.from_numpy(jobs[:, 0]).to(x.device)
+    at, edges = torch.from_numpy(np.argwhere(kept)).to(x.device), [torch.from_numpy(a).to(x.device) for a in spans]
     found = []
     with _asking(model), torch.no_grad():
-        out = _checked(model(x.contiguous(memory_format=torch.channels_last)), b)
+        out = _checked(model(x), b)
         likely = (lambda o: o) if callable(target) else (lambda o: o.float().softmax(1))
         score = _score(target if callable(target) else _classes(target, out), out)
         before = score(likely(out), _every(x))
-        for k in range(0, len(jobs), bs):
-            r = rows[k:k + bs]
-            found.append(score(likely(model(_covered(x, r, boxes[k:k + bs], fill))), r) - before[r])
+        full = lambda a: model(_covered(x, a[:, 0], edges[0][a[:, 1]], edges[1][a[:, 2]], fill))
+        ladder = _ladder(model, x, spans, fill, at, full)
+        group = max(1, math.ceil(bs*b/max(1, len(at))))                  # so many pictures have windows for one batch
+        with ladder.climb() if ladder else contextlib.nullcontext():
+            for g in range(0, b, group):
+                some = at[(at[:, 0] >= g) & (at[:, 0] < g + group)]
+                if ladder and len(some): ladder.learn(x[g:g + group])
+                for a in some.split(bs):
+                    out = ladder.run(a[:, 0] - g, (a[:, 1], a[:, 2]), fill) if ladder else full(a)
+                    found.append(score(likely(_checked(out, len(a))), a[:, 0]) - before[a[:, 0]])
     values = np.zeros(kept.shape)
     if found: values[kept] = torch.cat(found).double().cpu().numpy()
     return torch.from_numpy(_window_map(values, kept, spans, (h, w), value, stride)).to(x.device, torch.float32)
 
-# %% ../nbs/15_explain.ipynb #c031
+# %% ../nbs/15_explain.ipynb #c036
 def _named_layer(model, layer):
     "Name and module of a layer given as either."
     names = dict(model.named_modules())
@@ -326,7 +451,7 @@ def grad_cam(
     a, g, _ = _layer_gradient(model, x, target, layer)
     return _enlarged((a*g.mean((2, 3), keepdim=True)).sum(1), x)
 
-# %% ../nbs/15_explain.ipynb #c036
+# %% ../nbs/15_explain.ipynb #c041
 _CAMS = {'gradcam': 'GradCAM', 'gradcam++': 'GradCAMPlusPlus', 'xgradcam': 'XGradCAM', 'hirescam': 'HiResCAM', 'layercam': 'LayerCAM', 'gradcam-elementwise': 'GradCAMElementWise',
          'eigencam': 'EigenCAM', 'eigengradcam': 'EigenGradCAM'}
 
@@ -355,10 +480,10 @@ def cam(
     raw = formula.get_cam_image(x, module, None, a.cpu().numpy(), g.cpu().numpy(), False)
     return _enlarged(torch.from_numpy(np.ascontiguousarray(raw)).to(x.device), x)
 
-# %% ../nbs/15_explain.ipynb #c038
+# %% ../nbs/15_explain.ipynb #c043
 EXPLAINERS = {'saliency': saliency, 'smooth-grad': smooth_grad, 'integrated gradients': integrated_gradients, 'occlusion': occlusion, 'grad-cam': grad_cam, 'grad-cam++': cam}  # by the name to show
 
-# %% ../nbs/15_explain.ipynb #c040
+# %% ../nbs/15_explain.ipynb #c045
 def _first_channels(model):
     for m in model.modules():
         if isinstance(m, nn.Conv2d): return m.in_channels
@@ -398,7 +523,7 @@ def explain_clip(
         maps.append(m.cpu().numpy()); probs.append((p if p.ndim == 2 else p.mean((2, 3))).cpu().numpy())
     return np.concatenate(maps), np.concatenate(probs)
 
-# %% ../nbs/15_explain.ipynb #c042
+# %% ../nbs/15_explain.ipynb #c047
 _WARM = np.array([(120, 28, 8), (213, 94, 0), (255, 226, 120)])
 _COOL = np.array([(10, 30, 110), (0, 114, 200), (150, 225, 255)])
 
@@ -422,7 +547,7 @@ def map_rgb(
 
 def _limit(maps): return float(np.abs(np.asarray(maps)).max(initial=0))
 
-# %% ../nbs/15_explain.ipynb #c044
+# %% ../nbs/15_explain.ipynb #c049
 def show_map(
     frame,                        # (h, w): uint8, or float in 0..1
     map,                          # raw map (h, w), array or tensor
@@ -471,7 +596,7 @@ def show_maps(
     bar.ax.tick_params(labelsize=8); bar.outline.set_visible(False)
     return fig
 
-# %% ../nbs/15_explain.ipynb #c046
+# %% ../nbs/15_explain.ipynb #c051
 def write_map_video(
     path,                         # target file, .mp4 (H.264) or .gif
     frames,                       # (n, h, w): uint8, or float in 0..1
