@@ -142,7 +142,7 @@ def tsne_map(
     x,                        # (N, d) features
     perplexity:float=30,      # neighbours a point has, roughly; below N/3
     seed:int=0,               # same seed, same map, whatever `n_jobs` is
-    n_jobs:int=None,          # threads, -1 for one a core; None: one, and one a core above 1,000 points, where it pays
+    n_jobs:int=None,          # threads; None: those of PyTorch above 1,000 points, one below, where more do not pay
 ) -> FeatureMap:              # `points` are centred on 0
     "t-SNE by openTSNE from a PCA start, 750 iterations; ValueError with fewer points than the perplexity needs."
     x = _checked(x, 'x')
@@ -153,7 +153,7 @@ def tsne_map(
     try: from openTSNE import TSNE
     except ImportError: raise ImportError("t-SNE needs openTSNE: pip install openTSNE") from None
     far = dict(negative_gradient_method='fft', ints_in_interval=2) if len(x) > 3000 else dict(negative_gradient_method='bh')
-    fitted = TSNE(perplexity=perplexity, random_state=seed, neighbors='exact', n_jobs=n_jobs or (1 if len(x) <= 1000 else -1), **far).fit(x)
+    fitted = TSNE(perplexity=perplexity, random_state=seed, neighbors='exact', n_jobs=n_jobs or (1 if len(x) <= 1000 else torch.get_num_threads()), **far).fit(x)
     fitted -= (fitted.max(0) + fitted.min(0))/2                        # openTSNE would move it so when it places points
     return FeatureMap(np.array(fitted), 't-SNE', x.shape[1], fitted)
 
