@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from lus_fastai.core import TableError
 from lus_fastai.data import frame_dls
-from lus_fastai.embed import _cells, features, pca_map, place, plot_embedding, plot_thumbnails, purity, tsne_map
+from lus_fastai.embed import _cells, features, pca_map, place, plot_embedding, plot_purity, plot_thumbnails, purity, tsne_map
 
 def net(c_in=1, seed=0, inplace=True):
     "A convolution, and a head like Covid-Net's: linear, batch norm, ReLU in place, dropout, linear."
@@ -344,3 +344,17 @@ def test_bad_purity():
     with pytest.raises(ValueError, match='6 points, but 5 rows'): purity(x, table[:5], by='label')
     with pytest.raises(TableError, match='source'): purity(x, table, k=2)
     with pytest.raises(TableError, match='patient'): purity(x, table.drop(columns='patient'), k=2, by='label')
+
+def test_purity_is_drawn_with_its_chance():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(dict(label=rng.integers(3, size=40), patient=rng.integers(8, size=40), source='a'))
+    scores = purity(rng.normal(size=(40, 3)), table, k=5, n_boot=50)
+    fig = plot_purity(pd.concat([scores.assign(features='one'), scores.assign(features='two')]))
+    assert [ax.get_title() for ax in fig.axes] == ['one', 'two'] and len(plot_purity(scores).axes) == 1
+    ax = fig.axes[0]
+    bars = {(round(b.get_x() + b.get_width()/2, 3), round(b.get_height(), 6)) for b in ax.patches if b.get_height() > 0}
+    where = dict(zip(zip(scores['by'], scores['neighbours']), scores.itertuples()))
+    at = {('label', 'all'): -.2, ('label', 'other patients'): .2, ('patient', 'all'): .8, ('source', 'all'): 1.8, ('source', 'other patients'): 2.2}
+    assert bars == {(x, round(where[k].purity, 6)) for k, x in at.items()}
+    lines = {(round(float(s[:, 0].mean()), 3), round(float(s[0, 1]), 6)) for s in ax.collections[1].get_segments()}
+    assert lines == {(x, round(where[k].chance, 6)) for k, x in at.items()}
