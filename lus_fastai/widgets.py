@@ -18,7 +18,7 @@ from .explain import EXPLAINERS, map_rgb
 from .phantom import phantom_dataset
 from .preprocess import Fan, FanError, find_fan
 
-# %% ../nbs/18_widgets.ipynb #c004
+# %% ../nbs/18_widgets.ipynb #c006
 def _ipywidgets():
     try: import ipywidgets
     except ImportError: raise ImportError("the panels need ipywidgets: pip install lus_fastai[widgets]") from None
@@ -38,7 +38,7 @@ def _legend(names, colors):
     chip = '<span style="display:inline-flex;align-items:center;margin:0 14px 2px 0"><span style="width:12px;height:12px;border-radius:2px;margin-right:5px;border:1px solid rgba(128,128,128,.6);background:rgb({},{},{})"></span>{}</span>'
     return '<div style="line-height:1.5">' + ''.join(chip.format(*map(int, c), html.escape(n)) for n, c in zip(names, colors)) + '</div>'
 
-# %% ../nbs/18_widgets.ipynb #c005
+# %% ../nbs/18_widgets.ipynb #c008
 _MOST = 240  # frames of one clip that a panel keeps
 
 def _fit(
@@ -78,6 +78,7 @@ class _Panel:
         pickers = w.Box((self.source, self.label, self.patient, self.clip), layout=w.Layout(display='grid', grid_template_columns='repeat(auto-fit, minmax(min(100%, 300px), 1fr))', width='100%'))
         player = self._row(self.play, self.frame, self.where)
         self.box = w.VBox((pickers, player, *parts, self.status), layout=w.Layout(width='100%', max_width='880px', padding='4px', overflow='hidden'))
+        self.box.add_class(f'lus-{type(self).__name__.lower()}')
         self._fill()
     def _ipython_display_(self):
         from IPython.display import display
@@ -140,10 +141,10 @@ class _Panel:
         self.image.layout.display = None if s else 'none'
         self._draw()
 
-# %% ../nbs/18_widgets.ipynb #c006
+# %% ../nbs/18_widgets.ipynb #c011
 def _phantom(folder):
     "The clips of a panel that was given none: six simulated patients, made once."
-    return phantom_dataset(folder or lus_home()/'widgets', patients=6, clips=2, n=24, size=(192, 256))
+    return phantom_dataset(folder or lus_home()/'widgets', patients=6, clips=2, n=16, size=(192, 256))
 
 def _named(table):
     "The table, checked but for the files' existence, with clip names."
@@ -184,7 +185,7 @@ class ClipBrowser(_Panel):
         self.legend.value = _legend(*zip(*[(DENSE[c], DENSE_COLORS[c]) if c < len(DENSE) else ('no label', (128,)*3) for c in codes if c != 6])) if on and (codes != 6).any() else ''
         if s.fault: self._say(s.fault, 'fault')
 
-# %% ../nbs/18_widgets.ipynb #c007
+# %% ../nbs/18_widgets.ipynb #c019
 _LINES = (('#0072b2', '-'), ('#d55e00', '--'), ('#009e73', ':'), ('#cc79a7', '-.'), ('#56b4e9', (0, (5, 1))), ('#e69f00', (0, (1, 1))))
 
 def _curves(times, probs, names):
@@ -301,7 +302,7 @@ class Explainer(_Panel):
                             f'<div style="height:10px;margin-top:3px;border-radius:2px;background:linear-gradient(to right,{colors})"></div>'
                             f'<div style="display:flex;justify-content:space-between"><span>{-limit:.2g}</span><span>0</span><span>{limit:.2g}</span></div></div>')
 
-# %% ../nbs/18_widgets.ipynb #c008
+# %% ../nbs/18_widgets.ipynb #c027
 def fans_file(
     path,               # a clip table's CSV file, such as `clips.csv`
 ) -> Path:              # `clips.fans.csv` beside it
@@ -337,7 +338,7 @@ def _write_fan(path, key, text, by):
     saved = pd.concat([saved[saved['path'] != key], pd.DataFrame(dict(path=[key], fan=[text], fan_by=[by]))]).sort_values('path')
     with atomic_path(file) as tmp: saved.to_csv(tmp, index=False)
 
-# %% ../nbs/18_widgets.ipynb #c009
+# %% ../nbs/18_widgets.ipynb #c028
 _EDGE = (255, 176, 0)
 _GEOMETRY = dict(convex=dict(near='near arc', far='far arc', left='left angle', right='right angle', x='apex x', y='apex y', aspect='stretch'),
                  linear=dict(near='top', far='bottom', left='left', right='right', flare='flare'))
@@ -442,7 +443,8 @@ class FanEditor(_Panel):
     def _draw(self):
         from PIL import Image, ImageDraw
         s, fan = self.shown, self.fan
-        for control in (self.kind, *self.geometry.values(), self.find, self.revert, self.save): control.disabled = not s
+        for control in (self.kind, *self.geometry.values(), self.find): control.disabled = not s
+        if not s: self.revert.disabled = self.save.disabled = True
         if not s or fan is None: self.caption.value = ''; return
         size = _fit(s.shape, self.size)
         fan, x = fan.resize(size), np.array(Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR))
