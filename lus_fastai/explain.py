@@ -330,7 +330,7 @@ def _ladder(model, x, spans, fill, at, full):
             fast = ladder.run(torch.zeros_like(a[:, 0]), (a[:, 1], a[:, 2]), fill)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, AssertionError): return None  # a model that takes no crops
     slow = full(a)
-    return ladder if fast.shape == slow.shape and torch.allclose(fast, slow, rtol=1e-4, atol=1e-5) else None
+    return ladder if fast.shape == slow.shape and (fast - slow).abs().max() <= 1e-5*slow.abs().max() else None
 
 # %% ../nbs/15_explain.ipynb #c028
 def occlusion(
@@ -531,7 +531,7 @@ def map_rgb(
     frames,                       # (n, h, w) or (h, w): uint8, or float in 0..1
     maps,                         # raw maps of the same shape, array or tensor
     opacity:float=.7,             # of the strongest colour, 0..1
-    limit:float=None,             # magnitude with the strongest colour; by default the greatest of all these maps
+    limit:float=None,             # magnitude with the strongest colour; by default the 99.5th percentile over all these maps
 ) -> np.ndarray:                  # frames.shape + (3,) uint8
     "Frames tinted by signed maps on one scale: orange above zero, blue below."
     frames, maps = (np.asarray(o.detach().cpu() if torch.is_tensor(o) else o) for o in (frames, maps))
@@ -545,7 +545,10 @@ def map_rgb(
     a = np.abs(m)[..., None]*np.float32(opacity)
     return (grey[..., None]*(1 - a) + ramp[np.rint((m + 1)*255).astype(int)].astype(np.float32)*a).round().astype(np.uint8)
 
-def _limit(maps): return float(np.abs(np.asarray(maps)).max(initial=0))
+def _limit(maps):
+    "The 99.5th percentile of the magnitude, or the greatest where that is 0: a few pixels must not leave all others dark."
+    size = np.abs(np.asarray(maps))
+    return float(np.quantile(size, .995, method='higher') or size.max()) if size.size else 0.
 
 # %% ../nbs/15_explain.ipynb #c049
 def show_map(
@@ -554,7 +557,7 @@ def show_map(
     fan=None,                     # bool (h, w) or a `Fan`, drawn as an outline
     ax=None,                      # matplotlib axes; a new figure by default
     opacity:float=.7,             # of the strongest colour, 0..1
-    limit:float=None,             # magnitude with the strongest colour; by default the greatest of this map
+    limit:float=None,             # magnitude with the strongest colour; by default this map's 99.5th percentile
     title:str='',                 # above the picture
 ):                                # the axes
     "One frame with its map."
@@ -573,7 +576,7 @@ def show_maps(
     titles=None,                  # n texts
     fan=None,                     # bool (h, w) or a `Fan`, drawn as an outline
     opacity:float=.7,             # of the strongest colour, 0..1
-    limit='shared',               # 'shared' (the greatest of all), 'each' (for methods with different units), or a number
+    limit='shared',               # 'shared' (one for all), 'each' (for methods with different units), or a number
     columns:int=6,                # panels in a row
 ):                                # matplotlib Figure
     "A panel of frames with their maps, and a bar that says what the colours mean."
@@ -584,7 +587,7 @@ def show_maps(
     frames = [frames]*len(maps) if np.ndim(frames) == 2 else list(frames)
     if len(frames) != len(maps) or titles is not None and len(titles) != len(maps): raise ValueError(f"{len(frames)} frames, {len(maps)} maps{f' and {len(titles)} titles' if titles is not None else ''} do not fit")
     limits = [_limit(m) for m in maps]
-    top = max(limits) if isinstance(limit, str) else limit
+    top = _limit(np.stack(maps)) if limit == 'shared' else limit
     rows = math.ceil(len(maps)/columns)
     columns = min(columns, len(maps))
     fig, axs = plt.subplots(rows, columns, figsize=(1.75*columns + .9, (1.95*maps[0].shape[0]/maps[0].shape[1])*rows), dpi=80, squeeze=False, layout='constrained')
@@ -592,7 +595,7 @@ def show_maps(
     for k, (f, m) in enumerate(zip(frames, maps)): show_map(f, m, fan, axs.flat[k], opacity, limits[k] if limit == 'each' else top, titles[k] if titles is not None else '')
     strip = map_rgb(np.zeros((1, 511)), np.linspace(-1, 1, 511)[None], 1.)[0]/255
     bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(-1, 1), ListedColormap(strip)), ax=axs, shrink=.85, pad=.01)
-    bar.set_ticks([-1, 0, 1], labels=['-max', '0', 'max'] if limit == 'each' else [f'{-top:.2g}', '0', f'{top:.2g}'])
+    bar.set_ticks([-1, 0, 1], labels=['against', '0', 'for'] if limit == 'each' else [f'{-top:.2g}', '0', f'{top:.2g}'])
     bar.ax.tick_params(labelsize=8); bar.outline.set_visible(False)
     return fig
 
@@ -603,7 +606,7 @@ def write_map_video(
     maps,                         # (n, h, w) raw maps
     rate:float,                   # frames a second, above 0; a GIF rounds to hundredths of a second
     opacity:float=.7,             # of the strongest colour, 0..1
-    limit:float=None,             # magnitude with the strongest colour; by default the greatest of the whole clip
+    limit:float=None,             # magnitude with the strongest colour; by default the 99.5th percentile over the whole clip
 ):
     "A clip tinted by its maps, on one scale, as a video; an odd width or height gets one more row or column in MP4."
     path = Path(path)
