@@ -84,11 +84,11 @@ def show_imagined(
     import matplotlib.pyplot as plt
     rules = (True,) if channels == 1 else (True, False)
     out = {gray: maximise_class(model, range(len(names)), size, channels, gray=gray, **kwargs) for gray in rules}
-    fig, axs = plt.subplots(len(rules), len(names), figsize=(2*len(names), 2.2*len(rules)), dpi=80, squeeze=False)
+    fig, axs = plt.subplots(len(rules), len(names), figsize=(1.6*len(names), 1.8*len(rules)), dpi=72, squeeze=False)
     for row, (gray, (pictures, scores)) in zip(axs, out.items()):
         low, high = (float(v) for v in (kwargs.get('clamp', (0, 1)) or (pictures.min(), pictures.max())))
         for ax, name, picture, score in zip(row, names, pictures.cpu(), scores):
-            ax.imshow(((picture - low)/(high - low)).expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1))
+            ax.imshow(((picture - low)/(high - low)).expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest')
             ax.set_title(f'{name}: {score[-1]:.0f}', fontsize=9); ax.set(xticks=[], yticks=[])
         row[0].set_ylabel('one channel' if channels == 1 else 'with the rule' if gray else 'without', fontsize=9)
     fig.tight_layout()
@@ -122,7 +122,7 @@ def invert_features(
     *,
     steps:int=200,            # of Adam
     lr:float=.1,              # at the start, in units of the input
-    tv:float=.01,             # weight of the total variation
+    tv:float=.3,              # weight of the total variation
     clamp:tuple=(0., 1.),     # range of the input; None leaves it free
     seed:int=0,               # of the noise that the search starts from, the same for every picture
 ) -> tuple:                   # (pictures (b, c, h, w), relative feature errors (b,): 0 is a match, 1 is as far as no features at all)
@@ -163,11 +163,11 @@ def show_inversions(
     for layer in layers:
         found, error = invert_features(model, x, layer, **kwargs)
         rows.append(dict(layer=layer, feature_error=float(error.mean()), pixel_error=float((_norms(found - x)/_norms(x).clamp_min(1e-12)).mean()), pictures=found))
-    fig, axs = plt.subplots(len(x), len(rows) + 1, figsize=(1.5*(len(rows) + 1), 1.65*len(x)), dpi=80, squeeze=False)
+    fig, axs = plt.subplots(len(x), len(rows) + 1, figsize=(1.35*(len(rows) + 1), 1.5*len(x)), dpi=72, squeeze=False)
     for i, line in enumerate(axs):
         for ax, pictures in zip(line, [x, *(r['pictures'] for r in rows)]):
             picture = pictures[i].detach().cpu() if x.shape[1] in (1, 3) else pictures[i].detach().cpu().mean(0, keepdim=True)
-            ax.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1)); ax.set(xticks=[], yticks=[])
+            ax.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest'); ax.set(xticks=[], yticks=[])
     for ax, title in zip(axs[0], ['frame', *(r['layer'] or 'output' for r in rows)]): ax.set_title(title, fontsize=9)
     fig.tight_layout()
     return rows

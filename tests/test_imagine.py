@@ -34,7 +34,7 @@ def test_authors_step_at_their_size():
 
 @pytest.mark.parametrize('gray', [True, False])
 def test_scores_rise_and_channels(gray):
-    x, s = maximise_class(net(), [2, 0], (24, 20), gray=gray, steps=40)
+    x, s = maximise_class(net(), [2, 0], (24, 20), gray=gray, steps=40, decay=0)
     assert x.shape == (2, 3, 24, 20) and s.shape == (2, 41) and (s[:, -1] > s[:, 0]).all() and 0 <= x.min() and x.max() <= 1
     assert (x == x[:, :1]).all().item() == gray
 
@@ -67,7 +67,7 @@ def test_targets():
     f = maximise_class(m, lambda out: out[:, 2], (16, 16), steps=5)[0]
     assert torch.allclose(f, several[1], atol=1e-4)
     seg = unet(4, width=2)
-    x, s = maximise_class(seg, 1, (32, 32), 1, steps=10)
+    x, s = maximise_class(seg, 1, (32, 32), 1, steps=10, decay=0)
     assert x.shape == (1, 32, 32) and s[-1] > s[0]
 
 @pytest.mark.parametrize('args, options, text', [
@@ -119,7 +119,7 @@ def test_panels():
 @pytest.mark.gpu
 def test_on_a_gpu():
     m = net().cuda()
-    x, s = maximise_class(m, [0, 1], (32, 32), steps=20)
+    x, s = maximise_class(m, [0, 1], (32, 32), steps=20, decay=0)
     assert x.is_cuda and (s[:, -1] > s[:, 0]).all()
     y, e = invert_features(m, torch.rand(1, 3, 32, 32, device='cuda'), '0', steps=50)
     assert y.is_cuda and e.max() < 1
