@@ -348,7 +348,7 @@ def occlusion(
     "What covering a window does to the probability: negative where the picture speaks for the target (Arora 2020)."
     x = _pictures(x).contiguous(memory_format=torch.channels_last)
     b, _, h, w = x.shape
-    size = max(1, (w//5 | 1) - 1) if size is None else size
+    size = max(1, min(h, (w//5 | 1) - 1)) if size is None else size
     stride = max(1, size//3) if stride is None else stride
     if not 1 <= size <= min(h, w): raise ValueError(f"size must be 1..{min(h, w)} for pictures of {h} x {w}, got {size}")
     if not 1 <= stride <= size: raise ValueError(f"stride must be 1..{size}, the window's size, or pixels stay uncovered; got {stride}")
@@ -595,7 +595,7 @@ def show_maps(
     for k, (f, m) in enumerate(zip(frames, maps)): show_map(f, m, fan, axs.flat[k], opacity, limits[k] if limit == 'each' else top, titles[k] if titles is not None else '')
     strip = map_rgb(np.zeros((1, 511)), np.linspace(-1, 1, 511)[None], 1.)[0]/255
     bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(-1, 1), ListedColormap(strip)), ax=axs, shrink=.85, pad=.01)
-    bar.set_ticks([-1, 0, 1], labels=['against', '0', 'for'] if limit == 'each' else [f'{-top:.2g}', '0', f'{top:.2g}'])
+    bar.set_ticks([-1, 0, 1], labels=['−', '0', '+'] if limit == 'each' else [f'{-top:.2g}', '0', f'{top:.2g}'])
     bar.ax.tick_params(labelsize=8); bar.outline.set_visible(False)
     return fig
 
