@@ -8,7 +8,6 @@ __all__ = ['ClipBrowser', 'Explainer', 'fans_file', 'read_fans', 'FanEditor']
 # %% ../nbs/18_widgets.ipynb #c003
 import contextlib, html, io, json, os
 from collections import OrderedDict
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
@@ -197,7 +196,7 @@ def _curves(times, probs, names):
     for i, name in enumerate(names):
         color, dash = _LINES[i % len(_LINES)]
         ax.plot(times, probs[:, i], color=color, ls=dash, lw=2, marker='o', ms=3.5, label=name)
-    pad = .02*(times[-1] - times[0]) or .5
+    pad = .03*(times[-1] - times[0]) or .5
     ax.set(xlim=(times[0] - pad, times[-1] + pad), ylim=(-.04, 1.04), yticks=(0, .5, 1), xlabel='seconds', ylabel='probability')
     ax.spines[['top', 'right']].set_visible(False); ax.grid(alpha=.2)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside right center', frameon=False, handlelength=2.6)
@@ -365,7 +364,7 @@ class FanEditor(_Panel):
         if path is None: raise ValueError("path is missing: the table's CSV file, beside which the fans are saved")
         super().__init__(read_fans(_named(table), path), size)
         w, self.path, self._edited, self._found = self._w, Path(path), {}, None
-        self.kind = w.ToggleButtons(options=['convex', 'linear'], description='probe', style=dict(description_width='56px', button_width='84px'), layout=w.Layout(margin='2px'))
+        self.kind = w.ToggleButtons(options=['convex', 'linear'], style=dict(button_width='84px'), layout=w.Layout(width='auto', margin='2px'))
         self.geometry = {name: w.FloatSlider(0, min=-1, max=1, step=.5, readout_format='.1f', style=dict(description_width='76px'), layout=w.Layout(width='auto', margin='1px'))
                          for name in ('x', 'y', 'near', 'far', 'left', 'right', 'aspect', 'flare')}
         def button(name, icon, tip, style=''): return w.Button(description=name, icon=icon, tooltip=tip, button_style=style, layout=w.Layout(width='84px'))
@@ -426,10 +425,13 @@ class FanEditor(_Panel):
         self._show(_start(self.kind.value, *self.shown.shape))
     def _slide(self, change):
         if self._still or not self.shown: return
-        try: fan = Fan(self.kind.value, self.shown.shape, **{name: self.geometry[name].value for name in _GEOMETRY[self.kind.value]})
+        old, moved = self.fan, {name: self.geometry[name] for name in _GEOMETRY[self.kind.value]}
+        values = {name: getattr(old, name) if abs(slider.value - getattr(old, name)) <= slider.step/2 else slider.value for name, slider in moved.items()}   # a browser rounds to steps; that is no edit
+        try: fan = Fan(old.kind, old.size, **values)
         except FanError as e:
             self.save.disabled = True
             self._say(str(e).split(', got')[0], 'fault'); return
+        if fan == old and not self.save.disabled: return
         self._edited[self.clip.value] = fan
         self._state(); self._draw()
     def _save(self, button=None):
@@ -450,7 +452,7 @@ class FanEditor(_Panel):
         fan, x = fan.resize(size), np.array(Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR))
         im = Image.fromarray(np.repeat(np.where(fan.mask(), x, x//2)[..., None], 3, -1))
         points = [tuple(map(float, p)) for p in fan.outline()]
-        ImageDraw.Draw(im).line(points + points[:1], fill=_EDGE, width=2)
+        ImageDraw.Draw(im).line(points + points[:1], fill=_EDGE, width=3)
         self.image.value = _png(np.asarray(im))
         self.caption.value = self._facts()
 

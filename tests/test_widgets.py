@@ -1,5 +1,5 @@
 "The panels: every control from Python, faults as messages, and a real browser on a page served by Voila."
-import contextlib, io, json, os, shutil, socket, subprocess, sys, time
+import base64, contextlib, io, json, os, shutil, socket, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -8,7 +8,7 @@ from lus_fastai.core import DENSE, DENSE_COLORS, TableError, overlay, write_tabl
 from lus_fastai.clips import read_clip, sample_clip
 from lus_fastai.explain import EXPLAINERS, explain_clip
 from lus_fastai.phantom import phantom_dataset
-from lus_fastai.preprocess import Fan, FanError, find_fan
+from lus_fastai.preprocess import Fan, find_fan
 
 pytest.importorskip('ipywidgets', reason='ipywidgets is not installed: pip install lus_fastai[widgets]')
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,8 +167,7 @@ def test_each_control_changes_the_map_and_nothing_is_computed_twice(phantom_tabl
     assert e.curve_image.value != curve and len(calls) == n + 1
 
 def test_one_scale_for_the_clip(phantom_table):
-    "The weaker of two frames is drawn paler, once the stronger one was seen."
-    def by_frame(model, x, target): return torch.full(x.shape[:1] + x.shape[2:], 1. + 3*float(x.flatten()[:50].sum() > 0))
+    "The weaker of two maps is drawn paler, once the stronger one was seen."
     strong = iter((1., 4., 1.))
     e = W.Explainer(small_net(), phantom_table, size=(64, 64), methods={'level': lambda model, x, target: torch.full((1, 64, 64), next(strong))})
     e.target.value = 1                             # second call: 4
@@ -177,7 +176,6 @@ def test_one_scale_for_the_clip(phantom_table):
 
 def test_fan_of_the_table(phantom_table):
     fan = Fan('linear', (96, 96), 0, 48, 0, 96)    # the upper half
-    seen = []
     table = phantom_table.assign(fan=[json.dumps(fan.to_dict())]*11 + ['{"kind": 1}'])
     e = W.Explainer(small_net(), table, size=(64, 64), methods={'even': lambda model, x, target: torch.ones(1, 64, 64)})
     assert '50% of it inside the fan' in e.scale.value
@@ -268,6 +266,15 @@ def test_impossible_and_missing_fans(phantom_table, broken, tmp_path):
     e.kind.value = 'convex'
     assert e.fan.kind == 'convex' and e.geometry['x'].layout.display is None and e.geometry['flare'].layout.display == 'none'
 
+def test_rounding_by_the_browser_is_no_edit(phantom_table, tmp_path):
+    e = W.FanEditor(phantom_table, tmp_path/'c.csv')
+    found, picture = e.fan, e.image.value
+    for slider in e.geometry.values(): slider.value = round(slider.value/slider.step)*slider.step
+    assert e.fan == found and 'not saved' in e.status.value and 'edited' not in e.status.value
+    e.geometry['near'].value = e.geometry['near'].max; e.geometry['far'].value = e.geometry['far'].min
+    e.revert.click()
+    assert e.fan == found and e.image.value == picture
+
 def test_unwritable_folder_is_a_message(phantom_table, tmp_path):
     (tmp_path/'file').write_text('')
     e = W.FanEditor(phantom_table, tmp_path/'file'/'c.csv')
@@ -339,9 +346,10 @@ def site(tmp_path_factory):
 PATIENCE = 120_000  # milliseconds that a loaded machine may take; nothing waits longer than it needs
 
 DRAWN = """img => new Promise(done => { const draw = () => { const c = document.createElement('canvas'); c.width = img.naturalWidth; c.height = img.naturalHeight;
-  const g = c.getContext('2d'); g.drawImage(img, 0, 0); done(Array.from(g.getImageData(0, 0, c.width, c.height).data)); }; img.complete && img.naturalWidth ? draw() : img.addEventListener('load', draw, {once: true}); })"""
+  const g = c.getContext('2d'); g.drawImage(img, 0, 0); const d = g.getImageData(0, 0, c.width, c.height).data;
+  let s = ''; for (let i = 0; i < d.length; i += 8192) s += String.fromCharCode.apply(null, d.subarray(i, i + 8192)); done(btoa(s)); }; img.complete && img.naturalWidth ? draw() : img.addEventListener('load', draw, {once: true}); })"""
 
-def drawn(img): return np.array(img.evaluate(DRAWN), np.uint8)
+def drawn(img): return np.frombuffer(base64.b64decode(img.evaluate(DRAWN)), np.uint8)   # what an <img> shows, decoded by the browser
 
 def changes(page, img, act):
     "What the picture shows after `act`, waited for until it is another than before."
@@ -368,7 +376,9 @@ def opened(site):
 def page(opened):
     yield opened
     text, wide = opened.locator('body').inner_text(), opened.evaluate('document.documentElement.scrollWidth - innerWidth')
-    if folder := os.environ.get('LUS_SHOTS'): opened.screenshot(path=f'{folder}/{os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]}.png', full_page=True)
+    if folder := os.environ.get('LUS_SHOTS'):       # look at them: LUS_SHOTS=folder pytest tests/test_widgets.py
+        opened.set_viewport_size(dict(width=opened.viewport_size['width'], height=2400))
+        opened.screenshot(path=f'{folder}/{os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]}.png')
     assert 'Traceback' not in text and wide <= 0
 
 def test_panels_in_a_browser(page, site):
@@ -403,6 +413,7 @@ def test_panels_in_a_browser(page, site):
     picture.wait_for()
     # fan editor: the outline moves, the file is there
     panel = page.locator('.lus-faneditor')
+    panel.get_by_text('found by image analysis, not saved').wait_for()
     handle = panel.locator('.widget-slider:visible', has_text='left').locator('.noUi-handle')
     handle.focus()
     changes(page, panel.locator('img'), lambda: handle.press('ArrowRight'))
