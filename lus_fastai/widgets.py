@@ -131,7 +131,7 @@ class _Panel:
             self.frame.value = self.play.value = 0
             self.frame.max = self.play.max = max(n - 1, 1)
             self.frame.disabled = self.play.disabled = n == 1
-            self.play.interval = int(np.clip(1000*step, 60, 1000))
+            self.play.interval = int(np.clip(1000*step, 40, 1000))
         self._move()
     def _move(self, change=None):
         if self._still: return
