@@ -6,31 +6,47 @@ from lus_fastai.phantom import *
 from lus_fastai.sources import *
 from lus_fastai.clips import *
 from lus_fastai.folds import *
+from lus_fastai.preprocess import *
 from lus_fastai.data import *
 from lus_fastai.augment import *
 from lus_fastai.models import *
 from lus_fastai.transfer import *
 from lus_fastai.metrics import *
+from lus_fastai.calibration import *
 from lus_fastai.training import *
+from lus_fastai.explain import *
+from lus_fastai.imagine import *
+from lus_fastai.distrust import *
+from lus_fastai.embed import *
 from lus_fastai.report import *
+from lus_fastai.widgets import *
 from lus_fastai.cli import *
 from lus_fastai.papers import gare
+from lus_fastai.papers import arora
 from lus_fastai import core as _core
 from lus_fastai import phantom as _phantom
 from lus_fastai import sources as _sources
 from lus_fastai import clips as _clips
 from lus_fastai import folds as _folds
+from lus_fastai import preprocess as _preprocess
 from lus_fastai import data as _data
 from lus_fastai import augment as _augment
 from lus_fastai import models as _models
 from lus_fastai import transfer as _transfer
 from lus_fastai import metrics as _metrics
+from lus_fastai import calibration as _calibration
 from lus_fastai import training as _training
+from lus_fastai import explain as _explain
+from lus_fastai import imagine as _imagine
+from lus_fastai import distrust as _distrust
+from lus_fastai import embed as _embed
 from lus_fastai import report as _report
+from lus_fastai import widgets as _widgets
 from lus_fastai import cli as _cli
 
-_modules = (_core, _phantom, _sources, _clips, _folds, _data, _augment, _models, _transfer, _metrics, _training, _report, _cli)
-_ours = [name for module in _modules for name in module.__all__] + ['gare']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
+_modules = (_core, _phantom, _sources, _clips, _folds, _preprocess, _data, _augment, _models, _transfer, _metrics, _calibration, _training, _explain,
+            _imagine, _distrust, _embed, _report, _widgets, _cli)
+_ours = [name for module in _modules for name in module.__all__] + ['gare', 'arora']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
 _shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our module, so a star import brings neither
 
 __all__ = list(dict.fromkeys(_ours + [name for name in vars(_fastai) if not name.startswith('_') and name not in _shadowed]))

@@ -45,7 +45,7 @@ def lus_demo(
 
 @call_parse
 def lus_repro(
-    paper:str,                # name of a paper's module: gare
+    paper:str,                # name of a paper's module: gare or arora
     data:str='phantom',       # 'phantom', or 'pocus' for the real clips under LUS_DATA
     quick:store_true=False,   # smaller, as in the demo
     out:str='results',        # folder for <paper>-<data>.json and the report

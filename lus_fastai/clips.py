@@ -269,7 +269,7 @@ def _make_part(part, path, mask, settings, prepare, row):
         arrays = dict(images=clip.frames, times=clip.times, index=clip.index)
         if mask is not None: arrays['masks'] = _masks(mask, clip.index, shape, shape if prepare else size)
         for k in ('images', 'masks') if prepare else ():
-            if k in arrays: arrays[k] = np.stack([_resize(x, size, nearest=k == 'masks') for x in prepare(arrays[k], row)])
+            if k in arrays: arrays[k] = np.stack([_resize(x, size, nearest=k == 'masks') for x in prepare(arrays[k], row, outside=len(DENSE) - 1 if k == 'masks' else 0)])
     except ClipError as e: return e.reason if e.path == os.fspath(path) else f'mask {e}'
     with atomic_path(part) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
 
@@ -378,7 +378,7 @@ class FrameStore:
         rate:float=3.,        # frames a second to keep
         max_frames:int=30,    # at most that many of a clip
         workers:int=2,        # processes that decode; 0 decodes in this one, two clips at a time
-        prepare=None,         # function (frames or masks (n, h, w) uint8, row of the table as a dict) -> the same, before they are resized, such as `fan_crop`
+        prepare=None,         # function (frames or masks (n, h, w) uint8, row of the table as a dict, outside=what to fill with) -> the same, before they are resized, such as `fan_crop`
     ) -> 'FrameStore':        # opened; clips that cannot be read are in `skipped`
         "Make a store, or bring it up to date: only what is missing or has changed is decoded. TableError when not one clip can be read."
         check_table(table, exists=False)

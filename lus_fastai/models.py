@@ -117,7 +117,9 @@ def _resnet18():
     return net, 512
 
 def _timm(name):
-    import timm
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)                     # of a torch function that timm still uses
+        import timm
     if not timm.is_model(name):
         import difflib
         near = difflib.get_close_matches(name, timm.list_models() + list(COVIDNET_TRAINS), 3, .4)
