@@ -7,7 +7,7 @@ __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'PlateauLR',
            'ClassProbs', 'PixelCounts', 'predict_table', 'FoldLog', 'cross_validate', 'last_epoch', 'fold_history']
 
 # %% ../nbs/14_training.ipynb #c003
-import io, json, random, time
+import gc, io, json, random, time
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -266,6 +266,7 @@ def cross_validate(
         train, test = frames[~held_out], frames[held_out]
         if not (folder/'predictions.pt').exists():
             _train_fold(build, data, train, test, collect, epochs, folder, lr, (factor, patience, watch), select, seed * 1000 + int(k), precision, tick)
+            gc.collect()                                                 # a Learner and its callbacks hold each other
         rows = torch.load(folder/'predictions.pt', weights_only=True)['picked'].numpy()
         tables.append(test.assign(fold=k, **dict(zip(collect.columns, rows.T))))
     return pd.concat(tables).loc[frames.index]

@@ -237,7 +237,8 @@ def test_many_equal_points_are_mapped():
 # pictures
 
 def test_scatter_has_a_panel_and_a_colour_for_each(clouds):
-    x, which = clouds
+    import matplotlib.pyplot as plt
+    (x, which), before = clouds, plt.get_fignums()
     table = pd.DataFrame(dict(label=np.array(['covid', 'pneumonia', 'regular'])[which % 3], patient=[f'P{i:02}' for i in np.arange(240) % 20], part=np.where(np.arange(240) < 200, 'old', 'new')))
     fig = plot_embedding(x[:, :2], table, ('label', 'patient'), style='part', title='both')
     a, b = fig.axes
@@ -246,8 +247,7 @@ def test_scatter_has_a_panel_and_a_colour_for_each(clouds):
     assert len(np.unique(np.concatenate([c.get_facecolors() for c in a.collections]), axis=0)) == 3
     assert len(np.unique(np.concatenate([c.get_facecolors() for c in b.collections]), axis=0)) == 20
     np.testing.assert_allclose(np.asarray(a.collections[0].get_offsets()), x[:, :2])
-    import matplotlib.pyplot as plt
-    assert not plt.get_fignums()                                         # nothing is left open
+    assert plt.get_fignums() == before                                       # nothing is left open
 
 def test_bad_pictures(clouds):
     x, table, frames = clouds[0][:, :2], pd.DataFrame(dict(label=clouds[1])), np.zeros((240, 8, 8), np.uint8)

@@ -1,6 +1,7 @@
 "Preprocess: fans of phantom truth and of real clips, crop, polar and back, writing removed."
 import json, subprocess, sys, warnings
 import numpy as np, pandas as pd, pytest, torch
+import scipy.ndimage as ndi
 from hypothesis import given, settings, strategies as st
 from lus_fastai.clips import sample_clip
 from lus_fastai.phantom import draw_patient, phantom_clip
@@ -131,3 +132,15 @@ def test_real_clips(real_data):
         inside, most = fan.mask(), frames.max(0).astype(float)
         assert fan.size == frames.shape[1:] and .3 < inside.mean() <= 1 and .5 < fan.aspect < 2
         if (~inside).mean() > .05: assert most[inside].mean() > 2*most[~inside].mean()
+
+def test_store_cut_to_the_fan_fills_frames_with_black_and_masks_with_background(phantom_table, tmp_path):
+    from lus_fastai.clips import FrameStore
+    from lus_fastai.core import DENSE
+    table = add_fans(phantom_table[phantom_table.probe == 'convex'].head(2), workers=1)
+    whole = FrameStore.build(table, tmp_path/'whole', size=(96, 96), max_frames=2, workers=0)
+    cut = FrameStore.build(table, tmp_path/'cut', size=(96, 96), max_frames=2, workers=0, prepare=fan_crop)
+    for i, row in cut.frames.iterrows():
+        fan = Fan.from_dict(json.loads(row['fan'])).cropped().resize((96, 96))
+        far = ~ndi.binary_dilation(fan.mask(), iterations=2)
+        assert far.any() and (cut.images[i][far] == 0).all() and (cut.masks[i][far] == len(DENSE) - 1).all()
+        assert cut.images[i].mean() >= whole.images[i].mean() * .9 and set(np.unique(cut.masks[i])) <= set(np.unique(whole.masks[i]))

@@ -314,10 +314,10 @@ def continue_training(
     store:FrameStore,                # all frames
     new:pd.DataFrame,                # frame table to go on with
     replay:pd.DataFrame=None,        # old frames to mix in
-    epochs:int=3,
+    epochs:int=3,                    # over all frames
     lr:float=1e-4,                   # Adam
     bs:int=8,                        # batch size
-    seed:int=0,
+    seed:int=0,                      # of order and augmentation
 ):                                   # the network, trained further
     "Train a finished network on new samples, alone or with old ones mixed in."
     frames, model = new if replay is None else pd.concat([new, replay], ignore_index=True), deepcopy(model)
