@@ -29,7 +29,7 @@ from ..models import covidnet
 from ..transfer import copy_weights
 from ..metrics import classification_report, cls_confusions, evaluate, pr_curve, pred_classes, roc, roc_bands, vote
 from ..calibration import abstention, calibrate, calibration_scores, confidence, ece, mc_dropout, reliability, tta
-from ..training import AutoPrecision, ClassProbs, cross_validate, fold_history
+from ..training import AutoPrecision, ClassProbs, autocast_for, cross_validate, fold_history
 from ..explain import grad_cam
 from ..distrust import heat_in_fan, only_outside, outside_fan_check, predict_source
 from ..report import Report, cell, interval_text, plot_abstention, plot_comparison, plot_confusion, plot_pr, plot_reliability, plot_roc, results_json, results_table
@@ -53,6 +53,7 @@ class AroraSettings:
     lr:float=1e-4             # Adam; the default of the authors' script, their notebooks take 1e-5
     folds:int=5
     patients:int=40           # of the phantom, two clips each
+    external_frames:int=4     # of a clip of the external set
     seed:int=1234             # as in the notebooks
 
 DEFAULT = AroraSettings()
@@ -153,7 +154,7 @@ def run_folder(
     home=None,                       # default `lus_home()`
 ) -> Path:                           # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
-    key = {**asdict(settings), 'nets': None}                                   # another choice of networks shares the runs
+    key = {k: v for k, v in {**asdict(settings), 'nets': None}.items() if k != 'external_frames'}     # another choice of networks shares the runs
     return Path(home or lus_home())/'arora'/f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
 
 # %% ../../nbs/22_papers.arora.ipynb #c018
@@ -220,7 +221,7 @@ def ensemble(
     if not folders: raise FileNotFoundError(f"no trained networks in {path}: run `classify` first")
     def probs(k):
         model = fold_model(path, net, k, len(classes))
-        with torch.no_grad(): return np.concatenate([model(x).softmax(1).numpy() for x in _batches(store, np.arange(len(store)))])
+        with torch.no_grad(), autocast_for('cpu'): return np.concatenate([model(x).float().softmax(1).numpy() for x in _batches(store, np.arange(len(store)))])
     each = np.stack([probs(int(f.parent.name[4:])) for f in progress(folders)])
     votes = np.eye(len(classes))[each.argmax(2)].mean(0)
     tables = {**{f.parent.name.replace('fold', 'fold '): p for f, p in zip(folders, each)}, 'mean probability': each.mean(0), 'majority vote': (1 - 1e-6) * votes + 1e-6 * each.mean(0)}
@@ -246,7 +247,8 @@ def uncertainty(
     "POCOVID-Net's confidence of each held-out frame."
     if how not in ('augment', 'dropout'): raise ValueError(f"how is 'augment' or 'dropout', not {how!r}")
     def turned(x): return torch.Tensor(AroraAugment()(TensorFrame(x), split_idx=0))
-    def ask(model, x): return confidence(tta(model, x, turned, n) if how == 'augment' else mc_dropout(model, x, n))
+    def ask(model, x):
+        with autocast_for('cpu'): return confidence(tta(model, x, turned, n) if how == 'augment' else mc_dropout(model, x, n))
     return oof.assign(confidence=held_out(ask, path, net, store, oof))
 
 # %% ../../nbs/22_papers.arora.ipynb #c031
@@ -405,7 +407,8 @@ def reproduce(
     external = external_table(data, s, home)
     if external is not None:
         protocols['external'] = dict(description=RUNS['external'], split_hash=split_hash(external.assign(clip=clip_ids(external)), pd.Series(0, external.index)), settings=asdict(s))
-        for net in s.nets: save(external_cells(ensemble(paths[net, 'patient'], net, frame_store(external, net.size, s, home)), net))
+        fewer = replace(s, max_frames=s.external_frames)
+        for net in s.nets: save(external_cells(ensemble(paths[net, 'patient'], net, frame_store(external, net.size, fewer, home)), net))
 
     for net in s.nets:
         oof = oofs[net, 'patient']
