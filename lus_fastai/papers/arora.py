@@ -46,7 +46,7 @@ class Net:
 @dataclass(frozen=True)
 class AroraSettings:
     "Sizes of one run of the reproduction; the defaults are what two cores finish in a few hours."
-    nets:tuple=(Net('vgg16', 64, 6, crop=False), Net('resnet18', 112, 12), Net('tf_efficientnet_lite0', 112, 12))
+    nets:tuple=(Net('vgg16', 64, 6, crop=False), Net('resnet18', 112, 12, crop=False), Net('tf_efficientnet_lite0', 112, 12))
     rate:float=1.             # frames a second
     max_frames:int=8          # of a clip
     bs:int=8
