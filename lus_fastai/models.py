@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COVIDNET_TRAINS', 'double_conv', 'UNet', 'unet', 'SegClassifier', 'seg_to_cls', 'CornerPool', 'CovidNet', 'gray_stem',
-           'covidnet']
+           'create_backbone', 'covidnet']
 
 # %% ../nbs/08_models.ipynb #c003
 import warnings
@@ -173,22 +173,40 @@ def gray_stem(
     conv.weight = nn.Parameter(weight.detach().sum(1, keepdim=True), weight.requires_grad)
     return model
 
+def _copy_gray(weights, net):
+    "Copy weights whose first convolution takes one channel or three into a network that is to take one."
+    stem = next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)) + '.weight'
+    if stem in weights and weights[stem].shape[1] == 1: copy_weights(weights, gray_stem(net))
+    else: copy_weights(weights, net); gray_stem(net)
+
+def create_backbone(
+    name:str='resnet18',      # 'vgg16' or 'resnet18' of torchvision, or any model of timm
+    channels:int=1,           # 3 (three copies of a grey frame), or 1 (the first weights summed)
+    weights=None,             # None to start from scratch, 'imagenet', or a file or dictionary of the backbone's weights
+) -> nn.Module:               # (b, channels, h, w) -> (b, n_features); its `n_features` says how many, its `pretrained` whether weights were loaded
+    "A network without its classifier; warns, and starts from scratch, where ImageNet weights cannot be had."
+    if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
+    net, n = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
+    net.n_features, net.pretrained = n, weights is not None
+    if isinstance(weights, str) and weights == 'imagenet':
+        try: weights = _imagenet(name, net.state_dict())
+        except (OSError, RuntimeError, ValueError) as e:
+            weights, net.pretrained = None, False
+            warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch. Name a file with weights=...", stacklevel=2)
+    if weights is not None and not isinstance(weights, dict): weights = load_weights(weights)
+    if weights is None: return gray_stem(net) if channels == 1 else net
+    if channels == 1: _copy_gray(weights, net)
+    else: copy_weights(weights, net)
+    return net
+
 def covidnet(
-    name:str='vgg16',         # 'vgg16' or 'resnet18' as in the paper, or any backbone of timm
+    name:str='vgg16',         # as for `create_backbone`
     n_classes:int=3,          # diseases
     channels:int=3,           # 3 (three copies of a grey frame), or 1 (the first weights summed)
     weights='imagenet',       # 'imagenet', None to start from scratch, or a file of the backbone's weights
     freeze:bool=None,         # train only the head and what the paper trains; default: if the backbone has weights
-) -> CovidNet:                # (b, channels, h, w) in 0..1 -> logits (b, n_classes); warns, and starts from scratch, where ImageNet weights cannot be had
+) -> CovidNet:                # (b, channels, h, w) in 0..1 -> logits (b, n_classes)
     "Covid-Net (Arora 2020): VGG16 with 2,392,963 parameters that train and 12,354,880 frozen; ResNet-18 with 2,394,371 and 8,815,168."
-    if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
-    backbone, n = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
-    if weights == 'imagenet':
-        try: copy_weights(_imagenet(name, backbone.state_dict()), backbone)
-        except (OSError, RuntimeError, ValueError) as e:
-            weights = None
-            warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, and all of it trains. Name a file with weights=...", stacklevel=2)
-    elif weights is not None: copy_weights(weights, backbone)
-    if freeze or (freeze is None and weights is not None): _freeze(backbone, name)
-    if channels == 1: gray_stem(backbone)
-    return CovidNet(backbone, n, n_classes, bn=name == 'vgg16')
+    net = create_backbone(name, channels, weights)
+    if freeze or (freeze is None and net.pretrained): _freeze(net, name)
+    return CovidNet(net, net.n_features, n_classes, bn=name == 'vgg16')
