@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COVIDNET_TRAINS', 'double_conv', 'UNet', 'unet', 'SegClassifier', 'seg_to_cls', 'CornerPool', 'CovidNet', 'gray_stem',
-           'create_backbone', 'covidnet']
+           'create_backbone', 'covidnet', 'Scale', 'BackboneClassifier']
 
 # %% ../nbs/08_models.ipynb #c003
 import warnings
@@ -192,7 +192,7 @@ def create_backbone(
         try: weights = _imagenet(name, net.state_dict())
         except (OSError, RuntimeError, ValueError) as e:
             weights, net.pretrained = None, False
-            warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch. Name a file with weights=...", stacklevel=2)
+            warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, and all of it trains. Name a file with weights=...", stacklevel=2)
     if weights is not None and not isinstance(weights, dict): weights = load_weights(weights)
     if weights is None: return gray_stem(net) if channels == 1 else net
     if channels == 1: _copy_gray(weights, net)
@@ -210,3 +210,18 @@ def covidnet(
     net = create_backbone(name, channels, weights)
     if freeze or (freeze is None and net.pretrained): _freeze(net, name)
     return CovidNet(net, net.n_features, n_classes, bn=name == 'vgg16')
+
+# %% ../nbs/08_models.ipynb #c035
+class Scale(nn.Module):
+    "Frames of 0..1 to mean 0 and range -2..2 (mean .5, deviation .25 in the code of Chen 2021)."
+    def forward(self, x): return (x - .5) / .25
+
+class BackboneClassifier(nn.Module):
+    "Normalised frames, a backbone, one linear layer: logits out."
+    def __init__(self,
+        backbone:nn.Module,   # with `n_features`, as from `create_backbone`; trained further in place
+        n_classes:int=3,      # diseases
+    ):
+        super().__init__()
+        self.scale, self.backbone, self.head = Scale(), backbone, nn.Linear(backbone.n_features, n_classes)
+    def forward(self, x): return self.head(self.backbone(self.scale(x)))
