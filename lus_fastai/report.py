@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['interval_text', 'plot_confusion', 'plot_roc', 'plot_pr', 'plot_reliability', 'plot_abstention', 'plot_comparison',
            'plot_iou', 'plot_masks', 'Report', 'wide_scores', 'versions', 'device_name', 'cell', 'results_json',
-           'read_results', 'results_table']
+           'read_results', 'results_table', 'model_card']
 
 # %% ../nbs/17_report.ipynb #c005
-import base64, contextlib, html, io, json, math, platform, re
+import base64, contextlib, hashlib, html, io, json, math, platform, re
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -459,6 +459,10 @@ def _plain(x):
     if torch.is_tensor(x) or isinstance(x, np.generic): x = x.item()
     return None if x is pd.NA or isinstance(x, float) and not math.isfinite(x) else x
 
+def _no_folders(text):
+    "Of absolute paths only the last part; addresses on the web stay."
+    return re.sub(r'''\b((?!file:)[a-z]+://\S+)|(?<![\w.~<)\]-])(?:file://)?(?:~?/(?:[^\s/'"]*/)*|\b[A-Za-z]:\\\\?(?:[^\s\\'"]+\\)*)(?=[^\s/'"])''', lambda m: m[1] or '', text)
+
 def cell(
     table:str,                # which of the paper's tables, by a short name
     row:str,                  # its row
@@ -513,8 +517,7 @@ def results_json(
     device:str=None,          # by default `device_name()`
 ) -> dict:                    # what was written
     "Check results and write them as JSON, atomically; NaN becomes null, anything missing or contradictory raises ValueError."
-    command = re.sub(r'(?<![\w.~-])~?/(?:[^\s/\'"]*/)*', '', command)
-    results = dict(paper=paper, data=data, versions=versions(), device=device or device_name(), hours=round(float(hours), 4), command=command, seeds=list(seeds), protocols=protocols, cells=cells)
+    results = dict(paper=paper, data=data, versions=versions(), device=device or device_name(), hours=round(float(hours), 4), command=_no_folders(command), seeds=list(seeds), protocols=protocols, cells=cells)
     results = _check_results(_plain(results), str(path))
     write_json(path, results)
     return results
@@ -534,3 +537,60 @@ def results_table(
     rows = [{**{k: c[k] for k in _CELL_KEYS[:5]}, **dict(zip(('low', 'high'), c['interval'] or (None, None))), 'theirs': c['theirs']} for c in cells]
     table = pd.DataFrame(rows, columns=['protocol', 'table', 'row', 'column', 'ours', 'low', 'high', 'theirs'])
     return table.astype({k: float for k in ('ours', 'low', 'high', 'theirs')})
+
+# %% ../nbs/17_report.ipynb #c046
+_LICENCES = ('apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'gpl-3.0', 'unknown', 'cc0-1.0', *(f'cc-by{k}-4.0' for k in ('', '-sa', '-nc', '-nd', '-nc-sa', '-nc-nd')))
+
+def _weights_facts(path):
+    "Digest, size, tensors, parameters and types of a safetensors file; reads its header, and its bytes once."
+    from safetensors import safe_open
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"weights: there is no file {path}; write it first, by `save_weights`")
+    try:
+        with safe_open(path, 'pt') as f: tensors = {k: (f.get_slice(k).get_shape(), f.get_slice(k).get_dtype()) for k in f.keys()}
+    except Exception as e: raise ValueError(f"weights: {path} is no safetensors file that can be read ({e}): is it cut short?") from e
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        for part in iter(lambda: f.read(1 << 20), b''): digest.update(part)
+    counted = {k: math.prod(shape) for k, (shape, kind) in tensors.items() if 'F' in kind and not k.endswith(('running_mean', 'running_var'))}
+    return digest.hexdigest(), path.stat().st_size, len(tensors), sum(counted.values()), sorted({tensors[k][1] for k in counted})
+
+def _md_table(heads, rows):
+    tidy = lambda x: ' '.join(str(x).split()).replace('|', '\\|') or '–'
+    return '\n'.join('| ' + ' | '.join(map(tidy, r)) + ' |' for r in (heads, ['---'] * len(heads), *rows))
+
+def model_card(
+    path,                     # the card, a file named .md
+    *,
+    title:str,                # heading
+    weights,                  # a .safetensors file
+    data:str,                 # what it was trained on
+    licence:str,              # of the weights: a name such as 'Apache-2.0', or a sentence
+    split_hash:str,           # from `split_hash`: which patients were kept out of training
+    results:dict,             # what was measured -> text, such as {'accuracy': '0.80 [0.70, 0.90]'}; empty where nothing was
+    usage:str,                # code that loads the weights
+    settings:dict,            # of the run; nested dictionaries are written as `a.b`
+) -> Path:                    # the card
+    "Write a model card for a weights file, atomically; of absolute paths in it only the last part is kept."
+    path = Path(path)
+    if path.suffix != '.md': raise ValueError(f"path: a model card is a Markdown file, named .md, not {path.name!r}")
+    empty = [k for k, v in dict(title=title, data=data, licence=licence, split_hash=split_hash, usage=usage).items() if not isinstance(v, str) or not v.strip()]
+    if empty: raise ValueError(f"{empty} must be text: a card without it helps nobody")
+    sha, size, tensors, params, kinds = _weights_facts(weights)
+    title, known = ' '.join(title.split()), re.sub(r'\s+', '-', licence.strip().lower())
+    header = [f'license: {known}'] if known in _LICENCES else ['license: other', 'license_name: as-stated-in-the-card']
+    said = lambda x: str(x) if isinstance(x, (str, Path)) else json.dumps(x, default=str, ensure_ascii=False)
+    fence = '`' * max(3, 1 + max(map(len, re.findall('`+', usage)), default=0))
+    blocks = ['\n'.join(['---', *header, 'library_name: lus_fastai', 'tags:', *(f'- {t}' for t in ('lung-ultrasound', 'medical-imaging', 'pytorch', 'safetensors')), '---']),
+        f'# {title}', '## What it is',
+        _md_table(('weights', Path(weights).name), [('size', f'{size:,} bytes'), ('sha256', f'`{sha}`'), ('parameters', f'{params:,} ({", ".join(kinds)}), in a file of {tensors} tensors'), ('split hash', f'`{split_hash}`')]),
+        '## How to load it', 'Install `lus_fastai`, then, after `from lus_fastai.all import *`:', f'{fence}python\n{usage.strip()}\n{fence}',
+        '## What it was trained on', data.strip(), f'The split hash above names the patients that were kept out of training. Results on other patients of the same data are not results on new patients.',
+        '## Results', _md_table(('measure', 'result'), results.items()) if results else 'Nothing was measured.',
+        '## Intended use, and what it is not', 'Teaching and research on lung ultrasound. It is no medical device: do not use it for diagnosis, triage or any other decision about a patient. It has seen the machines, probes and patients of its training data and may fail on others; '
+        'it can have learned marks of a source (burnt-in text, depth, probe) instead of the lung. Test it on your own patients, split by patient, before you believe it.',
+        '## Licence', licence.strip(),
+        '## Settings', _md_table(('setting', 'value'), [(k, said(v)) for k, v in _flatten(_plain(settings)).items()]) if settings else 'None were given.',
+        '## Versions', _md_table(('package', 'version'), versions().items())]
+    with atomic_path(path) as tmp: tmp.write_text(_no_folders('\n\n'.join(blocks)) + '\n', encoding='utf-8')
+    return path

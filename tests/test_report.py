@@ -397,3 +397,44 @@ def test_the_module_is_light():
     import subprocess, sys
     code = "import sys, lus_fastai.report; print([m for m in ('matplotlib', 'fastai', 'sklearn', 'seaborn', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+
+
+# -- the model card
+
+def card(tmp_path, **change):
+    from safetensors.torch import save_file
+    if not (tmp_path/'w.safetensors').exists(): save_file(dict(a=torch.zeros(3, 4), b=torch.zeros(5, dtype=torch.float16), n=torch.zeros(7, dtype=torch.int64), **{'bn.running_mean': torch.zeros(9)}), tmp_path/'w.safetensors')
+    about = dict(title='A backbone', weights=tmp_path/'w.safetensors', data='made up', licence='MIT', split_hash='ab12', results={'accuracy': '.8 [.7, .9]', 'a|b': 'x\ny'}, usage="create_backbone('resnet18')", settings=dict(a=dict(b=1), c='d'))
+    return R.model_card(tmp_path/'w.md', **{**about, **change}).read_text(encoding='utf-8')
+
+
+def test_a_model_card_says_what_the_file_is(tmp_path):
+    import hashlib
+    yaml = pytest.importorskip('yaml')
+    text = card(tmp_path)
+    raw = (tmp_path/'w.safetensors').read_bytes()
+    assert hashlib.sha256(raw).hexdigest() in text and f'{len(raw):,} bytes' in text
+    assert '| parameters | 17 (F16, F32), in a file of 4 tensors |' in text           # 3*4 + 5; integers and running statistics are no parameters
+    assert '| accuracy | .8 [.7, .9] |' in text and '| a\\|b | x y |' in text and '| a.b | 1 |' in text and '| torch | ' in text and "```python\ncreate_backbone('resnet18')\n```" in text
+    head = yaml.safe_load(text.split('---\n')[1])
+    assert head['license'] == 'mit' and head['library_name'] == 'lus_fastai' and 'lung-ultrasound' in head['tags']
+    assert text.startswith('---\n') and 'diagnosis' in text and sorted(p.name for p in tmp_path.iterdir()) == ['w.md', 'w.safetensors']
+    sentence = card(tmp_path, licence='derived from CC BY-NC-ND 4.0: research only')
+    assert yaml.safe_load(sentence.split('---\n')[1])['license'] == 'other' and 'derived from CC BY-NC-ND 4.0: research only' in sentence
+    assert 'license: cc-by-nc-nd-4.0' in card(tmp_path, licence='CC BY-NC-ND 4.0') and 'Nothing was measured' in card(tmp_path, results={})
+    assert '````python\n```\n````' in card(tmp_path, usage='```')
+
+
+@pytest.mark.parametrize('said,want', [('/home/me/data/pocus and https://a.example/b/c', 'pocus and https://a.example/b/c'), ('file:///srv/x/y.bin', 'y.bin'), ('C:\\Users\\me\\w.bin', 'w.bin'), ('~/a/b', 'b'), ('and/or, 1/2, (a)/b, a / b', 'and/or, 1/2, (a)/b, a / b')])
+def test_a_model_card_names_no_folder(tmp_path, said, want):
+    assert f'\n{want}\n' in card(tmp_path, data=said) and f'| where | {want} |' in card(tmp_path, settings=dict(where=said)) and str(tmp_path) not in card(tmp_path, settings=dict(p=tmp_path, l=[tmp_path]))
+
+
+def test_a_model_card_refuses_what_it_cannot_describe(tmp_path):
+    before = card(tmp_path)
+    with pytest.raises(FileNotFoundError, match='there is no file .*gone'): card(tmp_path, weights=tmp_path/'gone.safetensors')
+    (tmp_path/'cut.safetensors').write_bytes((tmp_path/'w.safetensors').read_bytes()[:-1])
+    with pytest.raises(ValueError, match='cut.safetensors is no safetensors'): card(tmp_path, weights=tmp_path/'cut.safetensors')
+    with pytest.raises(ValueError, match="'data', 'usage'"): card(tmp_path, data=' ', usage=None)
+    with pytest.raises(ValueError, match='named .md'): R.model_card(tmp_path/'w.safetensors', title='t', weights=tmp_path/'w.safetensors', data='d', licence='l', split_hash='s', results={}, usage='u', settings={})
+    assert (tmp_path/'w.md').read_text() == before and not list(tmp_path.glob('.*'))
