@@ -310,7 +310,7 @@ def test_manifests(name, files, clips):
     for r in m[m.kind.notna()].itertuples():                                   # what is listed agrees with what the names say
         told = (pocus_name if name == 'pocus' else blues_name)(r.path)
         assert r.kind == told['kind'] and r.probe == told['probe'] and (told['patient'] is None or told['patient'] == r.patient) and r.label == told.get('label', r.label) or pd.isna(r.label)
-    assert all(s.licence and s.citation and s.urls['raw'].endswith('/') for s in SOURCES.values())
+    assert all(s.licence and s.citation and s.urls['home'] and s.urls.get('raw', '/').endswith('/') for s in SOURCES.values())
     assert list(sources_table().index) == list(SOURCES)
 
 def test_manifest_of_an_installed_package_comes_first(tmp_path, monkeypatch):
