@@ -213,6 +213,28 @@ def _window_map(values, kept, spans, shape, value, stride):
     return total/np.maximum(count, 1)
 
 # %% ../nbs/15_explain.ipynb #c027
+class _Winograd:
+    "What a 3x3 convolution gives, computed at 36 points for each 4x4 outputs."
+    def __init__(self, conv):
+        def powers(n): return torch.cat([torch.tensor([0, 1, -1, .5, -2], dtype=torch.float64)[:, None]**torch.arange(n), torch.eye(n, dtype=torch.float64)[-1:]])
+        g, self.there, self.back = (torch.kron(m.contiguous(), m.contiguous()).float() for m in (powers(3), powers(6).inverse().T, powers(4).T))
+        self.weight, self.bias = (g @ conv.weight.reshape(-1, 9).T).view(36, *conv.weight.shape[:2]).transpose(1, 2), conv.bias
+    def __call__(self, x):        # (b, c, h, w)
+        (h, w), c, done = x.shape[2:], x.shape[1], []
+        th, tw = -(-h//4), -(-w//4)
+        for p in x.permute(0, 2, 3, 1).split(max(1, 128//(th*tw))):                                                                # few tiles at a time stay in the cache
+            tiles = F.pad(p, (0, 0, 1, tw*4 - w + 1, 1, th*4 - h + 1)).unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)   # 6x6 pixels for 4x4
+            y = torch.bmm((self.there @ tiles.reshape(36, -1)).view(36, -1, c), self.weight)
+            y = (self.back @ y.view(36, -1)).view(4, 4, len(p), th, tw, -1).permute(2, 3, 0, 4, 1, 5).reshape(len(p), th*4, tw*4, -1)[:, :h, :w]
+            done.append(y if self.bias is None else y + self.bias)
+        return torch.cat(done).permute(0, 3, 1, 2)
+
+def _wide(model, x):
+    "The convolutions that `_Winograd` does faster."
+    if x.device.type != 'cpu' or x.dtype != torch.float32: return []
+    return [m for m in model.modules() if type(m) is nn.Conv2d and 'forward' not in vars(m) and (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros') and min(m.weight.shape[:2]) >= 128]
+
+# %% ../nbs/15_explain.ipynb #c030
 def _gates(model, x):
     "Modules with maps as output that every path from x to the model's output passes, in the order of the forward pass."
     calls, leaf = [], x.clone().requires_grad_()
@@ -235,6 +257,8 @@ def _gates(model, x):
     count = [m for m, _, _ in calls]
     return [m for m, out, g in calls if g in gates and torch.is_tensor(out) and out.ndim == 4 and count.count(m) == 1]
 
+class _Enough(Exception): "Nothing more to learn from this pass."
+
 def _reaches(model, x, gates):
     "For each gate its map's size and, on both axes, (step, a, b): output p reads p*step - a .. p*step + b of the gate before; None where that is unknown."
     found, size = [], x.shape[-2:]
@@ -253,16 +277,18 @@ def _reaches(model, x, gates):
             reach.append((step, *(max(0, *r) for r in zip((0, 0), *reads))) if n >= 24 and step <= 4 and -(-n//step) == m and reads else None)
         size = out.shape[-2:]
         found.append((module, tuple(size), None if None in reach else reach))
+        if None in reach: raise _Enough
         return plant(out)
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_Enough):
         for m in gates: hooks.callback(m.register_forward_hook(look).remove)
         model(plant(x))
     return found
 
 class _Ladder:
-    "Runs a model on covered pictures, its first stages on crops around the windows only; `rungs` is empty where that saves nothing."
+    "Runs a model on covered pictures: its first stages on crops around the windows (`rungs`, none where that saves nothing), its wide convolutions by `_Winograd`."
     def __init__(self, model, x, spans):  # x (1, c, h, w); spans: first and last+1 row, and column, of each window
         self.model, self.rungs, self.known, self.now = model, [], [], None
+        self.convs = [(m, _Winograd(m)) for m in _wide(model, x)]
         found = []
         for module, after, reach in _reaches(model, x, _gates(model, x)):
             if found and reach == [(1, 0, 0)]*2: found[-1] = module, after, found[-1][2]                                # a ReLU goes with its convolution
@@ -289,17 +315,19 @@ class _Ladder:
     def _set(self, level, near):
         "The part of the known maps that the next stage reads, with what was computed near the window (n, rows, columns, c), or a number, set into it."
         rows, at = self.now
+        _, h, w, c = self.known[level].shape
         place, inside, local = [], [], []
         for axis, ((first, length, touched, origin), i) in enumerate(zip(self.levels[level], at)):
             p = first[i][:, None] + torch.arange(length, device=first.device)
             place.append(p); inside.append((p >= touched[i, :1]) & (p < touched[i, 1:]))
-            if level: local.append((p - origin[i][:, None]).clamp(0, near.shape[1 + axis] - 1))
-        far = self.known[level][rows[:, None, None], place[0][:, :, None], place[1][:, None]]
-        if level: near = near[torch.arange(len(rows), device=near.device)[:, None, None], local[0][:, :, None], local[1][:, None]]
-        return torch.where((inside[0][:, :, None] & inside[1][:, None])[..., None], near, far).permute(0, 3, 1, 2)
+            local.append((p - origin[i][:, None]).clamp(0, near.shape[1 + axis] - 1))
+        def pixel(rows, y, x, h, w): return (rows[:, None, None]*h + y[:, :, None])*w + x[:, None]                  # in a list of all pixels
+        far, own = pixel(rows, *place, h, w), pixel(torch.arange(len(rows), device=rows.device)*(len(near) > 1), *local, *near.shape[1:3]) + len(self.known[level])*h*w
+        pick = torch.where(inside[0][:, :, None] & inside[1][:, None], own, far)
+        return torch.cat([self.known[level].reshape(-1, c), near.reshape(-1, c)]).index_select(0, pick.flatten()).view(*pick.shape, c).permute(0, 3, 1, 2)
     @contextlib.contextmanager
     def climb(self):
-        "Hooks on while the block runs."
+        "Hooks and faster convolutions in place while the block runs."
         def hook(level):
             def look(module, args, out):
                 if self.now is None: self.known.append(out.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format))
@@ -307,6 +335,7 @@ class _Ladder:
             return look
         with contextlib.ExitStack() as hooks:
             for k, m in enumerate(self.rungs, 1): hooks.callback(m.register_forward_hook(hook(k)).remove)
+            for m, fast in self.convs: m.forward = fast; hooks.callback(delattr, m, 'forward')
             yield self
     def learn(self, x):
         "Remember the maps of untouched pictures."
@@ -315,16 +344,16 @@ class _Ladder:
     def run(self, rows, at, fill):  # which pictures of the learnt ones; which window rows and columns; (1, c, 1, 1)
         "The model's output for covered pictures."
         self.now = rows, at
-        return self.model(self._set(0, fill.reshape(-1)))
+        return self.model(self._set(0, fill.reshape(1, 1, 1, -1).expand(1, 1, 1, self.known[0].shape[3])))
 
 def _ladder(model, x, spans, fill, at, full):
     "A `_Ladder` that gives what the model gives in full, or None."
-    if len(at) < 64: return None                                    # probing costs about a dozen passes
+    if len(at) < 64: return None                                    # probing costs about ten passes
     a = at[at[:, 0] == at[0, 0]]
-    a = a[torch.linspace(0, len(a) - 1, min(4, len(a)), device=a.device).long()]
+    a = a[torch.linspace(0, len(a) - 1, min(3, len(a)), device=a.device).long()]
     try:
         with torch.enable_grad(): ladder = _Ladder(model, x[:1], spans)
-        if not ladder.rungs: return None
+        if not ladder.rungs and not ladder.convs: return None
         with ladder.climb():
             ladder.learn(x[a[:1, 0]])
             fast = ladder.run(torch.zeros_like(a[:, 0]), (a[:, 1], a[:, 2]), fill)
@@ -332,7 +361,7 @@ def _ladder(model, x, spans, fill, at, full):
     slow = full(a)
     return ladder if fast.shape == slow.shape and (fast - slow).abs().max() <= 1e-5*slow.abs().max() else None
 
-# %% ../nbs/15_explain.ipynb #c028
+# %% ../nbs/15_explain.ipynb #c031
 def occlusion(
     model:nn.Module,              # gives logits (b, n), or (b, n, h, w)
     x,                            # (b, c, h, w) float, finite
@@ -377,7 +406,7 @@ def occlusion(
     if found: values[kept] = torch.cat(found).double().cpu().numpy()
     return torch.from_numpy(_window_map(values, kept, spans, (h, w), value, stride)).to(x.device, torch.float32)
 
-# %% ../nbs/15_explain.ipynb #c036
+# %% ../nbs/15_explain.ipynb #c039
 def _named_layer(model, layer):
     "Name and module of a layer given as either."
     names = dict(model.named_modules())
@@ -451,7 +480,7 @@ def grad_cam(
     a, g, _ = _layer_gradient(model, x, target, layer)
     return _enlarged((a*g.mean((2, 3), keepdim=True)).sum(1), x)
 
-# %% ../nbs/15_explain.ipynb #c041
+# %% ../nbs/15_explain.ipynb #c044
 _CAMS = {'gradcam': 'GradCAM', 'gradcam++': 'GradCAMPlusPlus', 'xgradcam': 'XGradCAM', 'hirescam': 'HiResCAM', 'layercam': 'LayerCAM', 'gradcam-elementwise': 'GradCAMElementWise',
          'eigencam': 'EigenCAM', 'eigengradcam': 'EigenGradCAM'}
 
@@ -480,10 +509,10 @@ def cam(
     raw = formula.get_cam_image(x, module, None, a.cpu().numpy(), g.cpu().numpy(), False)
     return _enlarged(torch.from_numpy(np.ascontiguousarray(raw)).to(x.device), x)
 
-# %% ../nbs/15_explain.ipynb #c043
+# %% ../nbs/15_explain.ipynb #c046
 EXPLAINERS = {'saliency': saliency, 'smooth-grad': smooth_grad, 'integrated gradients': integrated_gradients, 'occlusion': occlusion, 'grad-cam': grad_cam, 'grad-cam++': cam}  # by the name to show
 
-# %% ../nbs/15_explain.ipynb #c045
+# %% ../nbs/15_explain.ipynb #c048
 def _first_channels(model):
     for m in model.modules():
         if isinstance(m, nn.Conv2d): return m.in_channels
@@ -523,7 +552,7 @@ def explain_clip(
         maps.append(m.cpu().numpy()); probs.append((p if p.ndim == 2 else p.mean((2, 3))).cpu().numpy())
     return np.concatenate(maps), np.concatenate(probs)
 
-# %% ../nbs/15_explain.ipynb #c047
+# %% ../nbs/15_explain.ipynb #c050
 _WARM = np.array([(120, 28, 8), (213, 94, 0), (255, 226, 120)])
 _COOL = np.array([(10, 30, 110), (0, 114, 200), (150, 225, 255)])
 
@@ -550,7 +579,7 @@ def _limit(maps):
     size = np.abs(np.asarray(maps))
     return float(np.quantile(size, .995, method='higher') or size.max()) if size.size else 0.
 
-# %% ../nbs/15_explain.ipynb #c049
+# %% ../nbs/15_explain.ipynb #c052
 def show_map(
     frame,                        # (h, w): uint8, or float in 0..1
     map,                          # raw map (h, w), array or tensor
@@ -599,7 +628,7 @@ def show_maps(
     bar.ax.tick_params(labelsize=8); bar.outline.set_visible(False)
     return fig
 
-# %% ../nbs/15_explain.ipynb #c051
+# %% ../nbs/15_explain.ipynb #c054
 def write_map_video(
     path,                         # target file, .mp4 (H.264) or .gif
     frames,                       # (n, h, w): uint8, or float in 0..1

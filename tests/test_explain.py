@@ -318,6 +318,29 @@ def test_crops_are_used_and_never_forced(net):
         finally: E._ladder = real
         assert torch.allclose(a, b, atol=1e-5*max(1, b.abs().max().item()))
 
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 21), st.integers(1, 21), st.booleans(), st.integers(0, 99))
+def test_convolutions_at_points_are_exact(b, h, w, bias, seed):
+    torch.manual_seed(seed)
+    conv, x = nn.Conv2d(5, 7, 3, padding=1, bias=bias), torch.randn(b, 5, h, w)
+    with torch.no_grad(): assert torch.allclose(E._Winograd(conv)(x), conv.double()(x.double()).float(), atol=1e-5)
+
+def test_wide_convolutions_are_replaced_and_given_back():
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(3, 128, 4, 4), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(True), nn.Conv2d(128, 130, 3, padding=1, bias=False), nn.Conv2d(130, 128, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 2)).eval()
+    x, real, seen = torch.rand(2, 3, 64, 48), E._Winograd.__call__, []
+    assert E._wide(m, x) == [m[1], m[3]] and not E._wide(m, x.double())
+    try:
+        E._Winograd.__call__ = lambda self, x: seen.append(len(x)) or real(self, x)
+        fast = occlusion(m, x, 1, size=8, stride=6)
+        E._Winograd.__call__ = lambda self, x: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt): occlusion(m, x, 1, size=8, stride=6)
+    finally: E._Winograd.__call__ = real
+    assert seen and not any('forward' in vars(k) or k._forward_hooks for k in m.modules())
+    try: E._ladder, ladder = lambda *args: None, E._ladder; slow = occlusion(m, x, 1, size=8, stride=6)
+    finally: E._ladder = ladder
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-6) and slow.abs().max() > 1e-5
+
 # clips, pictures, videos
 
 def test_clips(net, phantom_store):
