@@ -24,6 +24,6 @@ def peer(iterations):
     return run
 
 maps = {}
-for iterations, what in ((750, "the same 750 iterations"), (1000, "scikit-learn's own 1,000 iterations")):     # openTSNE's own number is 750
+for iterations, what in ((750, "at most 750 iterations each"), (1000, "scikit-learn's own 1,000 iterations")):     # `tsne_map` stops when the divergence hardly falls
     compare(f'tsne_map / sklearn.manifold.TSNE, {n:,} x 64, perplexity {perplexity}, {what}, {os.cpu_count()} cores each', ours, peer(iterations), 'maps', 1, repeats=args.repeats)
     print(f"  of 30 true neighbours kept: ours {kept(maps['ours']):.3f}, peer {kept(maps['peer']):.3f}", flush=True)

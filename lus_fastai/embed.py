@@ -31,16 +31,21 @@ def _find_layer(model, layer):
         raise ValueError(f"the model has no layer {layer!r}; nearest: {', '.join(map(repr, near))}")
     return modules[layer], False
 
-def _pooled(x, n):
+def _pixel_axes(shape, frame):
+    "The axes of a map (b, c, h, w), or (b, h, w, c), that are nearer to the proportions of the frame."
+    off = [abs(math.log(shape[k]/shape[k + 1]*frame[1]/frame[0])) for k in (2, 1)]
+    return (1, 2) if shape[3] > 1 and off[1] < off[0] else (2, 3)
+
+def _pooled(x, n, frame):
     "(n, d) float32 array of a layer's input or output: a copy, since a layer behind it may work in place."
     if not torch.is_tensor(x) or not x.ndim or len(x) != n: raise ValueError(f"the layer gives {f'shape {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__} for {n} frames, not a row a frame: choose another `layer`")
     x = x.detach().float()
-    return (x.mean(1) if x.ndim == 3 else x.flatten(2).mean(2) if x.ndim > 3 else x.reshape(n, -1)).cpu().numpy().copy()
+    return (x.mean(1) if x.ndim == 3 else x.mean(_pixel_axes(x.shape, frame)) if x.ndim == 4 else x.flatten(2).mean(2) if x.ndim > 3 else x.reshape(n, -1)).cpu().numpy().copy()
 
 @contextlib.contextmanager
 def _reading(module, before, got):
     "While the block runs, what enters or leaves `module` is appended to `got`."
-    def read(x): got.append(_pooled(x, got.n))
+    def read(x): got.append(_pooled(x, got.n, got.frame))
     handle = module.register_forward_pre_hook(lambda m, x: read(x[0])) if before else module.register_forward_hook(lambda m, x, y: read(y))
     try: yield
     finally: handle.remove()
@@ -65,7 +70,7 @@ def _save_part(path, key, x):
         with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez(f, key=np.array(key), x=x)
     except OSError as e: warnings.warn(f"the features cannot be kept in {path}: {e}", stacklevel=3)
 
-class _Rows(list): n = 0     # arrays that a hook has read, and how many frames the batch has
+class _Rows(list): n, frame = 0, (1, 1)     # arrays that a hook has read, how many frames the batch has, and their height and width
 
 class _Pixels:
     "An array of frames that `ReadFrame` can read as it reads a store."
@@ -99,7 +104,7 @@ def features(
     if not n: raise TableError("there are no frames to compute features of: the frame table is empty")
     if path is not None:
         source = [pixels.meta['files']['images'], *pixels.images.shape] if pixels is store else [hashlib.sha256(np.ascontiguousarray(store)).hexdigest(), *store.shape]
-        key = hashlib.sha256(repr((1, _weights_key(model), str(layer), source, hashlib.sha256(np.ascontiguousarray(keys)).hexdigest(), channels, 'uint8/255')).encode()).hexdigest()
+        key = hashlib.sha256(repr((2, _weights_key(model), str(layer), source, hashlib.sha256(np.ascontiguousarray(keys)).hexdigest(), channels, 'uint8/255')).encode()).hexdigest()
         x = _load_part(path, key, n)
     done = start = 0 if x is None else len(x)
     if done == n: return x
@@ -111,7 +116,7 @@ def features(
             if device != home: model.to(device)
             for i in progress(range(start, n, bs), desc='features'):
                 batch = keys[i:i+bs]
-                got.n = len(batch); got.clear()
+                got.n, got.frame = len(batch), pixels.images.shape[1:]; got.clear()
                 model(scale(read.take(batch).to(device)).as_subclass(torch.Tensor))
                 if not got: raise ValueError(f"the model's forward pass does not run the layer {layer!r}: choose another")
                 parts.append(got[-1]); done = i + len(batch)
@@ -138,13 +143,15 @@ def _checked(x, name):
     if len(bad): raise ValueError(f"{name} is NaN or infinite in row(s) {', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}: leave them out")
     return np.ascontiguousarray(x, np.float64)
 
+_EARLY, _LATER, _BLOCK, _GAIN = 100, 650, 50, .005    # iterations with exaggeration, at most without, between two looks at the divergence; its least relative fall
+
 def tsne_map(
     x,                        # (N, d) features
     perplexity:float=30,      # neighbours a point has, roughly; below N/3
     seed:int=0,               # same seed, same map, whatever `n_jobs` is
     n_jobs:int=None,          # threads; None: those of PyTorch above 1,000 points, one below, where more do not pay
 ) -> FeatureMap:              # `points` are centred on 0
-    "t-SNE by openTSNE from a PCA start, 750 iterations; ValueError with fewer points than the perplexity needs."
+    "t-SNE by openTSNE from a PCA start, until it has settled (750 iterations at most); ValueError with fewer points than the perplexity needs."
     x = _checked(x, 'x')
     if not perplexity > 0: raise ValueError(f"perplexity must be above 0, not {perplexity}")
     if len(x) <= 3*perplexity:
@@ -153,7 +160,12 @@ def tsne_map(
     try: from openTSNE import TSNE
     except ImportError: raise ImportError("t-SNE needs openTSNE: pip install openTSNE") from None
     far = dict(negative_gradient_method='fft', ints_in_interval=2) if len(x) > 3000 else dict(negative_gradient_method='bh')
-    fitted = TSNE(perplexity=perplexity, random_state=seed, neighbors='exact', n_jobs=n_jobs or (1 if len(x) <= 1000 else torch.get_num_threads()), **far).fit(x)
+    fitted = TSNE(perplexity=perplexity, random_state=seed, neighbors='exact', n_jobs=n_jobs or (1 if len(x) <= 1000 else torch.get_num_threads()), **far).prepare_initial(x)
+    fitted.optimize(_EARLY, exaggeration=12, inplace=True)
+    for k in range(_LATER//_BLOCK):
+        before = fitted.kl_divergence
+        fitted.optimize(_BLOCK, inplace=True)
+        if k and before - fitted.kl_divergence < _GAIN*before: break
     fitted -= (fitted.max(0) + fitted.min(0))/2                        # openTSNE would move it so when it places points
     return FeatureMap(np.array(fitted), 't-SNE', x.shape[1], fitted)
 

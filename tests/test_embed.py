@@ -1,8 +1,8 @@
 "Features of a layer and their cache, maps and placing, thumbnails, neighbourhood purity."
-from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from lus_fastai import embed
 from lus_fastai.core import TableError
 from lus_fastai.data import frame_dls
 from lus_fastai.embed import _cells, features, pca_map, place, plot_embedding, plot_purity, plot_thumbnails, purity, tsne_map
@@ -44,6 +44,27 @@ def test_features_are_the_layers_output(phantom_store):
     rows = s.frames.iloc[[5, 2, 2, 9]]
     np.testing.assert_allclose(features(model, s, rows, '4'), linear[[5, 2, 2, 9]], atol=1e-5)
     np.testing.assert_array_equal(features(model, s[:6], layer='4', bs=3), features(model, s, s.frames[:6], '4', bs=3))
+
+class ChannelsLast(nn.Module):
+    def forward(self, x): return x.permute(0, 2, 3, 1)
+
+@pytest.mark.parametrize('h,w', ((64, 64), (64, 96), (48, 32)))
+def test_channels_last_maps_are_averaged_over_their_pixels(h, w):
+    frames = np.random.default_rng(0).integers(256, size=(3, h, w), dtype=np.uint8)
+    first, last = (nn.Sequential(nn.Conv2d(1, 24, 4, 4), nn.Conv2d(24, 24, 2, 2), m, nn.Flatten(), nn.LazyLinear(3)) for m in (nn.Identity(), ChannelsLast()))
+    for m in (first, last): m(torch.zeros(1, 1, h, w))
+    last.load_state_dict(first.state_dict())
+    np.testing.assert_allclose(features(last, frames, layer='2'), features(first, frames, layer='2'), atol=1e-6)
+    assert features(last, frames, layer='2').shape == (3, 24) and features(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(2)), frames, layer='0').shape == (3, 1)
+
+def test_a_swin_transformers_layers():
+    import timm
+    torch.manual_seed(0)
+    m = timm.create_model('swin_tiny_patch4_window7_224', img_size=64, window_size=2, embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 6), in_chans=1, num_classes=3).eval()
+    frames = np.random.default_rng(0).integers(256, size=(2, 64, 64), dtype=np.uint8)
+    with torch.no_grad(): want = m.forward_features(torch.from_numpy(frames)[:, None]/255)
+    assert want.shape == (2, 2, 2, 96)
+    np.testing.assert_allclose(features(m, frames, layer='norm'), want.mean((1, 2)), atol=1e-5)
 
 @pytest.mark.parametrize('channels', (1, 3))
 def test_input_is_scaled_as_in_training(phantom_store, channels):
@@ -180,10 +201,16 @@ def test_tsne_is_seeded_and_leaves_the_global_generators(clouds, cloud_map):
     assert np.array_equal(again.points, cloud_map.points) and not np.array_equal(tsne_map(clouds[0], 20, seed=1).points, again.points)
     assert again.points.shape == (240, 2) and np.allclose(again.points.max(0), -again.points.min(0)) and '240 points' in repr(again)
 
+def test_tsne_stops_when_it_has_settled(clouds, cloud_map):
+    "No worse than scikit-learn's full run: the same share of true neighbours, to two percent."
+    from sklearn.manifold import TSNE
+    near = lambda p: np.argsort(((p[:, None] - p)**2).sum(-1), 1)[:, 1:11]
+    kept = lambda p: np.mean([len(np.intersect1d(a, b))/10 for a, b in zip(near(clouds[0]), near(p))])
+    assert kept(cloud_map.points) > kept(TSNE(perplexity=20, random_state=0).fit_transform(clouds[0])) - .02
+
 @pytest.mark.parametrize('n', (60, 3100))     # forces by tree, and on a grid
 def test_threads_do_not_change_the_map(n, monkeypatch):
-    import openTSNE
-    monkeypatch.setattr(openTSNE, 'TSNE', partial(openTSNE.TSNE, early_exaggeration_iter=10, n_iter=10))     # threads on a busy machine wait for one another
+    for name, k in (('_EARLY', 10), ('_LATER', 10), ('_BLOCK', 5)): monkeypatch.setattr(embed, name, k)     # threads on a busy machine wait for one another
     x = np.random.default_rng(1).normal(size=(n, 4))
     assert np.array_equal(tsne_map(x, 5, n_jobs=1).points, tsne_map(x, 5, n_jobs=2).points)
 
