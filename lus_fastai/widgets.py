@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 from .clips import ClipError, FrameStore, _masks, sample_clip
 from .core import CLASSES, DENSE, DENSE_COLORS, TableError, atomic_path, check_table, clip_ids, frozen_eval, lus_home, overlay
+from .distrust import heat_in_fan
 from .explain import EXPLAINERS, map_rgb
 from .phantom import phantom_dataset
 from .preprocess import Fan, FanError, find_fan
@@ -295,7 +296,7 @@ class Explainer(_Panel):
         for image in (self.map_image, self.curve_image): image.layout.display = None
         shares = ' · '.join(f'{"<b>" if i == said else ""}{html.escape(c)} {p:.2f}{"</b>" if i == said else ""}' for i, (c, p) in enumerate(zip(self.classes, probs[k])))
         self.verdict.value = f'<div style="line-height:1.5">labelled <b>{html.escape(str(row["label"]))}</b>; the network says<br>{shares}</div>'
-        heat = '' if fan is None or not np.abs(m).sum() else f'<br>{np.abs(m)[fan].sum()/np.abs(m).sum():.0%} of it inside the fan'
+        heat = '' if fan is None or not m.any() else f'<br>{heat_in_fan(m, fan)[0]:.0%} of it inside the fan'
         colors = ','.join('rgb({},{},{})'.format(*c) for c in map_rgb(np.zeros((1, 17), np.uint8), np.linspace(-1, 1, 17)[None], 1., 1.)[0])
         self.scale.value = (f'<div style="line-height:1.5">{html.escape(self.method.value)} for <b>{html.escape(self.classes[target])}</b>{heat}'
                             f'<div style="height:10px;margin-top:3px;border-radius:2px;background:linear-gradient(to right,{colors})"></div>'
