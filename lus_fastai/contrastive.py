@@ -597,9 +597,9 @@ def measure_pairs(
 # %% ../nbs/10_contrastive.ipynb #c012
 class _CosineLR(Callback):
     "Constant to epoch `warm`, then a cosine to 0 at the end of the fit."
-    order = 60
+    order = 85                                                     # after a checkpoint has brought back the optimiser, and with it an older rate
     def __init__(self, lr, warm): self.lr, self.warm = lr, warm
-    def before_epoch(self):
+    def before_train(self):
         if hasattr(self.learn, 'lr_finder'): return
         t = max(0, self.epoch - self.warm) / max(1, self.n_epoch - self.warm)
         self.opt.set_hypers(lr=self.lr * (1 + math.cos(math.pi * t)) / 2)
