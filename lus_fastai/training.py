@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'PlateauLR', 'CosineLR', 'EpochSeed', 'Checkpoint',
            'fit_resumable', 'ClassProbs', 'PixelCounts', 'predict_table', 'FoldLog', 'cross_validate', 'last_epoch',
-           'fold_history']
+           'fold_history', 'fine_tune_learner', 'fine_tune']
 
 # %% ../nbs/14_training.ipynb #c003
-import gc, io, json, math, random, time
+import gc, hashlib, io, json, math, random, tempfile, time
+from collections import OrderedDict
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from fastai.vision.all import Callback, L
+import numpy as np, pandas as pd, torch, torchvision
+from fastai.vision.all import Callback, CrossEntropyLossFlat, L, Learner, OptimWrapper, get_c, trainable_params
+from torch import nn
 from .core import *
+from .clips import FrameStore
+from .data import frame_dls
 from .folds import patient_folds, split_hash
 from .metrics import mean_iou
-from .transfer import save_weights, load_weights
+from .transfer import freeze, save_weights, split_rates, stages
 
 # %% ../nbs/14_training.ipynb #c006
 def has_bf16(
@@ -329,3 +335,70 @@ def fold_history(
 ) -> pd.DataFrame:            # columns fold, epoch, train_loss, valid_loss, score, lr, seconds
     "Loss, score, learning rate and duration of every epoch of every fold."
     return pd.concat([pd.read_csv(f).assign(fold=int(f.parent.name[4:])) for f in sorted(Path(path).glob('fold*/history.csv'))], ignore_index=True)
+
+# %% ../nbs/14_training.ipynb #c045
+def _classifier(backbone, n_classes):
+    "A copy of the backbone between the scaling of `models.BackboneClassifier` and one linear layer, under the same names."
+    n = getattr(backbone, 'n_features', None)
+    if not isinstance(n, int): raise ValueError("the backbone has no n_features: make it with create_backbone, or set backbone.n_features to the length of the vector that it gives")
+    return nn.Sequential(OrderedDict(scale=torchvision.transforms.Normalize([.5], [.25]), backbone=deepcopy(backbone), head=nn.Linear(n, n_classes)))
+
+def fine_tune_learner(
+    dls,                      # DataLoaders of labelled frames in 0..1, as from `frame_dls`
+    backbone:nn.Module,       # (b, c, h, w) -> (b, n_features), with the attribute `n_features`; it is copied
+    policy='last 3',          # what trains: a policy of `freeze`, or a number of layers
+    *,
+    wd:float=1e-4,            # weight decay
+    splitter=trainable_params,# parameter groups; `stages` for a rate per stage
+) -> Learner:                 # with Adam and cross-entropy; its model gives logits
+    "A Learner that fine-tunes a pretrained backbone (Chen 2021, section 4)."
+    model = _classifier(backbone, get_c(dls))
+    freeze(model, f'last {policy}' if isinstance(policy, int) else policy)
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), wd=wd, splitter=splitter)
+
+def _fingerprint(module):
+    "A short hash of all tensors and their names."
+    h = hashlib.sha256()
+    for k, v in module.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+def fine_tune(
+    backbone:nn.Module,       # as for `fine_tune_learner`; gets one or three channels, whatever its first convolution takes
+    table,                    # a clip table, or a `FrameStore`
+    last=3,                   # how many of the last weight layers train, the new head included; or the name of a policy of `freeze`
+    *,
+    path=None,                # folder for frames, checkpoints, predictions and weights: a run that was stopped goes on there; default: a temporary one
+    folds:pd.Series=None,     # fold number per row of the clip table or of the store's frame table (frames that are not in it are left out); default: three folds by patient
+    classes=CLASSES,          # label names
+    epochs:int=100,           # at least 1
+    lr:float=.01,             # at the start
+    factor:float=None,        # each stage's learning rate over that of the stage after it, see `split_rates`; default: one rate for all
+    wd:float=1e-4,            # weight decay
+    bs:int=32,                # batch size
+    augment=None,             # batch transforms for training
+    size:tuple=(224, 224),    # (height, width) of the frames of a clip table
+    rate:float=3.,            # frames a second of a clip table
+    max_frames:int=30,        # at most that many of a clip
+    select:str='last',        # as for `cross_validate`
+    seed:int=0,               # fold k is seeded by (seed, k)
+    precision:str='auto',     # see `AutoPrecision`
+) -> pd.DataFrame:            # as from `cross_validate`: a row per frame with columns `fold` and `p_<class>`, none predicted by a network that has seen its patient
+    "Fine-tune a pretrained backbone on all folds but one and predict that one, for each fold."
+    policy = f'last {last}' if isinstance(last, int) else last
+    model = _classifier(backbone, len(classes))
+    freeze(model, policy)                                                          # complains before any clip is decoded
+    if factor is not None: lr = [g['lr'] for g in split_rates(model, lr, factor)]
+    if isinstance(table, pd.DataFrame) and 'row' in table: raise ValueError("this is a frame table: give its FrameStore, and in `folds` the rows that are to be used")
+    with tempfile.TemporaryDirectory() if path is None else nullcontext(path) as folder:
+        if isinstance(table, FrameStore): store = table
+        else:
+            if folds is not None and not folds.index.equals(table.index): raise ValueError("folds and the clip table must have the same index: make the folds from this table")
+            store = FrameStore.build(table if folds is None else table.assign(fold=folds), Path(folder)/'frames', size, rate, max_frames)
+            folds = None if folds is None else store.frames['fold']
+        frames = store.frames if folds is None else store.frames.loc[folds.index]
+        channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 1)
+        _claim(Path(folder), dict(backbone=_fingerprint(backbone), policy=policy, wd=wd, bs=bs, size=list(store.size), augment=repr(augment)))
+        def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=bs, batch_tfms=augment, channels=channels)
+        def build(dls): return fine_tune_learner(dls, backbone, policy, wd=wd, splitter=trainable_params if factor is None else stages)
+        return cross_validate(build, frames, folds, data=data, collect=ClassProbs(classes), epochs=epochs, path=Path(folder)/'folds', lr=lr, select=select,
+                              seed=seed, precision=precision, schedule='cosine')

@@ -1,5 +1,5 @@
-"Training under faults: killed processes, full disks, interrupts, and learners that travel between processes."
-import json, os, signal, subprocess, sys, textwrap
+"Training under faults: killed processes, full disks, interrupts, and learners that travel between processes; schedules and fine-tuning."
+import copy, json, os, signal, subprocess, sys, textwrap
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
@@ -15,6 +15,7 @@ from lus_fastai.augment import GareAugment
 from lus_fastai.models import *
 from lus_fastai.folds import patient_folds
 from lus_fastai.training import *
+from lus_fastai.transfer import copy_weights, load_weights, split_rates, stages
 torch.set_num_threads(1)
 
 def setup(folder):
@@ -122,9 +123,9 @@ def test_callbacks_survive_lr_find_get_preds_validate_and_summary(made, tmp_path
     frames, folds, data, build = setup(made)
     learn = build(data(frames[folds != 0], frames[folds == 0]))
     learn.path = tmp_path                          # lr_find writes there
-    plateau = PlateauLR(lambda l: 1., patience=0)
+    plateau, cosine = PlateauLR(lambda l: 1., patience=0), CosineLR()
     checkpoint = Checkpoint(tmp_path/'c.pt', [plateau])
-    learn.add_cbs([AutoPrecision(), EpochSeed(1), plateau, checkpoint])
+    learn.add_cbs([AutoPrecision(), EpochSeed(1), plateau, checkpoint, cosine])
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=5, show_plot=False)
         assert not (tmp_path/'c.pt').exists() and plateau.wait == 0
@@ -170,11 +171,158 @@ def test_the_inner_choice_never_sees_the_held_out_patients(made, tmp_path):
         held_out = set(frames[folds == k].patient)
         assert train and valid and not train & valid and not (train | valid) & held_out
 
-@pytest.mark.parametrize('change, message', [(dict(select='test'), "select is 'last'"), (dict(epochs=0), 'at least 1')])
+@pytest.mark.parametrize('change, message', [(dict(select='test'), "select is 'last'"), (dict(epochs=0), 'at least 1'), (dict(schedule='step'), "schedule is 'plateau' or 'cosine'")])
 def test_wrong_arguments_are_named(made, tmp_path, change, message):
     frames, folds, data, build = setup(made)
     with pytest.raises(ValueError, match=message): cross_validate(build, frames, folds, **{**dict(data=data, collect=ClassProbs(), epochs=1, path=tmp_path), **change})
     with pytest.raises(ValueError, match='at least two folds'): cross_validate(build, frames, folds * 0, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+
+# schedules
+
+@pytest.mark.parametrize('warm', [0, 2, 10])
+def test_the_cosine_is_torchs_own_stepped_after_each_epoch_from_warm_on(made, warm):
+    frames, folds, data, build = setup(made)
+    rates, epochs = [], 6
+    class Rates(EpochEnd):
+        def end_epoch(self): rates.append(self.opt.hypers[0]['lr'])
+    learn = build(data(frames[:2], frames[2:4]))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(epochs, .1, cbs=[CosineLR(warm), Rates()])
+        assert rates[0] == .1
+        learn.fit(1, .2, cbs=[CosineLR(warm), Rates()])                     # a second fit starts from its own rate
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], .1)
+    schedule, expected = torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(1, epochs - warm)), []
+    for epoch in range(epochs):
+        expected.append(opt.param_groups[0]['lr'])
+        opt.step()
+        if epoch >= warm: schedule.step()
+    assert rates == pytest.approx(expected + [.2])
+
+def test_the_cosine_bends_each_groups_own_rate_and_a_resumed_fit_is_on_the_right_one(made, tmp_path):
+    frames, folds, data, _ = setup(made)
+    def fit(path, stop=None):
+        class Stop(Callback):
+            def before_epoch(self):
+                if self.epoch == stop: raise KeyboardInterrupt
+        seed_all(0)
+        rates, net = [], seg_to_cls(unet(4, width=2))
+        class Rates(EpochEnd):
+            def end_epoch(self): rates.append([h['lr'] for h in self.opt.hypers])
+        learn = Learner(data(frames[folds != 0], frames[folds == 0]), net, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), splitter=stages)
+        with learn.no_bar(), learn.no_logging():
+            try: fit_resumable(learn, 4, [g['lr'] for g in split_rates(net, .1, .5)], path, cbs=[CosineLR(1), Rates(), Stop()])
+            except KeyboardInterrupt: pass
+        return rates, learn.model.state_dict()
+    whole, weights = fit(tmp_path/'whole.pt')
+    first, _ = fit(tmp_path/'parts.pt', stop=2)
+    second, resumed = fit(tmp_path/'parts.pt')
+    assert len(first) == len(second) == 2 and first + second == whole
+    assert np.allclose(np.array(whole) / np.array(whole[0]), np.array([1, 1, .75, .25])[:, None])
+    assert whole[0][-1] == .1 and whole[0][-2] == .05
+    assert all(torch.equal(weights[k], resumed[k]) for k in weights)
+
+def test_folders_of_before_there_was_a_schedule_are_accepted_as_plateau_and_refused_as_cosine(made, tmp_path):
+    frames, folds, data, build = setup(made)
+    def run(**more): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path, **more)
+    first, claim = run(), json.loads((tmp_path/'run.json').read_text())
+    assert claim.pop('schedule') == 'plateau'
+    (tmp_path/'run.json').write_text(json.dumps(claim))                      # as the version before wrote it
+    when = (tmp_path/'fold0/model.safetensors').stat().st_mtime_ns
+    pd.testing.assert_frame_equal(run(), first, check_exact=True)
+    assert (tmp_path/'fold0/model.safetensors').stat().st_mtime_ns == when and json.loads((tmp_path/'run.json').read_text()) == claim
+    with pytest.raises(ValueError, match='schedule plateau -> cosine'): run(schedule='cosine')
+
+# fine-tuning
+
+TUNE = dict(epochs=1, bs=8)
+
+def halves(store): return patient_folds(store.frames, 2)
+
+@pytest.fixture(scope='module')
+def backbone():
+    seed_all(0)
+    return create_backbone('resnet18')
+
+@pytest.fixture(scope='module')
+def tuned(phantom_store, backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tuned')
+    return folder, fine_tune(backbone, phantom_store, last=3, folds=halves(phantom_store), path=folder, **TUNE)
+
+def test_fine_tune_predicts_every_frame_by_a_network_that_has_not_seen_the_patient(phantom_store, tuned):
+    folder, oof = tuned
+    assert oof.index.equals(phantom_store.frames.index) and np.allclose(oof[ClassProbs().columns].sum(1), 1, atol=1e-5)
+    assert not set(oof[oof.fold == 0].patient) & set(oof[oof.fold == 1].patient)
+    assert fold_history(folder/'folds').lr.tolist() == [.01, .01]
+
+def test_fine_tune_moves_what_trains_and_nothing_else(backbone, tuned):
+    before, after = backbone.state_dict(), load_weights(tuned[0]/'folds/fold1/model.safetensors')
+    moved = {k.removeprefix('backbone.') for k, v in after.items() if k.startswith('backbone.') and not torch.equal(v, before[k.removeprefix('backbone.')])}
+    assert {k for k in moved if 'running' not in k and 'num_batches' not in k} == {f'layer4.1.{k}' for k in ('conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', 'bn2.weight', 'bn2.bias')}
+    assert 'bn1.running_mean' in moved                                       # frozen, and yet in training mode
+    assert all(p.requires_grad and p.grad is None for p in backbone.parameters()) and backbone.training
+
+def test_backbone_classifier_reads_the_weights_and_gives_the_same_logits(phantom_store, backbone, tuned):
+    learn = fine_tune_learner(frame_dls(phantom_store, phantom_store.frames[:8], phantom_store.frames[8:16], bs=4), backbone)
+    net = BackboneClassifier(create_backbone('resnet18'))
+    for model in (net, learn.model): copy_weights(tuned[0]/'folds/fold0/model.safetensors', model, strict=True)
+    x = torch.rand(2, 1, 64, 64)
+    assert torch.equal(net.eval()(x), learn.model.eval()(x))
+    assert sum(p.numel() for p in learn.model.parameters() if p.requires_grad) == 4_722_179
+
+def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, tuned, tmp_path):
+    torch.save(backbone.state_dict(), tmp_path/'backbone.pt')
+    code = f'''
+        import lus_fastai.training as training
+        made, fits = training.fine_tune_learner, []
+        class Kill(Callback):
+            def before_batch(self):
+                if self.training and self.iter == 1: os.kill(os.getpid(), signal.SIGKILL)
+        def killed(*args, **kwargs):
+            fits.append(1)
+            learn = made(*args, **kwargs)
+            if len(fits) == 2: learn.add_cb(Kill())
+            return learn
+        training.fine_tune_learner = killed
+        store = FrameStore({str(phantom_store.folder)!r})
+        fine_tune(create_backbone('resnet18', weights={str(tmp_path/'backbone.pt')!r}), store, last=3, folds=patient_folds(store.frames, 2), path={str(tmp_path/'run')!r}, epochs=1, bs=8)
+    '''
+    done = run(tmp_path, code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path/'run/folds/fold0/predictions.pt').exists() and not (tmp_path/'run/folds/fold1/predictions.pt').exists()
+    again = fine_tune(backbone, phantom_store, last=3, folds=halves(phantom_store), path=tmp_path/'run', **TUNE)
+    pd.testing.assert_frame_equal(again, tuned[1], check_exact=True)          # equal to the unbroken run in another folder, so deterministic too
+
+def test_fine_tune_takes_a_clip_table_with_folds_by_clip_and_needs_no_folder(phantom_table, backbone):
+    folds = patient_folds(phantom_table, 2)
+    oof = fine_tune(backbone, phantom_table, 'head', folds=folds, size=(32, 32), max_frames=2, epochs=1, factor=.5)
+    assert len(oof) == 2 * len(phantom_table)
+    by_path = dict(zip(phantom_table.path.map(str), folds))
+    assert oof.fold.tolist() == [by_path[p] for p in oof.path]
+
+def test_another_backbone_or_policy_is_not_mixed_into_a_folder(phantom_store, backbone, tuned):
+    folder, oof = tuned
+    with pytest.raises(ValueError, match='policy last 3 -> head'): fine_tune(backbone, phantom_store, 'head', folds=halves(phantom_store), path=folder, **TUNE)
+    other = copy.deepcopy(backbone)
+    with torch.no_grad(): other.layer1[0].conv1.weight[0] += 1
+    with pytest.raises(ValueError, match='backbone .* -> '): fine_tune(other, phantom_store, folds=halves(phantom_store), path=folder, **TUNE)
+    pd.testing.assert_frame_equal(fine_tune(backbone, phantom_store, folds=halves(phantom_store), path=folder, **TUNE), oof, check_exact=True)   # finished: only read
+
+def test_a_backbone_of_three_channels_gets_three(phantom_store):
+    seen = []
+    class Tiny(torch.nn.Module):
+        n_features = 2
+        def __init__(self): super().__init__(); self.conv = torch.nn.Conv2d(3, 2, 3)
+        def forward(self, x): seen.append((x.shape[1], float(x.min()), float(x.max()))); return self.conv(x).mean((2, 3))
+    fine_tune(Tiny(), phantom_store, 'all', epochs=1)
+    channels, low, high = zip(*seen)
+    assert set(channels) == {3} and min(low) == -2 and 0 < max(high) <= 2      # frames of 0..1, scaled
+
+def test_bad_input_to_fine_tune_is_named_before_anything_is_decoded(phantom_store, backbone, tmp_path):
+    missing = pd.DataFrame([dict(path='none.mp4')])
+    for change, message in ((dict(backbone=torch.nn.Flatten()), 'no n_features'), (dict(last=0), 'n is 1 to 21'), (dict(last=22), 'has 21 weight layers'), (dict(last='some'), 'policy is one of'),
+                            (dict(factor=2.), 'factor must be'), (dict(table=phantom_store.frames), 'give its FrameStore'), (dict(folds=pd.Series([0, 1])), 'same index')):
+        with pytest.raises(ValueError, match=message): fine_tune(**{**dict(backbone=backbone, table=missing, path=tmp_path/'x'), **change})
+    assert not (tmp_path/'x').exists()
 
 @pytest.mark.gpu
 def test_the_same_on_a_gpu(made, tmp_path):
