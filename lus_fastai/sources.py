@@ -180,7 +180,7 @@ def us4_rows(
     step = _us4_step(frames, fps, n, least)
     return np.unique(np.floor(np.arange(np.ceil(frames/step))*step + 1e-6).astype(int).clip(max=frames - 1))
 
-# %% ../nbs/02_sources.ipynb #c021
+# %% ../nbs/02_sources.ipynb #c023
 def _number(path): return (*map(int, re.findall(r'\d+', Path(path).stem)[-1:]), Path(path).name)
 
 def pack_sequence(
@@ -211,7 +211,7 @@ def clust_name(
     found = re.fullmatch(r'([A-Z]+\d*)-(\d+)(?:-(\d+))?', name, re.I)
     return dict(group=found[1].lower(), patient=f'clust-{found[1].lower()}-{found[2]}', sequence=int(found[3] or 1)) if found else dict(group=None, patient=None, sequence=None)
 
-# %% ../nbs/02_sources.ipynb #c024
+# %% ../nbs/02_sources.ipynb #c026
 def butterfly_name(
     path:str,                 # path of a clip inside the folder, such as 'Lung/Normal Lung A lines.mp4' or 'Reg-Butterfly-Normal Lung.mp4'
 ) -> dict:                    # kind, label, probe, patient, title
@@ -223,7 +223,7 @@ def butterfly_name(
     return dict(kind='video', label=_LABELS[prefix[:3].lower()] if prefix else 'regular' if re.search(r'normal|\ba[- _]?lines?\b', f'{path.parent} {title}', re.I) else 'covid', probe='convex',
                 patient='butterfly-' + re.sub('[^a-z0-9]+', '-', who.lower()).strip('-'), title=title)
 
-# %% ../nbs/02_sources.ipynb #c026
+# %% ../nbs/02_sources.ipynb #c028
 _CLUST_FPS = 20.  # where nothing else is known
 
 def _packed(root, jobs):
@@ -285,7 +285,7 @@ def _read_butterfly(root):
         if names: notes.append(f'{len(names)} {what}: {_some(names)}')
     return table.sort_values('path', ignore_index=True), notes
 
-# %% ../nbs/02_sources.ipynb #c028
+# %% ../nbs/02_sources.ipynb #c030
 @dataclass(frozen=True)
 class Source:
     "A public data set: what it is, whose it is, where it lives and how its folder becomes a clip table."
@@ -354,7 +354,7 @@ def manifest(
         if place.is_file(): return pd.read_csv(place, dtype={c: str for c in ('path', 'git_blob_sha1', 'kind', 'label', 'patient', 'source', 'probe')} | {'bytes': 'Int64'})
     raise FileNotFoundError(f"no manifest of '{name}': looked for {', '.join(map(str, places))}; reinstall the package")
 
-# %% ../nbs/02_sources.ipynb #c030
+# %% ../nbs/02_sources.ipynb #c032
 def _home(source, folder):
     "The folder that a source lives in when the user names none: `LUS_DATA`, then our cache."
     if folder is not None: return Path(folder).expanduser()
@@ -393,7 +393,7 @@ def index(
     for n in notes: print('  ' + n)
     return check_table(table)
 
-# %% ../nbs/02_sources.ipynb #c048
+# %% ../nbs/02_sources.ipynb #c050
 class FetchError(RuntimeError):
     "A file could not be had, or is not what it should be; the message says what to do."
 
@@ -516,7 +516,7 @@ def fetch(
     print(f"{name}: {len(todo)} file(s) fetched, {(state == 'wrong').sum()} of them in place of a wrong one, {(state == 'right').sum()} already right, in {folder}")
     return folder
 
-# %% ../nbs/02_sources.ipynb #c060
+# %% ../nbs/02_sources.ipynb #c062
 def _members(archive):
     "(name, is folder, bytes, open) of every member of a zip or tar; refuses links and devices."
     if isinstance(archive, zipfile.ZipFile):
