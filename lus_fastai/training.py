@@ -395,6 +395,7 @@ def fine_tune(
             if folds is not None and not folds.index.equals(table.index): raise ValueError("folds and the clip table must have the same index: make the folds from this table")
             store = FrameStore.build(table if folds is None else table.assign(fold=folds), Path(folder)/'frames', size, rate, max_frames)
             folds = None if folds is None else store.frames['fold']
+        if folds is not None and not folds.index.isin(store.frames.index).all(): raise ValueError("folds has rows that are not of the store: make the folds from its frame table")
         frames = store.frames if folds is None else store.frames.loc[folds.index]
         channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 1)
         _claim(Path(folder), dict(backbone=_fingerprint(backbone), policy=policy, wd=wd, bs=bs, size=list(store.size), augment=repr(augment)))

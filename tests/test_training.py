@@ -250,7 +250,7 @@ def tuned(phantom_store, backbone, tmp_path_factory):
 
 def test_fine_tune_predicts_every_frame_by_a_network_that_has_not_seen_the_patient(phantom_store, tuned):
     folder, oof = tuned
-    assert oof.index.equals(phantom_store.frames.index) and np.allclose(oof[ClassProbs().columns].sum(1), 1, atol=1e-5)
+    assert oof.index.equals(phantom_store.frames.index) and np.allclose(oof[ClassProbs().columns].sum(axis=1), 1, atol=1e-5)
     assert not set(oof[oof.fold == 0].patient) & set(oof[oof.fold == 1].patient)
     assert fold_history(folder/'folds').lr.tolist() == [.01, .01]
 
@@ -292,12 +292,23 @@ def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, 
     again = fine_tune(backbone, phantom_store, last=3, folds=halves(phantom_store), path=tmp_path/'run', **TUNE)
     pd.testing.assert_frame_equal(again, tuned[1], check_exact=True)          # equal to the unbroken run in another folder, so deterministic too
 
-def test_fine_tune_takes_a_clip_table_with_folds_by_clip_and_needs_no_folder(phantom_table, backbone):
-    folds = patient_folds(phantom_table, 2)
-    oof = fine_tune(backbone, phantom_table, 'head', folds=folds, size=(32, 32), max_frames=2, epochs=1, factor=.5)
-    assert len(oof) == 2 * len(phantom_table)
+class Tiny(torch.nn.Module):
+    "A backbone of three channels that notes what it is given."
+    n_features = 2
+    def __init__(self, seen): super().__init__(); self.conv, self.seen = torch.nn.Conv2d(3, 2, 3), seen
+    def forward(self, x): self.seen.append((x.shape[1:], float(x.min()), float(x.max()))); return self.conv(x).mean((2, 3))
+    def __deepcopy__(self, memo):
+        new = Tiny(self.seen)
+        new.load_state_dict(self.state_dict())
+        return new
+
+def test_fine_tune_takes_a_clip_table_with_folds_by_clip_and_needs_no_folder(phantom_table):
+    folds, seen = patient_folds(phantom_table, 2), []
+    oof = fine_tune(Tiny(seen), phantom_table, 'head', folds=folds, size=(32, 48), max_frames=2, epochs=1, factor=.5)
     by_path = dict(zip(phantom_table.path.map(str), folds))
-    assert oof.fold.tolist() == [by_path[p] for p in oof.path]
+    assert len(oof) == 2 * len(phantom_table) and oof.fold.tolist() == [by_path[p] for p in oof.path]
+    shapes, low, high = zip(*seen)
+    assert set(shapes) == {(3, 32, 48)} and min(low) == -2 and 0 < max(high) <= 2      # frames of 0..1, scaled
 
 def test_another_backbone_or_policy_is_not_mixed_into_a_folder(phantom_store, backbone, tuned):
     folder, oof = tuned
@@ -306,16 +317,6 @@ def test_another_backbone_or_policy_is_not_mixed_into_a_folder(phantom_store, ba
     with torch.no_grad(): other.layer1[0].conv1.weight[0] += 1
     with pytest.raises(ValueError, match='backbone .* -> '): fine_tune(other, phantom_store, folds=halves(phantom_store), path=folder, **TUNE)
     pd.testing.assert_frame_equal(fine_tune(backbone, phantom_store, folds=halves(phantom_store), path=folder, **TUNE), oof, check_exact=True)   # finished: only read
-
-def test_a_backbone_of_three_channels_gets_three(phantom_store):
-    seen = []
-    class Tiny(torch.nn.Module):
-        n_features = 2
-        def __init__(self): super().__init__(); self.conv = torch.nn.Conv2d(3, 2, 3)
-        def forward(self, x): seen.append((x.shape[1], float(x.min()), float(x.max()))); return self.conv(x).mean((2, 3))
-    fine_tune(Tiny(), phantom_store, 'all', epochs=1)
-    channels, low, high = zip(*seen)
-    assert set(channels) == {3} and min(low) == -2 and 0 < max(high) <= 2      # frames of 0..1, scaled
 
 def test_bad_input_to_fine_tune_is_named_before_anything_is_decoded(phantom_store, backbone, tmp_path):
     missing = pd.DataFrame([dict(path='none.mp4')])
