@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torchvision
+import numpy as np, pandas as pd, torch, torch.distributed as dist, torchvision
 from fastai.vision.all import Callback, CrossEntropyLossFlat, L, Learner, OptimWrapper, get_c, trainable_params
 from torch import nn
 from .core import *
@@ -146,6 +146,7 @@ class Checkpoint(EpochEnd):
         self.opt.load_state_dict(state['opt'])
         for cb, s in zip(self.keep, state['callbacks']): cb.load_state_dict(s)
     def end_epoch(self):
+        if dist.is_available() and dist.is_initialized() and dist.get_rank(): return   # of several processes the first one writes
         buffer = io.BytesIO()
         torch.save(dict(epoch=self.epoch + 1, model=self.model.state_dict(), opt=_plain(self.opt.state_dict()), callbacks=[cb.state_dict() for cb in self.keep]), buffer)
         try:
