@@ -22,7 +22,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-from fastai.vision.all import Callback, DataLoader, DataLoaders, Learner, SGD, ValueMetric, trainable_params
+from fastai.vision.all import Callback, DataLoader, DataLoaders, GradientClip, Learner, SGD, ValueMetric, trainable_params
 from .core import *
 from .clips import ClipError, read_clip
 from .models import create_backbone, gray_stem
@@ -318,7 +318,9 @@ class Detection(Callback):
         if self.training or not self.yb: return
         self.losses = detection_losses(self.model, self.xb[0], self.yb[1])
         self.ids += self.yb[0].tolist(); self.truth += [_coco(y) for y in self.yb[1]]; self.found += [_coco(p) for p in self.pred]
-    def loss(self, pred, ids, targets): return sum((pred if isinstance(pred, dict) else self.losses).values())
+    def after_loss(self):
+        if self.training and not torch.isfinite(self.loss): raise FloatingPointError(f"the loss became {float(self.loss)} in epoch {self.epoch}, batch {self.iter}: lower the learning rate, or clip the gradient")
+    def total(self, pred, ids, targets): return sum((pred if isinstance(pred, dict) else self.losses).values())
     def ap(self, level):
         if self.table is None: self.table = _ap_table(self.truth, self.found, self.names, None, 0, 0).set_index(['level', 'class', 'metric'])['value']
         return float(self.table[level, 'all', 'AP'])
@@ -423,13 +425,15 @@ class WarmSteps(Callback):
 def detect_learner(
     dls:DataLoaders,          # from `detect_dls`
     model:nn.Module,          # from `mask_rcnn`
-    cbs=None,                 # further callbacks
+    every:int=10,             # epochs between steps of the learning rate
+    clip:float=10.,           # largest norm of the gradient; None for no limit, as in the authors' code
+    cbs=(),                   # further callbacks
 ) -> Learner:                 # metrics: AP of boxes and of masks on the validation pictures
     "A fastai Learner that trains a detector as Chen 2021 does; use it with `fit` or `fit_resumable`, learning rate .005."
     names, n = dls.train.items.names, model.roi_heads.box_predictor.cls_score.out_features
     if n != len(names) + 1: raise ValueError(f"the model has {n} classes, the items {len(names)} ({', '.join(names)}) and the background: build it with n_classes={len(names) + 1}")
     step = Detection(names)
-    return Learner(dls, model, loss_func=step.loss, opt_func=partial(SGD, mom=.9, decouple_wd=False), wd=5e-4, wd_bn_bias=True, lr=.005, moms=(.9, .9, .9), splitter=trainable_params, cbs=[step, WarmSteps(), *(cbs or [])],
+    return Learner(dls, model, loss_func=step.total, opt_func=partial(SGD, mom=.9, decouple_wd=False), wd=5e-4, wd_bn_bias=True, lr=.005, moms=(.9, .9, .9), splitter=trainable_params, cbs=[step, WarmSteps(every), *([] if clip is None else [GradientClip(clip)]), *cbs],
                    metrics=[ValueMetric(partial(step.ap, level), f'{level}_AP') for level in ('box', 'mask')])
 
 def predict_detections(
@@ -448,10 +452,12 @@ class DetectLog(EpochEnd):
     "Losses, average precision, learning rate and duration of each epoch; saved and restored with the checkpoint."
     order = 70
     def __init__(self): self.rows = []
-    def before_train(self): self.start = time.perf_counter()
+    def before_train(self): self.losses, self.start = [], time.perf_counter()
+    def after_batch(self):
+        if self.training: self.losses.append(self.loss.detach())
     def end_epoch(self):
-        values = {k: float(v) for k, v in zip(self.recorder.metric_names, self.recorder.log) if k not in ('epoch', 'time')}
-        self.rows.append(dict(epoch=self.epoch, **values, lr=float(self.opt.hypers[-1]['lr']), seconds=time.perf_counter() - self.start))
+        values = {k: float(v) for k, v in zip(self.recorder.metric_names, self.recorder.log) if k not in ('epoch', 'train_loss', 'time')}
+        self.rows.append(dict(epoch=self.epoch, train_loss=float(torch.stack(self.losses).mean()), **values, lr=float(self.opt.hypers[-1]['lr']), seconds=time.perf_counter() - self.start))
     def state_dict(self): return dict(rows=self.rows)
     def load_state_dict(self, state): self.rows = state['rows']
 
@@ -470,6 +476,7 @@ def train_detector(
     bs:int=2,                 # pictures a batch
     lr:float=.005,            # at the start
     every:int=10,             # epochs between steps of the learning rate
+    clip:float=10.,           # largest norm of the gradient, or None
     seed:int=0,               # of the network's start, the order and the flips
     backbone:str='resnet18',  # the architecture, unless `start` is a module
     device=None,              # default: fastai's default device
@@ -481,10 +488,9 @@ def train_detector(
     model = mask_rcnn(start if module else backbone, len(items.names) + 1, weights=None if module else start, **kwargs)
     dls = detect_dls(items, train, test, bs, device=device)
     rows = [[int(i) for i in dl.dataset] for dl in dls.loaders]
-    _claim(path, dict(start=_hash(model), split=hashlib.sha1(str(rows).encode()).hexdigest(), epochs=epochs, bs=bs, lr=lr, every=every, seed=seed, settings=str(sorted(kwargs.items()))))
+    _claim(path, dict(start=_hash(model), split=hashlib.sha1(str(rows).encode()).hexdigest(), epochs=epochs, bs=bs, lr=lr, every=every, clip=clip, seed=seed, settings=str(sorted(kwargs.items()))))
     if (path/'ap.csv').exists(): return pd.read_csv(path/'ap.csv')
-    learn, log = detect_learner(dls, model), DetectLog()
-    learn.remove_cb(WarmSteps); learn.add_cb(WarmSteps(every))
+    learn, log = detect_learner(dls, model, every, clip), DetectLog()
     with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, lr, path/'checkpoint.pt', seed, cbs=[log])
     if not log.rows: log.rows = torch.load(path/'checkpoint.pt', weights_only=True)['callbacks'][0]['rows']
     found, truth = predict_detections(learn.model, dls.valid), [items[i][1] for i in rows[1]]
