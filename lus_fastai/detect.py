@@ -492,7 +492,9 @@ def train_detector(
     if (path/'ap.csv').exists(): return pd.read_csv(path/'ap.csv')
     learn, log = detect_learner(dls, model, every, clip), DetectLog()
     with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, lr, path/'checkpoint.pt', seed, cbs=[log])
-    if not log.rows: log.rows = torch.load(path/'checkpoint.pt', weights_only=True)['callbacks'][0]['rows']
+    if not log.rows:                                           # every epoch was done, and the run cut off before its test
+        state = torch.load(path/'checkpoint.pt', weights_only=True, map_location='cpu')
+        learn.model.load_state_dict(state['model']); log.load_state_dict(state['callbacks'][0])
     found, truth = predict_detections(learn.model, dls.valid), [items[i][1] for i in rows[1]]
     with atomic_path(path/'history.csv') as tmp: pd.DataFrame(log.rows).to_csv(tmp, index=False)
     with atomic_path(path/'found.npz') as tmp: np.savez_compressed(tmp, **{f'{i}_{k}': np.packbits(v, axis=-1) if k == 'masks' else v for i, d in zip(rows[1], found) for k, v in d.items()})
