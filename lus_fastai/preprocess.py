@@ -216,6 +216,8 @@ class _Search:
             top, bottom, gain = _best_run(self.gain[:, left:right].sum(1))
         return gain/self.best, (top, bottom, left, right)
 
+_OFF_CENTRE, _FOR_CENTRE = .015, .0065   # a fan this far off the middle is moved there if its score falls by less than this
+
 def _fit_sector(gain):
     "Score, apex and aspect as in `_Search.sector`, slope and radii."
     from scipy.optimize import minimize
@@ -228,8 +230,13 @@ def _fit_sector(gain):
     f = loss(coarse, 64)
     starts = sorted((f((x, q, 0.)), x, q, 0.) for x in (.3, .4, .5, .6, .7) for q in (-.1, .1, .3, .5, .75, 1.05, 1.5))[:2]
     first = min((descend(f, s[1:], (.05, .12, .12), 100, 1e-4) for s in starts), key=lambda o: o.fun)
-    last = descend(loss(fine, 240), first.x, (.01, .03, .04), 80, 2e-5)
-    return -last.fun, last.x, fine.sector(last.x, 240)[1]
+    score = loss(fine, 240)
+    last = descend(score, first.x, (.01, .03, .04), 80, 2e-5)
+    p = last.x
+    if abs(p[0] - .5) > _OFF_CENTRE:                                       # where one side is dark, a fan turned away from it fits a little better than the true one
+        middle = descend(lambda q: score((.5, q[1], q[2])), (.5, p[1], p[2]), (.001, .05, .06), 80, 2e-5)
+        if middle.fun < last.fun + _FOR_CENTRE: p = np.array([.5, *middle.x[1:]])
+    return -last.fun, p, fine.sector(p, 240)[1]
 
 # %% ../nbs/05_preprocess.ipynb #c016
 _MAX_FRAMES, _LONG = 16, 200   # find_fan looks at so many frames, at that many cells along the longer side
@@ -268,7 +275,10 @@ def find_fan(
             (slope, near, far), (H, W) = shape, np.array(gain.shape)*f
             angle = float(np.degrees(np.arctan(slope)))
             fan = Fan('convex', (h, w), float(near*H), float(far*H), -angle, angle, float(ax*W), float((1 - np.exp(ay))*H), float(np.exp(stretch)))
-        else: fan = Fan('linear', (h, w), float(t*f), float(min(b*f, h)), float(l*f), float(min(r*f, w)))
+        else:
+            wide = gain.shape[1]
+            if 0 == min(l, wide - r) < max(l, wide - r) < .04*wide: l, r = 0, wide        # fills the width on one side and all but on the other
+            fan = Fan('linear', (h, w), float(t*f), float(min(b*f, h)), float(l*f), float(min(r*f, w)))
         d, beam = fan.coordinates(x, y[:, None])
         outside = (d < 0) | (d > 1) | (beam < 0) | (beam > 1)
         if above < 1 and (outside.mean() < .02 or (gain[outside] > 0).mean() > .03): continue   # the outside is not exactly black

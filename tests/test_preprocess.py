@@ -41,6 +41,11 @@ def test_fan_of_the_phantom(probe, seed):
         assert overlap(fan, truth) >= .96
     assert find_fan(clip.frames) == find_fan(torch.tensor(clip.frames)) # deterministic, and tensors are frames too
 
+@pytest.mark.parametrize('seed', [36, 37, 1092, 1139, 1005, 2197]) # dark sides, of the machine whose darkest grey is black
+def test_fans_with_a_dark_side(seed):
+    clip = phantom_clip(draw_patient(seed, None, 'linear' if seed % 3 == 2 else 'convex'), seed, 6, ((128, 128), (256, 256), (180, 240))[seed // 3 % 3])
+    assert overlap(find_fan(clip.frames), clip.fan[0] > 0) >= .97
+
 def test_a_sector_off_centre_cut_by_the_border():
     truth = Fan('convex', (150, 140), near=40, far=150, left=-35, right=35, x=40., y=-20.)
     frame = np.where(truth.mask(), np.random.default_rng(0).integers(30, 200, (150, 140)), 0).astype(np.uint8)
