@@ -329,7 +329,7 @@ class Detection(Callback):
 def _coco(d):
     "Boxes, labels, scores and masks of a target or of the model's findings as arrays, masks run-length coded."
     try: from pycocotools import mask as rle
-    except ImportError: raise ImportError("average precision needs pycocotools: pip install lus_fastai[detect]") from None
+    except ImportError: raise ImportError("average precision needs pycocotools: pip install pycocotools") from None
     d = {k: v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v) for k, v in d.items() if k in ('boxes', 'labels', 'scores', 'masks')}
     masks = d['masks'][:, 0] >= .5 if d['masks'].ndim == 4 else d['masks'] != 0
     if not len(d['boxes']) == len(d['labels']) == len(masks): raise ValueError(f"{len(d['boxes'])} boxes, {len(d['labels'])} labels and {len(masks)} masks: one of each for every object")
