@@ -262,6 +262,7 @@ def test_resume_bit_for_bit(method, epoch, phantom_store, tmp_path):
     b, hb = pretrain(*again, 4, tmp_path/'b', lr=1e-2, log=0, dim=8)
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     assert again[0].history == whole[0].history and ha['train_loss'].equals(hb['train_loss'])
+    for k in whole[0].history[0]: assert hb[k].tolist() == pytest.approx([r[k] for r in whole[0].history])   # the rows are in history.csv too
     if isinstance(method, TemporalEnsembling): assert torch.equal(whole[0].ensemble, again[0].ensemble) and torch.equal(whole[0].seen, again[0].seen)
 
 def test_ensemble_of_a_fit_is_the_plain_replay(phantom_store):
