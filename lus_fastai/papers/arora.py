@@ -46,7 +46,7 @@ class Net:
 @dataclass(frozen=True)
 class AroraSettings:
     "Sizes of one run of the reproduction; the defaults are what two cores finish in a few hours."
-    nets:tuple=(Net('vgg16', 64, 6, crop=False), Net('resnet18', 112, 12, crop=False), Net('tf_efficientnet_lite0', 112, 12))
+    nets:tuple=(Net('vgg16', 64, 6), Net('resnet18', 112, 12), Net('tf_efficientnet_lite0', 112, 12))
     rate:float=1.             # frames a second
     max_frames:int=8          # of a clip
     bs:int=8
@@ -263,7 +263,7 @@ def fan_masks(
         inside = inside if prepare is None else prepare(inside, row)
         return F.interpolate(torch.from_numpy(inside)[:, None].float(), (size, size))[0, 0].numpy() > .5
     known = table[table['fan'].fillna('') != '']
-    return {clip: mask(row) for clip, row in zip(clip_ids(known), known.to_dict('records'))}
+    return {clip: mask(row) for clip, row in zip(clip_ids(table)[known.index], known.to_dict('records'))}
 
 def frame_masks(
     store:FrameStore,         # its frames
