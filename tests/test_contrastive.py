@@ -276,7 +276,7 @@ def test_loss_is_given_back_and_a_second_fit_works(phantom_store, tmp_path, buil
     learn = pair_learner(dls, net, method)
     learn.path, own = tmp_path, learn.loss_func
     with learn.no_bar(), learn.no_logging():
-        learn.lr_find(num_it=5, show_plot=False)
+        learn.lr_find(num_it=5, stop_div=False, suggest_funcs=None, show_plot=False)
         assert learn.loss_func is own
         learn.fit(1); assert learn.loss_func is own
         def stop(*args): raise KeyboardInterrupt
@@ -296,7 +296,7 @@ def test_lr_find_leaves_queue_and_momentum_encoder(phantom_store, tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
         before = {k: v.clone() for k, v in method.encoder.state_dict().items()}, {k: v.clone() for k, v in method.memory.items()}
-        learn.lr_find(num_it=4, show_plot=False)
+        learn.lr_find(num_it=4, stop_div=False, suggest_funcs=None, show_plot=False)
     assert all(torch.equal(before[0][k], v) for k, v in method.encoder.state_dict().items()) and all(torch.equal(before[1][k], v) for k, v in method.memory.items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in method.encoder.modules()) and not any(p.requires_grad for p in method.encoder.parameters())
 
