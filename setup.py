@@ -8,8 +8,8 @@ parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 stages = {'1': 'Planning', '2': 'Pre-Alpha', '3': 'Alpha', '4': 'Beta', '5': 'Production/Stable', '6': 'Mature', '7': 'Inactive'}
-extras = {k: cfg[f'{k}_requirements'].split() for k in ('widgets', 'imagenet', 'docs', 'dev')}
-extras['dev'] += extras['widgets'] + extras['imagenet'] + extras['docs']
+extras = {k: cfg[f'{k}_requirements'].split() for k in ('widgets', 'imagenet', 'distributed', 'docs', 'dev')}
+extras['dev'] += extras['widgets'] + extras['imagenet'] + extras['distributed'] + extras['docs']
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],

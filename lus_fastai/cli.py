@@ -10,12 +10,13 @@ import importlib, os, pkgutil, sys
 from pathlib import Path
 from fastcore.script import call_parse, Param, store_true
 from .core import *
+from .sources import FetchError
 
 # %% ../nbs/19_cli.ipynb #c006
 def _told(f):
     "Run `f`; turn the errors that a user can mend into one line and exit status 2, and an interrupt into a hint."
     try: return f()
-    except (ValueError, FileNotFoundError, ConnectionError) as e: sys.exit(f"error: {e}")
+    except (ValueError, FileNotFoundError, ConnectionError, FetchError) as e: sys.exit(f"error: {e}")
     except KeyboardInterrupt: sys.exit("interrupted; run the same command again to go on where it stopped")
 
 def _use_data(folder):
@@ -45,18 +46,20 @@ def lus_demo(
 
 @call_parse
 def lus_repro(
-    paper:str,                # name of a paper's module: gare or arora
-    data:str='phantom',       # 'phantom', or 'pocus' for the real clips under LUS_DATA
+    paper:str,                # name of a paper's module: gare, arora or uscl
+    data:str='phantom',       # 'phantom', or 'pocus' (for uscl: 'real') for the real clips under LUS_DATA
     quick:store_true=False,   # smaller, as in the demo
     out:str='results',        # folder for <paper>-<data>.json and the report
 ):
     "Reproduce a paper: its protocol and an honest one, ours beside theirs."
-    def run(): print(f"report: {_reproduction(paper).reproduce(data, quick=quick, out=out)}")
+    def run():
+        report = _reproduction(paper).reproduce(data, quick=quick, out=out)
+        if report: print(f"report: {report}")               # of several processes the main one writes it
     _told(run)
 
 @call_parse
 def lus_audit(
-    table:str,                # a clip table (CSV), or the name of a source under LUS_DATA: pocus, blues
+    table:str,                # a clip table (CSV), or the name of a source under LUS_DATA, such as pocus
     folds:int=0,              # also split into this many patient folds and look across them
 ):
     "Who is in a table: patients, clips and labels by source and probe, and what gives a label away."

@@ -1,0 +1,41 @@
+"One USCL step against lightly's SimCLR step: the same ResNet-18, 32 pairs of 96x96, forward, loss, backward, Adam; then the memory of each by batch size."
+import subprocess, sys
+import torch
+from torch import nn
+from common import compare
+from lus_fastai.contrastive import ContrastiveNet, USCL
+from lus_fastai.models import create_backbone
+from lus_fastai.training import autocast_for
+
+def batch(b):
+    x = torch.rand(b, 2, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+    return x, nn.functional.one_hot(torch.arange(b) % 3, 3).float()[:, None].repeat(1, 2, 1), torch.stack([torch.arange(b), torch.arange(b)], 1)
+
+def uscl(b):
+    x, y, ids = batch(b)
+    net = ContrastiveNet(create_backbone('resnet18'), 3).to(memory_format=torch.channels_last).train()
+    opt, method = torch.optim.Adam(net.parameters(), 3e-4, weight_decay=1e-4), USCL()
+    def step():
+        with autocast_for('cpu'): pred = net(x)
+        method.compute(pred, y, ids).backward(); opt.step(); opt.zero_grad()
+    return step
+
+def simclr(b):
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    x = batch(b)[0]
+    net = nn.Sequential(create_backbone('resnet18'), SimCLRProjectionHead(512, 512, 256)).train()
+    opt, loss = torch.optim.Adam(net.parameters(), 3e-4, weight_decay=1e-4), NTXentLoss(.5)
+    def step():
+        with autocast_for('cpu'): z1, z2 = net(x[:, 0]), net(x[:, 1])
+        loss(z1.float(), z2.float()).backward(); opt.step(); opt.zero_grad()
+    return step
+
+def peak(name, b):
+    "Megabytes that three steps add to a process of their own."
+    code = f"import bench_uscl, resource; s = bench_uscl.{name}({b}); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; s(); s(); s(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    return int(subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=__file__.rsplit('/', 1)[0]).stdout.split()[-1]) / 1024
+
+if __name__ == '__main__':
+    compare("USCL step / lightly's SimCLR step", uscl(32), simclr(32), 'pairs', 32)
+    for b in (8, 16, 32, 64): print(f"memory of {b} pairs: USCL {peak('uscl', b):.0f} MB, lightly's SimCLR {peak('simclr', b):.0f} MB", flush=True)
