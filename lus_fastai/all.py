@@ -11,6 +11,9 @@ from lus_fastai.data import *
 from lus_fastai.augment import *
 from lus_fastai.models import *
 from lus_fastai.transfer import *
+from lus_fastai.contrastive import *
+from lus_fastai.semisup import *
+from lus_fastai.detect import *
 from lus_fastai.metrics import *
 from lus_fastai.calibration import *
 from lus_fastai.training import *
@@ -23,6 +26,7 @@ from lus_fastai.widgets import *
 from lus_fastai.cli import *
 from lus_fastai.papers import gare
 from lus_fastai.papers import arora
+from lus_fastai.papers import uscl
 from lus_fastai import core as _core
 from lus_fastai import phantom as _phantom
 from lus_fastai import sources as _sources
@@ -33,6 +37,9 @@ from lus_fastai import data as _data
 from lus_fastai import augment as _augment
 from lus_fastai import models as _models
 from lus_fastai import transfer as _transfer
+from lus_fastai import contrastive as _contrastive
+from lus_fastai import semisup as _semisup
+from lus_fastai import detect as _detect
 from lus_fastai import metrics as _metrics
 from lus_fastai import calibration as _calibration
 from lus_fastai import training as _training
@@ -44,9 +51,9 @@ from lus_fastai import report as _report
 from lus_fastai import widgets as _widgets
 from lus_fastai import cli as _cli
 
-_modules = (_core, _phantom, _sources, _clips, _folds, _preprocess, _data, _augment, _models, _transfer, _metrics, _calibration, _training, _explain,
-            _imagine, _distrust, _embed, _report, _widgets, _cli)
-_ours = [name for module in _modules for name in module.__all__] + ['gare', 'arora']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
+_modules = (_core, _phantom, _sources, _clips, _folds, _preprocess, _data, _augment, _models, _transfer, _contrastive, _semisup, _detect, _metrics,
+            _calibration, _training, _explain, _imagine, _distrust, _embed, _report, _widgets, _cli)
+_ours = [name for module in _modules for name in module.__all__] + ['gare', 'arora', 'uscl']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
 _shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our module, so a star import brings neither
 
 __all__ = list(dict.fromkeys(_ours + [name for name in vars(_fastai) if not name.startswith('_') and name not in _shadowed]))

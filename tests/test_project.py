@@ -82,7 +82,7 @@ def test_all_lists_every_module():
 def test_what_is_imported_is_required():
     comes_with_fastai = {'torch', 'torchvision', 'numpy', 'pandas', 'matplotlib', 'sklearn', 'scipy', 'PIL', 'fastcore', 'fastprogress', 'requests', 'yaml', 'IPython', 'fastai'}
     named = lambda key: {re.split(r'[<>=!~]', r)[0].lower() for r in settings()[key].split()}
-    required, asked_for = named('requirements'), named('widgets_requirements') | named('imagenet_requirements')
+    required, asked_for = named('requirements'), named('widgets_requirements') | named('imagenet_requirements') | named('distributed_requirements')
     packages = {name: {d.lower() for d in ds} for name, ds in packages_distributions().items()} # what is imported as pytorch_grad_cam comes in grad-cam
     used = {}
     for m in MODULES:
@@ -164,7 +164,7 @@ def test_wheel_holds_the_package_and_its_data_only(wheel):
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('/METADATA'))).decode()
     runtime = [r for r in re.findall(r'^Requires-Dist: (.*)$', meta, re.M) if 'extra ==' not in r]
     assert len(runtime) == len(settings()['requirements'].split()) and not any(re.search(r'[<=]=|<', r.split(';')[0].replace('>=', '')) for r in runtime)
-    assert {'dev', 'docs', 'imagenet', 'widgets'} == set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) and re.search(r'^Requires-Python: >=3\.10$', meta, re.M)
+    assert {'dev', 'distributed', 'docs', 'imagenet', 'widgets'} == set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) and re.search(r'^Requires-Python: >=3\.10$', meta, re.M)
 
 def test_installed_wheel_works_elsewhere(wheel, tmp_path):
     target, away = tmp_path/'target', tmp_path/'away'

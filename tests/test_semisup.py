@@ -70,12 +70,12 @@ def test_consistency_is_the_plain_loop(b, n, seed):
 
 @settings(max_examples=15, deadline=None)
 @given(st.floats(0, .95), st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_debias_is_the_weighted_mean_of_what_was_seen(alpha, values):
+def test_unbiased_is_the_weighted_mean_of_what_was_seen(alpha, values):
     Z = 0.
     for v in values: Z = alpha * Z + (1 - alpha) * v
     weights = [(1 - alpha) * alpha**(len(values) - 1 - i) for i in range(len(values))]
     want = sum(w * v for w, v in zip(weights, values)) / sum(weights)
-    assert float(debias(torch.tensor([[Z]], dtype=torch.float64), torch.tensor([len(values)]), alpha)) == pytest.approx(want, abs=1e-9)
+    assert float(unbiased(torch.tensor([[Z]], dtype=torch.float64), torch.tensor([len(values)]), alpha)) == pytest.approx(want, abs=1e-9)
 
 def test_threshold_edge():
     logits = torch.tensor([[0., 0.], [0., 1e-3], [5., 0.], [-2., -2.]])
