@@ -425,7 +425,7 @@ def test_a_model_card_says_what_the_file_is(tmp_path):
     assert '````python\n```\n````' in card(tmp_path, usage='```')
 
 
-@pytest.mark.parametrize('said,want', [('/home/me/data/pocus and https://a.example/b/c', 'pocus and https://a.example/b/c'), ('file:///srv/x/y.bin', 'y.bin'), ('C:\\Users\\me\\w.bin', 'w.bin'), ('~/a/b', 'b'), ('and/or, 1/2, (a)/b, a / b', 'and/or, 1/2, (a)/b, a / b')])
+@pytest.mark.parametrize('said,want', [('/mnt/me/data/pocus and https://a.example/b/c', 'pocus and https://a.example/b/c'), ('file:///srv/x/y.bin', 'y.bin'), ('C:\\Users\\me\\w.bin', 'w.bin'), ('~/a/b', 'b'), ('and/or, 1/2, (a)/b, a / b', 'and/or, 1/2, (a)/b, a / b')])
 def test_a_model_card_names_no_folder(tmp_path, said, want):
     assert f'\n{want}\n' in card(tmp_path, data=said) and f'| where | {want} |' in card(tmp_path, settings=dict(where=said)) and str(tmp_path) not in card(tmp_path, settings=dict(p=tmp_path, l=[tmp_path]))
 
