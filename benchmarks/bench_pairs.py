@@ -19,7 +19,7 @@ class Pairs(torch.utils.data.Dataset):
 
 with tempfile.TemporaryDirectory() as tmp:
     tmp = Path(tmp)
-    store = FrameStore.build(phantom_dataset(tmp/'phantom', patients=64, clips=2, n=6, size=(96, 96)), tmp/'store', size=(96, 96))
+    store = FrameStore.build(phantom_dataset(tmp/'phantom', patients=64, clips=2, n=6, size=(96, 96)), tmp/'store', size=(96, 96), rate=60)
     files = []
     for _, rows in store.frames.groupby('clip'):
         files.append([str(tmp/f'{r:05d}.png') for r in rows['row']])

@@ -31,10 +31,14 @@ def simclr(b):
         loss(z1.float(), z2.float()).backward(); opt.step(); opt.zero_grad()
     return step
 
+def resident(field):
+    "Megabytes of this process: VmRSS now, VmHWM at most (Linux)."
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(field)) / 1024
+
 def peak(name, b):
-    "Megabytes that three steps add to a process of their own."
-    code = f"import bench_uscl, resource; s = bench_uscl.{name}({b}); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; s(); s(); s(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    return int(subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=__file__.rsplit('/', 1)[0]).stdout.split()[-1]) / 1024
+    "Megabytes that three steps add to a process of their own, at most."
+    code = f"import bench_uscl as m; s = m.{name}({b}); open('/proc/self/clear_refs', 'w').write('5'); before = m.resident('VmRSS'); s(); s(); s(); print(m.resident('VmHWM') - before)"
+    return float(subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=__file__.rsplit('/', 1)[0]).stdout.split()[-1])
 
 if __name__ == '__main__':
     compare("USCL step / lightly's SimCLR step", uscl(32), simclr(32), 'pairs', 32)
