@@ -7,7 +7,7 @@ __all__ = ['COVIDNET_TRAINS', 'double_conv', 'UNet', 'unet', 'SegClassifier', 's
            'create_backbone', 'covidnet', 'Scale', 'BackboneClassifier']
 
 # %% ../nbs/08_models.ipynb #c003
-import warnings
+import contextlib, io, warnings
 from collections import OrderedDict
 from copy import deepcopy
 import torch, torch.nn.functional as F
@@ -137,7 +137,8 @@ def _imagenet(name, names):
     "ImageNet weights of a backbone, under the names of its tensors."
     if name in COVIDNET_TRAINS:
         import torchvision.models as tv
-        return getattr(tv, dict(vgg16='VGG16_Weights', resnet18='ResNet18_Weights')[name]).IMAGENET1K_V1.get_state_dict(progress=False)
+        with contextlib.redirect_stdout(io.StringIO()):                        # torch prints where it keeps the file, even if it cannot be had
+            return getattr(tv, dict(vgg16='VGG16_Weights', resnet18='ResNet18_Weights')[name]).IMAGENET1K_V1.get_state_dict(progress=False)
     if name == 'tf_efficientnet_lite0' and _lite0_file(): return dict(zip(names, load_weights(_lite0_file()).values()))
     import timm
     if not _can_be_had(timm.get_pretrained_cfg(name)): raise ConnectionError('neither in the cache of the model hub nor to be reached there')

@@ -18,7 +18,6 @@ SAME = [k for k in RUNS if k != 'batchnorm']
 
 def launch(settings, out, timeout=500):
     "Run the worker in two processes; their exit status and output. A hang is stopped: the launcher ends its processes when it is told to."
-    pytest.importorskip('accelerate')
     file = out/'settings.json'; file.write_text(json.dumps(settings))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true', 'PYTHONPATH': str(Path(C.__file__).parents[1]), **({'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {})}
     command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0', str(WORKER), str(file), str(out)]

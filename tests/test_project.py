@@ -110,7 +110,7 @@ def test_no_file_knows_this_machine_or_its_registry():
     where = {w for w in where if len(w) > 4}
     rules = [(re.compile(r'(?<![\w.-])(?:' + '|'.join(map(re.escape, sorted(where))) + r')(?![\w.-])'), 'a path or host of this machine'),
              (re.compile(r'/[\w./-]*/(?:site|dist)-packages/'), 'where packages are installed'),
-             (re.compile(r'(?<![\w.~}>])/(?:home|Users)/[a-z]\w+/|(?<![\w.~}>])/root/\w'), 'the path of a home folder'),
+             (re.compile(r'(?<![\w.~}>])/(?:home|Users)/[a-z]\w+/|(?<![\w.~}>])/root/[\w.]'), 'the path of a home folder'),
              (re.compile(r'files\.pythonhosted\.org|pypi\.org/simple|--(?:extra-)?index-url|--find-links'), 'a registry')]
     temporary = re.compile(r'/tmp/\w|/var/folders/')
     faults = []
