@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS', 'dense_to_sparse',
-           'mask_rgb', 'overlay', 'TableError', 'check_table', 'clip_ids', 'write_table', 'read_table', 'atomic_path',
-           'write_json', 'seed_all', 'frozen_eval', 'lus_home', 'real_data', 'progress']
+           'mask_rgb', 'overlay', 'TableError', 'check_table', 'clip_ids', 'write_table', 'read_table', 'MaskSet',
+           'atomic_path', 'write_json', 'seed_all', 'frozen_eval', 'lus_home', 'real_data', 'progress']
 
 # %% ../nbs/00_core.ipynb #c003
 import contextlib, json, os, random, sys, tempfile
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 
@@ -129,6 +130,30 @@ def read_table(
     return check_table(table, exists=False)
 
 # %% ../nbs/00_core.ipynb #c031
+@dataclass
+class MaskSet:
+    "Pictures, a mask per class, and whose they are; raises ValueError that names what does not fit."
+    images:np.ndarray         # (n, h, w) uint8, grey
+    masks:np.ndarray          # (n, k, h, w) bool, or whole numbers 0 and 1; classes may overlap
+    names:tuple               # of the k classes
+    table:pd.DataFrame        # n rows, with a column `patient`; numbered anew from 0
+
+    def __post_init__(self):
+        self.names, self.masks = tuple(self.names), np.asarray(self.masks)
+        if self.images.dtype != np.uint8 or self.images.ndim != 3: raise ValueError(f"images are (n, h, w) uint8, got {self.images.shape} {self.images.dtype}")
+        n, h, w = self.images.shape
+        if self.masks.shape != (n, len(self.names), h, w): raise ValueError(f"masks of {n} images of {h}x{w} and {len(self.names)} classes should be {(n, len(self.names), h, w)}, got {self.masks.shape}")
+        if self.masks.dtype != bool:
+            wrong = np.flatnonzero([((m != 0) & (m != 1)).any() for m in self.masks])
+            if len(wrong): raise ValueError(f"masks hold 0 and 1, those of row(s) {_rows(wrong)} also other values up to {self.masks[wrong].max()}: if they are 0 and 255, give `masks > 127`")
+            self.masks = self.masks.astype(bool)
+        if len(self.table) != n or 'patient' not in self.table: raise ValueError(f"the table of {n} images needs {n} rows and a column 'patient', got {len(self.table)} rows and {list(self.table.columns)}")
+        self.table = self.table.reset_index(drop=True)
+
+    def __len__(self): return len(self.images)
+    def __getitem__(self, rows): return MaskSet(self.images[rows], self.masks[rows], self.names, self.table[rows] if np.asarray(rows).dtype == bool else self.table.iloc[rows])
+
+# %% ../nbs/00_core.ipynb #c035
 @contextlib.contextmanager
 def atomic_path(
     path,                     # the file that should appear, whole, at the end
@@ -156,7 +181,7 @@ def write_json(
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
 
-# %% ../nbs/00_core.ipynb #c035
+# %% ../nbs/00_core.ipynb #c039
 def seed_all(
     seed:int,                 # any non-negative integer
 ):
@@ -174,7 +199,7 @@ def frozen_eval(
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/00_core.ipynb #c039
+# %% ../nbs/00_core.ipynb #c043
 def lus_home() -> Path:       # the folder, which may not exist yet
     "Where the package keeps what it can make again: `LUS_HOME`, or `~/.cache/lus_fastai`."
     return Path(os.environ.get('LUS_HOME') or Path.home()/'.cache'/'lus_fastai').expanduser()
