@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TensorFrame', 'TensorDense', 'TensorSparse', 'RowReader', 'ReadFrame', 'ReadMask', 'ReadLabel', 'FrameDL',
-           'FrameBlock', 'DenseBlock', 'LabelBlock', 'frame_dls']
+           'FrameBlock', 'DenseBlock', 'LabelBlock', 'frame_dls', 'TensorMasks', 'class_color', 'encodes', 'ReadMasks',
+           'rows_of', 'absent_classes', 'mask_dls']
 
 # %% ../nbs/06_data.ipynb #c003
-import itertools
+import itertools, random, warnings
 import numpy as np, pandas as pd, torch
 from fastai.vision.all import (TensorImageBW, TensorMask, TensorCategory, TransformBlock, DataBlock, TfmdDL, DataLoaders, IntToFloatTensor, DisplayedTransform,
                                Category, IndexSplitter, chunked, show_image)
@@ -153,4 +154,93 @@ def frame_dls(
     block = DataBlock(blocks=blocks, splitter=IndexSplitter(range(len(train), len(train) + len(valid))), batch_tfms=batch_tfms)
     dls = block.dataloaders(pd.concat([train, valid], ignore_index=True), bs=bs, device=device)
     dls.train.drop_last = len(train) > bs and len(train) % bs == 1
+    return dls
+
+# %% ../nbs/06_data.ipynb #c026
+class TensorMasks(TensorMask):
+    "Masks of k classes that may overlap, (k, h, w): bytes 0 and 1, or floats 0. and 1. after the batch transforms; `names` of the classes show below."
+    def show(self, ctx=None, **kwargs):
+        import matplotlib.pyplot as plt
+        on, names = self.cpu().numpy() > .5, getattr(self, 'names', range(len(self)))
+        ax = ctx if ctx is not None else plt.subplots(figsize=kwargs.get('figsize'))[1]
+        if not ax.images: show_image(np.zeros(on.shape[1:]), ctx=ax, cmap='gray', vmin=0, vmax=1)
+        tint, there = np.zeros((*on.shape[1:], 4)), [i for i in range(len(on)) if on[i].any()]
+        for i in there:
+            color = class_color(i)
+            old, a = tint[on[i], 3:], .3
+            tint[on[i], :3] = (np.array(color) * a + tint[on[i], :3] * old * (1 - a)) / (a + old * (1 - a))
+            tint[on[i], 3:] = a + old * (1 - a)
+        ax.imshow(tint)
+        for i in there: ax.contour(np.pad(on[i], 1), [.5], colors=[class_color(i)], linewidths=1, extent=(-1.5, on.shape[2] + .5, -1.5, on.shape[1] + .5))
+        ax.set(xlim=(-.5, on.shape[2] - .5), ylim=(on.shape[1] - .5, -.5))
+        if len(on) > 1: _legend(ax, [(str(names[i]), class_color(i)) for i in there])
+        if kwargs.get('title'): ax.set_title(kwargs['title'])
+        return ax
+
+def class_color(
+    i:int,                    # number of the class
+) -> tuple:                   # red, green, blue, 0..1
+    "A colour per class: first those of the dense labels, which colour-blind readers can tell apart, then twenty others."
+    import matplotlib as mpl
+    return tuple(DENSE_COLORS[i] / 255) if i < len(DENSE_COLORS) - 1 else mpl.colormaps['tab20'].colors[(2 * i + i // 10) % 20]
+
+def _legend(ax, entries):
+    "Names in their colours below a picture, two to a line."
+    for j, (name, color) in enumerate(entries): ax.text(j % 2 * .5, -.04 - j // 2 * .08, name, color=np.array(color) * .8, fontsize=6, transform=ax.transAxes, va='top')
+
+@IntToFloatTensor
+def encodes(self, o:TensorMasks): return o.float()
+
+# %% ../nbs/06_data.ipynb #c028
+class ReadMasks(RowReader):
+    "The masks of a `MaskSet` as `TensorMasks`."
+    def __init__(self,
+        set:MaskSet,          # where the masks are
+    ): self.set = set
+    def keys(self, items): return _row_keys(items, self.set)
+    def take(self, keys): return TensorMasks(torch.from_numpy(self.set.masks[keys[:, 0]].view(np.uint8)), names=self.set.names)
+
+def rows_of(
+    set:MaskSet,              # whose rows
+    rows,                     # integers, or a bool per row
+    name:str='rows',          # what the message calls them
+) -> np.ndarray:              # integers 0..n-1
+    "Rows of a set as integers; raises ValueError when there are none, or when they are not of this set."
+    rows = np.asarray(rows)
+    if rows.dtype == bool and len(rows) != len(set) or rows.dtype != bool and rows.size and (rows.min() < 0 or rows.max() >= len(set)):
+        raise ValueError(f"{name} are integers 0..{len(set)-1} or {len(set)} bools for this set, got {len(rows)} {rows.dtype}" + (f" up to {rows.max()}" if rows.dtype != bool else ''))
+    rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+    if not len(rows): raise ValueError(f"{name} is empty: no image to take")
+    return rows
+
+def absent_classes(
+    set:MaskSet,              # its classes are looked for
+    **parts,                  # name=rows of a part
+) -> list:                    # a sentence for each part that lacks classes
+    "Which classes have no pixel in which part of a set."
+    there = set.masks.any((2, 3))
+    found = [(part, [c for c, seen in zip(set.names, there[rows_of(set, rows, part)].any(0)) if not seen]) for part, rows in parts.items()]
+    return [f"no pixel of {', '.join(map(repr, classes))} in {part.replace('_', ' ')}" for part, classes in found if classes]
+
+def mask_dls(
+    set:MaskSet,              # pictures and masks of at least 16 x 16 pixels
+    train,                    # rows to train on: integers, or a bool per row
+    valid,                    # rows to validate on
+    bs:int=8,                 # batch size
+    channels:int=3,           # 1, or 3 identical ones for networks that expect colour
+    batch_tfms=(),            # augmentation of the training batches, on the device
+    seed:int=0,               # decides the order of the training batches; what is drawn in `batch_tfms` follows torch's own generator
+    device=None,              # default: fastai's default device
+    notes:bool=True,          # warn of classes without a pixel in a part: it cannot teach them, or cannot test them
+) -> DataLoaders:             # batches (b, channels, h, w) and (b, k, h, w), both floats 0..1; a last training batch of one image is left out
+    "DataLoaders of a `MaskSet`."
+    if min(set.images.shape[1:]) < 16: raise ValueError(f"images are {set.images.shape[1]}x{set.images.shape[2]} pixels, the networks need at least 16x16: resize image and mask before making the MaskSet")
+    train, valid = rows_of(set, train, 'train'), rows_of(set, valid, 'valid')
+    if notes:
+        for note in absent_classes(set, the_training_images=train, the_validation_images=valid): warnings.warn(note, stacklevel=2)
+    blocks = FrameBlock(set, channels), TransformBlock(type_tfms=[ReadMasks(set)], dl_type=FrameDL)
+    rows = np.concatenate([train, valid])
+    block = DataBlock(blocks=blocks, splitter=IndexSplitter(range(len(train), len(rows))), batch_tfms=list(batch_tfms))
+    dls = block.dataloaders(set.table.iloc[rows].assign(row=rows).reset_index(drop=True), bs=bs, device=device)
+    dls.train.drop_last, dls.train.rng = len(train) > bs and len(train) % bs == 1, random.Random(seed)
     return dls
