@@ -219,7 +219,7 @@ def test_results_page(docs, tmp_path):
         dict(protocol='by patient', table='2', row='Dense', column='mean IoU', ours=.70126, interval=[.6, .8], theirs=.762),
         dict(protocol='by patient', table='3', row='a|b', column='F1', ours=None, interval=None, theirs=None)])), encoding='utf-8')
     page = docs.results_page(tmp_path)
-    assert '## gare on phantom' in page and '| Dense | mean IoU | 0.701 | 0.600 to 0.800 | 0.762 |' in page and 'a\\|b' in page
+    assert '## gare on phantom' in page and '### by patient' in page and '| Dense | mean IoU | 0.701 | 0.600 to 0.800 | 0.762 |' in page and 'a\\|b' in page
 
 # commands
 

@@ -32,24 +32,30 @@ def pages(
 
 def _cell(x, digits=3): return '' if x is None else f'{x:.{digits}f}' if isinstance(x, float) else str(x).replace('|', '\\|')
 
+def _rows(cells):
+    "One Markdown table; `theirs` only where the paper gives a number."
+    theirs = any(c.get('theirs') is not None for c in cells)
+    out = ['| row | column | ours | interval |' + ' theirs |'*theirs, '|---|---|--:|---|' + '--:|'*theirs]
+    for c in cells:
+        i = c.get('interval')
+        span = f'{_cell(i[0])} to {_cell(i[1])}' if isinstance(i, (list, tuple)) and len(i) == 2 else _cell(i)
+        out.append(f"| {_cell(c.get('row'))} | {_cell(c.get('column'))} | {_cell(c.get('ours'))} | {span} |" + f" {_cell(c.get('theirs'))} |"*theirs)
+    return out + ['']
+
 def results_page(
     folder:Path, # holds one JSON a reproduction
 )->str:          # a Quarto page
-    "Ours beside theirs: one section a results file, one table a table of its paper."
+    "Ours beside theirs: a section a results file, in it one a protocol, in it a table for each of its paper."
     out = ['---', 'title: Results', 'description: Ours beside theirs, as the code wrote them', '---', '',
-           'Each section is one file of `results/`, written by `lus_repro`. Intervals come from a bootstrap over patients.', '']
+           'Each section is one file of `results/`, written by `lus_repro`, settings and versions included. Intervals come from a bootstrap over patients.', '']
     for f in sorted(Path(folder).glob('*.json')):
         r = json.loads(f.read_text(encoding='utf-8'))
-        out += [f"## {r.get('paper', f.stem)} on {r.get('data', '?')}", '']
-        out += [f'- {k}: {r[k] if isinstance(r[k], str) else json.dumps(r[k])}' for k in r if k not in ('paper', 'data', 'cells')] + ['']
-        for table in dict.fromkeys(c.get('table', '') for c in r.get('cells', [])):
-            out += [f'### {table}', '', '| row | column | ours | interval | theirs |', '|---|---|--:|---|--:|']
-            for c in r['cells']:
-                if c.get('table', '') != table: continue
-                i = c.get('interval')
-                span = f'{_cell(i[0])} to {_cell(i[1])}' if isinstance(i, (list, tuple)) and len(i) == 2 else _cell(i)
-                out.append(f"| {_cell(c.get('row'))} | {_cell(c.get('column'))} | {_cell(c.get('ours'))} | {span} | {_cell(c.get('theirs'))} |")
-            out.append('')
+        out += [f"## {r.get('paper', f.stem)} on {r.get('data', '?')}{' (quick)' if f.stem.endswith('-quick') else ''}", '']
+        out += [f"`{r.get('command', '?')}`, {_cell(r.get('hours'), 1)} hours of training on {r.get('device', '?')}; seeds {', '.join(map(str, r.get('seeds', [])))}. From `{f.name}`.", '']
+        for name in dict.fromkeys(c.get('protocol', '') for c in r.get('cells', [])):
+            protocol, own = r.get('protocols', {}).get(name, {}), [c for c in r['cells'] if c.get('protocol', '') == name]
+            out += [f'### {name}', '', f"{protocol.get('description', '')} (split {protocol.get('split_hash', '?')}).", '']
+            for table in dict.fromkeys(c.get('table', '') for c in own): out += [f'**{table}**', '', *_rows([c for c in own if c.get('table', '') == table])]
     return '\n'.join(out).rstrip() + '\n'
 
 def derive(
