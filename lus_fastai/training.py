@@ -137,11 +137,13 @@ class Checkpoint(EpochEnd):
         return _load_checkpoint(self.path)['epoch'] if self.path.exists() else 0
     def before_fit(self):
         super().before_fit()
-        self.restored = False
-    def before_train(self):
-        if self.restored or not self.path.exists(): return
-        self.restored, state = True, _load_checkpoint(self.path)
-        if state['epoch'] != self.epoch: return                     # a fit from its first epoch: the file will be overwritten
+        self.started = False
+    def before_train(self): self._restore(self.epoch)
+    def after_fit(self): self._restore(self.n_epoch)               # every epoch was done before: cut off after its last checkpoint
+    def _restore(self, epoch):
+        if self.started or not self.path.exists(): self.started = True; return
+        self.started, state = True, _load_checkpoint(self.path)
+        if state['epoch'] != epoch: return                          # a fit from its first epoch: the file will be overwritten
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
         for cb, s in zip(self.keep, state['callbacks']): cb.load_state_dict(s)

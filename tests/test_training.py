@@ -71,6 +71,28 @@ def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp
     pd.testing.assert_frame_equal(whole, resumed, check_exact=True)
     pd.testing.assert_frame_equal(*(fold_history(tmp_path/name).drop(columns='seconds') for name in ('whole', 'broken')), check_exact=True)
 
+@pytest.mark.parametrize('select', ['last', 'inner', 'best'])
+def test_cut_off_between_the_last_checkpoint_and_the_predictions(made, tmp_path, select):
+    frames, folds, data, build = setup(made)
+    def cv(name, build=build): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=2, path=tmp_path/name, select=select)
+    class Stop(Callback):
+        def after_fit(self): raise KeyboardInterrupt
+    def stopped(dls): return [learn := build(dls), learn.add_cb(Stop())][0]
+    with pytest.raises(KeyboardInterrupt): cv('cut', stopped)
+    assert Checkpoint(tmp_path/'cut/fold0/checkpoint.pt').epochs_done() == 2 and not (tmp_path/'cut/fold0/predictions.pt').exists()
+    pd.testing.assert_frame_equal(cv('cut'), cv('whole'), check_exact=True)
+    pd.testing.assert_frame_equal(last_epoch(frames, folds, ClassProbs(), tmp_path/'cut'), last_epoch(frames, folds, ClassProbs(), tmp_path/'whole'), check_exact=True)
+    pd.testing.assert_frame_equal(*(fold_history(tmp_path/n).drop(columns='seconds') for n in ('cut', 'whole')), check_exact=True)
+
+def test_a_fit_without_an_epoch_left_gives_the_trained_weights(made, tmp_path):
+    frames, folds, data, build = setup(made)
+    def fit():
+        learn = build(data(frames[folds != 0], frames[folds == 0]))
+        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 1, 1e-3, tmp_path/'c.pt')
+        return learn.model.state_dict()
+    first, again = fit(), fit()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
 def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(made, tmp_path):
     "The limit on a file's size stands for the full disk: the kernel refuses the write in the same place."
     code = f'''
