@@ -64,6 +64,15 @@ def mix_triplets(
     return mix(x), mix(y)
 
 # %% ../nbs/10_contrastive.ipynb #c014
+def _between(x, at):
+    "Lines of x (n, h, k) at places (n, m) in lines from the first, those between two lines interpolated, beyond the border the outer one: (n, m, k)."
+    n, h, k = x.shape
+    at = at.clamp(0, h - 1)
+    low = at.long()
+    first = low + h * torch.arange(n, device=x.device)[:, None]
+    a, b = (x.flatten(0, 1).index_select(0, i.flatten()).view(n, -1, k) for i in (first, first + (low < h - 1)))
+    return a.lerp_(b, (at - low)[..., None])
+
 class USCLAugment:
     "Random resized crop, flip, and jitter of brightness and contrast, as in the code of Chen 2021, drawn for each view of a batch and applied to all at once."
     def __init__(self,
@@ -97,21 +106,17 @@ class USCLAugment:
         draws:dict,           # from `draw`
     ) -> torch.Tensor:        # same shape, in 0..1
         "Apply one draw to each view."
-        if x.device.type == 'cpu' and len(x) > 16:                 # in parts that stay in the cache
-            return torch.cat([self.apply(part, dict(zip(draws, d))) for part, *d in zip(x.split(16), *(v.split(16) for v in draws.values()))])
-        h, w = x.shape[-2:]
-        d = {k: v.to(x.device) for k, v in draws.items()}
-        def places(size, i):                                       # where each output row or column is looked up, in -1..1: a crop turns nothing, so two lines make the grid
-            out = torch.arange(size, device=x.device).add(.5).div(size)
-            return (d['corner'][:, i, None] + out * d['side'][:, i, None]) * (2 / size) - 1
+        (c, h, w), d = x.shape[1:], {k: v.to(x.device) for k, v in draws.items()}
+        def places(size, i): return d['corner'][:, i, None] + d['side'][:, i, None] * torch.arange(size, device=x.device).add(.5).div(size) - .5
         rows, cols = places(h, 0), places(w, 1)
         cols = torch.where(d['flip'][:, None], cols.flip(1), cols)
-        grid = torch.empty(len(x), h, w, 2, device=x.device)
-        grid[..., 0], grid[..., 1] = cols[:, None, :], rows[:, :, None]
-        x = F.grid_sample(x, grid, 'bilinear', 'border', align_corners=False)
+        x = _between(x.permute(0, 3, 1, 2).flatten(2), cols).unflatten(2, (c, h))
+        x = _between(x.permute(0, 3, 2, 1).flatten(2), rows).unflatten(2, (c, w)).transpose(1, 2)
         col = lambda v: v.view(-1, 1, 1, 1)
         if self.brightness: x = x.mul_(col(torch.where(d['dark_first'], d['brightness'], 1.))).clamp_(0, 1)
-        if self.contrast: x = x.lerp(x.mean((1, 2, 3), keepdim=True), col(1 - d['contrast'])).clamp_(0, 1)
+        if self.contrast:
+            grey = x.mean((1, 2, 3), keepdim=True).mul_(col(1 - d['contrast']))
+            x = x.mul_(col(d['contrast'])).add_(grey).clamp_(0, 1)
         if self.brightness: x = x.mul_(col(torch.where(d['dark_first'], 1., d['brightness']))).clamp_(0, 1)
         return x
 
