@@ -7,7 +7,6 @@ __all__ = ['rotation_parts', 'Rotation', 'LossLog', 'adam', 'fit_masks', 'predic
 
 # %% ../nbs/14a_rotation.ipynb #c003
 import gc, time, warnings, zlib
-from copy import deepcopy
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.vision.all import Callback, CancelFitException, Learner, OptimWrapper
@@ -101,7 +100,7 @@ def _fit(build, data, path, epochs, lr, loss, select, patience, schedule, cbs, o
     seed_all(seed)
     model, loss = build(), loss or BCEDiceLoss()
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _claim(path, dict(start=_fingerprint(model), trains=trains, epochs=epochs, lr=lr, loss=repr(loss), select=select, patience=patience, schedule=schedule, seed=seed, precision=precision, **claim))
+    _claim(path, dict(start=_fingerprint(model), trains=trains, epochs=epochs, lr=lr, loss=getattr(loss, '__name__', repr(loss)), select=select, patience=patience, schedule=schedule, seed=seed, precision=precision, **claim))
     dls, log = data(_channels(model)), LossLog(path/'model.safetensors', select, patience, runs, tick)
     if not (path/'history.csv').exists():
         learn = Learner(dls, model, loss_func=loss, opt_func=opt_func)
@@ -169,7 +168,7 @@ def predict_masks(
 
 # %% ../nbs/14a_rotation.ipynb #c021
 def kfold_masks(
-    build,                    # function () -> network; called once, every fold starts from a copy
+    build,                    # function (fold number) -> network, called with the generators seeded by `seed`, whatever the fold
     set:MaskSet,              # images and masks
     folds=None,               # fold of every row: array or Series; default: five folds by patient
     path=None,                # folder; each fold has its own inside
@@ -178,7 +177,7 @@ def kfold_masks(
     loss=None,                # as for `fit_masks`
     *,
     bs:int=8,                 # as for `fit_masks`
-    seed:int=0,               # of the start; fold k trains with the seed 1000 * seed + k
+    seed:int=0,               # of the initial weights; fold k then trains with the seed 1000 * seed + k
     precision:str='auto',     # as for `fit_masks`
     **kwargs,                 # further arguments of `fit_masks`: select, batch_tfms, patience, schedule, cbs, opt_func, device
 ) -> np.ndarray:              # (n, k, h, w) float16: out-of-fold probabilities
@@ -191,10 +190,10 @@ def kfold_masks(
     if len(numbers) < 2: raise ValueError(f"cross-validation needs at least two folds, got {len(numbers)}")
     for k in numbers:
         for note in absent_classes(set, **{f'the_training_images_of_fold_{k}': folds != k, f'the_held-out_images_of_fold_{k}': folds == k}): warnings.warn(note, stacklevel=2)
-    seed_all(seed)
-    start, path, out, tick = build(), Path(path), np.empty(set.masks.shape, np.float16), _ticks(len(numbers) * epochs, path)
+    path, out, tick = Path(path), np.empty(set.masks.shape, np.float16), _ticks(len(numbers) * epochs, path)
     for k in numbers:
-        model, _ = fit_masks(lambda: deepcopy(start), set, folds != k, folds == k, path/f'fold{k}', epochs, lr, loss, bs=bs, seed=1000 * seed + int(k), precision=precision, notes=False, tick=tick, **kwargs)
+        def start(): seed_all(seed); return build(int(k))
+        model, _ = fit_masks(start, set, folds != k, folds == k, path/f'fold{k}', epochs, lr, loss, bs=bs, seed=1000 * seed + int(k), precision=precision, notes=False, tick=tick, **kwargs)
         out[folds == k] = predict_masks(model, set.images[folds == k], bs, precision)
     return out
 
