@@ -33,7 +33,7 @@ class SoftDiceLoss(nn.Module):
 
 class BCEDiceLoss(SoftDiceLoss):
     "Binary cross-entropy minus soft Dice, from logits: every pixel has a gradient, and small classes count."
-    def forward(self, logits, target): return F.binary_cross_entropy_with_logits(logits.as_subclass(torch.Tensor).float(), target.as_subclass(torch.Tensor).float()) + super().forward(logits, target)
+    def forward(self, logits, target): return super().forward(logits, target) + F.binary_cross_entropy_with_logits(*(x.as_subclass(torch.Tensor).float() for x in (logits, target)))
 
 # %% ../nbs/13b_overlap.ipynb #c012
 def _array(x):
@@ -171,7 +171,7 @@ def evaluate_masks(
     scores:pd.DataFrame,        # of `mask_scores`, with a column `patient`
     n_boot:int=1000,            # resamples of patients
     seed:int=0,                 # of the resampling
-) -> pd.DataFrame:              # level ('pixel', 'image'), class, metric, value, low, high, n (images whose truth holds the class), patients
+) -> pd.DataFrame:              # level ('pixel', 'image'), class, metric, value, low, high, n (images whose truth holds the class; all images for 'all'), patients
     "Scores of each class and of all, with 95 % intervals over patients (NaN with fewer than two)."
     missing = [c for c in ('patient', 'image', 'class', 'truth', 'predicted', 'shared', *_SCORES) if c not in scores]
     if missing: raise TableError(f"missing column(s) {missing} in the table of `mask_scores`")
