@@ -8,6 +8,7 @@ __all__ = ['Patient', 'draw_patient', 'BeamGrid', 'speckle', 'log_compress', 'Ph
 
 # %% ../nbs/01_phantom.ipynb #c003
 import json, numbers
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -282,12 +283,18 @@ def _wall(s, rng):
     db = -17*(1 - below(skin)) + (below(skin) - below(fat))*(-32 + p.fibre*6*np.maximum(septa, -1) + 2.5*patch) + below(fat)*(-27 + p.fibre*5*fibre + 3*patch)
     for edge, level in ((skin, 5), (fat, 8), (s.depth - 2.2*u, 5)): db += level*np.exp(-((z - edge)/(.5*u))**2)
     strokes = _texture(rng, shape, .5, lateral(4*u)) + 1j*_texture(rng, shape, .5, lateral(4*u))
-    s.wall = speckle(_amp(db + p.echo)*(_white(rng, *shape) + np.float32(.25)*strokes), s.axial, s.lateral[:nw])
+    s.echoes = _amp(db + p.echo)
+    s.wall = speckle(s.echoes*(_white(rng, *shape) + np.float32(.25)*strokes), s.axial, s.lateral[:nw])
     ring = np.exp(-z/(2*u))*(1 + .8*np.cos(2*np.pi*z/(1.3*u)))*(1 + .15*_smooth(rng, s.nx, s.beams(6)))
-    s.wall += _amp(rng.normal(-10, 3))*ring.astype(np.float32)
-    depth = s.depth[s.margin:s.margin+g.nb]
+    s.ring = _amp(rng.normal(-10, 3))*ring.astype(np.float32)
+    s.wall += s.ring
+    _mirror(s)
+
+def _mirror(s):
+    "The wall again below the pleura."
+    g, depth = s.g, s.depth[s.margin:s.margin+s.g.nb]
     times = np.floor(g.z[:, None]/depth)
-    row = np.clip(((g.z[:, None] - times*depth)/g.dz).astype(np.int32), 0, nw - 1)
+    row = np.clip(((g.z[:, None] - times*depth)/g.dz).astype(np.int32), 0, s.nw - 1)
     s.mirror = np.take_along_axis(s.wall[:, s.margin:s.margin+g.nb], row, 0)*_amp(-6 - 9*times)
 
 # %% ../nbs/01_phantom.ipynb #c028
@@ -387,9 +394,21 @@ def _scene(p, g, rng, n):
     s.axial, s.lateral = _widths(p, g)
     s.gain, noise = _gains(p, g)
     s.lung = speckle(_white(rng, g.nz, s.nx), s.axial, s.lateral)
-    s.noise = speckle(_white(rng, g.nz, 2*g.nb), .8*s.axial, np.full(g.nz, .5))*noise[:, None]
+    s.noise, s.noise_level = speckle(_white(rng, g.nz, 2*g.nb), .8*s.axial, np.full(g.nz, .5))*noise[:, None], noise
     for part in (_pleural_depth, _ribs, _wall, _surface, _no_air, _sources, _lower_edge): part(s, rng)
     return s
+
+def _quiet(s):
+    "The same scene with scatterers that do not interfere: their mean power instead of speckle."
+    from scipy.ndimage import gaussian_filter
+    q, even = copy(s), lambda x: abs(x)/np.maximum(abs(s.lung), np.float32(1e-9))
+    q.wall = (gaussian_filter(s.echoes**2, (s.axial/2**.5, s.lateral[:s.nw].mean()/2**.5))**.5 + s.ring).astype(np.complex64)
+    _mirror(q)
+    q.lung, q.shine, q.turn = np.ones_like(s.lung), abs(s.shine).astype(np.complex64), 0*s.turn
+    if s.tissue is not None: q.tissue = even(s.tissue)
+    if s.edge: q.organ = even(s.organ)
+    q.sources = [SimpleNamespace(**vars(b) | dict(tone=np.full_like(b.tone, .457))) for b in s.sources]   # .75*tone + .65 is then the mean amplitude of a ray
+    return q
 
 # %% ../nbs/01_phantom.ipynb #c033
 def _moment(s, k):
@@ -535,12 +554,14 @@ class PhantomClip:
     rate:float                 # frames per second
     patient:Patient
     findings:dict              # n_alines and n_blines: most seen at once; whether there is irregular, consolidation, effusion, bronchogram, dynamic, curtain, ribs
+    clean:np.ndarray = None    # grey without speckle and noise, or None
 
 def phantom_clip(
     patient=None,            # a `Patient`, a label, or None for any patient
     seed:int=0,              # which clip of the patient; also which patient unless one is given
     n:int=24,                # number of frames, at least 1
     size:tuple=(256, 256),   # height and width, at least 32 each
+    clean:bool=False,        # also the frames as they would be without speckle and noise
 ) -> PhantomClip:
     "Simulate a clip; the same arguments give the same bytes. Raises ValueError for an unknown label, `n` below 1 or a bad size."
     seed, n = _natural('seed', seed), _natural('n', n, 1)
@@ -550,6 +571,7 @@ def phantom_clip(
     g, rng = BeamGrid(p, size), np.random.default_rng([p.seed, seed, 5])
     s = _scene(p, g, rng, n)
     frames, codes = np.zeros((n, *size), np.uint8), np.zeros((n, *size), np.uint8)
+    quiet, even = (_quiet(s), np.zeros_like(frames)) if clean else (None, None)
     curve = (p.floor + (255 - p.floor)*np.linspace(0, 1, 1024)**p.gamma).round().astype(np.uint8)
     last, seen = None, []
     for k in range(n):
@@ -562,10 +584,15 @@ def phantom_clip(
         frames[k][g.fan] = curve[((g._grey @ last.ravel())*1023).astype(np.int16)]
         codes[k] = g.picture(_codes(s, f), 6)
         seen.append(_count(s, f))
+        if clean:   # speckle's mean grey is that of 2.5 dB less than its mean power
+            f, F = _moment(quiet, k), np.zeros((g.nz, g.nb), np.complex64)
+            for step in _STEPS: step(quiet, f, F)
+            y = log_compress(F.real**2 + F.imag**2 + s.noise_level[:, None]**2, p.dynamic_range, p.gain - 2.5)
+            even[k][g.fan] = curve[((g._grey @ y.ravel())*1023).astype(np.int16)]
     dense, rib, solid, fluid = codes & 7, codes >> 3 & 1, codes >> 4 & 1, codes >> 5 & 1
     findings = dict(n_alines=max(a for a, _ in seen), n_blines=max(b for _, b in seen), irregular=bool((dense == 3).any() and s.rough.max() > .3), consolidation=bool(solid.any()), effusion=bool(fluid.any()),
                     bronchogram=bool(s.trees and solid.any()), dynamic=bool(s.has.dynamic and solid.any()), curtain=s.has.curtain, ribs=bool(rib.any()))
-    return PhantomClip(frames, dense, rib, solid, fluid, np.repeat(g.fan[None].astype(np.uint8), n, 0), p.rate, p, findings)
+    return PhantomClip(frames, dense, rib, solid, fluid, np.repeat(g.fan[None].astype(np.uint8), n, 0), p.rate, p, findings, even)
 
 # %% ../nbs/01_phantom.ipynb #c041
 def show_phantom(

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Callable
 import numpy as np, pandas as pd
 import lus_fastai
-from .core import CLIP_COLUMNS, MaskSet, TableError, atomic_path, check_table, real_data, lus_home, progress
+from .core import CLIP_COLUMNS, MaskSet, TableError, atomic_path, check_table, clip_ids, real_data, lus_home, progress
 from .clips import ClipError, read_clip
 from .folds import frame_hash, hamming
 from .phantom import write_video
@@ -353,7 +353,7 @@ def _mask_set(table, size, names, layers):
         images.append(np.asarray(Image.fromarray(x).resize(size[::-1], Image.BILINEAR))); masks.append(m); kept.append(i)
     if not kept: raise TableError(f"none of {len(table)} picture(s) could be used: {_some(odd)}")
     if odd: print(f'{len(odd)} of {len(table)} picture(s) skipped: {_some(odd)}')
-    return MaskSet(np.stack(images), np.stack(masks), names, table.iloc[kept].reset_index(drop=True))
+    return MaskSet(np.stack(images), np.stack(masks), names, table.assign(clip=clip_ids(table)).iloc[kept])
 
 def _pasted(row, shape, size, names):
     out = np.zeros((len(names), *shape), bool)
@@ -648,7 +648,7 @@ def index(
     for n in notes: print('  ' + n)
     return check_table(table)
 
-# %% ../nbs/02_sources.ipynb #c063
+# %% ../nbs/02_sources.ipynb #c070
 class FetchError(RuntimeError):
     "A file could not be had, or is not what it should be; the message says what to do."
 
@@ -771,7 +771,7 @@ def fetch(
     print(f"{name}: {len(todo)} file(s) fetched, {(state == 'wrong').sum()} of them in place of a wrong one, {(state == 'right').sum()} already right, in {folder}")
     return folder
 
-# %% ../nbs/02_sources.ipynb #c075
+# %% ../nbs/02_sources.ipynb #c082
 def _members(archive):
     "(name, is folder, bytes, open) of every member of a zip or tar; refuses links and devices."
     if isinstance(archive, zipfile.ZipFile):

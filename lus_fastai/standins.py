@@ -90,7 +90,7 @@ def salient_shapes(
         for _ in range(rng.integers(0, 5)):                                 # small things that do not matter
             x = x + rng.normal(0, .15)*_Pen(size, _turn(rng.uniform(0, 7), rng.uniform(.03, .1)), rng.uniform(-1, 1, 2)).fill(_object(rng))*(1 - cover)
         images[k], masks[k, 0] = _grey(x, rng, rng.uniform(.01, .06)), cover > .5
-    return MaskSet(images, masks, ('object',), pd.DataFrame(dict(patient=[f'shape-{seed}-{k}' for k in range(n)], label='object', source='salient shapes')))
+    return MaskSet(images, masks, ('object',), pd.DataFrame(dict(patient=(names := [f'shape-{seed}-{k:05d}' for k in range(n)]), clip=names, label='object', source='salient shapes')))
 
 # %% ../nbs/01a_standins.ipynb #c013
 def boxes_of(
@@ -100,7 +100,7 @@ def boxes_of(
     from scipy.ndimage import find_objects, label
     rows = [(i, name, b[1].start, b[0].start, b[1].stop - b[1].start, b[0].stop - b[0].start)
             for i, masks in enumerate(set.masks) for name, m in zip(set.names, masks) if m.any() for b in find_objects(label(m, np.ones((3, 3)))[0])]
-    return pd.DataFrame(rows, columns=['row', 'name', 'x', 'y', 'width', 'height'])
+    return pd.DataFrame(rows, columns=['row', 'name', 'x', 'y', 'width', 'height']).astype(dict.fromkeys(('row', 'x', 'y', 'width', 'height'), int))
 
 def fill_boxes(
     boxes:pd.DataFrame,       # columns row, name, x, y, width, height, in pixels
@@ -232,9 +232,8 @@ def _radiograph(b, rng, size):
         free = np.clip(lungs[k] - pen.fill(rest), 0, 1)*(np.abs(x) > .2*b['wide'])*(y < b['base'] - .2)
         edge = pen.line(np.concatenate([rest, rest[:1]]), .008)*lungs[k]*(free.max() > 0)*(np.abs(x) > .2*b['wide'])*(y < b['base'] - .2)
     masks[:4] = lungs[0], lungs[1], heart, airways
-    keep = 1 - np.maximum(fluid, free)
-    masks[4], masks[5] = glass*keep > .12, solid*keep > .25
-    masks[6], masks[7] = fluid, free
+    free = free*(1 - fluid); keep = 1 - np.maximum(fluid, free)
+    masks[4:8] = np.stack([(glass > .12)*keep, (solid > .25)*keep, fluid, free])*(np.maximum(*lungs) > .5)
     courses = _devices(b, rng)
     for name, on in b['devices'].items():
         if rng.random() < .85 and on: masks[CHEST.index(name)] = pen.draw(courses[name])
@@ -266,7 +265,7 @@ def chest_phantom(
     size=128,                 # pixels: a side of squares, or (height, width); at least 16
     seed:int=0,               # the same seed, the same pictures
     patients:int=None,        # of so many patients; n/2, rounded up, when None
-) -> MaskSet:                 # the 13 classes of CHEST; table with patient, image (number within the patient), label (the disease drawn)
+) -> MaskSet:                 # the 13 classes of CHEST; table with patient, clip (a name of the picture), label (the disease drawn)
     "Chest radiographs drawn by rule, in place of CCXS, CheXpert and SIIM-FISABIO-RSNA."
     size, patients = _shape(size), patients or -(-n//2)
     images, masks, rows = np.zeros((n, *size), np.uint8), np.zeros((n, len(CHEST), *size), bool), []
@@ -275,10 +274,10 @@ def chest_phantom(
         rng = np.random.default_rng([seed, who, 12])
         b = _body(rng) | dict(lobe=rng.choice([-.4, .25]), alone=rng.random() < .3)
         images[k], masks[k] = _radiograph(b, np.random.default_rng([seed, who, which, 13]), size)
-        rows.append(dict(patient=f'chest-{seed}-{who:04d}', image=which, label=b['ill'], source='chest phantom'))
+        rows.append(dict(patient=f'chest-{seed}-{who:04d}', clip=f'chest-{seed}-{who:04d}-{which}', label=b['ill'], source='chest phantom'))
     return MaskSet(images, masks, CHEST, pd.DataFrame(rows))
 
-# %% ../nbs/01a_standins.ipynb #c019
+# %% ../nbs/01a_standins.ipynb #c021
 CHEXPERT = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Lesion', 'Lung Opacity', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion', 'Pleural Other',
             'Fracture', 'Support Devices')
 CATEGORIES = ('negative', 'typical', 'indeterminate', 'atypical')
@@ -335,19 +334,21 @@ def chest_box_set(
     boxes = chest_boxes(set)
     return MaskSet(set.images, fill_boxes(boxes, len(set), set.images.shape[1:], CATEGORIES[1:]), CATEGORIES[1:], set.table.assign(category=boxes.groupby('row')['name'].first().to_numpy()))
 
-# %% ../nbs/01a_standins.ipynb #c022
+# %% ../nbs/01a_standins.ipynb #c027
 def rib_masks(
     n:int,                    # how many frames, at least 1
     size=128,                 # pixels: a side of squares, or (height, width); at least 32
     seed:int=0,               # the same seed, the same frames
-    frames:int=4,             # of each clip; a patient has one clip
-    clean:bool=False,         # also give the pictures as they would be without speckle and noise
-):                            # MaskSet of one class, 'rib'; with `clean` also (n, h, w) uint8
-    "Frames of the lung-ultrasound phantom, linear probe, with their ribs; half of the patients are healthy."
-    size, images, masks, rows = _shape(size), [], [], []
+    frames:int=4,             # of each clip, a second apart; a patient has one clip
+    clean:bool=False,         # also give the frames as they would be without speckle and noise
+):                            # MaskSet of one class, 'rib'; with `clean` a tuple of it and (n, h, w) uint8
+    "Frames of the lung-ultrasound phantom, linear probe, with the surfaces of ribs; half of the patients are healthy."
+    size, clips, rows = _shape(size), [], []
     for k in range(-(-n//frames)):
         p = draw_patient(int(np.random.default_rng([seed, k, 14]).integers(2**31)), (None, 'regular')[k % 2], 'linear')
-        c = phantom_clip(replace(p, ribs=1., rate=1., persistence=0.), 0, frames, size)           # a frame a second
-        images.append(c.frames); masks.append(c.rib[:, None] > 0)
-        rows += [dict(patient=f'rib-{seed}-{k:04d}', clip=f'rib-{seed}-{k:04d}', frame=j, label=p.label, source=p.source) for j in range(frames)]
-    return MaskSet(np.concatenate(images)[:n], np.concatenate(masks)[:n], ('rib',), pd.DataFrame(rows[:n]))
+        clips.append(phantom_clip(replace(p, ribs=1., rate=1., persistence=0.), 0, frames, size, clean))
+        name = f'rib-{seed}-{k:04d}'
+        rows += [dict(patient=name, clip=name, frame=j, label=p.label, source=p.source) for j in range(frames)]
+    stack = lambda part: np.concatenate([getattr(c, part) for c in clips])[:n]
+    s = MaskSet(stack('frames'), stack('rib')[:, None] > 0, ('rib',), pd.DataFrame(rows[:n]))
+    return (s, stack('clean')) if clean else s
