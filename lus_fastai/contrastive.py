@@ -202,12 +202,17 @@ class PairItems:
     def finish(self, batch:tuple) -> tuple:
         "On the device: from bytes to mixed and augmented views."
         x, y, ids, count, xi, *draws = batch
+        n = 8 if x.device.type == 'cpu' else len(x)                                                  # in parts that stay in the cache, and in memory that is reused
+        parts = [self._views(x[s], y[s], count[s], xi[s], [{k: v[s] for k, v in d.items()} for d in draws]) for s in (slice(i, i + n) for i in range(0, len(x), n))]
+        x, y = (torch.cat(o) for o in zip(*parts))
+        return x[:, :, None].expand(-1, -1, self.channels, -1, -1), y, ids
+    def _views(self, x, y, count, xi, draws):
         if self.pair == 'mix': x, y = mix_triplets(x, y, count, xi)
         else: x, y = x.expand(-1, 2, -1, -1).float(), y.expand(-1, 2, -1)
-        x = x.div(255)
+        x = x.div_(255)
         if self.augment2 is not None: x = torch.stack([a.apply(x[:, i, None], draws[i])[:, 0] if a else x[:, i] for i, a in enumerate((self.augment, self.augment2))], 1)
         elif self.augment: x = self.augment.apply(x.flatten(0, 1)[:, None], {k: torch.stack([draws[0][k], draws[1][k]], 1).flatten(0, 1) for k in draws[0]}).view(x.shape)
-        return x[:, :, None].expand(-1, -1, self.channels, -1, -1), y, ids
+        return x, y
 
 def _patient_names(frames):
     "Names of the known patients of a table, sorted."
@@ -271,6 +276,7 @@ def leave_processes() -> bool:# True for the main process, which goes on alone; 
     if _world() > 1:
         dist.barrier()
         dist.destroy_process_group()
+        for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK'): os.environ.pop(k, None)      # fastai gathers losses from as many processes as these say
     return rank == 0
 
 # %% ../nbs/10_contrastive.ipynb #c024

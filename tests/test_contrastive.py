@@ -148,6 +148,30 @@ def test_crop_is_torchvisions():
         assert (ours[i] - theirs)[:, 1:-1, 1:-1].abs().max() < 1e-4, i
     assert torch.equal(ours[3:5], a.apply(x[3:5], {k: v[3:5] for k, v in d.items()}))              # parts do not matter
 
+def test_crops_are_read_as_through_a_grid():
+    torch.manual_seed(0)
+    x, a = torch.rand(6, 3, 40, 52), USCLAugment(brightness=0, contrast=0)
+    before, d = x.clone(), a.draw(6, (40, 52))
+    def places(i, n): return (d['corner'][:, i, None].double() + d['side'][:, i, None] * (torch.arange(n) + .5) / n) * 2 / n - 1
+    rows, cols = places(0, 40)[:, :, None].expand(-1, -1, 52), places(1, 52)[:, None].expand(-1, 40, -1)
+    cols = torch.where(d['flip'][:, None, None], cols.flip(2), cols)
+    want = F.grid_sample(x.double(), torch.stack([cols, rows], -1), 'bilinear', 'border', align_corners=False)
+    assert (a.apply(x, d) - want).abs().max() < 2e-5 and torch.equal(x, before)
+    grey = USCLAugment(brightness=0, contrast=1)
+    flat = grey.apply(x, {**grey.draw(6, (40, 52)), 'contrast': torch.zeros(6)})                   # no contrast leaves the mean
+    assert (flat - flat[:, :1, :1, :1]).abs().max() < 1e-6
+
+def test_a_batch_is_its_items(phantom_store):
+    frames = phantom_store.frames
+    for pair in ('mix', 'two', 'same'):
+        items = PairItems(phantom_store, frames, unit='frame', pair=pair, augment=USCLAugment())
+        x, y, ids, count, xi, *draws = items.draw(torch.arange(11), torch.Generator().manual_seed(0))  # more than one part on a CPU
+        views, labels, _ = items.finish((x, y, ids, count, xi, *draws))
+        for i in (0, 7, 8, 10):
+            one = slice(i, i + 1)
+            a, b, _ = items.finish((x[one], y[one], ids[one], count[one], xi[one], *({k: v[one] for k, v in d.items()} for d in draws)))
+            assert torch.allclose(views[one], a, atol=1e-6) and torch.equal(labels[one], b)
+
 def test_crops_are_drawn_as_torchvisions():
     from torchvision.transforms import RandomResizedCrop
     torch.manual_seed(0)
