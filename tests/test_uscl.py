@@ -23,7 +23,7 @@ def test_everything_is_in_the_results(run):
     assert 'Similarity conflict' in page and str(run[0]) not in page
 
 def test_best_epoch_is_never_below_the_last(run):
-    both = uscl.comparison_table(read_results(run[1].with_suffix('.json'))['cells']).pivot(index='label', columns='group', values='value')
+    both = uscl.comparison_table(read_results(run[1].with_suffix('.json'))).pivot(index='label', columns='group', values='value')
     assert (both['epoch picked on the test fold'] >= both['last epoch'] - 1e-12).all()
 
 def test_the_released_backbone_loads_and_has_its_card(run):

@@ -55,8 +55,9 @@ class UsclSettings:
     tune_lr:float=.01         # Adam, cosine
     queue:int=256             # keys that MoCo remembers
     label_rates:tuple=(.01, .1)   # shares of labelled clips, beside all of them
-    detect_epochs:int=4       # of detection
+    detect_epochs:int=6       # of detection
     detect_size:int=128       # longest side of its pictures
+    detect_width:int=64       # channels of the detectors' pyramid and heads
     compared:tuple=COMPARED   # pretrainings beside random starts and ImageNet
     ablated:tuple=ABLATED     # steps from SimCLR to USCL
     detected:tuple=DETECTED   # starts of the detectors
@@ -64,8 +65,8 @@ class UsclSettings:
     seed:int=1                # as in the authors' code
 
 DEFAULT = UsclSettings()
-QUICK = UsclSettings(max_frames=4, bs=16, epochs=4, tune_epochs=3, queue=64, label_rates=(.1,), detect_epochs=1, detect_size=96, patients=18, folds=2)
-PAPER = UsclSettings(size=224, max_frames=100, epochs=300, folds=5, tune_epochs=100, queue=4096, detect_epochs=30, detect_size=800)
+QUICK = UsclSettings(max_frames=4, bs=16, epochs=4, tune_epochs=3, queue=64, label_rates=(.1,), detect_epochs=10, detect_size=64, patients=18, folds=2)
+PAPER = UsclSettings(size=224, max_frames=100, epochs=300, folds=5, tune_epochs=100, queue=4096, detect_epochs=30, detect_size=800, detect_width=256)
 
 # %% ../../nbs/23_papers.uscl.ipynb #c008
 def clip_table(
@@ -152,7 +153,7 @@ def run_folder(
     home=None,                       # default `lus_home()`
 ) -> Path:                           # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
-    key = {k: v for k, v in asdict(settings).items() if k not in ('label_rates', 'detect_epochs', 'detect_size', 'tune_epochs', 'tune_lr', 'compared', 'ablated', 'detected')}
+    key = {k: v for k, v in asdict(settings).items() if k not in ('label_rates', 'detect_epochs', 'detect_size', 'detect_width', 'tune_epochs', 'tune_lr', 'compared', 'ablated', 'detected')}
     return Path(home or lus_home())/'uscl'/f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
 
 def pretrain_fold(
@@ -260,7 +261,7 @@ def detect_items(
     "Lesions of BUSI, or B-lines and consolidations of phantom clips that no backbone was pretrained on."
     s = settings
     if data == 'real': return busi_items(index('busi', real_data()))
-    return phantom_items(phantom_dataset(Path(home or lus_home())/'phantom'/f'uscl-detect-{s.patients}-s{s.seed + 2}', patients=s.patients, clips=1, size=(96, 96), seed=s.seed + 2, probe='convex'), frames=3)
+    return phantom_items(phantom_dataset(Path(home or lus_home())/'phantom'/f'uscl-detect-{3 * s.patients}x3-s{s.seed + 2}', patients=3 * s.patients, clips=1, n=3, size=(96, 96), seed=s.seed + 2, probe='convex'), frames=3)
 
 def detection_cells(
     data:str,                        # 'phantom' or 'real'
@@ -277,9 +278,12 @@ def detection_cells(
     if protocols is not None: protocols['detection'] = dict(description='Mask R-CNN from each start, last epoch, a third of the patients for the test', split_hash=split_hash(items.table.assign(clip=items.table.index.astype(str)), pd.Series(test.astype(int), items.table.index)), settings=asdict(s))
     for start in s.detected:
         print(f'detection: {start}', flush=True)
-        ap = train_detector(weights_of(start, 0, path, s), items, ~test, test, Path(path)/'detect'/f'{start}-{s.detect_epochs}-{s.detect_size}', epochs=s.detect_epochs, every=max(1, s.detect_epochs * 2 // 3), seed=s.seed, size=(s.detect_size, s.detect_size),
-                            anchors=tuple(s.detect_size * k / 16 for k in (1, 2, 4, 7, 12)), **FEW_OBJECTS)
-        cells += [cell('detection', start, f'{r.level} {r.metric}', r.value, (r.low, r.high), theirs={('USCL', 'box AP'): .454, ('USCL', 'mask AP'): .528}.get((start, f'{r.level} {r.metric}')), protocol='detection') for r in ap[ap['class'] == 'all'].itertuples()]
+        ap = train_detector(weights_of(start, 0, path, s), items, ~test, test, Path(path)/'detect'/f'{start}-{s.detect_epochs}-{s.detect_size}', epochs=s.detect_epochs, every=max(1, s.detect_epochs * 2 // 3), bs=4, lr=5e-4, opt='adam', seed=s.seed,
+                            trainable='paper' if data == 'real' else 'all', size=(s.detect_size, s.detect_size), width=s.detect_width, **FEW_OBJECTS).rename(columns={'class': 'name'})
+        theirs = {'box AP': .454, 'mask AP': .528} if (data, start) == ('real', 'USCL') else {}
+        for r in ap[(ap['name'] == 'all') | (ap['metric'] == 'AP50')].itertuples():
+            column = f'{r.level} {r.metric}' + ('' if r.name == 'all' else f', {r.name}')
+            cells.append(cell('detection', start, column, r.value, (r.low, r.high), theirs=theirs.get(column), protocol='detection'))
     return cells
 
 # %% ../../nbs/23_papers.uscl.ipynb #c028
@@ -392,13 +396,13 @@ def best_start(
 
 # %% ../../nbs/23_papers.uscl.ipynb #c030
 def comparison_table(
-    cells:list,                      # of a run
+    results:dict,                    # from `results_json`
     table:str='comparison',          # 'comparison' or 'labels'
-) -> pd.DataFrame:                   # label, group, value, low, high, theirs, as `plot_comparison` wants it
+) -> pd.DataFrame:                   # label, group, value, low, high, theirs, as `plot_comparison` wants it; the paper's numbers only beside those of a real run
     "Frame accuracy of every start under both protocols."
-    t = results_table(cells)
+    t = results_table(results)
     rows = t[(t.table == table) & (t.column == 'accuracy')]
-    return pd.DataFrame(dict(label=rows.row, group=rows.protocol.map(dict(last='last epoch', best='epoch picked on the test fold')), value=rows.ours, low=rows.low, high=rows.high, theirs=rows.theirs)).reset_index(drop=True)
+    return pd.DataFrame(dict(label=rows.row, group=rows.protocol.map(dict(last='last epoch', best='epoch picked on the test fold')), value=rows.ours, low=rows.low, high=rows.high, theirs=rows.theirs if results['data'] == 'real' else np.nan)).reset_index(drop=True)
 
 def uscl_report(
     path,                            # of the HTML file
@@ -407,7 +411,7 @@ def uscl_report(
 ) -> Path:                           # the file
     "Comparison, ablation, similarity conflict, labels, attention, detection, settings and versions, in one file."
     s, cells = settings, results['cells']
-    t, comparison = results_table(cells), comparison_table(cells)
+    t, comparison = results_table(cells), comparison_table(results)
     honest = comparison[comparison.group == 'last epoch'].set_index('label')
     best, r = honest[honest.index.isin(METHODS)].value.idxmax(), Report('Does contrastive pretraining on clips help?', f"Chen et al. 2021 on {'phantom clips' if results['data'] == 'phantom' else 'real clips of POCUS and COVID-BLUES'}: eight starts, one budget.")
     r.numbers({f'best start: {best}': f"{honest.value[best]:.3f}\n95 % interval {honest.low[best]:.3f} to {honest.high[best]:.3f}", 'USCL': f"{honest.value['USCL']:.3f}\nlast epoch, by patient", 'random start, all layers': f"{honest.value['random, all layers']:.3f}\nno pretraining at all",
@@ -417,12 +421,12 @@ def uscl_report(
     wide = t[(t.table == 'comparison') & (t.protocol == 'last') & t.column.isin(['accuracy', 'balanced accuracy', 'accuracy by clip', 'accuracy by patient'])]
     r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()]).pivot(index='row', columns='column', values='text').reindex(honest.index).reset_index(), 'Last epoch, by patient.')
     if s.ablated: r.section('From SimCLR to USCL', "Table 2 of the paper: frames as their own examples; negatives from other clips only; frames mixed; both; and the cross-entropy of labelled clips.")
-    if s.ablated: r.figure(plot_comparison(comparison[comparison.label.isin(s.ablated)], group='group', xlabel='accuracy by frame', title='Ablation (Table 2)'), 'Accuracy by frame, folds by patient.')
+    if s.ablated: r.figure(plot_comparison(comparison.set_index('label').loc[list(s.ablated)].reset_index(), group='group', xlabel='accuracy by frame', title='Ablation (Table 2)'), 'Accuracy by frame, folds by patient.')
     r.section('Similarity conflict', 'Cosine of centred features for pairs of frames; the interval holds the middle 90 % of the pairs.')
     conflict = t[t.table == 'conflict']
     r.figure(plot_comparison(conflict.assign(label=conflict.column, group=conflict.row, value=conflict.ours), group='group', xlabel='cosine', title='How alike two frames are'), 'Cosine of frame pairs by start.')
     r.section('Fewer labels', 'USCL pretrained with a share of the labelled clips; fine-tuning sees all.')
-    r.figure(plot_comparison(comparison_table(cells, 'labels'), group='group', xlabel='accuracy by frame'), 'Accuracy by share of labels.')
+    r.figure(plot_comparison(comparison_table(results, 'labels'), group='group', xlabel='accuracy by frame'), 'Accuracy by share of labels.')
     r.section('Where it looks', 'Share of the absolute Grad-CAM map inside the fan, in held-out frames, beside the share of the picture that is fan.')
     r.cells([c for c in cells if c['table'] == 'attention'])
     r.section('Detection', 'Mask R-CNN from each start: COCO average precision of boxes and masks.')
