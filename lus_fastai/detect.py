@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEW_OBJECTS', 'boxes_from_masks', 'DetectItems', 'busi_items', 'phantom_items', 'show_detections', 'flip_target',
-           'DetectDL', 'detect_dls', 'chen_split', 'GreyTransform', 'TimmPyramid', 'mask_rcnn', 'detection_losses',
-           'Detection', 'detection_ap', 'WarmSteps', 'detect_learner', 'predict_detections', 'DetectLog',
-           'train_detector', 'load_detections']
+           'DetectDL', 'detect_dls', 'chen_split', 'GreyTransform', 'TimmPyramid', 'fit_anchors', 'mask_rcnn',
+           'detection_losses', 'Detection', 'detection_ap', 'WarmSteps', 'detect_learner', 'predict_detections',
+           'DetectLog', 'train_detector', 'load_detections']
 
 # %% ../nbs/12_detect.ipynb #c003
 import contextlib, hashlib, io, time
@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
 from torchvision.models import ResNet
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-from fastai.vision.all import Callback, DataLoader, DataLoaders, GradientClip, Learner, SGD, ValueMetric, trainable_params
+from fastai.vision.all import Callback, DataLoader, DataLoaders, GradientClip, Learner, SGD, Adam, ValueMetric, trainable_params
 from .core import *
 from .clips import ClipError, read_clip
 from .models import create_backbone, gray_stem
@@ -208,17 +209,17 @@ def chen_split(
     return order[:-test], order[-test:]
 
 # %% ../nbs/12_detect.ipynb #c025
-FEW_OBJECTS = dict(rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=64, box_detections_per_img=20)
+FEW_OBJECTS = dict(rpn_pre_nms_top_n_train=300, rpn_pre_nms_top_n_test=200, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=50, box_batch_size_per_image=32, box_detections_per_img=20)
 
 class GreyTransform(GeneralizedRCNNTransform):
     "torchvision's scaling and normalising, after a grey picture was repeated for the network's channels."
     def normalize(self, image): return super().normalize(image.expand(len(self.image_mean), -1, -1))
 
 class TimmPyramid(nn.Module):
-    "The last four stages of a timm network, and a feature pyramid of 256 channels on them."
-    out_channels = 256
+    "The last four stages of a timm network, and a feature pyramid on them."
     def __init__(self,
         net:nn.Module,        # gives features at four scales by `forward_intermediates`; changed in place: what comes after the last stage is cut off
+        width:int=256,        # channels of the pyramid
     ):
         super().__init__()
         info = getattr(net, 'feature_info', [])[-4:]
@@ -226,7 +227,7 @@ class TimmPyramid(nn.Module):
         if len(scales) < 4 or sorted(set(scales)) != scales: raise ValueError(f"a pyramid needs features at four scales, this network's last stages reduce by {scales}: take a convolutional network, such as 'resnet50' or 'convnext_atto'")
         n = len(net.feature_info)
         self.first, self.stages = info[0]['module'], net.prune_intermediate_layers(list(range(n - 4, n)), prune_norm=False, prune_head=True)
-        self.body, self.fpn = net, FeaturePyramidNetwork([f['num_chs'] for f in info], self.out_channels, LastLevelMaxPool())
+        self.body, self.fpn, self.out_channels = net, FeaturePyramidNetwork([f['num_chs'] for f in info], width, LastLevelMaxPool()), width
     def forward(self, x): return self.fpn(dict(zip('0123', self.body.forward_intermediates(x, indices=self.stages, intermediates_only=True))))
 
 def _stem(net): return next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
@@ -256,6 +257,19 @@ def _freeze_body(body, first, trainable):
             if n.startswith(first + '.'): stage = i
         for n in names[stage + 1:]: body.get_parameter(n).requires_grad_(True)
 
+def fit_anchors(
+    items:DetectItems,        # pictures and objects
+    rows,                     # which of them: numbers, or a truth value for each; those that train
+    size:tuple=(800, 1333),   # as for `mask_rcnn`
+) -> dict:                    # anchors and ratios, for `mask_rcnn`
+    "Anchor boxes of the objects' own sizes and shapes: five sides from the 5th to the 95th percentile, and height over width at the 10th, 50th and 90th."
+    rows = _rows(rows, items, 'rows')
+    scale = [min(size[0] / min(items.images[i].shape), size[1] / max(items.images[i].shape)) for i in rows]
+    boxes = np.concatenate([items.boxes[i] * k for i, k in zip(rows, scale)])
+    if not len(boxes): raise ValueError(f"none of the {len(rows)} pictures has an object that anchors could be fitted to")
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
+    return dict(anchors=tuple(np.geomspace(*np.quantile((w * h)**.5, [.05, .95]), 5).round(2).tolist()), ratios=tuple(np.quantile(h / w, [.1, .5, .9]).round(2).tolist()))
+
 def mask_rcnn(
     backbone='resnet18',      # 'resnet18' (torchvision's), a convolutional network of timm, or a module: from `create_backbone`, or one that has a `backbone`; it is copied
     n_classes:int=2,          # classes, background included
@@ -263,7 +277,9 @@ def mask_rcnn(
     weights=None,             # the backbone's: None for those that it has, 'imagenet', a file, a dictionary or a module
     trainable:str='paper',    # 'paper' freezes the body up to its first stage, 'heads' the whole body, 'all' nothing
     size:tuple=(800, 1333),   # pictures are scaled to this shorter side, unless the longer would exceed the second number; (160, 160): longest side 160
-    anchors:tuple=(32, 64, 128, 256, 512), # side of the anchor boxes on each of the five scales, in pixels of the scaled picture
+    anchors:tuple=(32, 64, 128, 256, 512), # side of the anchor boxes on each of the five scales, the root of their area, in pixels of the scaled picture
+    ratios:tuple=(.5, 1., 2.),# their heights over their widths; `fit_anchors` finds both
+    width:int=256,            # channels of the pyramid and of the mask head; the box head has four times as many
     **kwargs,                 # as for torchvision's `MaskRCNN`; `**FEW_OBJECTS` saves most of the time where a picture has few objects
 ) -> nn.Module:               # its `account` says what was loaded, None for a module's own weights or a random start
     "Mask R-CNN with a feature pyramid (Chen 2021): 30,906,715 parameters with the defaults, 30,749,211 of them trainable."
@@ -282,17 +298,18 @@ def mask_rcnn(
     channels = net.get_submodule(_stem(net)).in_channels
     if weights is not None and not isinstance(weights, str) or isinstance(weights, str) and weights != 'imagenet': account = _load_body(net, weights)
     if isinstance(net, ResNet):
-        body = BackboneWithFPN(net, {f'layer{i+1}': str(i) for i in range(4)}, [net.inplanes // 8 * 2**i for i in range(4)], 256)
+        body = BackboneWithFPN(net, {f'layer{i+1}': str(i) for i in range(4)}, [net.inplanes // 8 * 2**i for i in range(4)], width)
         body.first = 'layer1'
-    else: body = TimmPyramid(net)
+    else: body = TimmPyramid(net, width)
     _freeze_body(body.body, body.first, trainable)
     mean, std = ((.485, .456, .406), (.229, .224, .225)) if imagenet else ((.5,)*3, (.25,)*3)
     if channels == 1: mean, std = (sum(mean)/3,), (sum(std)/3,)
-    model = MaskRCNN(body, n_classes, rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in anchors), ((.5, 1., 2.),) * 5), **kwargs)
+    heads = dict(box_head=TwoMLPHead(width * 7**2, 4*width), box_predictor=FastRCNNPredictor(4*width, n_classes), mask_head=MaskRCNNHeads(width, (width,)*4, 1), mask_predictor=MaskRCNNPredictor(width, width, n_classes))
+    model = MaskRCNN(body, rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in anchors), (tuple(ratios),) * 5), **heads, **kwargs)
     model.account, model.channels, model.transform = account, channels, GreyTransform(*size, list(mean), list(std))
     return model
 
-# %% ../nbs/12_detect.ipynb #c030
+# %% ../nbs/12_detect.ipynb #c031
 def detection_losses(
     model:nn.Module,          # from `mask_rcnn`; its modes, statistics and gradients stay as they are
     images:list,              # (1, h, w) tensors
@@ -325,7 +342,7 @@ class Detection(Callback):
         if self.table is None: self.table = _ap_table(self.truth, self.found, self.names, None, 0, 0).set_index(['level', 'class', 'metric'])['value']
         return float(self.table[level, 'all', 'AP'])
 
-# %% ../nbs/12_detect.ipynb #c032
+# %% ../nbs/12_detect.ipynb #c033
 def _coco(d):
     "Boxes, labels, scores and masks of a target or of the model's findings as arrays, masks run-length coded."
     try: from pycocotools import mask as rle
@@ -405,7 +422,7 @@ def detection_ap(
     if any('scores' not in d for d in found): raise ValueError("findings need scores")
     return _ap_table([_coco(d) for d in truth], [_coco(d) for d in found], tuple(names), patients, n_boot, seed)
 
-# %% ../nbs/12_detect.ipynb #c038
+# %% ../nbs/12_detect.ipynb #c039
 class WarmSteps(Callback):
     "Learning rate: a linear rise from a thousandth within the first epoch, then times `factor` every `every` epochs."
     order = 60
@@ -428,12 +445,14 @@ def detect_learner(
     every:int=10,             # epochs between steps of the learning rate
     clip:float=10.,           # largest norm of the gradient; None for no limit, as in the authors' code
     cbs=(),                   # further callbacks
+    opt:str='sgd',            # 'sgd' (Chen 2021) with a learning rate near .005, or 'adam', near 5e-4, where only a few hundred steps can be had
 ) -> Learner:                 # metrics: AP of boxes and of masks on the validation pictures
-    "A fastai Learner that trains a detector as Chen 2021 does; use it with `fit` or `fit_resumable`, learning rate .005."
+    "A fastai Learner that trains a detector as Chen 2021 does; use it with `fit` or `fit_resumable`."
+    if opt not in ('sgd', 'adam'): raise ValueError(f"opt is 'sgd' or 'adam', not {opt!r}")
     names, n = dls.train.items.names, model.roi_heads.box_predictor.cls_score.out_features
     if n != len(names) + 1: raise ValueError(f"the model has {n} classes, the items {len(names)} ({', '.join(names)}) and the background: build it with n_classes={len(names) + 1}")
     step = Detection(names)
-    return Learner(dls, model, loss_func=step.total, opt_func=partial(SGD, mom=.9, decouple_wd=False), wd=5e-4, wd_bn_bias=True, lr=.005, moms=(.9, .9, .9), splitter=trainable_params, cbs=[step, WarmSteps(every), *([] if clip is None else [GradientClip(clip)]), *cbs],
+    return Learner(dls, model, loss_func=step.total, opt_func=partial(SGD, mom=.9, decouple_wd=False) if opt == 'sgd' else Adam, wd=5e-4 if opt == 'sgd' else .01, wd_bn_bias=True, lr=.005 if opt == 'sgd' else 5e-4, moms=(.9, .9, .9), splitter=trainable_params, cbs=[step, WarmSteps(every), *([] if clip is None else [GradientClip(clip)]), *cbs],
                    metrics=[ValueMetric(partial(step.ap, level), f'{level}_AP') for level in ('box', 'mask')])
 
 def predict_detections(
@@ -447,7 +466,7 @@ def predict_detections(
             for p in model([x.to(device) for x in images]): out.append({k: (v[:, 0] >= .5 if k == 'masks' else v).cpu().numpy() for k, v in p.items()})
     return out
 
-# %% ../nbs/12_detect.ipynb #c041
+# %% ../nbs/12_detect.ipynb #c042
 class DetectLog(EpochEnd):
     "Losses, average precision, learning rate and duration of each epoch; saved and restored with the checkpoint."
     order = 70
@@ -475,26 +494,25 @@ def train_detector(
     epochs:int=30,            # in all (Chen 2021: 30)
     bs:int=2,                 # pictures a batch
     lr:float=.005,            # at the start
+    opt:str='sgd',            # as for `detect_learner`
     every:int=10,             # epochs between steps of the learning rate
     clip:float=10.,           # largest norm of the gradient, or None
     seed:int=0,               # of the network's start, the order and the flips
     backbone:str='resnet18',  # the architecture, unless `start` is a module
     device=None,              # default: fastai's default device
-    **kwargs,                 # as for `mask_rcnn`: trainable, size, anchors, channels, `**FEW_OBJECTS`...
+    **kwargs,                 # as for `mask_rcnn`: trainable, size, width, channels, `**FEW_OBJECTS`...; anchors are fitted to the training pictures unless given
 ) -> pd.DataFrame:            # as `detection_ap` returns it, of the last epoch
     "Train a detector from one start and test it; resumes, and writes `ap.csv`, `history.csv` and `found.npz` into its folder."
     path, module = Path(path), isinstance(start, nn.Module)
-    seed_all(seed)
-    model = mask_rcnn(start if module else backbone, len(items.names) + 1, weights=None if module else start, **kwargs)
     dls = detect_dls(items, train, test, bs, device=device)
     rows = [[int(i) for i in dl.dataset] for dl in dls.loaders]
-    _claim(path, dict(start=_hash(model), split=hashlib.sha1(str(rows).encode()).hexdigest(), epochs=epochs, bs=bs, lr=lr, every=every, clip=clip, seed=seed, settings=str(sorted(kwargs.items()))))
+    kwargs = {**fit_anchors(items, rows[0], kwargs.get('size', (800, 1333))), **kwargs} if 'anchors' not in kwargs else kwargs
+    seed_all(seed)
+    model = mask_rcnn(start if module else backbone, len(items.names) + 1, weights=None if module else start, **kwargs)
+    _claim(path, dict(start=_hash(model), split=hashlib.sha1(str(rows).encode()).hexdigest(), epochs=epochs, bs=bs, lr=lr, opt=opt, every=every, clip=clip, seed=seed, settings=str(sorted(kwargs.items()))))
     if (path/'ap.csv').exists(): return pd.read_csv(path/'ap.csv')
-    learn, log = detect_learner(dls, model, every, clip), DetectLog()
+    learn, log = detect_learner(dls, model, every, clip, opt=opt), DetectLog()
     with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, lr, path/'checkpoint.pt', seed, cbs=[log])
-    if not log.rows:                                           # every epoch was done, and the run cut off before its test
-        state = torch.load(path/'checkpoint.pt', weights_only=True, map_location='cpu')
-        learn.model.load_state_dict(state['model']); log.load_state_dict(state['callbacks'][0])
     found, truth = predict_detections(learn.model, dls.valid), [items[i][1] for i in rows[1]]
     with atomic_path(path/'history.csv') as tmp: pd.DataFrame(log.rows).to_csv(tmp, index=False)
     with atomic_path(path/'found.npz') as tmp: np.savez_compressed(tmp, **{f'{i}_{k}': np.packbits(v, axis=-1) if k == 'masks' else v for i, d in zip(rows[1], found) for k, v in d.items()})

@@ -10,7 +10,7 @@ from lus_fastai.models import BackboneClassifier, create_backbone
 from lus_fastai.training import fit_resumable
 from lus_fastai.transfer import param_count, save_weights
 
-TINY = dict(channels=1, size=(64, 64), anchors=(8, 16, 32, 48, 64), **{**FEW_OBJECTS, 'box_batch_size_per_image': 16, 'rpn_post_nms_top_n_train': 50, 'rpn_post_nms_top_n_test': 20, 'box_detections_per_img': 5})
+TINY = dict(channels=1, size=(64, 64), width=32, anchors=(8, 16, 32, 48, 64), **{**FEW_OBJECTS, 'box_batch_size_per_image': 16, 'rpn_post_nms_top_n_train': 50, 'rpn_post_nms_top_n_test': 20, 'box_detections_per_img': 5})
 
 def made(n=6, size=48, empty=(), seed=0):
     "Pictures with a bright rectangle each; those in `empty` have none."
@@ -123,7 +123,7 @@ def test_timm_bodies(name):
     model = mask_rcnn(net, n_classes=2, **{**TINY, 'channels': None}).eval()
     assert model.channels == 1 and 0 < sum(not p.requires_grad for p in model.backbone.body.parameters()) < len(list(model.backbone.body.parameters()))
     with torch.no_grad(): sizes = {k: tuple(v.shape[1:]) for k, v in model.backbone(torch.rand(1, 1, 64, 64)).items()}
-    assert sizes == {'0': (256, 16, 16), '1': (256, 8, 8), '2': (256, 4, 4), '3': (256, 2, 2), 'pool': (256, 1, 1)}
+    assert sizes == {'0': (32, 16, 16), '1': (32, 8, 8), '2': (32, 4, 4), '3': (32, 2, 2), 'pool': (32, 1, 1)}
     assert len(mask_rcnn(name, weights=net, **TINY).account.loaded) == len(net.state_dict())
 
 @pytest.mark.parametrize('args, says', [(dict(trainable='some'), 'trainable is'), (dict(channels=2), 'channels is'), (dict(anchors=(8,)), 'five sizes'), (dict(backbone='vit_tiny_patch16_224'), 'four scales'), (dict(backbone='resnot18'), 'nearest'),
@@ -267,6 +267,17 @@ def test_resumes_bit_for_bit(tmp_path):
     assert not (tmp_path/'parts'/'checkpoint.pt').exists()
     pd.testing.assert_frame_equal(train_detector(None, items, [0, 1, 2, 3], [4, 5], tmp_path/'parts', **args).astype({'patients': 'int64'}), parts, check_dtype=False)
     with pytest.raises(ValueError, match='lr 0.005 -> 0.01'): train_detector(None, items, [0, 1, 2, 3], [4, 5], tmp_path/'parts', lr=.01, **args)
+
+def test_anchors_are_fitted_to_the_training_pictures_alone(tmp_path):
+    items = made(6)                                          # rectangles of 16 x 18
+    tall = DetectItems(items.table, items.images, [np.pad(np.ones((1, 40, 10), bool), ((0, 0), (4, 4), (19, 19)))] * 6, [np.ones(1, int)] * 6, ('thing',))
+    assert fit_anchors(tall, [0, 1], (24, 24)) == dict(anchors=(10.,) * 5, ratios=(4.,) * 3)
+    mixed = DetectItems(items.table, items.images, items.masks[:4] + tall.masks[4:], items.labels, ('thing',))
+    assert fit_anchors(mixed, [0, 1, 2, 3], (48, 48)) == dict(anchors=(16.97,) * 5, ratios=(1.12,) * 3)
+    with pytest.raises(ValueError, match='none of the 2'): fit_anchors(made(2, empty=(0, 1)), [0, 1])
+
+def test_an_unknown_optimiser():
+    with pytest.raises(ValueError, match="opt is 'sgd' or 'adam'"): detect_learner(detect_dls(made(), [0, 1], [2], device='cpu'), mask_rcnn(**TINY), opt='lion')
 
 def test_a_loss_that_is_not_finite_stops():
     learn = quiet(learner(made()))
