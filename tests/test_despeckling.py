@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from lus_fastai.phantom import draw_patient, phantom_clip
-from lus_fastai.speckle import DESPECKLE, contrast_to_noise, despeckle, psnr, speckle_index, ssim
-from lus_fastai import speckle as module
+from lus_fastai.despeckling import DESPECKLE, contrast_to_noise, despeckle, psnr, speckle_index, ssim
+from lus_fastai import despeckling as module
 
 pywt = pytest.importorskip('pywt')
 each_method = pytest.mark.parametrize('method', DESPECKLE)
