@@ -587,7 +587,7 @@ def phantom_clip(
         if clean:   # speckle's mean grey is that of 2.5 dB less than its mean power
             f, F = _moment(quiet, k), np.zeros((g.nz, g.nb), np.complex64)
             for step in _STEPS: step(quiet, f, F)
-            y = log_compress(F.real**2 + F.imag**2 + s.noise_level[:, None]**2, p.dynamic_range, p.gain - 2.5)
+            y = _despeckle(log_compress(F.real**2 + F.imag**2 + s.noise_level[:, None]**2, p.dynamic_range, p.gain - 2.5), p.smoothing)
             even[k][g.fan] = curve[((g._grey @ y.ravel())*1023).astype(np.int16)]
     dense, rib, solid, fluid = codes & 7, codes >> 3 & 1, codes >> 4 & 1, codes >> 5 & 1
     findings = dict(n_alines=max(a for a, _ in seen), n_blines=max(b for _, b in seen), irregular=bool((dense == 3).any() and s.rough.max() > .3), consolidation=bool(solid.any()), effusion=bool(fluid.any()),
