@@ -350,7 +350,11 @@ class Segmenter(nn.Module):
         super().__init__()
         self.scale, self.encoder, self.decoder, self.head, self.multiple = Scale(), encoder, decoder, head, multiple
 
-    def forward(self, x): return _at_any_size(self.logits, x, self.multiple)
+    def forward(self, x):
+        try: return _at_any_size(self.logits, x, self.multiple)
+        except ValueError as e:
+            if 'more than 1 value per channel' not in str(e): raise
+            raise ValueError(f"one image of {x.shape[-2]}x{x.shape[-1]} pixels leaves one value a channel in the deepest features, and batch norm cannot train on that: put more images in a batch, or larger ones") from e
 
     def logits(self, x):      # (b, c, h, w), both sides multiples of `multiple`
         "The network itself, without padding."

@@ -113,6 +113,11 @@ def test_deeplab_trains_on_a_batch_of_one(backbone):
     assert lone.num_batches_tracked == 0 and lone.running_mean.abs().sum() == 0        # one value has no statistics
     net(torch.rand(2, 1, 48, 48)); assert lone.num_batches_tracked == 1
 
+def test_a_unet_says_what_a_batch_of_one_small_image_lacks():
+    net = segmenter('unet', 'resnet18', 2, 1).train()
+    with pytest.raises(ValueError, match='one image of 20x32 pixels .* more images in a batch'): net(torch.rand(1, 1, 20, 32))
+    assert net(torch.rand(2, 1, 20, 32)).shape == net(torch.rand(1, 1, 33, 32))[..., :20, :].expand(2, -1, -1, -1).shape
+
 def test_bad_names_and_weights_that_cannot_be_had(monkeypatch):
     with pytest.raises(ValueError, match='resnet50'): segmenter('unet', 'resnet_50')
     with pytest.raises(ValueError, match="'unet' or 'deeplabv3'"): segmenter('fpn', 'resnet18')
