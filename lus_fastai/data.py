@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TensorFrame', 'TensorDense', 'TensorSparse', 'RowReader', 'ReadFrame', 'ReadMask', 'ReadLabel', 'FrameDL',
-           'FrameBlock', 'DenseBlock', 'LabelBlock', 'frame_dls', 'TensorMasks', 'class_color', 'encodes', 'ReadMasks',
-           'rows_of', 'absent_classes', 'mask_dls']
+           'FrameBlock', 'DenseBlock', 'LabelBlock', 'frame_dls', 'TensorMasks', 'class_color', 'ReadMasks', 'rows_of',
+           'absent_classes', 'mask_dls']
 
 # %% ../nbs/06_data.ipynb #c003
 import itertools, random, warnings
@@ -188,10 +188,11 @@ def _legend(ax, entries):
     "Names in their colours below a picture, two to a line."
     for j, (name, color) in enumerate(entries): ax.text(j % 2 * .5, -.04 - j // 2 * .08, name, color=np.array(color) * .8, fontsize=6, transform=ax.transAxes, va='top')
 
+# %% ../nbs/06_data.ipynb #c027
 @IntToFloatTensor
 def encodes(self, o:TensorMasks): return o.float()
 
-# %% ../nbs/06_data.ipynb #c028
+# %% ../nbs/06_data.ipynb #c029
 class ReadMasks(RowReader):
     "The masks of a `MaskSet` as `TensorMasks`."
     def __init__(self,

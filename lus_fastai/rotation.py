@@ -80,7 +80,10 @@ class LossLog(EpochEnd):
     def load_state_dict(self, state): self.history, self.best, self.wait = state['history'], state['best'], state['wait']
 
 # %% ../nbs/14a_rotation.ipynb #c013
-def adam(params, **kwargs):
+def adam(
+    params,                   # parameters, or groups of them, as fastai hands them over
+    **kwargs,                 # of `torch.optim.Adam`
+) -> OptimWrapper:            # what `opt_func` should give
     "PyTorch's Adam as fastai takes it; `partial(adam, eps=1e-7)` for Keras's."
     return OptimWrapper(params, torch.optim.Adam, **kwargs)
 
