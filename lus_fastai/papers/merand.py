@@ -39,7 +39,7 @@ from .arora import mean_over_patients
 PRETRAININGS = {                                              # name in our tables -> (first step, then boxes?)
     'none': ('', False), 'classifier': ('classifier', False), 'boxes': ('', True), 'classifier, boxes': ('classifier', True),
     'autoencoder': ('autoencoder', False), 'autoencoder, boxes': ('autoencoder', True), 'SimCLR, boxes': ('SimCLR', True)}
-TABLE3 = ('none', 'classifier, boxes', 'autoencoder, boxes', 'classifier', 'boxes')     # its rows, most telling first
+TABLE3 = ('none', 'classifier, boxes', 'autoencoder, boxes', 'classifier', 'boxes')     # its rows; the first three are run first, for all backbones
 
 @dataclass(frozen=True)
 class MerandSettings:
@@ -162,7 +162,7 @@ def ways(
     "The cells of Table 3 that some settings ask for."
     s, out = settings, []
     for start in s.starts:
-        out += [Way(b, r, start=start) for b in s.backbones for r in s.rows]
+        out += [Way(b, r, start=start) for rows in (s.rows[:3], s.rows[3:]) for b in s.backbones for r in rows]
         for b in s.matrix:
             out += [Way(b, r, 'deeplabv3', start=start) for r in s.rows] + [Way(b, r, moved='both', start=start) for r in s.rows if PRETRAININGS[r][0] == 'autoencoder']
             out += [Way(b, r, start=start) for r in s.beside]
@@ -194,7 +194,7 @@ def theirs(
         (backbone, row), numbers = line.split(':')[0].split(maxsplit=1), line.split(':')[1].split()
         if (backbone, row) == (way.backbone, way.row):
             value, _, spread = numbers[COLUMNS.index(way.column)].partition('±')
-            return None if value == '-' else float(value) / 100, float(spread) / 100 if spread else None
+            return tuple(None if v in ('', '-') else round(float(v) / 100, 4) for v in (value, spread))
     return None, None
 
 # %% ../../nbs/24_papers.merand.ipynb #c019
@@ -363,18 +363,19 @@ def run_scores(
     patients,                 # n names
     n_boot:int=1000,          # resamples of patients
     seed:int=0,               # of the resampling
-) -> dict:                    # 'mIoU' and each class's 'IoU' (k,) as (value, low, high), means over runs; 'spread', best minus worst run (NaN for one)
+) -> dict:                    # 'mIoU', the same of 'common' classes, and each class's 'IoU' (k,), as (value, low, high), means over runs; 'spread', best minus worst run (NaN for one)
     "Mean IoU over the classes that are there, its interval over patients and its spread over runs."
     who, names = pd.factorize(np.asarray(patients, str), sort=True)
     weights, cm = _weights(len(names), n_boot, seed), np.asarray(confusions, float)
     sums = np.stack([[np.bincount(who, x, len(names)) for x in run.reshape(len(who), -1).T] for run in cm], 0).transpose(0, 2, 1).reshape(len(cm), len(names), -1)
     tp, fp, fn = (np.moveaxis(weights @ sums, -1, 0).reshape(*cm.shape[2:], len(cm), -1)[:, i, j].transpose(1, 2, 0) for i, j in ((1, 1), (0, 1), (1, 0)))    # (runs, draws, k)
     iou = np.where(tp + fn > 0, _ratio(tp, tp + fp + fn, tp + fp + fn > 0), np.nan)
-    there = ~np.isnan(iou)
-    mean = _ratio(np.nan_to_num(iou).sum(-1), there.sum(-1).astype(float), there.any(-1))                                                                     # (runs, draws)
-    both = np.concatenate([mean[..., None], iou], -1).mean(0)
+    held = (cm[0, :, :, 1].sum(-1) > 0).mean(0)                                                            # share of the pictures that hold a class
+    filled = np.where(np.isnan(iou), iou[:, :1], iou)                                                      # a class that a resample lacks keeps its IoU in all patients: else its loss would look like a gain
+    mean, common = (filled[..., there].mean(-1) if there.any() else np.full(iou.shape[:2], np.nan) for there in (held > 0, held >= .5))
+    both = np.concatenate([mean[..., None], common[..., None], iou], -1).mean(0)
     low, high = _percentiles(both[1:], len(names))
-    return dict(mIoU=(both[0, 0], low[0], high[0]), IoU=(both[0, 1:], low[1:], high[1:]), spread=np.ptp(mean[:, 0]) if len(cm) > 1 else np.nan)
+    return dict(mIoU=(both[0, 0], low[0], high[0]), common=(both[0, 1], low[1], high[1]), IoU=(both[0, 2:], low[2:], high[2:]), spread=np.ptp(mean[:, 0]) if len(cm) > 1 else np.nan)
 
 # %% ../../nbs/24_papers.merand.ipynb #c033
 def run_folder(
@@ -406,7 +407,8 @@ def way_cells(
     for protocol in prob[0]:
         score = run_scores(np.stack([mask_confusions(p[protocol], parts.test.masks) for p in prob]), parts.test.table['patient'])
         value, spread = theirs(way) if protocol == 'rotation' else (None, None)
-        cells += [cell(way.backbone, way.row, way.column, score['mIoU'][0], score['mIoU'][1:], theirs=value, protocol=protocol), cell(f'{way.backbone}: best minus worst run', way.row, way.column, score['spread'], theirs=spread, protocol=protocol)]
+        cells += [cell(way.backbone, way.row, way.column, score['mIoU'][0], score['mIoU'][1:], theirs=value, protocol=protocol), cell(f'{way.backbone}: common classes', way.row, way.column, score['common'][0], score['common'][1:], protocol=protocol),
+                  cell(f'{way.backbone}: best minus worst run', way.row, way.column, score['spread'], theirs=spread, protocol=protocol)]
         cells += [cell(f'{way.backbone}, {way.column}: classes', way.row, name, v, (lo, hi), protocol=protocol) for name, v, lo, hi in zip(parts.test.names, *score['IoU'])]
         if protocol == 'last': continue
         watched = [pd.read_csv(f.parent/'history.csv').groupby('epoch')['valid_loss'].mean().min() for f in files]
@@ -476,6 +478,7 @@ def merand_report(
             r.figure(plot_comparison(ways_table(results, b, c), group='group', xlabel='mIoU on pictures kept apart', title=f'{b}, {c}'), "Mean over runs with an interval over the test's patients; open diamonds are the paper's.")
     wide = t[(t.protocol == 'last') & t.table.isin([*s.backbones, *s.matrix])]
     r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()], label=wide.table + ', ' + wide.row).pivot(index='label', columns='column', values='text').reindex(dict.fromkeys(wide.table + ', ' + wide.row)).reset_index(), 'Last epoch.')
+    r.cells([c for c in cells if c['table'].endswith('common classes') and c['protocol'] == 'last'], 'Mean IoU of the classes in at least half of the test pictures.')
     r.section('Best minus worst', "The paper's ±, over the runs of the target step; first and second steps were trained once.")
     r.cells([c for c in cells if c['table'].endswith('best minus worst run') and c['ours'] is not None])
     r.section("What the rotation's validation is worth", 'The lowest validation loss of a run beside the loss on the pictures kept apart.')
