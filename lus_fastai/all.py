@@ -3,10 +3,12 @@ import fastai.vision.all as _fastai
 from fastai.vision.all import *
 from lus_fastai.core import *
 from lus_fastai.phantom import *
+from lus_fastai.standins import *
 from lus_fastai.sources import *
 from lus_fastai.clips import *
 from lus_fastai.folds import *
 from lus_fastai.preprocess import *
+from lus_fastai.despeckling import *
 from lus_fastai.data import *
 from lus_fastai.augment import *
 from lus_fastai.models import *
@@ -16,7 +18,9 @@ from lus_fastai.semisup import *
 from lus_fastai.detect import *
 from lus_fastai.metrics import *
 from lus_fastai.calibration import *
+from lus_fastai.overlap import *
 from lus_fastai.training import *
+from lus_fastai.rotation import *
 from lus_fastai.explain import *
 from lus_fastai.imagine import *
 from lus_fastai.distrust import *
@@ -25,14 +29,19 @@ from lus_fastai.report import *
 from lus_fastai.widgets import *
 from lus_fastai.cli import *
 from lus_fastai.papers import gare
+from lus_fastai.papers import cheng_lam
 from lus_fastai.papers import arora
 from lus_fastai.papers import uscl
+from lus_fastai.papers import merand
+from lus_fastai import sim_to_real
 from lus_fastai import core as _core
 from lus_fastai import phantom as _phantom
+from lus_fastai import standins as _standins
 from lus_fastai import sources as _sources
 from lus_fastai import clips as _clips
 from lus_fastai import folds as _folds
 from lus_fastai import preprocess as _preprocess
+from lus_fastai import despeckling as _despeckling
 from lus_fastai import data as _data
 from lus_fastai import augment as _augment
 from lus_fastai import models as _models
@@ -42,7 +51,9 @@ from lus_fastai import semisup as _semisup
 from lus_fastai import detect as _detect
 from lus_fastai import metrics as _metrics
 from lus_fastai import calibration as _calibration
+from lus_fastai import overlap as _overlap
 from lus_fastai import training as _training
+from lus_fastai import rotation as _rotation
 from lus_fastai import explain as _explain
 from lus_fastai import imagine as _imagine
 from lus_fastai import distrust as _distrust
@@ -51,9 +62,9 @@ from lus_fastai import report as _report
 from lus_fastai import widgets as _widgets
 from lus_fastai import cli as _cli
 
-_modules = (_core, _phantom, _sources, _clips, _folds, _preprocess, _data, _augment, _models, _transfer, _contrastive, _semisup, _detect, _metrics,
-            _calibration, _training, _explain, _imagine, _distrust, _embed, _report, _widgets, _cli)
-_ours = [name for module in _modules for name in module.__all__] + ['gare', 'arora', 'uscl']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
+_modules = (_core, _phantom, _standins, _sources, _clips, _folds, _preprocess, _despeckling, _data, _augment, _models, _transfer, _contrastive,
+            _semisup, _detect, _metrics, _calibration, _overlap, _training, _rotation, _explain, _imagine, _distrust, _embed, _report, _widgets, _cli)
+_ours = [name for module in _modules for name in module.__all__] + ['gare', 'cheng_lam', 'arora', 'uscl', 'merand', 'sim_to_real']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
 _shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our module, so a star import brings neither
 
 __all__ = list(dict.fromkeys(_ours + [name for name in vars(_fastai) if not name.startswith('_') and name not in _shadowed]))

@@ -24,12 +24,10 @@ def _use_data(folder):
     if not Path(folder).is_dir(): raise FileNotFoundError(f"--data names {folder}, which is not a folder")
     os.environ['LUS_DATA'] = str(Path(folder).resolve())
 
-def _reproduction(paper):
-    try: return importlib.import_module(f'lus_fastai.papers.{paper}')
-    except ModuleNotFoundError as e:
-        if e.name != f'lus_fastai.papers.{paper}': raise
-        there = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module('lus_fastai.papers').__path__))
-        raise ValueError(f"no reproduction named {paper!r}; there is: {', '.join(there)}") from None
+def _reproduction(name):
+    there = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module('lus_fastai.papers').__path__)) + ['sim_to_real']
+    if name not in there: raise ValueError(f"no reproduction named {name!r}; there is: {', '.join(there)}")
+    return importlib.import_module(f"lus_fastai.{'' if name == 'sim_to_real' else 'papers.'}{name}")
 
 # %% ../nbs/19_cli.ipynb #c008
 @call_parse
@@ -46,8 +44,8 @@ def lus_demo(
 
 @call_parse
 def lus_repro(
-    paper:str,                # name of a paper's module: gare, arora or uscl
-    data:str='phantom',       # 'phantom', or 'pocus' (for uscl: 'real') for the real clips under LUS_DATA
+    paper:str,                # name of a paper's module, gare, cheng_lam, arora, uscl or merand; or sim_to_real
+    data:str='phantom',       # 'phantom', or what lies under LUS_DATA: 'pocus' for gare and arora, 'real' for the others
     quick:store_true=False,   # smaller, as in the demo
     out:str='results',        # folder for <paper>-<data>.json and the report
 ):
