@@ -67,11 +67,14 @@ def test_gain_cancels(frames):
 def test_areas_are_means(n, k, seed):
     p = np.random.default_rng(seed).random((n, k, 3, 4, 5)).astype(np.float32)
     out = line_areas(p)
-    assert list(out) == list(LINES) and np.allclose(out.to_numpy(), p.mean(4).mean(3).mean(1), atol=1e-5)
+    assert list(out)[:3] == list(LINES) and np.allclose(out[list(LINES)].to_numpy(), p.mean(4).mean(3).mean(1), atol=1e-5)
+    assert out.to_numpy().min() >= 0 and out.to_numpy().max() <= 1 and (out['B-lines below'] >= p[:, :, 1, -1:].mean((1, 2, 3)) - 1e-5).all()
 
 def test_areas_by_hand():
     p = np.zeros((2, 2, 3, 4, 5)); p[1, 0, 1, :, 0] = 1                                       # a fifth of one of two frames
-    assert np.allclose(line_areas(p)['B-line'], [0, .1]) and (line_areas(p)[['A-line', 'pleura']] == 0).all().all()
+    assert np.allclose(line_areas(p)['B-line'], [0, .1]) and np.allclose(line_areas(p)['B-lines below'], [0, .2]) and (line_areas(p)[['A-line', 'pleura', 'A-lines steady']] == 0).all().all()
+    p[1, :, 0, 1], p[0, 0, 0, 1] = .6, .4                                                     # a quarter of both frames; one that is not certain
+    assert np.allclose(line_areas(p)['A-lines steady'], [0, .25]) and np.allclose(line_areas(p)['A-line'], [.05, .15])
     for wrong in (np.zeros((2, 3, 4, 5)), np.zeros((2, 2, 4, 4, 5))):
         with pytest.raises(ValueError, match='prob is'): line_areas(wrong)
 
@@ -101,7 +104,7 @@ def test_intervals_are_over_patients():
 
 def test_agreement_signs_and_missing_labels():
     t = pd.DataFrame(dict(patient=list('abcdef'), a_lines=[1, 1, 1, 0, 0, np.nan], b_lines=[0, 0, 0, 1, 1, 1], severity=[0, 0, 1, 2, 3, 3]))
-    s = pd.DataFrame({'A-line': [3, 3, 3, 1, 1, 9], 'B-line': [0, 0, 1, 2, 3, 3], 'brightness below': [.1, .1, .1, .5, .5, .5]})
+    s = pd.DataFrame({'A-lines steady': [3, 3, 3, 1, 1, 9], 'B-lines below': [0, 0, 1, 2, 3, 3], 'brightness below': [.1, .1, .1, .5, .5, .5]})
     out = agreement(s, t, 50).set_index(['finding', 'score'])
     assert out.loc[('a_lines', 'network'), 'value'] == 1 and out.loc[('a_lines', 'network'), 'clips'] == 5
     assert out.loc[('a_lines', 'darkness below'), 'value'] == 1 and out.loc[('b_lines', 'brightness below'), 'value'] == 1
