@@ -12,7 +12,7 @@ __all__ = ['LINES', 'PLAIN', 'QUICK', 'phantom_fan', 'vary', 'polar_phantom', 'c
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-import hashlib, time, warnings
+import hashlib, io
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.vision.all import ParamScheduler, RandTransform, TensorImage, TensorMask, combined_cos, retain_type
 from torch import nn
@@ -317,7 +317,6 @@ def _training_set(s, home):
     if not path.exists():
         made = polar_phantom(s.clips, s.size, s.frames, s.seed)
         with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, images=made.images, masks=made.masks, table=made.table.to_csv(index=False))
-    import io
     with np.load(path) as f: return MaskSet(f['images'], f['masks'], LINES, pd.read_csv(io.StringIO(str(f['table'])), dtype=dict(patient=str, clip=str)))
 
 def fit_lines(
