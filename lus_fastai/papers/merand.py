@@ -43,7 +43,7 @@ TABLE3 = ('none', 'classifier, boxes', 'autoencoder, boxes', 'classifier', 'boxe
 
 @dataclass(frozen=True)
 class MerandSettings:
-    "Sizes of one run of the reproduction; the defaults are what one thread finishes in about an hour and a half."
+    "Sizes of one run of the reproduction; the defaults are what one thread finishes in about three hours."
     backbones:tuple=('resnet50', 'resnext50', 'vgg16')   # for the main rows: U-Net, encoder moved
     matrix:tuple=('resnet50',)     # backbones that also get DeepLabv3, and both halves of the autoencoder
     rows:tuple=TABLE3              # names in `PRETRAININGS`
@@ -66,7 +66,7 @@ class MerandSettings:
     seed:int=1                     # of splits, first and second steps
 
 DEFAULT = MerandSettings()
-QUICK = MerandSettings(backbones=('resnet18',), matrix=('resnet18',), starts=('random',), beside=('SimCLR, boxes',), seeds=(1, 2), first_n=160, boxes_n=24, boxes_epochs=4, target_n=46, epochs=1)
+QUICK = MerandSettings(backbones=('test_resnet',), matrix=('test_resnet',), rows=TABLE3[:3], starts=('random',), beside=('SimCLR, boxes',), disjoint=('none',), seeds=(1,), first_n=80, first_epochs=2, boxes_n=20, boxes_epochs=3, target_n=37, epochs=1)
 PAPER = MerandSettings(matrix=('resnet50', 'resnext50', 'vgg16'), beside=('autoencoder', 'SimCLR, boxes'), seeds=(1, 2, 3), size=512, first_epochs=100, boxes_epochs=100, epochs=100, lr=1e-4)
 
 # %% ../../nbs/24_papers.merand.ipynb #c008
@@ -411,9 +411,10 @@ def way_cells(
                   cell(f'{way.backbone}: best minus worst run', way.row, way.column, score['spread'], theirs=spread, protocol=protocol)]
         cells += [cell(f'{way.backbone}, {way.column}: classes', way.row, name, v, (lo, hi), protocol=protocol) for name, v, lo, hi in zip(parts.test.names, *score['IoU'])]
         if protocol == 'last': continue
-        watched = [pd.read_csv(f.parent/'history.csv').groupby('epoch')['valid_loss'].mean().min() for f in files]
+        losses = [pd.read_csv(f.parent/'history.csv').groupby('epoch')['valid_loss'].agg(['mean', 'last']) for f in files]
+        watched, at_end = ([x.loc[x['mean'].idxmin(), c] for x in losses] for c in ('mean', 'last'))
         tested = [float(F.binary_cross_entropy(torch.from_numpy(p[protocol]).float().clamp(1e-6, 1 - 1e-6), torch.from_numpy(parts.test.masks).float()) - soft_dice(p[protocol].astype(np.float32), parts.test.masks)) for p in prob]
-        cells += [cell('loss', f'{way.backbone}, {way.column}: {way.row}', c, np.mean(v), protocol=protocol) for c, v in (('watched', watched), ('test', tested))]
+        cells += [cell('loss', f'{way.backbone}, {way.column}: {way.row}', c, np.mean(v), protocol=protocol) for c, v in (('watched', watched), ('last run', at_end), ('test', tested))]
     return cells
 
 def reproduce(
@@ -446,7 +447,7 @@ def reproduce(
             column, *v = first_score(way, parts, path, s)
             steps[key] = [cell('first step', f"{way.first}, {way.backbone}{', ImageNet' if way.start == 'imagenet' else ''}", column, v[0], v[1:], protocol='last')]
         protocols = {k: dict(description=PROTOCOLS[k], split_hash=used, settings=asdict(s)) for k in PROTOCOLS if k != 'disjoint' or any(d for _, d in done)}
-        results = results_json(Path(out)/f'{name}.json', paper='Merand & Klein 2021', data=data, protocols=protocols, seeds=list(s.seeds), cells=sum([c for _, c in done.values()], sum(steps.values(), [])), hours=training_hours(path),
+        results = results_json(Path(out)/f'{name}.json', paper='Merand & Klein 2021', data=data, protocols=protocols, seeds=sorted({k for some, _ in done.values() for k in some}), cells=sum([c for _, c in done.values()], sum(steps.values(), [])), hours=training_hours(path),
                                command=f"lus_repro merand --data {data}{' --quick' if quick else ''}")
     return merand_report(Path(out)/f'{name}.html', results, s)
 
@@ -479,9 +480,10 @@ def merand_report(
     wide = t[(t.protocol == 'last') & t.table.isin([*s.backbones, *s.matrix])]
     r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()], label=wide.table + ', ' + wide.row).pivot(index='label', columns='column', values='text').reindex(dict.fromkeys(wide.table + ', ' + wide.row)).reset_index(), 'Last epoch.')
     r.cells([c for c in cells if c['table'].endswith('common classes') and c['protocol'] == 'last'], 'Mean IoU of the classes in at least half of the test pictures.')
-    r.section('Best minus worst', "The paper's ±, over the runs of the target step; first and second steps were trained once.")
-    r.cells([c for c in cells if c['table'].endswith('best minus worst run') and c['ours'] is not None])
-    r.section("What the rotation's validation is worth", 'The lowest validation loss of a run beside the loss on the pictures kept apart.')
+    if spread := [c for c in cells if c['table'].endswith('best minus worst run') and c['ours'] is not None]:
+        r.section('Best minus worst', "The paper's ±, over the runs of the target step; first and second steps were trained once.")
+        r.cells(spread)
+    r.section("What the rotation's validation is worth", "The lowest validation loss, that of the last run in the same epoch (the mean also holds the epoch's early runs, when the network was worse), and the loss on the pictures kept apart.")
     r.cells([c for c in cells if c['table'] == 'loss'])
     r.section('First steps', 'On 15 % of the first pictures, whose patients were neither trained on nor validated on.')
     r.cells([c for c in cells if c['table'] == 'first step'])
