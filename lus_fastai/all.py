@@ -33,7 +33,7 @@ from lus_fastai.papers import cheng_lam
 from lus_fastai.papers import arora
 from lus_fastai.papers import uscl
 from lus_fastai.papers import merand
-from lus_fastai import sim_to_real
+from lus_fastai.papers import sim_to_real
 from lus_fastai import core as _core
 from lus_fastai import phantom as _phantom
 from lus_fastai import standins as _standins

@@ -24,10 +24,10 @@ def _use_data(folder):
     if not Path(folder).is_dir(): raise FileNotFoundError(f"--data names {folder}, which is not a folder")
     os.environ['LUS_DATA'] = str(Path(folder).resolve())
 
-def _reproduction(name):
-    there = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module('lus_fastai.papers').__path__)) + ['sim_to_real']
-    if name not in there: raise ValueError(f"no reproduction named {name!r}; there is: {', '.join(there)}")
-    return importlib.import_module(f"lus_fastai.{'' if name == 'sim_to_real' else 'papers.'}{name}")
+def _reproduction(paper):
+    there = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module('lus_fastai.papers').__path__))
+    if paper not in there: raise ValueError(f"no reproduction named {paper!r}; there is: {', '.join(there)}")
+    return importlib.import_module(f'lus_fastai.papers.{paper}')
 
 # %% ../nbs/19_cli.ipynb #c008
 @call_parse
@@ -44,7 +44,7 @@ def lus_demo(
 
 @call_parse
 def lus_repro(
-    paper:str,                # name of a paper's module, gare, cheng_lam, arora, uscl or merand; or sim_to_real
+    paper:str,                # name of a paper's module: gare, cheng_lam, arora, uscl, merand, or our own sim_to_real
     data:str='phantom',       # 'phantom', or what lies under LUS_DATA: 'pocus' for gare and arora, 'real' for the others
     quick:store_true=False,   # smaller, as in the demo
     out:str='results',        # folder for <paper>-<data>.json and the report

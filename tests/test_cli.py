@@ -38,7 +38,7 @@ def test_the_same_command_takes_real_clips(tmp_path, real_data):
     assert any(c['column'] == 'accuracy by patient' and 0 <= c['ours'] <= 1 for c in results['cells'])
 
 def test_mistakes_are_one_line_without_a_traceback(tmp_path):
-    for name, args, said in (('lus_repro', ['gaer'], 'there is: arora, cheng_lam, gare, merand, uscl, sim_to_real'), ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'), ('lus_repro', ['gare', '--data', 'mars'], "not 'mars'"),
+    for name, args, said in (('lus_repro', ['gaer'], 'there is: arora, cheng_lam, gare, merand, sim_to_real, uscl'), ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'), ('lus_repro', ['gare', '--data', 'mars'], "not 'mars'"),
                              ('lus_demo', ['--data', 'nowhere'], 'not a folder'), ('lus_audit', ['none.csv'], 'none.csv'), ('lus_data', ['uscl'], 'there is: ')):
         done = command(tmp_path, name, *args)
         assert done.returncode != 0 and said in done.stderr and 'Traceback' not in done.stderr, (name, done.stderr)

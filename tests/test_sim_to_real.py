@@ -6,7 +6,7 @@ from lus_fastai.core import MaskSet
 from lus_fastai.phantom import draw_patient, phantom_clip, write_video
 from lus_fastai.preprocess import FanError, from_polar
 from lus_fastai.report import read_results
-from lus_fastai.sim_to_real import *
+from lus_fastai.papers.sim_to_real import *
 
 @pytest.fixture(scope='module')
 def frames(): return polar_phantom(4, (48, 24), 2, seed=3)
@@ -139,17 +139,17 @@ def test_clips_that_cannot_be_read_are_left_out(tmp_path):
 
 def test_from_end_to_end_on_the_phantom(tmp_path):
     s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, held_out=6)
-    report = sim_to_real('phantom', out=tmp_path/'a', home=tmp_path/'h', settings=s)
+    report = reproduce('phantom', out=tmp_path/'a', home=tmp_path/'h', settings=s)
     first = read_results(tmp_path/'a'/'sim-to-real-phantom.json')
-    sim_to_real('phantom', out=tmp_path/'b', home=tmp_path/'other', settings=s)
+    reproduce('phantom', out=tmp_path/'b', home=tmp_path/'other', settings=s)
     second = read_results(tmp_path/'b'/'sim-to-real-phantom.json')
     assert first['cells'] == second['cells'] and list(first['protocols']) == ['held out'] and first['protocols']['held out']['patients'] == 6
     assert {c['table'] for c in first['cells']} == {'B-lines, AUC', 'A-lines, AUC', 'severity, Spearman', 'area by severity'}
     page = report.read_text()
     assert 'Agreement with experts' in page and str(tmp_path) not in page
-    with pytest.raises(ValueError, match="'phantom' or 'real'"): sim_to_real('blues')
+    with pytest.raises(ValueError, match="'phantom' or 'real'"): reproduce('blues')
     with pytest.raises(ValueError, match='no table'): plot_agreement(first, 'C-lines')
 
 def test_real_clips_need_a_folder(monkeypatch):
     monkeypatch.delenv('LUS_DATA', raising=False)
-    with pytest.raises(ValueError, match='LUS_DATA'): sim_to_real('real')
+    with pytest.raises(ValueError, match='LUS_DATA'): reproduce('real')
