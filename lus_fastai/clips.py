@@ -417,10 +417,11 @@ def _build(cls, table, folder, settings, workers, prepare):
         rows = kept[key]
         return dict(images=old.images[rows], masks=old.masks is not None and old.masks[rows], times=old.frames['time'].to_numpy()[rows], index=old.frames['frame'].to_numpy()[rows])
     _write(folder, table, settings, good, [keys[i] for i in good], [masks[i] for i in good], clip,
-           pd.DataFrame(dict(path=[p for p, k in zip(paths, keys) if k in faults], reason=[faults[k] for k in keys if k in faults]), dtype=str), old.meta['files'].values() if old else ())
+           pd.DataFrame(dict(path=[p for p, k in zip(paths, keys) if k in faults], reason=[faults[k] for k in keys if k in faults]), dtype=str), old.meta if old else {})
 
-def _write(folder, table, settings, good, keys, masks, clip, skipped, there):
-    "Write all files of a store but those that are `there`; `meta.json` last, then what it does not name is removed."
+def _write(folder, table, settings, good, keys, masks, clip, skipped, was):
+    "Write all files of a store but those that it `was` made of before; `meta.json` last, then what it does not name is removed."
+    there = was.get('files', {}).values()
     stem, has_masks = hashlib.sha1(''.join(keys).encode()).hexdigest()[:12], any(m is not None for m in masks)
     files = dict(images=f'images-{stem}.u8', masks=f'masks-{stem}.u8' if has_masks else None)
     times, index = [], []
@@ -440,10 +441,12 @@ def _write(folder, table, settings, good, keys, masks, clip, skipped, there):
     for kind, t in dict(frames=frames, skipped=skipped).items():
         text = _csv(t)
         files[kind] = f'{kind}-{hashlib.sha1(text).hexdigest()[:12]}.csv'
+        if files[kind] in there: continue
         with atomic_path(folder/files[kind]) as tmp: tmp.write_bytes(text)
     words = {k: [c for c in t if not (pd.api.types.is_numeric_dtype(t[c]) or pd.api.types.is_bool_dtype(t[c]))] for k, t in dict(frames=frames, skipped=skipped).items()}
     size, rate, max_frames = settings
-    write_json(folder/'meta.json', dict(format=_FORMAT, size=list(size), rate=rate, max_frames=max_frames, rows=sum(counts), files=files, text=words, clips=list(zip(keys, counts))))
+    meta = dict(format=_FORMAT, size=list(size), rate=rate, max_frames=max_frames, rows=sum(counts), files=files, text=words, clips=[list(c) for c in zip(keys, counts)])
+    if meta != was: write_json(folder/'meta.json', meta)
     for name in ('images-*.u8', 'masks-*.u8', 'frames-*.csv', 'skipped-*.csv', '.images-*.tmp.*', '.masks-*.tmp.*', '.frames-*.tmp.*', '.skipped-*.tmp.*', '.meta.json.*.tmp.*'):
         for f in folder.glob(name):
             if f.name not in files.values():

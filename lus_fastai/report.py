@@ -382,6 +382,14 @@ class Report:
         rows = pd.DataFrame({'value': [x if isinstance(x, str) else json.dumps(x, default=str, ensure_ascii=False) for x in flat.values()]}, index=pd.Index(flat, name='setting', dtype=object))
         self.tables += 1
         return self._add('<div class="settings">' + _table_html(rows, self.tables, caption, 3).replace(' class="num"', '') + '</div>')
+    def provenance(self,
+        results:dict,         # from `results_json`
+        settings:dict,        # of the run, name -> value
+    ):                        # the report
+        "Add what it takes to run it again: command, settings, hashes of the splits, versions, device, hours and seeds."
+        self.section('Settings and versions', f'Command: {results["command"]}').settings(settings, 'Settings.')
+        self.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
+        return self.settings({**results['versions'], 'device': results['device'], 'training hours': round(results['hours'], 3), 'seeds': results['seeds']}, 'Versions and device.')
     def cells(self,
         cells,                # list of `cell`s, or a results dictionary
         caption:str='',       # plain text, before the name of each table

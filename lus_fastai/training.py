@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'PlateauLR', 'CosineLR', 'EpochSeed', 'Checkpoint',
            'fit_resumable', 'ClassProbs', 'PixelCounts', 'predict_table', 'FoldLog', 'cross_validate', 'last_epoch',
-           'fold_history', 'fine_tune_learner', 'fine_tune']
+           'training_hours', 'fold_history', 'fine_tune_learner', 'fine_tune']
 
 # %% ../nbs/14_training.ipynb #c003
 import gc, hashlib, io, json, math, random, tempfile, time
@@ -332,6 +332,12 @@ def last_epoch(
         rows = torch.load(Path(path)/f'fold{k}'/'predictions.pt', weights_only=True)['last'].numpy()
         tables.append(frames[folds == k].assign(fold=k, **dict(zip(collect.columns, rows.T))))
     return pd.concat(tables).loc[frames.index]
+
+def training_hours(
+    path,                     # a folder with finished runs anywhere below it
+) -> float:                   # hours
+    "Time spent in the epochs of all runs below a folder, however often they were interrupted, summed over processes."
+    return sum(pd.read_csv(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
 
 def fold_history(
     path,                     # folder of a finished `cross_validate`

@@ -6,7 +6,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from lus_fastai.papers import uscl
 from lus_fastai.transfer import copy_weights
 
-TINY = uscl.UsclSettings(max_frames=2, bs=8, epochs=2, folds=2, tune_epochs=1, patients=6, label_rates=(), compared=('SimCLR', 'USCL'), ablated=(), detected=())
+TINY = uscl.UsclSettings(lr=1e-4, max_frames=2, bs=8, epochs=2, folds=2, tune_epochs=1, patients=6, label_rates=(), compared=('SimCLR', 'USCL'), ablated=(), detected=())
 
 def backbone(name, weights=None):
     "A short ResNet with group norm: with batch norm, each process has statistics of its own, and two differ from one."

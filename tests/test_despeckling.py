@@ -1,12 +1,13 @@
 "Speckle filters: against PyWavelets and scikit-image, and on pictures that no filter may harm."
 from dataclasses import replace
-import numpy as np, pytest, torch
+import numpy as np, pytest, pywt, torch
 from hypothesis import given, settings, strategies as st
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.restoration import denoise_wavelet
 from lus_fastai.phantom import draw_patient, phantom_clip
 from lus_fastai.despeckling import DESPECKLE, contrast_to_noise, despeckle, psnr, speckle_index, ssim
 from lus_fastai import despeckling as module
 
-pywt = pytest.importorskip('pywt')
 each_method = pytest.mark.parametrize('method', DESPECKLE)
 
 @pytest.fixture(scope='module')
@@ -33,9 +34,8 @@ def test_wavelet_is_what_a_loop_by_pywavelets_gives(frames, rule, size):
     assert np.abs(ours - x).max() > .01
 
 def test_wavelet_is_scikit_images(frames):
-    restoration = pytest.importorskip('skimage.restoration')
     x = np.random.default_rng(1).random((2, 64, 64))*.5 + .2
-    theirs = [np.expm1(restoration.denoise_wavelet(np.log1p(i), wavelet='db4', method='BayesShrink', mode='soft', wavelet_levels=3)) for i in x]
+    theirs = [np.expm1(denoise_wavelet(np.log1p(i), wavelet='db4', method='BayesShrink', mode='soft', wavelet_levels=3)) for i in x]
     assert np.allclose(despeckle(x), theirs, atol=2e-4)                     # medians of an even number
 
 @settings(max_examples=25, deadline=None)
@@ -114,11 +114,10 @@ def test_bad_input_is_named(x, method, kw, error, words):
     with pytest.raises(error, match=words): despeckle(x, method, **kw)
 
 def test_scores_are_scikit_images(frames):
-    skimage = pytest.importorskip('skimage.metrics')
     quiet = despeckle(frames, 'median')
     for i in range(3):
-        assert np.isclose(psnr(quiet, frames)[i], skimage.peak_signal_noise_ratio(frames[i], quiet[i]))
-        assert np.isclose(ssim(quiet, frames)[i], skimage.structural_similarity(frames[i], quiet[i]))
+        assert np.isclose(psnr(quiet, frames)[i], peak_signal_noise_ratio(frames[i], quiet[i]))
+        assert np.isclose(ssim(quiet, frames)[i], structural_similarity(frames[i], quiet[i]))
     assert psnr(frames[0], frames[0]) == np.inf and ssim(frames[0], frames[0]/255) == pytest.approx(1)
 
 def test_contrast_to_noise_by_hand():

@@ -26,16 +26,16 @@ def one(tmp_path_factory):
 
 def test_both_processes_end_well_and_the_main_one_alone_writes(two):
     main, other = (json.loads((two/f'rank{k}.json').read_text()) for k in range(2))
-    assert (main['report'], other['report']) == ('uscl-phantom.html', None) and all(f.startswith('stores/') for f in other['wrote'])       # the tables of the store, which every `FrameStore.build` brings up to date
+    assert (main['report'], other['report']) == ('uscl-phantom.html', None) and other['wrote'] == []
     assert 'results/uscl-phantom.json' in main['wrote'] and [f.name for f in two.rglob('uscl-phantom*.json')] == ['uscl-phantom.json']
 
 def test_pretraining_is_that_of_one_process_on_the_same_batches(two, one):
     folders = [uscl.run_folder(launch_worker.TINY, 'phantom', home) for home in (two, one[0])]
     for name in ('SimCLR/fold0', 'SimCLR/fold1', 'USCL/fold0', 'USCL/fold1'):
         a, b = (pd.read_csv(f/name/'history.csv').train_loss for f in folders)
-        assert len(a) == 2 and a[0] == pytest.approx(b[0], abs=1e-4) and a[1] == pytest.approx(b[1], abs=5e-3), name      # rounding grows with every step of Adam
+        assert len(a) == 2 and a.to_numpy() == pytest.approx(b.to_numpy(), abs=1e-5) and abs(a[1] - a[0]) > 1e-3, name
         a, b = (load_weights(f/name/'backbone.safetensors') for f in folders)
-        assert a.keys() == b.keys() and max(float((a[k] - b[k]).abs().mean()) for k in a) < 1e-3, name      # Adam may move a weight whose gradient is all rounding to either side
+        assert a.keys() == b.keys() and max(float((a[k] - b[k]).abs().mean()) for k in a) < 1e-5, name
 
 def test_the_results_have_the_same_cells_and_what_is_not_pretrained_the_same_numbers(two, one):
     results = [read_results(home/'results'/'uscl-phantom.json') for home in (two, one[0])]

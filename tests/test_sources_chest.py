@@ -233,7 +233,7 @@ def test_siim_boxes_are_in_original_pixels(tmp_path, capsys):
     assert s.masks[0, 0].sum() == 450 and s.masks[0, 0, 10:25, 5:20].all()
 
 def test_siim_dicom_knows_its_patient(tmp_path, capsys):
-    pydicom = pytest.importorskip('pydicom')
+    import pydicom
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
     def write(path, x):

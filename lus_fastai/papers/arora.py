@@ -29,7 +29,7 @@ from ..models import covidnet
 from ..transfer import copy_weights
 from ..metrics import classification_report, cls_confusions, evaluate, pr_curve, pred_classes, roc, roc_bands, vote
 from ..calibration import abstention, calibrate, calibration_scores, confidence, ece, mc_dropout, reliability, tta
-from ..training import AutoPrecision, ClassProbs, autocast_for, cross_validate, fold_history
+from ..training import AutoPrecision, ClassProbs, autocast_for, cross_validate, training_hours
 from ..explain import grad_cam
 from ..distrust import heat_in_fan, only_outside, outside_fan_check, predict_source
 from ..report import Report, cell, interval_text, plot_abstention, plot_comparison, plot_confusion, plot_pr, plot_reliability, plot_roc, results_json, results_table
@@ -389,7 +389,7 @@ def reproduce(
 
     def save(new):
         cells.extend(new)
-        return results_json(Path(out)/f'{name}.json', paper='Arora et al. 2020', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=sum(fold_history(p).seconds.sum() for p in paths.values()) / 3600,
+        return results_json(Path(out)/f'{name}.json', paper='Arora et al. 2020', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=sum(map(training_hours, paths.values())),
                             command=f"lus_repro arora --data {data}{' --quick' if quick else ''}")
 
     def run(net, which, store, protocol='patient', **kwargs):
@@ -510,8 +510,4 @@ def arora_report(
     r.section('Two questions instead of three classes')
     r.cells([c for c in cells if c['protocol'] in QUESTIONS and c['column'] in ('accuracy', 'balanced accuracy', 'accuracy by clip', 'AUC macro')])
 
-    r.section('Settings and versions', f'Command: {results["command"]}')
-    r.settings(asdict(s), 'Settings.')
-    r.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
-    r.settings({**results['versions'], 'device': results['device'], 'training hours': round(results['hours'], 3), 'seeds': results['seeds']}, 'Versions and device.')
-    return r.save(path)
+    return r.provenance(results, asdict(s)).save(path)

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT', 'QUICK', 'PAPER', 'RECIPES', 'LOSSES', 'LEAKY', 'THEIRS', 'THEIRS_FIXED', 'PROTOCOLS', 'ChengSettings',
            'Recipe', 'target_set', 'mirrored', 'recipe_set', 'protocol_folds', 'copies_across', 'run_folder',
            'new_network', 'pretrain', 'run_recipe', 'vunet_start', 'batch_dice', 'score_cells', 'fixed_eighty',
-           'training_hours', 'reproduce', 'dice_table', 'cheng_report']
+           'reproduce', 'dice_table', 'cheng_report']
 
 # %% ../../nbs/21_papers.cheng_lam.ipynb #c003
 import hashlib, warnings
@@ -20,7 +20,7 @@ from ..folds import assert_disjoint, patient_folds, split_hash
 from ..despeckling import despeckle
 from ..augment import ChengAugment
 from ..models import create_backbone, keras_init, vunet, xunet
-from ..training import PlateauLR
+from ..training import PlateauLR, training_hours
 from ..transfer import copy_encoder, copy_weights, freeze
 from ..overlap import BCEDiceLoss, SoftDiceLoss, evaluate_masks, mask_scores, soft_dice
 from ..rotation import fit_masks, predict_masks
@@ -134,8 +134,8 @@ def copies_across(
 
 # %% ../../nbs/21_papers.cheng_lam.ipynb #c018
 def run_folder(
-    data:str,                        # 'phantom', 'real', or 'shapes' for what both start from
     settings:ChengSettings,          # sizes
+    data:str,                        # 'phantom', 'real', or 'shapes' for what both start from
     home=None,                       # default `lus_home()`
 ) -> Path:                           # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
@@ -247,12 +247,6 @@ def fixed_eighty(
     return out
 
 # %% ../../nbs/21_papers.cheng_lam.ipynb #c028
-def training_hours(
-    path,                            # from `run_folder`
-) -> float:                          # hours
-    "All training under a folder."
-    return sum(pd.read_csv(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
-
 def reproduce(
     data:str='phantom',              # 'phantom' or 'real'
     quick:bool=False,                # small, for a demonstration
@@ -262,7 +256,7 @@ def reproduce(
 ) -> Path:                           # the report
     "Cheng & Lam 2021 end to end: salient shapes, transfer, fine-tuning, what is frozen, how many images, the leak."
     s, home = settings or (QUICK if quick else DEFAULT), Path(home or lus_home())
-    path, name, pictures = run_folder(data, s, home), f"cheng_lam-{data}{'-quick' if quick else ''}", target_set(data, s)
+    path, name, pictures = run_folder(s, data, home), f"cheng_lam-{data}{'-quick' if quick else ''}", target_set(data, s)
     cells, protocols = [], {k: dict(description=v, settings=asdict(s), split_hash=split_hash(mirrored(pictures[:200]).table, protocol_folds(mirrored(pictures[:200]), k, s))) for k, v in PROTOCOLS.items()}
     for recipe_name in s.recipes or RECIPES:
         recipe = RECIPES[recipe_name]
@@ -271,15 +265,15 @@ def reproduce(
             print(f'{recipe_name}, folds by {protocol}', flush=True)
             folds = protocol_folds(images, protocol, s)
             start = None
-            if recipe.start == 'shapes' and recipe.net == 'xunet': start = pretrain(recipe, run_folder('shapes', s, home), s)
-            if recipe.start == 'shapes' and recipe.net == 'vunet': start, protocols[protocol]["start of V-Unet's encoder"] = vunet_start(recipe, run_folder('shapes', s, home), s)
+            if recipe.start == 'shapes' and recipe.net == 'xunet': start = pretrain(recipe, run_folder(s, 'shapes', home), s)
+            if recipe.start == 'shapes' and recipe.net == 'vunet': start, protocols[protocol]["start of V-Unet's encoder"] = vunet_start(recipe, run_folder(s, 'shapes', home), s)
             prob, folder = run_recipe(recipe, images, folds, path, start, protocol, s)
             cells += score_cells(recipe_name, prob, images, folds, protocol)
             cells.append(cell('copies', recipe_name, 'mirrored copy in training', copies_across(images, folds), protocol=protocol))
             if protocol == 'image':
                 fixed, theirs = fixed_eighty(recipe, images, folder, s), THEIRS_FIXED[recipe_name]
                 cells += [cell('fixed 80', recipe_name, 'highest', max(fixed), theirs=theirs[0], protocol=protocol), cell('fixed 80', recipe_name, 'mean', np.mean(fixed), (min(fixed), max(fixed)), theirs=theirs[1], protocol=protocol)]
-            results = results_json(Path(out)/f'{name}.json', paper='Cheng & Lam 2021', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=training_hours(path) + training_hours(run_folder('shapes', s, home)), command=f"lus_repro cheng_lam --data {data}{' --quick' if quick else ''}")
+            results = results_json(Path(out)/f'{name}.json', paper='Cheng & Lam 2021', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=training_hours(path) + training_hours(run_folder(s, 'shapes', home)), command=f"lus_repro cheng_lam --data {data}{' --quick' if quick else ''}")
     return cheng_report(Path(out)/f'{name}.html', results, s)
 
 # %% ../../nbs/21_papers.cheng_lam.ipynb #c029
@@ -314,8 +308,4 @@ def cheng_report(
     r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()]).pivot(index='row', columns='column', values='text').reindex(honest.index).reset_index(), 'Folds by patient, last epoch.')
     r.section('What the leak is worth', 'Images dealt at random put a mirrored copy of most test images into training; the headline of the paper is scored on 80 fixed images, whichever fold they are in.')
     r.cells([c for c in cells if c['table'] in ('fixed 80', 'copies')])
-    r.section('Settings and versions', f'Command: {results["command"]}')
-    r.settings(asdict(settings), 'Settings.')
-    r.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
-    r.settings({**results['versions'], 'device': results['device'], 'training hours': round(results['hours'], 3), 'seeds': results['seeds']}, 'Versions and device.')
-    return r.save(path)
+    return r.provenance(results, asdict(settings)).save(path)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'QUICK_REAL', 'PAPER', 'PROTOCOLS', 'adam', 'THEIRS_SEGMENTATION', 'THEIRS_DENSE',
            'THEIRS_CLASSIFICATION', 'GareSettings', 'labelled_frames', 'clips_to_classify', 'protocol_folds', 'segment',
-           'best_fold', 'classify', 'segmentation_cells', 'classification_cells', 'run_folder', 'training_hours',
-           'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
+           'best_fold', 'classify', 'segmentation_cells', 'classification_cells', 'run_folder', 'reproduce',
+           'held_out_masks', 'leak_table', 'gare_report']
 
 # %% ../../nbs/20_papers.gare.ipynb #c004
 import hashlib
@@ -25,7 +25,7 @@ from ..augment import GareAugment, gare_variant, expand_variants
 from ..models import unet, seg_to_cls
 from ..transfer import copy_weights
 from ..metrics import cls_confusions, evaluate, evaluate_seg, roc, vote
-from ..training import cross_validate, last_epoch, fold_history, ClassProbs, PixelCounts
+from ..training import cross_validate, last_epoch, fold_history, training_hours, ClassProbs, PixelCounts
 from ..report import (Report, cell, interval_text, plot_comparison, plot_confusion, plot_iou, plot_masks, plot_roc, results_json, results_table, versions)
 
 # %% ../../nbs/20_papers.gare.ipynb #c008
@@ -195,12 +195,6 @@ def run_folder(
     "Where the runs of some settings keep their checkpoints."
     return Path(home or lus_home())/'gare'/hashlib.sha256(repr(settings).encode()).hexdigest()[:10]
 
-def training_hours(
-    paths,                           # folders of finished runs
-) -> float:                          # hours spent in their epochs, however often they were interrupted
-    "The time that training took."
-    return sum(fold_history(p).seconds.sum() for p in paths) / 3600
-
 def reproduce(
     data:str='phantom',              # what is classified: 'phantom' or 'pocus'
     quick:bool=False,                # the demo's sizes and fewer protocols
@@ -218,7 +212,7 @@ def reproduce(
     def done(task, protocol, oof, path, new_cells):
         protocols[f'{task} by {protocol}'] = dict(description=PROTOCOLS[protocol], split_hash=split_hash(oof, oof.fold), settings=asdict(settings))
         paths.append(path); cells.extend(new_cells)
-        return results_json(Path(out)/f'{name}.json', paper='Gare et al. 2021', data=data, protocols=protocols, seeds=[settings.seed], cells=cells, hours=training_hours(paths),
+        return results_json(Path(out)/f'{name}.json', paper='Gare et al. 2021', data=data, protocols=protocols, seeds=[settings.seed], cells=cells, hours=sum(map(training_hours, paths)),
                             command=f"lus_repro gare --data {data}{' --quick' if quick else ''}")
 
     for protocol in ('patient',) if quick else ('patient', 'variant'):
@@ -316,8 +310,4 @@ def gare_report(
     r.table(counts, 'Patients, clips and frames by class, source and probe.')
     if len(clips.skipped): r.table(clips.skipped.assign(path=[Path(p).name for p in clips.skipped.path]), 'Clips that could not be read, and were left out.')
 
-    r.section('Settings and versions', f'Command: {results["command"]}')
-    r.settings(asdict(settings), 'Settings.')
-    r.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
-    r.settings({**results['versions'], 'device': results['device'], 'training hours': round(results['hours'], 3), 'seeds': results['seeds']}, 'Versions and device.')
-    return r.save(path)
+    return r.provenance(results, asdict(settings)).save(path)

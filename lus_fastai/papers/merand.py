@@ -6,8 +6,7 @@
 __all__ = ['PRETRAININGS', 'TABLE3', 'DEFAULT', 'QUICK', 'PAPER', 'BOXES', 'COLUMNS', 'PROTOCOLS', 'MerandSettings', 'keep_apart',
            'box_targets', 'Parts', 'learning_parts', 'Way', 'ways', 'theirs', 'patient_shares', 'LabelLoss',
            'PictureLoss', 'first_step', 'first_score', 'BoxLoss', 'started', 'box_step', 'before_target', 'SaveLast',
-           'target_run', 'run_scores', 'run_folder', 'training_hours', 'way_cells', 'reproduce', 'ways_table',
-           'merand_report']
+           'target_run', 'run_scores', 'run_folder', 'way_cells', 'reproduce', 'ways_table', 'merand_report']
 
 # %% ../../nbs/24_papers.merand.ipynb #c003
 import hashlib, warnings
@@ -29,6 +28,7 @@ from ..augment import MerandAugment
 from ..models import BackboneClassifier, autoencoder, create_backbone, segmenter
 from ..transfer import copy_decoder, copy_encoder, load_weights, save_weights
 from ..contrastive import ABLATION, SimCLR, pair_dls, pretrain
+from ..training import training_hours
 from ..metrics import _percentiles, _ratio, _weights
 from ..overlap import mask_confusions, soft_dice
 from ..rotation import _fit, adam, fit_masks, fit_rotation, predict_masks
@@ -387,12 +387,6 @@ def run_folder(
     key = {k: v for k, v in asdict(settings).items() if k not in ('backbones', 'matrix', 'rows', 'starts', 'beside', 'disjoint', 'seeds')}
     return Path(home or lus_home())/'merand'/f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
 
-def training_hours(
-    path,                              # from `run_folder`
-) -> float:                            # hours
-    "All training under a folder."
-    return sum(pd.read_csv(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
-
 def way_cells(
     way:Way,                           # which cell of Table 3
     seeds,                             # of the runs that are over
@@ -489,8 +483,4 @@ def merand_report(
     r.cells([c for c in cells if c['table'] == 'first step'])
     r.section('Classes', 'IoU of each class, last epoch; a dash where no test picture holds it.')
     r.cells([c for c in cells if c['table'].endswith('classes') and c['protocol'] == 'last'])
-    r.section('Settings and versions', f'Command: {results["command"]}')
-    r.settings(asdict(s), 'Settings.')
-    r.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
-    r.settings({**results['versions'], 'device': results['device'], 'training hours': round(results['hours'], 3), 'seeds': results['seeds']}, 'Versions and device.')
-    return r.save(path)
+    return r.provenance(results, asdict(s)).save(path)

@@ -399,7 +399,4 @@ def sim_report(
     r.section('Areas by severity', 'Median share of the unrolled fan, with quartiles in brackets.')
     r.cells([c for c in results['cells'] if c['table'] == 'area by severity'], digits=4)
     if skipped: r.table(pd.DataFrame([(Path(p).name, why) for p, why in skipped], columns=['clip', 'reason']), 'Clips that could not be read.')
-    r.section('Settings and versions', f"Command: {results['command']}")
-    r.settings({k: {**v['settings'], 'split hash': v['split_hash']} for k, v in list(results['protocols'].items())[:1]}, 'Settings.')
-    r.settings({**results['versions'], 'device': results['device'], 'training hours': results['hours'], 'seeds': results['seeds']}, 'Versions and device.')
-    return r.save(path)
+    return r.provenance(results, next(iter(results['protocols'].values()))['settings']).save(path)

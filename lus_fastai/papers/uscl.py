@@ -6,8 +6,8 @@
 __all__ = ['COMPARED', 'ABLATED', 'DETECTED', 'DEFAULT', 'QUICK', 'PAPER', 'METHODS', 'THEIRS', 'PROTOCOLS', 'UsclSettings',
            'clip_table', 'frame_store', 'downstream_folds', 'outside_fold', 'conflict_table', 'run_folder',
            'pretrain_fold', 'CropFlip', 'weights_of', 'tune', 'downstream_fans', 'tuned_model', 'attention',
-           'detect_items', 'detection_cells', 'score_cells', 'label_curve', 'save_backbone', 'reproduce',
-           'training_hours', 'best_start', 'comparison_table', 'uscl_report']
+           'detect_items', 'detection_cells', 'score_cells', 'label_curve', 'save_backbone', 'reproduce', 'best_start',
+           'comparison_table', 'uscl_report']
 
 # %% ../../nbs/23_papers.uscl.ipynb #c003
 import hashlib, warnings
@@ -28,7 +28,7 @@ from ..contrastive import ABLATION, MoCo, SimCLR, Supervised, USCL, USCLAugment,
 from ..semisup import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 from ..detect import DetectItems, FEW_OBJECTS, busi_items, phantom_items, train_detector
 from ..metrics import evaluate
-from ..training import ClassProbs, cross_validate, fine_tune_learner, fold_history, last_epoch
+from ..training import ClassProbs, cross_validate, fine_tune_learner, last_epoch, training_hours
 from ..explain import grad_cam
 from ..distrust import heat_in_fan
 from ..embed import features
@@ -381,12 +381,6 @@ def reproduce(
     save_backbone(best_start(results), results, path, Path(out)/'release', settings=s)
     return uscl_report(Path(out)/f'{name}.html', results, s)
 
-def training_hours(
-    path,                            # from `run_folder`
-) -> float:                          # hours
-    "All training under a folder, summed over processes."
-    return sum(pd.read_csv(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
-
 def best_start(
     results:dict,                    # from `results_json`
 ) -> str:                            # a name in `METHODS`
@@ -431,8 +425,4 @@ def uscl_report(
     r.cells([c for c in cells if c['table'] == 'attention'])
     r.section('Detection', 'Mask R-CNN from each start: COCO average precision of boxes and masks.')
     r.cells([c for c in cells if c['table'] == 'detection'])
-    r.section('Settings and versions', f'Command: {results["command"]}')
-    r.settings(asdict(s), 'Settings.')
-    r.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
-    r.settings({**results['versions'], 'device': results['device'], 'training hours': round(results['hours'], 3), 'seeds': results['seeds']}, 'Versions and device.')
-    return r.save(path)
+    return r.provenance(results, asdict(s)).save(path)
