@@ -69,9 +69,9 @@ def _between(x, at):
     n, h, k = x.shape
     at = at.clamp(0, h - 1)
     low = at.long()
-    first = low + h * torch.arange(n, device=x.device)[:, None]
-    a, b = (x.flatten(0, 1).index_select(0, i.flatten()).view(n, -1, k) for i in (first, first + (low < h - 1)))
-    return a.lerp_(b, (at - low)[..., None])
+    lines = (low + h * torch.arange(n, device=x.device)[:, None]).flatten()
+    x, share = x.flatten(0, 1), (at - low).view(-1, 1)
+    return x.index_select(0, lines).lerp_(x.index_select(0, lines + (low < h - 1).flatten()), share).view(n, -1, k)
 
 class USCLAugment:
     "Random resized crop, flip, and jitter of brightness and contrast, as in the code of Chen 2021, drawn for each view of a batch and applied to all at once."
@@ -110,8 +110,8 @@ class USCLAugment:
         def places(size, i): return d['corner'][:, i, None] + d['side'][:, i, None] * torch.arange(size, device=x.device).add(.5).div(size) - .5
         rows, cols = places(h, 0), places(w, 1)
         cols = torch.where(d['flip'][:, None], cols.flip(1), cols)
-        x = _between(x.permute(0, 3, 1, 2).flatten(2), cols).unflatten(2, (c, h))
-        x = _between(x.permute(0, 3, 2, 1).flatten(2), rows).unflatten(2, (c, w)).transpose(1, 2)
+        x = _between(x.transpose(1, 2).flatten(2), rows).unflatten(2, (c, w))
+        x = _between(x.permute(0, 3, 2, 1).flatten(2), cols).unflatten(2, (c, h)).permute(0, 2, 3, 1)
         col = lambda v: v.view(-1, 1, 1, 1)
         if self.brightness: x = x.mul_(col(torch.where(d['dark_first'], d['brightness'], 1.))).clamp_(0, 1)
         if self.contrast:
@@ -202,7 +202,7 @@ class PairItems:
     def finish(self, batch:tuple) -> tuple:
         "On the device: from bytes to mixed and augmented views."
         x, y, ids, count, xi, *draws = batch
-        n = 8 if x.device.type == 'cpu' else len(x)                                                  # in parts that stay in the cache, and in memory that is reused
+        n = max(1, 150_000 // x[0, 0].numel()) if x.device.type == 'cpu' else len(x)                 # in parts that stay in the cache, and in memory that is reused
         parts = [self._views(x[s], y[s], count[s], xi[s], [{k: v[s] for k, v in d.items()} for d in draws]) for s in (slice(i, i + n) for i in range(0, len(x), n))]
         x, y = (torch.cat(o) for o in zip(*parts))
         return x[:, :, None].expand(-1, -1, self.channels, -1, -1), y, ids

@@ -577,7 +577,7 @@ SOURCES = {s.name: s for s in (
            'Irvin J, Rajpurkar P, Ko M et al. CheXpert: A Large Chest Radiograph Dataset with Uncertainty Labels and Expert Comparison. AAAI 2019',
            dict(home='https://stanfordmlgroup.github.io/competitions/chexpert/'), ('train.csv', 'train'), 'train.csv (and valid.csv) and train/patient<id>/study<n>/view<n>_frontal.jpg', _read_chexpert),
     Source('siim', 'SIIM-FISABIO-RSNA, chest radiographs of suspected COVID-19 with boxes and four categories', 'competition rules, non-commercial; pictures from BIMCV (CC BY 4.0) and RSNA RICORD (CC BY-NC 4.0)',
-           'Lakhani P, Mongan J, Singhal C et al. The 2021 SIIM-FISABIO-RSNA Machine Learning COVID-19 Challenge. J Digit Imaging 2023;36:365',
+           'Lakhani P, Mongan J, Singhal C et al. The 2021 SIIM-FISABIO-RSNA Machine Learning COVID-19 Challenge: Annotation and Standard Exam Classification of COVID-19 Chest Radiographs. J Digit Imaging 2023;36:365',
            dict(home='https://www.kaggle.com/c/siim-covid19-detection'), ('train_image_level.csv', 'train_study_level.csv', 'train'),
            'train_image_level.csv, train_study_level.csv and train/ with <image>.dcm below study and series, or <image>.png with meta.csv (image_id,dim0,dim1)', _read_siim))}
 
