@@ -224,6 +224,20 @@ def test_it_learns_and_a_picture_without_lesion_takes_part():
     found = predict_detections(learn.model, learn.dls.valid)
     assert [set(d) for d in found] == [{'boxes', 'labels', 'scores', 'masks'}] * 3 and found[0]['masks'].shape[1:] == (48, 48) and learn.model.training is False
 
+def test_it_finds_discs_and_bars_in_pictures_it_has_not_seen(tmp_path):
+    rng, (y, x), pictures = np.random.default_rng(0), np.mgrid[:96, :96], []
+    for _ in range(60):
+        image, masks, labels = rng.normal(60, 15, (96, 96)), [], []
+        for _ in range(rng.integers(1, 3)):
+            label, (cy, cx), r = int(rng.integers(1, 3)), rng.uniform(20, 76, 2), rng.uniform(9, 16)
+            m = (y - cy)**2 + (x - cx)**2 < r*r if label == 1 else (abs(y - cy) < .5*r) & (abs(x - cx) < 1.3*r)
+            if not any((m & other).any() for other in masks): image[m] = rng.normal(190, 15, m.sum()); masks.append(m); labels.append(label)
+        pictures.append((image.clip(0, 255).astype(np.uint8), np.stack(masks), labels))
+    items = DetectItems(pd.DataFrame(dict(label='shapes', patient=[str(i) for i in range(60)])), *map(list, zip(*pictures)), ('disc', 'bar'))
+    ap = train_detector(None, items, range(40), range(40, 60), tmp_path, epochs=8, every=6, bs=4, lr=1e-3, opt='adam', size=(96, 96), width=32, channels=1, trainable='all', **FEW_OBJECTS)
+    ap = ap[ap.metric == 'AP50'].set_index(['level', 'class'])['value']
+    assert len(ap) == 6 and ap.min() > .7                                           # boxes and masks, all, discs, bars
+
 def test_pictures_without_any_lesion_train_alone():
     learn = quiet(learner(made(6, empty=range(6))))
     learn.fit(1)

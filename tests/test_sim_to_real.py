@@ -6,6 +6,7 @@ from lus_fastai.core import MaskSet
 from lus_fastai.phantom import draw_patient, phantom_clip, write_video
 from lus_fastai.preprocess import FanError, from_polar
 from lus_fastai.report import read_results
+from lus_fastai.papers import sim_to_real
 from lus_fastai.papers.sim_to_real import *
 
 @pytest.fixture(scope='module')
@@ -153,3 +154,20 @@ def test_from_end_to_end_on_the_phantom(tmp_path):
 def test_real_clips_need_a_folder(monkeypatch):
     monkeypatch.delenv('LUS_DATA', raising=False)
     with pytest.raises(ValueError, match='LUS_DATA'): reproduce('real')
+
+def test_taught_scores_come_from_networks_that_have_not_seen_the_patient(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 90, (13, 2, 32, 16)).astype(np.uint8)
+    table = pd.DataFrame(dict(patient=[f'p{i//2}' for i in range(13)], b_lines=[0., 1.]*6 + [np.nan]))
+    frames[1::2, :, :, 6:10] = 250                                                            # a column of light where the answer is yes
+    seen, real = [], sim_to_real.cross_validate
+    monkeypatch.setattr(sim_to_real, 'cross_validate', lambda build, t, folds, **kw: seen.append(folds.groupby(t['patient']).nunique().max()) or real(build, t, folds, **kw))
+    torch.manual_seed(0)
+    lines = LineNet(4)
+    before = [p.clone() for p in lines.parameters()]
+    got = taught_scores(lines, frames, table, 'b_lines', tmp_path/'a', folds=3, epochs=20, lr=.02)
+    assert seen == [1] and np.isnan(got[12]) and auc(table.b_lines[:12], got[:12]) > .9
+    assert all(torch.equal(a, b) for a, b in zip(before, lines.parameters()))                 # what it starts from stays
+    np.testing.assert_array_equal(taught_scores(lines, frames, table, 'b_lines', tmp_path/'b', folds=3, epochs=20, lr=.02), got)
+    monkeypatch.setattr(sim_to_real, 'LineClassifier', None)
+    np.testing.assert_array_equal(taught_scores(lines, frames, table, 'b_lines', tmp_path/'a', folds=3, epochs=20, lr=.02), got)        # a finished run is read, not repeated

@@ -6,25 +6,28 @@
 __all__ = ['LINES', 'PLAIN', 'QUICK', 'phantom_fan', 'vary', 'polar_phantom', 'common_fan', 'polar_clips', 'Roughen',
            'contrast_channels', 'LineNet', 'LineLoss', 'line_areas', 'predict_lines', 'plain_scores', 'auc', 'spearman',
            'patient_interval', 'agreement', 'tuning_patients', 'SimSettings', 'fit_lines', 'reproduce',
-           'plot_agreement', 'sim_report']
+           'plot_agreement', 'sim_report', 'LineClassifier', 'taught_scores']
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c003
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 import hashlib, io
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from fastai.vision.all import ParamScheduler, RandTransform, TensorImage, TensorMask, combined_cos, retain_type
+from fastai.vision.all import CrossEntropyLossFlat, Flip, Learner, ParamScheduler, RandTransform, TensorImage, TensorMask, combined_cos, retain_type
 from torch import nn
 from ..core import *
 from ..phantom import Patient, draw_patient, phantom_clip
 from ..sources import index
 from ..clips import ClipError, sample_clip
 from ..preprocess import Fan, FanError, find_fan, to_polar
-from ..folds import split_hash
+from ..folds import patient_folds, split_hash
+from ..data import frame_dls
 from ..models import unet
 from ..overlap import SoftDiceLoss
-from ..rotation import fit_masks, predict_masks
+from ..rotation import adam, fit_masks, predict_masks
+from ..training import ClassProbs, cross_validate, training_hours
 from ..report import Report, cell, interval_text, plot_comparison, read_results, results_json, results_table
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c006
@@ -259,12 +262,12 @@ def patient_interval(
     return statistic(x, y), float(low), float(high)
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c028
-_ROWS = {'b_lines': {'network': ('B-lines below', 1), 'network, whole area': ('B-line', 1), 'brightness below': ('brightness below', 1), 'share below': ('share below', 1), 'streaks': ('streaks', 1)},
-         'a_lines': {'network': ('A-lines steady', 1), 'network, whole area': ('A-line', 1), 'darkness below': ('brightness below', -1), 'share above': ('share below', -1), 'repeats': ('repeats', 1)},
+_ROWS = {'b_lines': {'network': ('B-lines below', 1), 'network, whole area': ('B-line', 1), 'brightness below': ('brightness below', 1), 'share below': ('share below', 1), 'streaks': ('streaks', 1), 'taught by experts': ('b_lines, taught', 1)},
+         'a_lines': {'network': ('A-lines steady', 1), 'network, whole area': ('A-line', 1), 'darkness below': ('brightness below', -1), 'share above': ('share below', -1), 'repeats': ('repeats', 1), 'taught by experts': ('a_lines, taught', 1)},
          'severity': {'network': ('B-lines below', 1), 'network, whole area': ('B-line', 1), 'network, A-lines': ('A-lines steady', 1), 'brightness below': ('brightness below', 1), 'share below': ('share below', 1), 'streaks': ('streaks', 1)}}
 
 def agreement(
-    scores:pd.DataFrame,     # a row per clip: columns of `line_areas` and `plain_scores`
+    scores:pd.DataFrame,     # a row per clip: columns of `line_areas` and `plain_scores`, and '<finding>, taught' from `taught_scores`
     table:pd.DataFrame,      # the same rows: patient, and what experts said: a_lines, b_lines (0 or 1), severity, as far as there; NaN rows are left out
     n_boot:int=1000,         # resamples
 ) -> pd.DataFrame:           # finding, score, metric, value, low, high, clips, positive, patients
@@ -344,7 +347,8 @@ def reproduce(
     folder = folder or real_data()
     if data == 'real' and folder is None: raise ValueError("data='real' needs COVID-BLUES: set LUS_DATA to the folder that holds it, or see `lus_data blues` for how to get it")
     home.mkdir(parents=True, exist_ok=True)
-    model, history = fit_lines(_training_set(s, home), home/hashlib.sha256(repr(s).encode()).hexdigest()[:10], s)
+    run = home/hashlib.sha256(repr(s).encode()).hexdigest()[:10]
+    model, history = fit_lines(_training_set(s, home), run, s)
     skipped = []
     if data == 'phantom':
         new = polar_phantom(s.held_out, s.size, 2, s.seed + 1, varied=False)
@@ -357,6 +361,8 @@ def reproduce(
         frames, table, skipped = polar_clips(table, fan, s.size, s.looks, s.rate)
         for path, reason in skipped: print(f'skipped {Path(path).name}: {reason}')
     scores = pd.concat([predict_lines(model, frames), plain_scores(frames)], axis=1)
+    if test:
+        for finding in ('b_lines', 'a_lines'): scores[f'{finding}, taught'] = taught_scores(model, frames, table, finding, run/f'taught-{data}-{finding}')
     about = {'held out': 'phantom patients of the ordinary simulator, none of them in training; severity is the number of B-lines', 'tuning': 'patients whose clips were looked at while the simulation was adapted', 'test': 'patients never looked at, scored once'}
     cells, protocols = [], {}
     for part in dict.fromkeys(table['part']):
@@ -366,7 +372,7 @@ def reproduce(
         for (grade, line), x in scores.loc[t.index].melt(ignore_index=False, value_vars=['A-line', 'B-line', 'B-lines below', 'A-lines steady']).join(t['severity']).groupby(['severity', 'variable'])['value']:
             cells.append(cell('area by severity', line, f'{grade:g}', x.median(), tuple(x.quantile([.25, .75])), protocol=part))
     name = f"sim-to-real-{'blues' if data == 'real' else 'phantom'}{'-quick' if quick else ''}"
-    results = results_json(Path(out)/f'{name}.json', paper='From the phantom to real clips', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=history['seconds'].sum()/3600,
+    results = results_json(Path(out)/f'{name}.json', paper='From the phantom to real clips', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=training_hours(run),
                            command=f"lus_repro sim_to_real --data {data}{' --quick' if quick else ''}")
     return sim_report(Path(out)/f'{name}.html', results, skipped)
 
@@ -392,7 +398,7 @@ def sim_report(
     last = list(results['protocols'])[-1] if 'test' not in results['protocols'] else 'test'
     best = {c['table']: c for c in results['cells'] if c['protocol'] == last and c['row'] == 'network'}
     r.numbers({**{t: f"{c['ours']:.3f}\n95 % interval {c['interval'][0]:.3f} to {c['interval'][1]:.3f}" if c['interval'] else f"{c['ours']}" for t, c in best.items()}, 'training': f"{results['hours']*60:.1f} min\n{results['device']}"})
-    r.section('Agreement with experts', 'Rows other than the network need no learning. Intervals: bootstrap over patients.\n\n' + '\n\n'.join(f"{k}: {v['description']} ({v['patients']} patients, {v['clips']} clips)." for k, v in results['protocols'].items()))
+    r.section('Agreement with experts', 'Rows other than the network need no learning, but one: "taught by experts" is the network after training on the answers for other patients. Intervals: bootstrap over patients.\n\n' + '\n\n'.join(f"{k}: {v['description']} ({v['patients']} patients, {v['clips']} clips)." for k, v in results['protocols'].items()))
     for t in dict.fromkeys(c['table'] for c in results['cells'] if c['column'] == 'value'):
         r.figure(plot_agreement(results, t), f'{t}, with 95 % intervals.')
     r.cells([c for c in results['cells'] if c['column'] == 'value'])
@@ -400,3 +406,37 @@ def sim_report(
     r.cells([c for c in results['cells'] if c['table'] == 'area by severity'], digits=4)
     if skipped: r.table(pd.DataFrame([(Path(p).name, why) for p, why in skipped], columns=['clip', 'reason']), 'Clips that could not be read.')
     return r.provenance(results, next(iter(results['protocols'].values()))['settings']).save(path)
+
+# %% ../../nbs/25_papers.sim_to_real.ipynb #c035
+class LineClassifier(nn.Module):
+    "How much of a frame, and of its deepest fifth, each of `LINES` takes, and one linear layer: logits (b, 2), no and yes."
+    def __init__(self,
+        lines:LineNet,       # copied
+    ):
+        super().__init__()
+        self.lines, self.head = deepcopy(lines), nn.Linear(2*len(LINES), 2)
+    def forward(self, x):
+        p = self.lines(x).float().sigmoid()
+        return self.head(torch.cat([p.mean((2, 3)), p[:, :, -max(p.shape[2]//5, 1):].mean((2, 3))], 1).add(1e-3).log())
+
+def taught_scores(
+    lines:LineNet,           # where every fold starts
+    frames:np.ndarray,       # (clips, frames, depths, beams) uint8, unrolled
+    table:pd.DataFrame,      # a row per clip, numbered from 0: patient, and the finding, 0 or 1
+    finding:str,             # 'a_lines' or 'b_lines'
+    path,                    # folder of the run; resumes
+    folds:int=5,             # by patient
+    epochs:int=4,
+    lr:float=2e-3,           # Adam, half a cosine
+    seed:int=0,              # of folds, batches and weights
+) -> np.ndarray:             # (clips,) probability of yes, by the network that did not see the patient; NaN where the experts gave no answer
+    "What clips look like to the network after experts' answers for other patients have taught it."
+    known = np.flatnonzero(table[finding].notna())
+    k, answers = frames.shape[1], ['no', 'yes']
+    pictures = frames[known].reshape(-1, *frames.shape[2:])
+    t = pd.DataFrame(dict(row=np.arange(len(pictures)), clip=np.repeat(known, k), patient=np.repeat(table['patient'].to_numpy()[known], k), label=np.repeat(np.where(table[finding].to_numpy()[known] > 0, 'yes', 'no'), k)))
+    store = MaskSet(pictures, np.zeros((len(pictures), 0, *pictures.shape[1:]), bool), (), t)
+    def data(train, valid): return frame_dls(store, train, valid, classes=answers, batch_tfms=[Flip()])
+    def build(dls): return Learner(dls, LineClassifier(lines), loss_func=CrossEntropyLossFlat(), opt_func=adam)
+    out = cross_validate(build, t, patient_folds(t, folds, seed=seed), data=data, collect=ClassProbs(answers), epochs=epochs, path=path, lr=lr, schedule='cosine', seed=seed)
+    return out.groupby('clip')['p_yes'].mean().reindex(range(len(table))).to_numpy()
