@@ -25,10 +25,10 @@ with tempfile.TemporaryDirectory() as tmp:
         files.append([str(tmp/f'{r:05d}.png') for r in rows['row']])
         for r, f in zip(rows['row'], files[-1]): Image.fromarray(np.asarray(store.images[r])).save(f)
     ours = pair_dls(store, store.frames, bs=32).train
-    def through(dl, times=4):
+    def through(dl, times=8):
         for _ in range(times):
             for batch in dl: pass
     assert next(iter(ours))[0].shape == (32, 2, 1, 96, 96)
     for workers in (0, 2):
         peer = torch.utils.data.DataLoader(Pairs(files), 32, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
-        compare(f'pairs from a frame store / PIL and torchvision ({workers} workers)', lambda: through(ours), lambda: through(peer), 'pairs', 4 * len(files))
+        compare(f'pairs from a frame store / PIL and torchvision ({workers} workers)', lambda: through(ours), lambda: through(peer), 'pairs', 8 * len(files), 9)
