@@ -426,7 +426,7 @@ def taught_scores(
     finding:str,             # 'a_lines' or 'b_lines'
     path,                    # folder of the run; resumes
     folds:int=5,             # by patient
-    epochs:int=4,
+    epochs:int=4,            # of each; the last counts
     lr:float=2e-3,           # Adam, half a cosine
     seed:int=0,              # of folds, batches and weights
 ) -> np.ndarray:             # (clips,) probability of yes, by the network that did not see the patient; NaN where the experts gave no answer
