@@ -394,7 +394,8 @@ def test_panels_in_a_browser(page, site):
     panel.get_by_text('pleura').first.wait_for()
     panel.get_by_label('clip').select_option(label='broken.mp4')
     panel.get_by_text('cannot be shown').wait_for()
-    assert 'broken.mp4' in panel.locator('[role=status]').inner_text() and not image.is_visible()
+    image.wait_for(state='hidden')                       # it comes in a message of its own
+    assert 'broken.mp4' in panel.locator('[role=status]').inner_text()
     panel.get_by_label('clip').select_option(index=0)
     image.wait_for()
     # explainer: another method, another class
