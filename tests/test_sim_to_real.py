@@ -151,6 +151,28 @@ def test_from_end_to_end_on_the_phantom(tmp_path):
     with pytest.raises(ValueError, match="'phantom' or 'real'"): reproduce('blues')
     with pytest.raises(ValueError, match='no table'): plot_agreement(first, 'C-lines')
 
+def test_from_end_to_end_on_a_folder_of_clips(tmp_path, capsys):
+    folder, rows = tmp_path/'data', []
+    (folder/'blues'/'lus_videos').mkdir(parents=True)
+    for i in range(1, 7):
+        for k, point in enumerate(('L1', 'R1')):
+            name = f'patient_{i}_{point}.mp4'
+            write_video(folder/'blues'/'lus_videos'/name, phantom_clip(draw_patient(i, None, 'convex'), k, 4, (160, 160)).frames, 4)
+            rows.append((name, i % 4, k if i < 4 else '', (i + k) % 2))                          # A-lines: answers for three patients only
+    (folder/'blues'/'lus_videos'/'patient_6_R1.mp4').write_bytes(b'no video')
+    pd.DataFrame(rows, columns=['video_file', 'Severity Score', 'A-lines', 'B-lines']).to_csv(folder/'blues'/'severity.csv', index=False)
+    pd.DataFrame(dict(patient_id=range(1, 7), cov_test=[1, 0]*3)).to_csv(folder/'blues'/'clinical_variables.csv', index=False)
+    s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, tuning=2, looks=2)
+    def run(**kw): return read_results(reproduce('real', out=tmp_path/'out', home=tmp_path/'home', settings=s, folder=folder, **kw).with_suffix('.json'))
+    whole, said = run(), capsys.readouterr().out
+    assert 'patient_6_R1.mp4' in said and 'A-lines: answers for 3 patient(s)' in said
+    assert {k: v['patients'] for k, v in whole['protocols'].items()} == dict(tuning=2, test=4) and sum(v['clips'] for v in whole['protocols'].values()) == 11
+    assert {c['table'] for c in whole['cells'] if c['row'] == 'taught by experts'} == {'B-lines, AUC'}
+    shown = run(test=False)                                                                    # while one tunes: not a word of the others
+    assert list(shown['protocols']) == ['tuning'] and not any(c['row'] == 'taught by experts' for c in shown['cells'])
+    same = lambda r: [c for c in r['cells'] if c['protocol'] == 'tuning' and c['row'] != 'taught by experts']
+    assert same(shown) == same(whole)
+
 def test_real_clips_need_a_folder(monkeypatch):
     monkeypatch.delenv('LUS_DATA', raising=False)
     with pytest.raises(ValueError, match='LUS_DATA'): reproduce('real')

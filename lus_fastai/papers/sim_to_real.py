@@ -362,7 +362,10 @@ def reproduce(
         for path, reason in skipped: print(f'skipped {Path(path).name}: {reason}')
     scores = pd.concat([predict_lines(model, frames), plain_scores(frames)], axis=1)
     if test:
-        for finding in ('b_lines', 'a_lines'): scores[f'{finding}, taught'] = taught_scores(model, frames, table, finding, run/f'taught-{data}-{finding}')
+        for finding in ('b_lines', 'a_lines'):
+            answered = table.loc[table[finding].notna(), 'patient'].nunique()
+            if answered < 5: print(f'{_SAID[finding]}: answers for {answered} patient(s), five are needed to teach the network'); continue
+            scores[f'{finding}, taught'] = taught_scores(model, frames, table, finding, run/f'taught-{data}-{finding}')
     about = {'held out': 'phantom patients of the ordinary simulator, none of them in training; severity is the number of B-lines', 'tuning': 'patients whose clips were looked at while the simulation was adapted', 'test': 'patients never looked at, scored once'}
     cells, protocols = [], {}
     for part in dict.fromkeys(table['part']):
