@@ -1,5 +1,8 @@
 __version__ = "0.1.0"
 
+import warnings
+warnings.filterwarnings('ignore', '.*torch.jit.script. is deprecated', FutureWarning)   # raised by importing fastai; nothing a user can do about it
+
 def __getattr__(name):
     "Import on demand (PEP 562): a module of ours when it is named, `lus_fastai.all` for any other name and for `import *`."
     from importlib import import_module
