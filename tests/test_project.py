@@ -1,7 +1,7 @@
 "The house: imports, names, packaging, files, site and commands."
 import ast, configparser, json, os, re, shutil, subprocess, sys, zipfile
 from importlib import import_module
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions
 from pathlib import Path
 import pytest
 
@@ -87,7 +87,9 @@ def test_what_is_imported_is_required():
     comes_with_fastai = {'torch', 'torchvision', 'numpy', 'pandas', 'matplotlib', 'sklearn', 'scipy', 'PIL', 'fastcore', 'fastprogress', 'requests', 'yaml', 'IPython', 'fastai'}
     named = lambda key: {re.split(r'[<>=!~]', r)[0].lower() for r in settings()[key].split()}
     required, asked_for = named('requirements'), named('widgets_requirements') | named('imagenet_requirements') | named('distributed_requirements')
-    packages = {name: {d.lower() for d in ds} for name, ds in packages_distributions().items()} # what is imported as pytorch_grad_cam comes in grad-cam
+    packages = {}                                                    # what is imported as pytorch_grad_cam comes in grad-cam
+    for d in distributions():
+        for name in {f.parts[0].removesuffix('.py') for f in d.files or []}: packages.setdefault(name, set()).add(d.metadata['Name'].lower())
     used = {}
     for m in MODULES:
         for node in ast.walk(ast.parse((ROOT/'lus_fastai'/(m.replace('.', '/') + '.py')).read_text(encoding='utf-8'))):
