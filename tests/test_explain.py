@@ -371,8 +371,10 @@ def test_videos(tmp_path):
     maps[:, 4:20, 4:20] = np.linspace(.1, 1, 10)[:, None, None]; maps[:, 4:20, 26:40] = -1
     for name in ('a.mp4', 'a.gif'): write_map_video(tmp_path/'deep'/name, frames, maps, 12.5)
     assert sorted(p.name for p in (tmp_path/'deep').iterdir()) == ['a.gif', 'a.mp4']
-    with av.open(str(tmp_path/'deep/a.mp4')) as box: shown = [f.to_ndarray(format='rgb24').astype(int) for f in box.decode(video=0)]; stream = box.streams.video[0]
-    assert len(shown) == 10 and shown[0].shape == (32, 46, 3) and stream.codec_context.pix_fmt == 'yuv420p' and float(stream.average_rate) == 12.5
+    with av.open(str(tmp_path/'deep/a.mp4')) as box:
+        stream = box.streams.video[0]
+        shown = [f.to_ndarray(format='rgb24').astype(int) for f in box.decode(stream)]
+        assert len(shown) == 10 and shown[0].shape == (32, 46, 3) and stream.codec_context.pix_fmt == 'yuv420p' and float(stream.average_rate) == 12.5
     for k in (0, 9):
         want = map_rgb(frames, maps)[k].astype(int)
         for y, z in ((12, 12), (12, 33), (26, 22)): assert np.abs(shown[k][y, z] - want[y, z]).max() < 24, (k, y, z)
