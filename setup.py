@@ -1,4 +1,4 @@
-"Packaging of lus_fastai: everything is read from settings.ini; `data/` ships inside the wheel as `lus_fastai/_data`."
+"Packaging of lus_fastai, from settings.ini: what pyproject.toml leaves to be filled in. `data/` and `results/` ship inside the wheel as `lus_fastai/_data` and `_results`."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -12,14 +12,13 @@ extras = {k: cfg[f'{k}_requirements'].split() for k in ('widgets', 'imagenet', '
 extras['dev'] += extras['widgets'] + extras['imagenet'] + extras['distributed'] + extras['docs']
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    author=cfg['author'], author_email=cfg['author_email'], license='Apache-2.0', url=cfg['git_url'],
+    version=cfg['version'], keywords=cfg['keywords'], license=cfg['license'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     classifiers=[f"Development Status :: {cfg['status']} - {stages[cfg['status']]}", f"Intended Audience :: {cfg['audience']}",
                  f"Natural Language :: {cfg['language']}", 'Programming Language :: Python :: 3',
                  'Topic :: Scientific/Engineering :: Medical Science Apps.', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
-    python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(), extras_require=extras,
-    packages=find_packages(include=['lus_fastai', 'lus_fastai.*']) + ['lus_fastai._data'],
-    package_dir={'lus_fastai._data': 'data'}, package_data={'lus_fastai._data': ['**/*']},
+    install_requires=cfg['requirements'].split(), extras_require=extras,
+    packages=find_packages(include=['lus_fastai', 'lus_fastai.*']) + ['lus_fastai._data', 'lus_fastai._results'],
+    package_dir={'lus_fastai._data': 'data', 'lus_fastai._results': 'results'},
+    package_data={'lus_fastai._data': ['**/*'], 'lus_fastai._results': ['*.json']},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False)

@@ -1,5 +1,5 @@
 "Shared by all tests: a small phantom, where real data is, and one thread a process."
-import os
+import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 
@@ -26,6 +26,30 @@ def lus_home_folder(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
+
+def tracked():
+    "Files that are, or would be, committed."
+    git = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode: return [p for p in ROOT.rglob('*') if p.is_file() and not {'.venv', '.git', '__pycache__'} & set(p.relative_to(ROOT).parts)]
+    return [ROOT/f for f in git.stdout.split('\0') if f and (ROOT/f).is_file()]
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    "A wheel of the tracked files, built without network."
+    folder = tmp_path_factory.mktemp('wheel')
+    for p in tracked():
+        to = folder/'source'/p.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(p, to)
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--no-index', '-w', str(folder), str(folder/'source')], check=True)
+    return next(folder.glob('*.whl'))
+
+@pytest.fixture(scope='session')
+def installed(wheel, tmp_path_factory):
+    "A folder into which the wheel was installed, and nothing else."
+    target = tmp_path_factory.mktemp('installed')
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--target', str(target), str(wheel)], check=True)
+    return target
 
 @pytest.fixture(scope='session')
 def phantom_table(tmp_path_factory):

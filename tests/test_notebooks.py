@@ -12,25 +12,18 @@ each_module = pytest.mark.parametrize('module', MODULES, ids=lambda p: '.'.join(
 def load(path): return json.loads(path.read_text(encoding='utf-8'))
 def source(cell): return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
 
-@pytest.fixture
-def nbs(tmp_path):
-    "A copy of the project's notebooks; data and results are the originals, beside them."
-    shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.*', '_*'))
-    for name in ('data', 'results', 'settings.ini'):
-        if (ROOT/name).exists(): (tmp_path/name).symlink_to(ROOT/name)
-    return tmp_path/'nbs'
-
 @each_notebook
-def test_notebook_runs(path, nbs, monkeypatch, lus_home_folder):
+def test_notebook_runs(path, tmp_path, installed, monkeypatch, lus_home_folder):
+    "As in Colab: alone in an empty folder, beside the wheel."
     import nbformat
     from nbclient import NotebookClient
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])))
+    monkeypatch.setenv('PYTHONPATH', str(installed))
     monkeypatch.setenv('JUPYTER_PLATFORM_DIRS', '1')
     monkeypatch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
     monkeypatch.delenv('LUS_DATA', raising=False) # the notebooks' default is the phantom
-    nb = nbformat.read(nbs/path.relative_to(ROOT/'nbs'), as_version=4)
+    nb = nbformat.read(path, as_version=4)
     nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M))]
-    NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(nbs)}}).execute()
+    NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}).execute()
 
 @pytest.fixture(scope='session')
 def exported(tmp_path_factory):
@@ -38,7 +31,7 @@ def exported(tmp_path_factory):
     from nbdev.export import nb_export
     folder = tmp_path_factory.mktemp('exported')
     shutil.copytree(ROOT/'nbs', folder/'nbs', ignore=shutil.ignore_patterns('.*', '_*'))
-    shutil.copy(ROOT/'settings.ini', folder)
+    shutil.copy(ROOT/'pyproject.toml', folder)
     here = os.getcwd()
     try:
         os.chdir(folder)
@@ -54,12 +47,12 @@ def test_module_is_what_its_notebook_exports(module, exported):
     a, b = module.read_text(encoding='utf-8'), new.read_text(encoding='utf-8')
     notebook = re.search(r'File to edit: (\S+)', b)[1].rstrip('.').split('nbs/')[-1]
     diff = '\n'.join(list(difflib.unified_diff(a.splitlines(), b.splitlines(), 'module', 'notebook', n=0, lineterm=''))[:20])
-    assert a == b, f'lus_fastai/{module.relative_to(ROOT/"lus_fastai")} and nbs/{notebook} differ: run nbdev_export\n{diff}'
+    assert a == b, f'lus_fastai/{module.relative_to(ROOT/"lus_fastai")} and nbs/{notebook} differ: run nbdev-export\n{diff}'
 
 def test_every_export_has_its_module(exported):
     there = {p.relative_to(exported) for p in exported.rglob('*.py')} - {Path('__init__.py')}
     missing = sorted(str(p) for p in there if not (ROOT/'lus_fastai'/p).is_file() and p.name != '__init__.py')
-    assert not missing, f'run nbdev_export: {missing}'
+    assert not missing, f'run nbdev-export: {missing}'
 
 @each_notebook
 def test_notebook_is_clean(path, tmp_path, monkeypatch):
@@ -68,7 +61,7 @@ def test_notebook_is_clean(path, tmp_path, monkeypatch):
     copy = tmp_path/path.name
     shutil.copy(path, copy)
     nbdev_clean.__wrapped__(fname=str(copy))
-    assert copy.read_text(encoding='utf-8') == path.read_text(encoding='utf-8'), f'run nbdev_clean --fname nbs/{path.name}'
+    assert copy.read_text(encoding='utf-8') == path.read_text(encoding='utf-8'), f'run nbdev-clean --fname nbs/{path.name}'
 
 @each_notebook
 def test_notebook_is_readable(path):

@@ -4,8 +4,8 @@ from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 import pytest
+from conftest import ROOT, tracked
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = ['.'.join(p.relative_to(ROOT/'lus_fastai').with_suffix('').parts) for p in sorted((ROOT/'lus_fastai').rglob('*.py'))
            if p.name not in ('__init__.py', '_modidx.py', 'all.py')]
 LIGHT = ('core', 'phantom', 'sources', 'clips', 'folds') # importing one of these imports no fastai
@@ -14,12 +14,6 @@ def settings():
     parser = configparser.ConfigParser(delimiters=['='], interpolation=None)
     parser.read(ROOT/'settings.ini', encoding='utf-8')
     return parser['DEFAULT']
-
-def tracked():
-    "Files that are, or would be, committed."
-    git = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True)
-    if git.returncode: return [p for p in ROOT.rglob('*') if p.is_file() and not {'.venv', '.git', '__pycache__'} & set(p.relative_to(ROOT).parts)]
-    return [ROOT/f for f in git.stdout.split('\0') if f and (ROOT/f).is_file()]
 
 def fresh(code, cwd=ROOT, **env):
     "What `code` prints in a new process."
@@ -148,16 +142,7 @@ def test_readme_embeds_nothing_and_lists_every_notebook():
 
 # packaging
 
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    "A wheel of the tracked files, built without network."
-    folder = tmp_path_factory.mktemp('wheel')
-    for p in tracked():
-        to = folder/'source'/p.relative_to(ROOT)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(p, to)
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--no-index', '-w', str(folder), str(folder/'source')], check=True)
-    return next(folder.glob('*.whl'))
+def test_pyproject_repeats_settings(docs): assert (ROOT/'pyproject.toml').read_text(encoding='utf-8') == docs.pyproject(settings())
 
 def test_wheel_holds_the_package_and_its_data_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
@@ -166,19 +151,17 @@ def test_wheel_holds_the_package_and_its_data_only(wheel):
     assert not [n for n in names if n.endswith('.ipynb') or '/tests/' in n or '/nbs/' in n or '_modidx' in n]
     shipped = {p.relative_to(ROOT/'data').as_posix() for p in tracked() if p.is_relative_to(ROOT/'data')}
     assert {n.removeprefix('lus_fastai/_data/') for n in names if n.startswith('lus_fastai/_data/')} == shipped
+    assert {n.removeprefix('lus_fastai/_results/') for n in names if n.startswith('lus_fastai/_results/')} == {p.name for p in (ROOT/'results').glob('*.json')}
     assert {f"lus_fastai/{m.replace('.', '/')}.py" for m in MODULES} <= set(names) and any(n.endswith('licenses/LICENSE') or n.endswith('/LICENSE') for n in names)
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('/METADATA'))).decode()
     runtime = [r for r in re.findall(r'^Requires-Dist: (.*)$', meta, re.M) if 'extra ==' not in r]
     assert len(runtime) == len(settings()['requirements'].split()) and not any(re.search(r'[<=]=|<', r.split(';')[0].replace('>=', '')) for r in runtime)
     assert {'dev', 'distributed', 'docs', 'imagenet', 'widgets'} == set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) and re.search(r'^Requires-Python: >=3\.10$', meta, re.M)
 
-def test_installed_wheel_works_elsewhere(wheel, tmp_path):
-    target, away = tmp_path/'target', tmp_path/'away'
-    away.mkdir()
-    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--target', str(target), str(wheel)], check=True)
-    out = fresh("import lus_fastai; from lus_fastai.sources import manifest; print(lus_fastai.__version__, lus_fastai.__file__, len(manifest('pocus')) > 100)",
-                cwd=away, PYTHONPATH=str(target))
-    assert out == f"{settings()['version']} {target/'lus_fastai/__init__.py'} True"
+def test_installed_wheel_works_elsewhere(installed, tmp_path):
+    out = fresh("import lus_fastai; from lus_fastai.sources import manifest; from lus_fastai.report import read_results; "
+                "print(lus_fastai.__version__, lus_fastai.__file__, len(manifest('pocus')) > 100, read_results('gare-pocus')['data'])", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert out == f"{settings()['version']} {installed/'lus_fastai/__init__.py'} True pocus"
 
 # site
 
@@ -192,7 +175,7 @@ def site(tmp_path, docs):
     "A copy of what the site is made from, derived files included."
     for p in tracked():
         top = p.relative_to(ROOT).parts[0]
-        if top in ('nbs', 'results', '_quarto.yml', 'settings.ini', 'styles.css', 'README.md'):
+        if top in ('nbs', 'results', '_quarto.yml', 'settings.ini', 'pyproject.toml', 'styles.css', 'README.md'):
             to = tmp_path/p.relative_to(ROOT)
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(p, to)

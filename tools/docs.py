@@ -58,10 +58,41 @@ def results_page(
             for table in dict.fromkeys(c.get('table', '') for c in own): out += [f'**{table}**', '', *_rows([c for c in own if c.get('table', '') == table])]
     return '\n'.join(out).rstrip() + '\n'
 
+def pyproject(
+    cfg:dict, # of `settings`
+)->str:       # the text pyproject.toml has to have
+    "What setuptools and nbdev read from pyproject.toml; all else `setup.py` takes from settings.ini."
+    return f'''# derived from settings.ini by tools/docs.py: edit that
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "{cfg['lib_name']}"
+description = "{cfg['description']}"
+requires-python = ">={cfg['min_python']}"
+authors = [{{name = "{cfg['author']}", email = "{cfg['author_email']}"}}]
+dynamic = ["version", "readme", "license", "keywords", "classifiers", "dependencies", "optional-dependencies", "scripts"]
+
+[project.urls]
+Repository = "{cfg['git_url']}"
+Documentation = "{cfg['doc_host']}{cfg['doc_baseurl']}"
+
+[tool.nbdev]
+title = "{cfg['title']}"
+branch = "{cfg['branch']}"
+nbs_path = "{cfg['nbs_path']}"
+lib_path = "{cfg['lib_path']}"
+doc_path = "{cfg['doc_path']}"
+readme_nb = "{cfg['readme_nb']}"
+tst_flags = "{cfg['tst_flags']}"
+custom_sidebar = {cfg['custom_sidebar'].lower()}
+'''
+
 def derive(
     root:Path=root, # the project's folder
 ):
-    "Write nbs/_quarto.yml, nbdev.yml, sidebar.yml, styles.css and results.qmd from the root's files."
+    "Write pyproject.toml, and nbs/_quarto.yml, nbdev.yml, sidebar.yml, styles.css and results.qmd, from the root's files."
     cfg, quarto = settings(root), _local(yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8')))
     sidebar = {'website': {'sidebar': quarto['website'].pop('sidebar')}}
     quarto['metadata-files'] = ['nbdev.yml', 'sidebar.yml']
@@ -73,6 +104,8 @@ def derive(
         (nbs/name).write_text(head + yaml.safe_dump(o, sort_keys=False, allow_unicode=True), encoding='utf-8')
     shutil.copyfile(root/'styles.css', nbs/'styles.css')
     (nbs/'results.qmd').write_text(results_page(root/'results'), encoding='utf-8')
+    toml = root/'pyproject.toml'
+    if not toml.is_file() or toml.read_text(encoding='utf-8') != pyproject(cfg): toml.write_text(pyproject(cfg), encoding='utf-8') # make installs anew when it is touched
 
 _link = re.compile(r'(\]\()([^)\s]+)((?:\s+"[^"]*")?\))')
 _away = re.compile(r'^(?:[a-z][a-z0-9+.-]*:|//|#)', re.I)
@@ -106,7 +139,7 @@ def readme(
 def check(
     root:Path=root, # the project's folder; `derive` has run
 )->list:            # sentences, one a fault; empty when the site is sound
-    "Faults of the site's sources: pages that do not exist or are not reachable, broken links, front matter, a stale README."
+    "Faults of the site's sources: pages that do not exist or are not reachable, broken links, front matter, a stale README or pyproject.toml."
     faults, nbs = [], root/'nbs'
     made = {}
     for name in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml', 'results.qmd'):
@@ -149,7 +182,7 @@ def process(
     root:Path=root, # the project's folder
 )->list:            # sentences, one a notebook that nbdev could not process
     "nbdev's own processing of each notebook, documentation of every exported name included, as Quarto would be given them."
-    from execnb.nbio import read_nb
+    from fastcore.nbio import read_nb
     from nbdev.processors import FilterDefaults
     os.chdir(root)
     os.environ['IN_TEST'] = '1'
