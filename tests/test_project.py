@@ -235,9 +235,11 @@ def test_make_installs_once(tmp_path):
     os.utime(folder/'.venv/.installed', (0, 0))
     assert 'pip install' in plan()
 
-@pytest.mark.parametrize('closing,code', [('3 passed, 1 skipped in 0.12s', 0), ('1 failed, 2 passed in 61.20s (0:01:01)', 1)])
-def test_ci_ends_with_the_closing_line_and_its_verdict(tmp_path, closing, code):
+@pytest.mark.parametrize('closing,tests,plain', [('3 passed, 1 skipped in 0.12s', 0, 0), ('1 failed, 2 passed in 61.20s (0:01:01)', 1, 0), ('3 passed in 0.12s', 0, 1)])
+def test_ci_ends_with_the_closing_line_and_its_verdict(tmp_path, closing, tests, plain):
     folder = copy_of(tmp_path, '.ci/run')
-    (folder/'Makefile').write_text(f"test:\n\t@echo 'slowest durations'; echo '{closing}'; exit {code}\n")
+    (folder/'Makefile').write_text(f"test:\n\t@echo 'slowest durations'; echo '{closing}'; exit {tests}\n")
+    (folder/'.ci/plain').write_text(f'#!/bin/sh\nexit {plain}\n')
+    (folder/'.ci/plain').chmod(0o755)
     r = subprocess.run([str(folder/'.ci/run')], cwd='/', capture_output=True, text=True)
-    assert bool(r.returncode) == bool(code) and r.stdout.strip().splitlines()[-1] == closing
+    assert bool(r.returncode) == bool(tests or plain) and r.stdout.strip().splitlines()[-1] == closing
