@@ -193,7 +193,7 @@ def test_the_inner_choice_never_sees_the_held_out_patients(made, tmp_path):
         held_out = set(frames[folds == k].patient)
         assert train and valid and not train & valid and not (train | valid) & held_out
 
-@pytest.mark.parametrize('change, message', [(dict(select='test'), "select is 'last'"), (dict(epochs=0), 'at least 1'), (dict(schedule='step'), "schedule is 'plateau' or 'cosine'")])
+@pytest.mark.parametrize('change, message', [(dict(select='test'), "select is 'last'"), (dict(epochs=0), 'at least 1'), (dict(schedule='step'), "schedule is 'plateau', 'cosine' or 'one-cycle'")])
 def test_wrong_arguments_are_named(made, tmp_path, change, message):
     frames, folds, data, build = setup(made)
     with pytest.raises(ValueError, match=message): cross_validate(build, frames, folds, **{**dict(data=data, collect=ClassProbs(), epochs=1, path=tmp_path), **change})
@@ -242,6 +242,26 @@ def test_the_cosine_bends_each_groups_own_rate_and_a_resumed_fit_is_on_the_right
     assert np.allclose(np.array(whole) / np.array(whole[0]), np.array([1, 1, .75, .25])[:, None])
     assert whole[0][-1] == .1 and whole[0][-2] == .05
     assert all(torch.equal(weights[k], resumed[k]) for k in weights)
+
+def test_one_cycle_resumed_in_the_middle_of_an_epoch_equals_an_unbroken_fit_and_rests_in_lr_find(made, tmp_path):
+    frames, folds, data, build = setup(made)
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 2 and self.iter == 1: raise KeyboardInterrupt
+    def fit(path, *cbs):
+        seed_all(0)
+        learn = build(data(frames[folds != 0], frames[folds == 0]))
+        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 4, .01, path, cbs=[OneCycleLR(), *cbs])
+        return learn.model.state_dict()
+    whole = fit(tmp_path/'whole.pt')
+    with pytest.raises(KeyboardInterrupt): fit(tmp_path/'parts.pt', Stop())
+    resumed = fit(tmp_path/'parts.pt')
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn.path = tmp_path                          # lr_find writes there
+    learn.add_cb(OneCycleLR())
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(1e-6, 1e-2, num_it=5, show_plot=False)
+    assert np.all(np.diff(learn.recorder.lrs) > 0)
 
 def test_folders_of_before_there_was_a_schedule_are_accepted_as_plateau_and_refused_as_cosine(made, tmp_path):
     frames, folds, data, build = setup(made)
