@@ -59,14 +59,14 @@ def interval_text(
 
 # %% ../nbs/17_report.ipynb #c011
 def plot_confusion(
-    cm,                   # (n, n) counts, rows true
-    names,                # n class names
+    cm,                   # prediction table, or what `vote` returns; or (n, n) counts, rows true
+    names=None,           # n class names for counts; a table has its own
     title:str='',         # above the figure
 ):                        # matplotlib Figure
     "A confusion matrix, coloured by the share of each row, with counts."
     from matplotlib.patches import Rectangle
-    cm = cm.cpu().numpy() if torch.is_tensor(cm) else np.asarray(cm)
-    if cm.shape != (len(names),)*2: raise ValueError(f"{len(names)} names for a confusion matrix of shape {cm.shape}")
+    from lus_fastai.metrics import total_confusion                   # here, because it is not as light as this module
+    cm, names = total_confusion(cm, names)
     share, n = cm/np.maximum(cm.sum(1, keepdims=True), 1), len(names)
     with _canvas(1.5 + .85*n, 1 + .75*n) as fig:
         ax = fig.add_subplot()

@@ -1,7 +1,8 @@
 "Training under faults: killed processes, full disks, interrupts, and learners that travel between processes; schedules and fine-tuning."
-import copy, json, os, signal, subprocess, sys, textwrap
+import copy, json, os, shutil, signal, subprocess, sys, textwrap
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from lus_fastai import training
 
 SETUP = '''
 import os, signal, sys
@@ -24,6 +25,16 @@ def setup(folder):
     def data(train, valid): return frame_dls(store, train, valid, bs=4, batch_tfms=[GareAugment()])
     def build(dls): return Learner(dls, seg_to_cls(unet(4, width=2)), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
     return store.frames, folds, data, build
+
+def kill_in(learn, frames, batch):
+    "Kill this process in that training batch of a Learner that validates on these frames; a hook, because a callback would make it another run."
+    if set(learn.dls.valid.items.patient) != set(frames.patient): return learn
+    seen = []
+    def count(module, args):
+        if module.training: seen.append(1)
+        if len(seen) == batch: os.kill(os.getpid(), signal.SIGKILL)
+    learn.model.register_forward_pre_hook(count)
+    return learn
 '''
 exec(SETUP)
 
@@ -53,15 +64,7 @@ def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp
     whole = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=3, path=tmp_path/'whole', select='best', patience=1)
     code = f'''
         frames, folds, data, build = setup(folder)
-        fits = []
-        class Kill(Callback):
-            def before_batch(self):
-                if self.training and self.epoch == 1 and self.iter == 2: os.kill(os.getpid(), signal.SIGKILL)
-        def killed(dls):
-            fits.append(1)
-            learn = build(dls)
-            if len(fits) == 2: learn.add_cb(Kill())
-            return learn
+        def killed(dls): return kill_in(build(dls), frames[folds == 1], len(dls.train) + 3)
         cross_validate(killed, frames, folds, data=data, collect=ClassProbs(), epochs=3, path={str(tmp_path/'broken')!r}, select='best', patience=1)
     '''
     assert run(made, code).returncode == -signal.SIGKILL
@@ -72,16 +75,16 @@ def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp
     pd.testing.assert_frame_equal(*(fold_history(tmp_path/name).drop(columns='seconds') for name in ('whole', 'broken')), check_exact=True)
 
 @pytest.mark.parametrize('select', ['last', 'inner', 'best'])
-def test_cut_off_between_the_last_checkpoint_and_the_predictions(made, tmp_path, select):
+def test_cut_off_between_the_last_checkpoint_and_the_predictions(made, tmp_path, select, monkeypatch):
     frames, folds, data, build = setup(made)
-    def cv(name, build=build): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=2, path=tmp_path/name, select=select)
-    class Stop(Callback):
-        def after_fit(self): raise KeyboardInterrupt
-    def stopped(dls): return [learn := build(dls), learn.add_cb(Stop())][0]
-    with pytest.raises(KeyboardInterrupt): cv('cut', stopped)
+    def cv(name): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=2, path=tmp_path/name, select=select)
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(training, '_check_history', stop)
+        with pytest.raises(KeyboardInterrupt): cv('cut')
     assert Checkpoint(tmp_path/'cut/fold0/checkpoint.pt').epochs_done() == 2 and not (tmp_path/'cut/fold0/predictions.pt').exists()
     pd.testing.assert_frame_equal(cv('cut'), cv('whole'), check_exact=True)
-    pd.testing.assert_frame_equal(last_epoch(frames, folds, ClassProbs(), tmp_path/'cut'), last_epoch(frames, folds, ClassProbs(), tmp_path/'whole'), check_exact=True)
+    pd.testing.assert_frame_equal(last_epoch(frames, folds, tmp_path/'cut'), last_epoch(frames, folds, tmp_path/'whole'), check_exact=True)
     pd.testing.assert_frame_equal(*(fold_history(tmp_path/n).drop(columns='seconds') for n in ('cut', 'whole')), check_exact=True)
 
 def test_a_fit_without_an_epoch_left_gives_the_trained_weights(made, tmp_path):
@@ -109,7 +112,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(mad
     done = run(made, code)
     assert done.returncode != 0 and 'checkpoint of epoch 3 could not be written' in done.stderr and 'run again to resume' in done.stderr
     assert Checkpoint(tmp_path/'c.pt').epochs_done() == 2
-    assert [p.name for p in tmp_path.iterdir()] == ['c.pt']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'c.pt']
 
 def test_a_checkpoint_that_is_cut_short_is_named(made, tmp_path):
     frames, folds, data, build = setup(made)
@@ -189,15 +192,151 @@ def test_the_inner_choice_never_sees_the_held_out_patients(made, tmp_path):
         seen.append((set(train.patient), set(valid.patient)))
         return data(train, valid)
     cross_validate(build, frames, folds, data=watched, collect=ClassProbs(), epochs=1, path=tmp_path/'inner', select='inner')
-    for k, (train, valid) in enumerate(seen):
+    assert len(seen) == 4                                  # the first fold's also for the claim
+    for k, (train, valid) in zip([0, 0, 1, 2], seen):
         held_out = set(frames[folds == k].patient)
         assert train and valid and not train & valid and not (train | valid) & held_out
 
-@pytest.mark.parametrize('change, message', [(dict(select='test'), "select is 'last'"), (dict(epochs=0), 'at least 1'), (dict(schedule='step'), "schedule is 'plateau' or 'cosine'")])
+@pytest.mark.parametrize('change, message', [(dict(select='test'), "select is 'last'"), (dict(epochs=0), 'at least 1'), (dict(schedule='step'), "schedule is 'plateau', 'cosine' or 'one-cycle'")])
 def test_wrong_arguments_are_named(made, tmp_path, change, message):
     frames, folds, data, build = setup(made)
     with pytest.raises(ValueError, match=message): cross_validate(build, frames, folds, **{**dict(data=data, collect=ClassProbs(), epochs=1, path=tmp_path), **change})
     with pytest.raises(ValueError, match='at least two folds'): cross_validate(build, frames, folds * 0, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+
+# never the wrong run
+
+def made_with(dls, width=2, opt=torch.optim.Adam, weight=None, **options):
+    return Learner(dls, seg_to_cls(unet(4, width=width)), loss_func=CrossEntropyLossFlat(weight=weight), opt_func=partial(OptimWrapper, opt=opt, **options))
+def frozen(dls):
+    learn = made_with(dls)
+    for p in list(learn.model.parameters())[:4]: p.requires_grad_(False)
+    return learn
+CHANGES = {'network ': partial(made_with, width=3), 'optimiser .*Adam.* -> .*SGD': partial(made_with, opt=torch.optim.SGD), 'optimiser .* -> .*eps=0.001': partial(made_with, eps=1e-3),
+           'loss ': partial(made_with, weight=torch.tensor([1., 2, 3])), 'trains ': frozen}
+
+@pytest.fixture(scope='module')
+def finished(made, tmp_path_factory):
+    frames, folds, data, build = setup(made)
+    folder = tmp_path_factory.mktemp('finished')
+    return folder, cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=folder)
+
+@pytest.mark.parametrize('what', CHANGES)
+def test_another_network_optimiser_or_loss_is_not_answered_by_a_finished_run(made, finished, what):
+    frames, folds, data, _ = setup(made)
+    with pytest.raises(ValueError, match=f'holds another run \\(.*{what}'):
+        cross_validate(CHANGES[what], frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0])
+
+def test_other_batches_labels_or_pixels_are_not_answered_by_a_finished_run(made, finished, tmp_path):
+    frames, folds, data, build = setup(made)
+    store = FrameStore(made/'store')
+    def run(data, frames=frames): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0])
+    with pytest.raises(ValueError, match='bs 4 -> 3'): run(lambda a, b: frame_dls(store, a, b, bs=3, batch_tfms=[GareAugment()]))
+    with pytest.raises(ValueError, match=r'\(transforms .*GareAugment'): run(lambda a, b: frame_dls(store, a, b, bs=4))
+    labels = frames.label.copy()
+    labels.iloc[[0, -1]] = labels.iloc[[-1, 0]].to_numpy()
+    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'): run(data, frames.assign(label=labels))
+    class Inverted:
+        folder, masks, frames = store.folder, None, store.frames
+        images = 255 - np.asarray(store.images)
+        def __len__(self): return len(self.images)
+    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'): run(lambda a, b: frame_dls(Inverted(), a, b, bs=4, batch_tfms=[GareAugment()]))
+
+def test_the_same_code_in_another_process_makes_the_same_claim(made, finished):
+    code = f'''
+        frames, folds, data, build = setup(folder)
+        torch.manual_seed(5)
+        oof = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(finished[0])!r})
+        print(oof.p_covid.sum())
+    '''
+    done = run(made, code, PYTHONHASHSEED='7')
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.strip().splitlines()[-1]) == pytest.approx(float(finished[1].p_covid.sum()))
+
+def test_other_weights_at_the_start_are_another_run_and_drawn_ones_are_not(made, tmp_path):
+    frames, folds, data, _ = setup(made)
+    start = seg_to_cls(unet(4, width=2)).state_dict()
+    def run(weights):
+        def build(dls):
+            learn = made_with(dls)
+            learn.model.load_state_dict({k: v for k, v in weights.items() if 'bottleneck' in k}, strict=False)
+            return learn
+        return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+    first = run(start)
+    pd.testing.assert_frame_equal(run(start), first, check_exact=True)
+    with pytest.raises(ValueError, match=r'\(loaded \w+ -> \w+\)'): run({k: v + 1 for k, v in start.items()})
+
+def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made, tmp_path):
+    code = f'''
+        frames, folds, data, build = setup(folder)
+        class Slow(Callback):
+            def before_batch(self):
+                print('training', flush=True)
+                import time; time.sleep(60)
+        def slow(dls): return build(dls)
+        import lus_fastai.training as T
+        T.AutoPrecision = lambda precision: Slow()
+        cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(tmp_path/'run')!r})
+    '''
+    first = subprocess.Popen([sys.executable, '-c', SETUP + 'from pathlib import Path\nfolder = Path(sys.argv[1])\n' + textwrap.dedent(code), str(made)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == 'training\n'
+        frames, folds, data, build = setup(made)
+        def here(): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'run')
+        with pytest.raises(BlockingIOError, match='another process works in .*run: wait until it is done'): here()
+        assert not list((tmp_path/'run').rglob('checkpoint.pt'))
+    finally:
+        first.kill()
+        first.wait()
+    whole = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'whole')
+    pd.testing.assert_frame_equal(here(), whole, check_exact=True)
+
+def test_a_checkpoint_of_another_epoch_is_never_skipped_in_silence(made, tmp_path, monkeypatch):
+    frames, folds, data, build = setup(made)
+    def learner(): return build(data(frames[folds != 0], frames[folds == 0]))
+    def fit(learn, epochs):
+        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, 1e-3, tmp_path/'c.pt')
+    fit(learner(), 3)
+    with pytest.raises(ValueError, match='has 3 epochs behind it, this fit goes on after 2'): fit(learner(), 2)
+    monkeypatch.setattr(Checkpoint, 'epochs_done', lambda self: 2)           # as if another process had gone on since it was asked
+    with pytest.raises(ValueError, match='has 3 epochs behind it, this fit goes on after 2'): fit(learner(), 4)
+    (tmp_path/'c.pt').unlink()
+    with pytest.raises(ValueError, match='has 0 epochs behind it, this fit goes on after 2'): fit(learner(), 4)
+
+def test_predictions_after_a_fit_leave_the_weights_alone(made, tmp_path):
+    frames, folds, data, build = setup(made)
+    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn.add_cb(Checkpoint(tmp_path/'c.pt'))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        with torch.no_grad(): list(learn.model.parameters())[-2].fill_(7)
+        learn.get_preds()
+    assert any((p == 7).all() for p in learn.model.parameters())
+
+def test_a_history_with_a_gap_is_not_read(made, finished, tmp_path):
+    frames, folds, data, build = setup(made)
+    shutil.copytree(finished[0], tmp_path/'run')
+    (tmp_path/'run/fold1/history.csv').write_text('fold,epoch\n')
+    for read in (lambda: cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'run'), lambda: last_epoch(frames, folds, tmp_path/'run')):
+        with pytest.raises(ValueError, match=r'fold1 has a history of the epochs \[\], not of all 1'): read()
+    with pytest.raises(ValueError, match='other frames or folds'): last_epoch(frames, (folds + 1) % 3, finished[0])
+
+@pytest.mark.parametrize('part', ['training', 'validation', 'logits'])
+def test_an_epoch_that_is_no_number_names_fold_and_epoch_and_leaves_the_one_before(made, tmp_path, part):
+    frames, folds, data, build = setup(made)
+    class Blow(Callback):
+        order = 1
+        def after_pred(self):
+            if self.epoch == 2 and self.training and part == 'training': self.learn.pred = self.pred * float('nan')
+            if self.epoch == 2 and not self.training and part == 'logits': self.learn.pred = self.pred * float('nan')
+        def after_loss(self):
+            if self.epoch == 2 and not self.training and part == 'validation': self.learn.loss = self.loss * float('inf')
+    def broken(dls): return [learn := build(dls), learn.add_cb(Blow())][0]
+    message = r'fold0, epoch 2: the network gives NaN' if part == 'logits' else f'fold0: the {part} loss of epoch 2 is (nan|inf)'
+    for again in range(2):
+        with pytest.raises(ValueError, match=message):
+            cross_validate(broken, frames, folds, data=data, collect=ClassProbs(), epochs=4, path=tmp_path, select='best')
+        assert Checkpoint(tmp_path/'fold0/checkpoint.pt').epochs_done() == 2 and not (tmp_path/'fold0/predictions.pt').exists()
+    assert all(v.isfinite().all() for v in load_weights(tmp_path/'fold0/model.safetensors').values())
 
 # schedules
 
@@ -243,6 +382,26 @@ def test_the_cosine_bends_each_groups_own_rate_and_a_resumed_fit_is_on_the_right
     assert whole[0][-1] == .1 and whole[0][-2] == .05
     assert all(torch.equal(weights[k], resumed[k]) for k in weights)
 
+def test_one_cycle_resumed_in_the_middle_of_an_epoch_equals_an_unbroken_fit_and_rests_in_lr_find(made, tmp_path):
+    frames, folds, data, build = setup(made)
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 2 and self.iter == 1: raise KeyboardInterrupt
+    def fit(path, *cbs):
+        seed_all(0)
+        learn = build(data(frames[folds != 0], frames[folds == 0]))
+        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 4, .01, path, cbs=[OneCycleLR(), *cbs])
+        return learn.model.state_dict()
+    whole = fit(tmp_path/'whole.pt')
+    with pytest.raises(KeyboardInterrupt): fit(tmp_path/'parts.pt', Stop())
+    resumed = fit(tmp_path/'parts.pt')
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn.path = tmp_path                          # lr_find writes there
+    learn.add_cb(OneCycleLR())
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(1e-6, 1e-2, num_it=5, show_plot=False)
+    assert np.all(np.diff(learn.recorder.lrs) > 0)
+
 def test_folders_of_before_there_was_a_schedule_are_accepted_as_plateau_and_refused_as_cosine(made, tmp_path):
     frames, folds, data, build = setup(made)
     def run(**more): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path, **more)
@@ -272,7 +431,7 @@ def tuned(phantom_store, backbone, tmp_path_factory):
 
 def test_fine_tune_predicts_every_frame_by_a_network_that_has_not_seen_the_patient(phantom_store, tuned):
     folder, oof = tuned
-    assert oof.index.equals(phantom_store.frames.index) and np.allclose(oof[ClassProbs().columns].sum(axis=1), 1, atol=1e-5)
+    assert oof.index.equals(phantom_store.frames.index) and np.allclose(oof[[f'p_{c}' for c in CLASSES]].sum(axis=1), 1, atol=1e-5)
     assert not set(oof[oof.fold == 0].patient) & set(oof[oof.fold == 1].patient)
     assert fold_history(folder/'folds').lr.tolist() == [.01, .01]
 
@@ -295,18 +454,12 @@ def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, 
     torch.save(backbone.state_dict(), tmp_path/'backbone.pt')
     code = f'''
         import lus_fastai.training as training
-        made, fits = training.fine_tune_learner, []
-        class Kill(Callback):
-            def before_batch(self):
-                if self.training and self.iter == 1: os.kill(os.getpid(), signal.SIGKILL)
-        def killed(*args, **kwargs):
-            fits.append(1)
-            learn = made(*args, **kwargs)
-            if len(fits) == 2: learn.add_cb(Kill())
-            return learn
-        training.fine_tune_learner = killed
+        made = training.fine_tune_learner
         store = FrameStore({str(phantom_store.folder)!r})
-        fine_tune(create_backbone('resnet18', weights={str(tmp_path/'backbone.pt')!r}), store, last=3, folds=patient_folds(store.frames, 2), path={str(tmp_path/'run')!r}, epochs=1, bs=8)
+        folds = patient_folds(store.frames, 2)
+        def killed(*args, **kwargs): return kill_in(made(*args, **kwargs), store.frames[folds == 1], 2)
+        training.fine_tune_learner = killed
+        fine_tune(create_backbone('resnet18', weights={str(tmp_path/'backbone.pt')!r}), store, last=3, folds=folds, path={str(tmp_path/'run')!r}, epochs=1, bs=8)
     '''
     done = run(tmp_path, code)
     assert done.returncode == -signal.SIGKILL, done.stderr

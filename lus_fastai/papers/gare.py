@@ -25,8 +25,8 @@ from ..folds import patient_folds, leaky_folds, assert_disjoint, split_hash, aud
 from ..data import frame_dls
 from ..augment import GareAugment, gare_variant, expand_variants
 from ..models import unet, seg_to_cls
-from ..transfer import copy_weights
-from ..metrics import cls_confusions, evaluate, evaluate_seg, roc, vote
+from ..transfer import copy_weights, name_outputs
+from ..metrics import evaluate, evaluate_seg, roc, vote
 from ..training import cross_validate, last_epoch, fold_history, training_hours, ClassProbs, PixelCounts
 from ..report import (Report, cell, interval_text, plot_comparison, plot_confusion, plot_iou, plot_masks, plot_roc, results_json, results_table, versions)
 
@@ -147,7 +147,7 @@ def classify(
         if start is not None: copy_weights(start, segmenter, strict=True)
         return seg_to_cls(segmenter, len(CLASSES))
     def data(train, valid): return frame_dls(store, train, valid, bs=settings.bs, batch_tfms=[GareAugment()])
-    return cross_validate(_learner(model, -1), store.frames, protocol_folds(store.frames, protocol, settings), data=data, collect=ClassProbs(CLASSES),
+    return cross_validate(_learner(model, -1), store.frames, protocol_folds(store.frames, protocol, settings), data=data, collect=ClassProbs(),
                           epochs=settings.cls_epochs, path=path, lr=settings.lr, patience=settings.cls_patience, select='last' if protocol == 'patient' else 'best', seed=settings.seed)
 
 # %% ../../nbs/20_papers.gare.ipynb #c024
@@ -231,7 +231,7 @@ def reproduce(
         path, task = runs/f'cls-{data}-{row}-{protocol}', f'classification by {protocol}'
         classified[row, protocol] = oof = classify(clips, *starts[row], path, protocol, settings)
         new = classification_cells(oof, row, task)
-        if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, ClassProbs(CLASSES), path), row, task, 'classification, last epoch')
+        if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, path), row, task, 'classification, last epoch')
         results = done('classification', protocol, oof, path, new)
     return gare_report(Path(out)/f'{name}.html', results, labelled, clips, segmented, classified, runs, settings)
 
@@ -247,6 +247,7 @@ def held_out_masks(
     rows = store.frames[folds == 0].groupby('patient').nth(2).sort_values('label')
     rows = rows.iloc[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
     model = unet(len(DENSE), width=settings.width, bn=settings.bn)
+    name_outputs(model, DENSE)                                   # weights with another order of codes are refused
     copy_weights(Path(path)/'fold0'/'model.safetensors', model, strict=True)
     images, masks = store.images[rows.row.to_numpy()], store.masks[rows.row.to_numpy()]
     with frozen_eval(model), torch.no_grad(): pred = model(torch.from_numpy(images)[:, None] / 255.).argmax(1)
@@ -296,7 +297,7 @@ def gare_report(
     r.cells([c for c in cells if c['protocol'] == 'classification by patient' and c['column'] in ('accuracy', 'balanced accuracy', 'f1', 'accuracy by clip', 'balanced accuracy by clip', 'accuracy by patient')])
     for row in ('dense', 'sparse', 'none'):
         o = classified[row, 'patient']
-        r.figure(plot_confusion(cls_confusions(o).sum(0), CLASSES, f'Start: {row}; {len(o)} frames'), f'Confusion matrix by frame, start {row}, folds by patient.')
+        r.figure(plot_confusion(o, title=f'Start: {row}; {len(o)} frames'), f'Confusion matrix by frame, start {row}, folds by patient.')
     o = classified['dense', 'patient']
     r.figure(plot_roc(*roc(o), 'Frames'), 'ROC of the dense start by frame, folds by patient.')
     r.figure(plot_roc(*roc(vote(o, 'clip')), 'Clips'), 'ROC of the dense start by clip (mean probability of its frames).')
