@@ -460,6 +460,11 @@ class FrameStore:
         if have != want: raise ValueError(f"{path} has {have} bytes, not {want}: the store is damaged, build it again")
         return np.memmap(path, np.uint8, 'c', shape=shape)  # copy on write: arrays that may be changed, a file that may not
     def __len__(self): return self.meta['rows']
+    def holds(self,
+        id,                   # of a store: an entry of the column `store`
+    ) -> bool:                # whichever folder it lies in
+        "Whether an id names this store's content."
+        return Path(id).name == Path(self.id).name
     def __getitem__(self,
         rows,                 # a row number, a slice, or an array of row numbers
     ) -> np.ndarray:          # (h, w) or (n, h, w) uint8
@@ -512,10 +517,6 @@ def _reopened(folder, id, size, prepare):
     except FileNotFoundError: return _Absent(folder, id, size, prepare)
 
 # %% ../nbs/03_clips.ipynb #rows
-def _same_content(a, b):
-    "Whether two ids name the same images, which may lie in two folders."
-    return Path(a).name == Path(b).name
-
 def store_rows(
     frames:pd.DataFrame,      # rows of the frame table of a store
     store,                    # the `FrameStore`, or an array or view with a length; with an `id` where its rows are a store's
@@ -523,10 +524,10 @@ def store_rows(
     "Row numbers of frames in a store; TableError where they are of another one."
     if 'row' not in frames:
         raise TableError(f"a frame table has a column 'row'; this one has {list(frames.columns)}. Use the `frames` of a FrameStore, or rows of it")
-    mine = getattr(store, 'id', None)
+    mine = getattr(store, 'id', None)                  # an array or a `MaskSet` has none
     if 'store' in frames:
         if frames['store'].isna().any(): raise TableError(f"column 'store' is empty in {int(frames['store'].isna().sum())} of {len(frames)} rows: take rows of `store.frames`, or drop the column in all rows")
-        other = [s for s in frames['store'].unique() if mine is None or not _same_content(s, mine)]
+        other = [s for s in frames['store'].unique() if mine is None or Path(s).name != Path(mine).name]
         if other: raise TableError(f"{int(frames['store'].isin(other).sum())} of {len(frames)} rows are of the store {_where(other[0])}, not of {'this array' if mine is None else _where(mine)}: give the store that they are of")
     rows = frames['row'].to_numpy(dtype=np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= len(store)):
@@ -542,7 +543,7 @@ def open_store(
     folder = Path(id).parent
     try: store = FrameStore(folder)
     except (OSError, ValueError) as e: raise TableError(f"rows are of the store {folder}, which cannot be opened: {e}") from None
-    if not _same_content(store.id, id):
+    if not store.holds(id):
         raise TableError(f"rows are of the store {folder} before it was built again: take them anew from FrameStore(folder).frames")
     return store
 

@@ -373,7 +373,7 @@ def test_store_holds_sampled_frames_and_their_masks(tmp_path):
     table = make(tmp_path)
     s = FrameStore.build(table, tmp_path/'store', **small)
     assert s.images.dtype == s.masks.dtype == np.uint8 and s.images.shape == s.masks.shape == (36, 24, 32) == (len(s), *s.size)
-    assert isinstance(s.frames.index, pd.RangeIndex) and s.frames.columns.tolist() == [*table, 'clip', 'frame', 'time', 'row']
+    assert isinstance(s.frames.index, pd.RangeIndex) and s.frames.columns.tolist() == [*table, 'clip', 'frame', 'time', 'row', 'store']
     assert s.frames.row.tolist() == list(range(36)) and s.frames['clip'].tolist() == [f'c{i:02d}.mkv' for i in range(6) for _ in range(6)]
     for i, r in s.frames.iterrows():
         assert r.frame % 5 == 0 and r.time == pytest.approx(r.frame/15, abs=.0011) and r.path == table.path[i//6] and r.patient == f'{i//12:03d}'
