@@ -508,7 +508,6 @@ class _Absent(FrameStore):
     def __init__(self, folder, id, size, prepare): self.folder, self.id, self.size, self.prepare = folder, id, size, prepare
     def _missing(self): raise FileNotFoundError(f"{self.folder} holds no finished frame store: its frames cannot be read here")
     images = masks = frames = skipped = property(_missing)
-    def __len__(self): self._missing()
     def __repr__(self): return f'FrameStore({self.folder.name}: not on this machine)'
 
 def _reopened(folder, id, size, prepare):
@@ -519,7 +518,7 @@ def _reopened(folder, id, size, prepare):
 # %% ../nbs/03_clips.ipynb #rows
 def store_rows(
     frames:pd.DataFrame,      # rows of the frame table of a store
-    store,                    # the `FrameStore`, or an array or view with a length; with an `id` where its rows are a store's
+    store,                    # the `FrameStore`, or whatever else has `images`; with an `id` where its rows are a store's
 ) -> np.ndarray:              # (n,) row numbers
     "Row numbers of frames in a store; TableError where they are of another one."
     if 'row' not in frames:
@@ -530,8 +529,8 @@ def store_rows(
         other = [s for s in frames['store'].unique() if mine is None or Path(s).name != Path(mine).name]
         if other: raise TableError(f"{int(frames['store'].isin(other).sum())} of {len(frames)} rows are of the store {_where(other[0])}, not of {'this array' if mine is None else _where(mine)}: give the store that they are of")
     rows = frames['row'].to_numpy(dtype=np.int64)
-    if len(rows) and (rows.min() < 0 or rows.max() >= len(store)):
-        raise TableError(f"column 'row' reaches {rows.max()}, the store holds {len(store)} frames: is the table of another store?")
+    if len(rows) and (rows.min() < 0 or rows.max() >= len(store.images)):
+        raise TableError(f"column 'row' reaches {rows.max()}, the store holds {len(store.images)} frames: is the table of another store?")
     return rows
 
 def _where(id): return f'{Path(id).parent} (content {Path(id).stem[-12:]})'
