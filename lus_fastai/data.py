@@ -52,7 +52,7 @@ def _array_frame(x):
     if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
     if not x.size or x.ndim != 2 and (x.ndim != 3 or x.shape[2] not in (3, 4)):
         raise ValueError(f"a frame is (h, w), or (h, w, 3) in colour (a tensor: (3, h, w)), this one {x.shape}")
-    return np.array(x) if x.ndim == 2 else to_grey(Image.fromarray(np.ascontiguousarray(x)))
+    return np.array(x if x.ndim == 2 else to_grey(Image.fromarray(np.ascontiguousarray(x))))
 
 def _file_frame(path):
     clip = sample_clip(path, rate=1e6, max_frames=2)

@@ -275,7 +275,9 @@ def covidnet(
     freeze:bool=None,         # train only the head and what the paper trains; default: if the backbone has weights
 ) -> CovidNet:                # (b, channels, h, w) in 0..1 -> logits (b, n_classes)
     "Covid-Net (Arora 2020): VGG16 with 2,392,963 parameters that train and 12,354,880 frozen; ResNet-18 with 2,394,371 and 8,815,168."
-    net = create_backbone(name, channels, weights)
+    summed = channels == 1 and isinstance(weights, str) and weights == 'imagenet'    # exact, since frames are not scaled
+    net = create_backbone(name, 3 if summed else channels, weights)
+    if summed: gray_stem(net)
     if freeze or (freeze is None and net.pretrained): _freeze(net, name)
     return CovidNet(net, net.n_features, n_classes, bn=name == 'vgg16')
 
