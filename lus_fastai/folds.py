@@ -13,6 +13,7 @@ import hashlib, warnings
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from .core import TableError, clip_ids
+from .clips import store_rows
 
 # %% ../nbs/04_folds.ipynb #c006
 def _name(xs): return ', '.join(map(str, xs[:5])) + (f' and {len(xs)-5} more' if len(xs) > 5 else '')
@@ -268,6 +269,7 @@ def audit(
             if absent == len(t): raise TableError(f"none of the table's clips is in the store; paths of the table such as {t['path'].iloc[0]}, of the store such as {frames['path'].iloc[0]}")
             t = frames.merge(t[['path'] + (['fold'] if 'fold' in t else [])], on='path')
         elif 'row' not in t: raise TableError("near-duplicates need the column 'row' of the store's frame table: pass a selection of store.frames")
+        store_rows(t, store)                             # complains where they are of another store
         out.duplicates = _twins(t, store.images, 'fold' if folds is not None else 'patient', bits, likeness)
         out.duplicates.attrs['absent'] = absent
     return out
