@@ -19,6 +19,7 @@ from lus_fastai.detect import *
 from lus_fastai.metrics import *
 from lus_fastai.calibration import *
 from lus_fastai.overlap import *
+from lus_fastai.losses import *
 from lus_fastai.training import *
 from lus_fastai.rotation import *
 from lus_fastai.explain import *
@@ -52,6 +53,7 @@ from lus_fastai import detect as _detect
 from lus_fastai import metrics as _metrics
 from lus_fastai import calibration as _calibration
 from lus_fastai import overlap as _overlap
+from lus_fastai import losses as _losses
 from lus_fastai import training as _training
 from lus_fastai import rotation as _rotation
 from lus_fastai import explain as _explain
@@ -63,7 +65,7 @@ from lus_fastai import widgets as _widgets
 from lus_fastai import cli as _cli
 
 _modules = (_core, _phantom, _standins, _sources, _clips, _folds, _preprocess, _despeckling, _data, _augment, _models, _transfer, _contrastive,
-            _semisup, _detect, _metrics, _calibration, _overlap, _training, _rotation, _explain, _imagine, _distrust, _embed, _report, _widgets, _cli)
+            _semisup, _detect, _metrics, _calibration, _overlap, _losses, _training, _rotation, _explain, _imagine, _distrust, _embed, _report, _widgets, _cli)
 _ours = [name for module in _modules for name in module.__all__] + ['gare', 'cheng_lam', 'arora', 'uscl', 'merand', 'sim_to_real']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
 _shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our module, so a star import brings neither
 
