@@ -8,10 +8,10 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS', 'dense_to_sparse',
            'mask_rgb', 'overlay', 'file_keys', 'TableError', 'check_table', 'clip_ids', 'write_table', 'read_table',
            'MaskSet', 'atomic_path', 'write_json', 'seed_all', 'frozen_eval', 'lus_home', 'shipped', 'real_data',
-           'progress']
+           'progress', 'duration', 'StageLog']
 
 # %% ../nbs/00_core.ipynb #c003
-import contextlib, json, os, random, sys, tempfile
+import contextlib, json, os, random, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -245,14 +245,46 @@ def real_data():              # Path or None
 def _in_notebook():
     return 'ipykernel' in sys.modules and 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
 
+def _watched():
+    "Whether somebody looks on: a notebook or a terminal, not a file."
+    return _in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()
+
 def progress(
     items,                    # any iterable
     total:int=None,           # how many there are, when `items` has no length
     desc:str='',              # a word beside the bar
 ):                            # the same items, one by one
     "A progress bar over `items` on a terminal or in a notebook; silent when the output goes to a file."
-    if not (_in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()): yield from items; return
+    if not _watched():
+        yield from items
+        return
     from fastprogress.fastprogress import progress_bar
     bar = progress_bar(items, total=total if total is not None else len(items), leave=False)
     if desc: bar.comment = desc
     yield from bar
+
+# %% ../nbs/00_core.ipynb #stages
+def duration(
+    seconds:float,            # at least 0
+) -> str:                     # such as '38 s', '4 min 12 s' or '1 h 5 min'
+    "A length of time in words, to two units."
+    s = round(seconds)
+    if s < 60: return f'{s} s'
+    return f'{s//60} min {s%60} s' if s < 3600 else f'{s//3600} h {s%3600//60} min'
+
+class StageLog:
+    "Numbers the stages of a run and prints how long each took; called with a title it ends one stage and begins the next."
+    def __init__(self,
+        n:int,                # how many stages there will be
+    ): self.n, self.k, self.title = n, 0, None
+    def __call__(self,
+        title:str,            # of the stage that begins
+    ):
+        "Begin a stage."
+        self.done()
+        self.k, self.title, self.start = self.k + 1, title, time.perf_counter()
+        if _watched(): print(f'{self.k}/{self.n} {title} ...', flush=True)
+    def done(self):
+        "End the stage that runs, if one does."
+        if self.title: print(f'{self.k}/{self.n} {self.title}: {duration(time.perf_counter() - self.start)}', flush=True)
+        self.title = None
