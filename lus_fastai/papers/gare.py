@@ -6,9 +6,9 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers.gare.html.md"""
 
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'QUICK_REAL', 'PAPER', 'PROTOCOLS', 'adam', 'THEIRS_SEGMENTATION', 'THEIRS_DENSE',
-           'THEIRS_CLASSIFICATION', 'GareSettings', 'labelled_frames', 'clips_to_classify', 'protocol_folds', 'segment',
-           'best_fold', 'classify', 'segmentation_cells', 'classification_cells', 'run_folder', 'reproduce',
-           'held_out_masks', 'leak_table', 'gare_report']
+           'THEIRS_CLASSIFICATION', 'GareSettings', 'labelled_frames', 'data_name', 'clips_to_classify',
+           'protocol_folds', 'segment', 'best_fold', 'classes_of', 'classify', 'segmentation_cells',
+           'classification_cells', 'run_folder', 'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
 
 # %% ../../nbs/20_papers.gare.ipynb #c004
 import hashlib
@@ -66,19 +66,29 @@ def labelled_frames(
     table = phantom_dataset(home/'phantom'/name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed)
     return FrameStore.build(table, home/'stores'/name, size=s.size, max_frames=s.seg_frames)
 
+def data_name(
+    data,                            # as for `clips_to_classify`
+) -> str:                            # 'phantom', 'pocus', or 'own-' and a hash of the table
+    "What files and folders of some data are called; ValueError for data that the reproduction cannot take."
+    if isinstance(data, pd.DataFrame):
+        if data['label'].nunique() < 2: raise ValueError(f"there is nothing to tell apart: every clip has the label {data['label'].iloc[0]!r}")
+        return 'own-' + hashlib.sha256(data.to_csv(index=False).encode()).hexdigest()[:10]
+    if data not in ('phantom', 'pocus'): raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
+    return data
+
 def clips_to_classify(
-    data:str='phantom',              # 'phantom', or 'pocus' for the convex clips under `LUS_DATA`
+    data='phantom',                  # 'phantom', 'pocus' for the convex clips under `LUS_DATA`, or a clip table of your own
     settings:GareSettings=DEFAULT,   # sizes
     home=None,                       # as for `labelled_frames`
     folder=None,                     # for 'pocus': the folder of real data; default `LUS_DATA`
-) -> FrameStore:                     # frames with one of three labels
-    "The clips that get a diagnosis: phantom patients, or all convex POCUS clips and stills of three classes."
-    home, s = Path(home or lus_home()), settings
+) -> FrameStore:                     # frames with one of three labels, or with those of your own clips
+    "The clips that get a diagnosis: phantom patients, all convex POCUS clips and stills of three classes, or a clip table."
+    home, s, name = Path(home or lus_home()), settings, data_name(data)
+    if isinstance(data, pd.DataFrame): return FrameStore.build(data, home/'stores'/f"{name}-{s.size[0]}x{s.size[1]}", size=s.size)
     if data == 'phantom':
         name = f"cls-{s.cls_patients}x{s.cls_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
         table = phantom_dataset(home/'phantom'/name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed)
         return FrameStore.build(table.drop(columns='mask'), home/'stores'/name, size=s.size, max_frames=s.cls_frames)
-    if data != 'pocus': raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
     folder = folder or real_data()
     if folder is None: raise ValueError("data='pocus' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` for how to get them")
     table = index('pocus', folder)
@@ -133,6 +143,12 @@ def best_fold(
     last = fold_history(path).groupby('fold').score.last()
     return Path(path)/f'fold{last.idxmax()}'/'model.safetensors'
 
+def classes_of(
+    store:FrameStore,                # clips to classify
+) -> tuple:                          # label names, sorted: `CLASSES` for the phantom and POCUS
+    "The classes of some clips: whatever their labels are."
+    return tuple(sorted(store.frames['label'].unique()))
+
 def classify(
     store:FrameStore,                # clips to classify
     start,                           # weights of a segmenter, or None for no pretraining
@@ -142,12 +158,13 @@ def classify(
     settings:GareSettings=DEFAULT,   # sizes
 ) -> pd.DataFrame:                   # out-of-fold probabilities, a row per frame
     "Reverse transfer: turn the segmenter into a classifier, train all of it and cross-validate (Gare 2021, section 4.2)."
+    classes = classes_of(store)
     def model():
         segmenter = unet(n_codes, width=settings.width, bn=settings.bn)
         if start is not None: copy_weights(start, segmenter, strict=True)
-        return seg_to_cls(segmenter, len(CLASSES))
-    def data(train, valid): return frame_dls(store, train, valid, bs=settings.bs, batch_tfms=[GareAugment()])
-    return cross_validate(_learner(model, -1), store.frames, protocol_folds(store.frames, protocol, settings), data=data, collect=ClassProbs(CLASSES),
+        return seg_to_cls(segmenter, len(classes))
+    def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=settings.bs, batch_tfms=[GareAugment()])
+    return cross_validate(_learner(model, -1), store.frames, protocol_folds(store.frames, protocol, settings), data=data, collect=ClassProbs(classes),
                           epochs=settings.cls_epochs, path=path, lr=settings.lr, patience=settings.cls_patience, select='last' if protocol == 'patient' else 'best', seed=settings.seed)
 
 # %% ../../nbs/20_papers.gare.ipynb #c024
@@ -198,16 +215,23 @@ def run_folder(
     return Path(home or lus_home())/'gare'/hashlib.sha256(repr(settings).encode()).hexdigest()[:10]
 
 def reproduce(
-    data:str='phantom',              # what is classified: 'phantom' or 'pocus'
+    data='phantom',                  # what is classified: 'phantom', 'pocus', or a clip table of your own
     quick:bool=False,                # the demo's sizes and fewer protocols
     out='results',                   # folder for the JSON file and the report
     home=None,                       # where stores and checkpoints are kept; default `lus_home()`
     settings:GareSettings=None,      # default: `DEFAULT`, or `QUICK` and `QUICK_REAL`
 ) -> Path:                           # the report
     "Gare 2021 end to end: segmentation, reverse transfer, honest and leaky, ours beside theirs."
-    settings, home = settings or (DEFAULT if not quick else QUICK if data == 'phantom' else QUICK_REAL), Path(home or lus_home())
+    run = data_name(data)
+    settings, home = settings or (DEFAULT if not quick else QUICK if run == 'phantom' else QUICK_REAL), Path(home or lus_home())
     runs = run_folder(settings, home)
-    labelled, clips = labelled_frames(settings, home), clips_to_classify(data, settings, home)
+    trained = ('patient',) if quick else ('patient', 'variant')
+    plan = [('patient', s) for s in ('dense', 'sparse', 'none')] + [('frame', 'dense')]
+    plan += [] if quick else [('clip', s) for s in ('dense', 'sparse', 'none')]
+    begin = StageLog(2 + 2*len(trained) + len(plan))
+    begin('clips and frames')
+    clips, labelled = clips_to_classify(data, settings, home), labelled_frames(settings, home)
+    data = run.split('-')[0]
     cells, protocols, paths, segmented, classified = [], {}, [], {}, {}
     name = f"gare-{data}{'-quick' if quick else ''}"
 
@@ -215,25 +239,28 @@ def reproduce(
         protocols[f'{task} by {protocol}'] = dict(description=PROTOCOLS[protocol], split_hash=split_hash(oof, oof.fold), settings=asdict(settings))
         paths.append(path); cells.extend(new_cells)
         return results_json(Path(out)/f'{name}.json', paper='Gare et al. 2021', data=data, protocols=protocols, seeds=[settings.seed], cells=cells, hours=sum(map(training_hours, paths)),
-                            command=f"lus_repro gare --data {data}{' --quick' if quick else ''}")
+                            command='lus_demo --data FOLDER' if data == 'own' else f"lus_repro gare --data {data}{' --quick' if quick else ''}")
 
-    for protocol in ('patient',) if quick else ('patient', 'variant'):
+    for protocol in trained:
         for labels in ('dense', 'sparse'):
-            print(f"segmentation, {labels} labels, folds by {protocol}", flush=True)
+            begin(f"segmentation, {labels} labels, folds by {protocol}")
             path = runs/f'seg-{labels}-{protocol}'
             segmented[labels, protocol] = oof = segment(labelled, labels, path, protocol, settings)
             done('segmentation', protocol, oof, path, segmentation_cells(oof, labels, f'segmentation by {protocol}'))
 
     starts = dict(dense=(best_fold(runs/'seg-dense-patient'), len(DENSE)), sparse=(best_fold(runs/'seg-sparse-patient'), len(SPARSE)), none=(None, len(DENSE)))
-    plan = [('patient', s) for s in starts] + [('frame', 'dense')] + ([] if quick else [('clip', s) for s in starts])
     for protocol, row in plan:
-        print(f"classification of {data}, {'not pretrained' if row == 'none' else f'pretrained on {row} labels'}, folds by {protocol}", flush=True)
-        path, task = runs/f'cls-{data}-{row}-{protocol}', f'classification by {protocol}'
+        begin(f"classification of {data}, {'not pretrained' if row == 'none' else f'pretrained on {row} labels'}, folds by {protocol}")
+        path, task = runs/f'cls-{run}-{row}-{protocol}', f'classification by {protocol}'
         classified[row, protocol] = oof = classify(clips, *starts[row], path, protocol, settings)
         new = classification_cells(oof, row, task)
-        if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, ClassProbs(CLASSES), path), row, task, 'classification, last epoch')
+        if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, ClassProbs(classes_of(clips)), path), row, task, 'classification, last epoch')
+        if data == 'own': new = [{**c, 'theirs': None} for c in new]                 # the paper's clips are not these
         results = done('classification', protocol, oof, path, new)
-    return gare_report(Path(out)/f'{name}.html', results, labelled, clips, segmented, classified, runs, settings)
+    begin('report')
+    report = gare_report(Path(out)/f'{name}.html', results, labelled, clips, segmented, classified, runs, settings)
+    begin.done()
+    return report
 
 # %% ../../nbs/20_papers.gare.ipynb #c032
 def held_out_masks(
@@ -280,7 +307,7 @@ def gare_report(
     cells, data = results['cells'], results['data']
     leak, frames = leak_table(cells), clips.frames
     honest, leaky = (leak[(leak.protocol == p) & (leak.start == 'dense')].iloc[0] for p in ('by patient', 'by frame'))
-    r = Report('Reverse transfer for lung ultrasound', f"Gare et al. 2021 on {'phantom clips' if data == 'phantom' else 'real POCUS clips'}: dense against sparse labels, a segmenter turned into a classifier, and what a leaky split hides.")
+    r = Report('Reverse transfer for lung ultrasound', f"Gare et al. 2021 on {dict(phantom='phantom clips', pocus='real POCUS clips', own='your own clips')[data]}: dense against sparse labels, a segmenter turned into a classifier, and what a leaky split hides.")
     r.numbers({f'accuracy by patient, dense start': f"{honest.value:.3f}\n95 % interval {honest.low:.3f} to {honest.high:.3f}",
                'same network, frames dealt at random': f"{leaky.value:.3f}\nbest epoch on the test fold",
                'patients · clips · frames': f"{frames.patient.nunique()} · {frames['clip'].nunique()} · {len(frames)}\n{settings.folds} folds", 'training': f"{results['hours'] * 60:.0f} min\n{results['device']}"})
@@ -292,11 +319,11 @@ def gare_report(
     r.figure(plot_iou(both, 'Dense against sparse labels, folds by patient'), 'IoU of each sparse code; dense predictions are merged. Intervals: bootstrap over patients.')
     r.cells([c for c in cells if c['table'] in ('segmentation', 'dense codes')])
 
-    r.section('From segmenter to classifier', 'The softmax of the segmenter is averaged over the picture, and one linear layer turns the seven (or four) numbers into three classes. Frames of held-out patients only.')
+    r.section('From segmenter to classifier', 'The softmax of the segmenter is averaged over the picture, and one linear layer turns the seven (or four) numbers into the classes. Frames of held-out patients only.')
     r.cells([c for c in cells if c['protocol'] == 'classification by patient' and c['column'] in ('accuracy', 'balanced accuracy', 'f1', 'accuracy by clip', 'balanced accuracy by clip', 'accuracy by patient')])
     for row in ('dense', 'sparse', 'none'):
         o = classified[row, 'patient']
-        r.figure(plot_confusion(cls_confusions(o).sum(0), CLASSES, f'Start: {row}; {len(o)} frames'), f'Confusion matrix by frame, start {row}, folds by patient.')
+        r.figure(plot_confusion(cls_confusions(o).sum(0), classes_of(clips), f'Start: {row}; {len(o)} frames'), f'Confusion matrix by frame, start {row}, folds by patient.')
     o = classified['dense', 'patient']
     r.figure(plot_roc(*roc(o), 'Frames'), 'ROC of the dense start by frame, folds by patient.')
     r.figure(plot_roc(*roc(vote(o, 'clip')), 'Clips'), 'ROC of the dense start by clip (mean probability of its frames).')
