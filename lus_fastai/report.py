@@ -23,7 +23,7 @@ from .core import DENSE, DENSE_COLORS, atomic_path, mask_rgb, overlay, shipped, 
 _INK = '#16191d'
 _PALETTE = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
 _MARKERS = 'osD^vP'
-PAPERS = 'paper, on its own data'                                          # what a paper's number is called beside ours
+PAPERS = 'paper, own data'                                          # what a paper's number is called beside ours
 _RC = {'font.size': 10, 'axes.titlesize': 11, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .8, 'axes.axisbelow': True, 'grid.color': _INK, 'grid.alpha': .14,
        'grid.linewidth': .8, 'legend.frameon': False, 'legend.fontsize': 9, 'figure.dpi': 80, 'svg.fonttype': 'none', 'svg.hashsalt': 'lus_fastai', 'lines.linewidth': 1.8,
        **{k: _INK for k in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color')}}
@@ -328,6 +328,7 @@ dl.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr)
 dl.numbers div{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.8rem 1rem}
 dl.numbers dt{color:var(--soft);font-size:.88rem;line-height:1.35}dl.numbers dd{margin:0;font-size:1.55rem;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
 dl.numbers dd small{display:block;font-size:.85rem;letter-spacing:0;font-weight:400;color:var(--soft)}
+main{padding-top:1rem}tbody th{min-width:6.5rem}
 dl.words{max-width:46rem;margin:1rem 0 1.4rem}dl.words dt{font-weight:600}dl.words dd{margin:0 0 .6rem;color:var(--soft)}
 ol.said{max-width:46rem;margin:1rem 0 1.2rem;padding:0;list-style:none}ol.said li{margin:.5rem 0}ol.said b{font-weight:600}
 .settings td{overflow-wrap:anywhere}
@@ -408,7 +409,7 @@ class Report:
         "Add result cells as tables, ours with its interval and under it the paper's number, on its own data; one table per protocol and table name."
         long = results_table(cells)
         for (protocol, name), part in long.groupby(['protocol', 'table'], sort=False):
-            said = [interval_text(r.ours, r.low, r.high, digits).replace(' [', '\n[') + ('' if pd.isna(r.theirs) else f'\n{PAPERS}: {r.theirs:.{digits}f}') for r in part.itertuples()]
+            said = [interval_text(r.ours, r.low, r.high, digits).replace(' [', '\n[') + ('' if pd.isna(r.theirs) else f'\n{PAPERS} {r.theirs:.{digits}f}') for r in part.itertuples()]
             wide = part.assign(said=said).pivot(index='row', columns='column', values='said').loc[list(dict.fromkeys(part['row'])), list(dict.fromkeys(part['column']))]
             self.table(wide.rename_axis(index='', columns=None).fillna('–'), ' '.join(x for x in (caption, f'{name}; protocol: {protocol}.') if x), digits)
         return self

@@ -340,7 +340,7 @@ def test_cells_become_a_table_per_protocol():
     out = R.Report('t').cells(cells, 'Table of')
     page, _ = check_page(out.html())
     said = [d for _, d in page.cells]
-    assert out.tables == 2 and said.count('[0.400, 0.600]') == 8 and said.count(f'{R.PAPERS}: 0.550') == 4
+    assert out.tables == 2 and said.count('[0.400, 0.600]') == 8 and said.count(f'{R.PAPERS} 0.550') == 4
 
 
 # -- results

@@ -413,14 +413,22 @@ def sim_report(
     r = Report('From the phantom to real clips', 'A U-Net trained on simulated masks only. Its areas of B-lines and A-lines in a clip against what experts saw.')
     last = list(results['protocols'])[-1] if 'test' not in results['protocols'] else 'test'
     best = {c['table']: c for c in results['cells'] if c['protocol'] == last and c['row'] == 'network'}
-    r.numbers({**{t: f"{c['ours']:.3f}\n95 % interval {c['interval'][0]:.3f} to {c['interval'][1]:.3f}" if c['interval'] else f"{c['ours']}" for t, c in best.items()}, 'training': f"{results['hours']*60:.1f} min\n{results['device']}"})
+    about = results['protocols'][last]
+    said = ', '.join(f"{t} {'not known' if c['ours'] is None else format(c['ours'], '.2f')}" for t, c in best.items())
+    r.summary(f"A network learned from simulated clips to mark A-lines and B-lines, and marked them in {about['clips']} {'simulated' if results['data'] == 'phantom' else 'real'} clips of {about['patients']} patients ({about['description']}).",
+              f'Agreement, clip by clip: {said}.',
+              'Agreement with a reader is not a diagnosis, and experts disagree among themselves; an AUC of 0.5 and a Spearman of 0 are what chance gives.')
+    chance = {t: 'chance: 0.5' if t.endswith('AUC') else 'chance: 0' for t in best}
+    r.numbers({**{f'{t}, of clips ({last})': f'{interval_text(c["ours"])}\n' + (f"95 % interval {c['interval'][0]:.3f} to {c['interval'][1]:.3f}\n" if c['interval'] else '') + chance[t] for t, c in best.items()},
+               'time in training': f"{results['hours']*60:.1f} min\n{results['device']}"})
     r.section('Agreement with experts', 'Rows other than the network need no learning, but those "taught by experts", on the answers for other patients: the network itself, and a logistic regression on features of a network that knows photographs only. Intervals: bootstrap over patients.\n\n' + '\n\n'.join(f"{k}: {v['description']} ({v['patients']} patients, {v['clips']} clips)." for k, v in results['protocols'].items()))
     for t in dict.fromkeys(c['table'] for c in results['cells'] if c['column'] == 'value'):
-        r.figure(plot_agreement(results, t), f'{t}, with 95 % intervals.')
+        r.figure(plot_agreement(results, t), f'{t} over clips, with 95 % intervals over patients.')
     r.cells([c for c in results['cells'] if c['column'] == 'value'])
     r.section('Areas by severity', 'Median share of the unrolled fan, with quartiles in brackets.')
     r.cells([c for c in results['cells'] if c['table'] == 'area by severity'], digits=4)
     if skipped: r.table(pd.DataFrame([(Path(p).name, why) for p, why in skipped], columns=['clip', 'reason']), 'Clips that could not be read.')
+    r.glossary(['A-line', 'B-line', 'fan', 'mask', 'ROC, AUC', 'interval', 'phantom'])
     return r.provenance(results, next(iter(results['protocols'].values()))['settings']).save(path)
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c035
