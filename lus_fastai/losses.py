@@ -22,7 +22,8 @@ def code_counts(
     frames = dls.train.dataset.tls[1]
     reader = next((t for t in frames.tfms if isinstance(t, ReadMask)), None)
     if reader is None:
-        raise ValueError("these DataLoaders hold no masks: make them with frame_dls(..., target='dense') or 'sparse'")
+        raise ValueError("these DataLoaders hold no masks: make them with frame_dls(..., target='dense') or "
+                         "'sparse'")
     keys, counts = reader.keys(frames.items), np.zeros(256, np.int64)
     for i in range(0, len(keys), 64):
         counts += np.bincount(reader.take(keys[i:i + 64]).numpy().ravel(), minlength=256)
@@ -32,11 +33,12 @@ def code_counts(
 def class_weights(
     counts,                 # (classes,) pixels or rows of each class, of the training part alone
     power:float=.5,         # 0: all weights the same; 1: each class counts the same in total
-) -> torch.Tensor:          # (classes,) float32 with a mean of 1 over the classes that occur; 0 for those that do not
+) -> torch.Tensor:          # (classes,) float32, mean 1 over the classes that occur, 0 for the others
     "Inverse frequency to a power."
     counts = np.asarray(counts, float)
     if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
-        raise ValueError(f"counts are one number for each class, none negative and not all 0, got {counts.tolist()}")
+        raise ValueError(f"counts are one number for each class, none negative and not all 0, got "
+                         f"{counts.tolist()}")
     there = counts > 0
     weights = np.zeros(len(counts))
     weights[there] = (counts.sum()/counts[there])**power
@@ -51,20 +53,23 @@ class DiceCELoss(nn.Module):
     ):
         super().__init__()
         self.reduction = reduction
-        self.register_buffer('weights', None if weights is None else torch.as_tensor(weights, dtype=torch.float32))
+        self.register_buffer('weights',
+                             None if weights is None else torch.as_tensor(weights, dtype=torch.float32))
 
-    def forward(self, pred, targ):                                              # (b, classes, h, w) logits, (b, h, w) codes
+    def forward(self, pred,
+                targ):                                  # (b, classes, h, w) logits, (b, h, w) codes
         pred, targ = pred.as_subclass(torch.Tensor).float(), targ.as_subclass(torch.Tensor).long()
-        if self.reduction == 'none': return torch.stack([self._loss(p[None], t[None]) for p, t in zip(pred, targ)])
+        if self.reduction == 'none': return torch.stack([self._loss(p[None], t[None]) for p,
+                                                         t in zip(pred, targ)])
         return self._loss(pred, targ)
 
     def _loss(self, pred, targ):
         weights = torch.ones(pred.shape[1]) if self.weights is None else self.weights
         weights, known = weights.to(pred.device), targ != 255
         codes = targ.where(known, 0)
-        pixels = weights[codes]*known                                           # (b, h, w) what each pixel counts
+        pixels = weights[codes]*known                               # (b, h, w) what each pixel counts
         ce = (F.cross_entropy(pred, codes, reduction='none')*pixels).sum()/pixels.sum().clamp(min=1e-6)
-        truth = F.one_hot(codes, pred.shape[1]).movedim(-1, 1)*known[:, None]   # (b, classes, h, w)
+        truth = F.one_hot(codes, pred.shape[1]).movedim(-1, 1)*known[:, None]  # (b, classes, h, w)
         return ce + 1 - soft_dice(pred.softmax(1)*known[:, None], truth)
 
     def activation(self, pred): return pred.softmax(1)

@@ -6,9 +6,9 @@ Docs: https://lus-fastai.github.io/lus_fastai/report.html.md"""
 
 # %% auto #0
 __all__ = ['PAPERS', 'GLOSSARY', 'interval_text', 'plot_confusion', 'plot_roc', 'plot_pr', 'plot_reliability', 'plot_abstention',
-           'plot_comparison', 'plot_iou', 'plot_masks', 'Report', 'chance_text', 'headline', 'papers_note',
-           'wide_scores', 'versions', 'device_name', 'cell', 'results_json', 'read_results', 'results_table',
-           'model_card']
+           'plot_comparison', 'plot_iou', 'plot_masks', 'Report', 'limits_note', 'chance_text', 'score_text',
+           'headline', 'training_card', 'papers_note', 'wide_scores', 'versions', 'device_name', 'cell', 'results_json',
+           'read_results', 'results_table', 'model_card']
 
 # %% ../nbs/17_report.ipynb #c005
 import base64, contextlib, hashlib, html, io, json, math, platform, re
@@ -23,7 +23,7 @@ from .core import DENSE, DENSE_COLORS, atomic_path, mask_rgb, overlay, shipped, 
 _INK = '#16191d'
 _PALETTE = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
 _MARKERS = 'osD^vP'
-PAPERS = 'paper, own data'                                          # what a paper's number is called beside ours
+PAPERS = 'paper, own data'               # what a paper's number is called beside ours
 _RC = {'font.size': 10, 'axes.titlesize': 11, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .8, 'axes.axisbelow': True, 'grid.color': _INK, 'grid.alpha': .14,
        'grid.linewidth': .8, 'legend.frameon': False, 'legend.fontsize': 9, 'figure.dpi': 80, 'svg.fonttype': 'none', 'svg.hashsalt': 'lus_fastai', 'lines.linewidth': 1.8,
        **{k: _INK for k in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color')}}
@@ -182,7 +182,7 @@ def plot_comparison(
     title:str='',             # above the figure
     xlim=None,                # (low, high) of the axis; by default from the data
 ):                            # matplotlib Figure
-    "Dots with intervals, a row per label, a colour per group, and an open diamond for the paper's number, on its own data."
+    "Dots with intervals, a row per label, a colour per group; open diamonds are the paper's."
     missing = [c for c in ('value', 'low', 'high', label) + ((group,) if group else ()) if c not in df]
     if missing: raise ValueError(f"missing column(s) {missing} for a comparison; there is {list(df.columns)}")
     labels, groups = list(dict.fromkeys(df[label])), list(dict.fromkeys(df[group])) if group else [None]
@@ -198,7 +198,8 @@ def plot_comparison(
             ax.plot(value, y, _MARKERS[k % len(_MARKERS)], color=color, ms=6.5, label=None if g is None else str(g))
             at.append(rows[[label]].assign(y=y, theirs=rows['theirs'].to_numpy(float) if 'theirs' in df else np.nan))
         paper = pd.concat(at).dropna(subset='theirs').groupby([label, 'theirs'], sort=False)['y'].mean().reset_index()
-        if len(paper): ax.plot(paper['theirs'], paper['y'], 'D', mfc='none', mec=_INK, mew=1.3, ms=8, label=PAPERS)
+        if len(paper): ax.plot(paper['theirs'], paper['y'], 'D', mfc='none', mec=_INK, mew=1.3, ms=8,
+                               label=PAPERS)
         ax.set(ylim=(len(labels) - .45, -.55), xlabel=xlabel, title=title); ax.set_yticks(range(len(labels)), [str(l) for l in labels])
         if xlim: ax.set_xlim(*xlim)
         ax.grid(axis='x'); ax.spines['left'].set_visible(False); ax.tick_params(axis='y', length=0)
@@ -300,7 +301,8 @@ body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.6 system-ui,-app
 .skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:1rem;background:var(--bg);color:var(--accent);padding:.5rem 1rem;z-index:2}
 header{background:var(--head);color:var(--headink);padding:2.4rem max(1.2rem,calc((100vw - 76rem)/2 + 1.2rem)) 2.2rem}
 header h1{font-size:clamp(1.5rem,4.5vw,2.3rem);line-height:1.2;margin:0;letter-spacing:-.01em}
-header p{margin:.6rem 0 0;max-width:60rem;opacity:.85;font-size:1.05rem}header .note{opacity:1;font-weight:600;font-size:.95rem}
+header p{margin:.6rem 0 0;max-width:60rem;opacity:.85;font-size:1.05rem}
+header .note{opacity:1;font-weight:600;font-size:.95rem}
 .page{max-width:76rem;margin:0 auto;padding:0 1.2rem}
 nav{padding:.9rem 0;border-bottom:1px solid var(--line)}
 nav ol{list-style:none;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;font-size:.92rem}
@@ -314,9 +316,13 @@ figure{margin:1.2rem 0 1.6rem;padding:1rem;background:var(--card);border:1px sol
 figcaption,.cap{color:var(--soft);font-size:.92rem;line-height:1.45;max-width:46rem}figcaption{margin-top:.8rem}.cap{margin:0 0 .5rem}
 b.no{color:var(--ink);font-weight:600}
 .tab{margin:1.2rem 0 1.6rem}.scroll{overflow-x:auto}
-/* a shadow at each edge behind which there is more; its cover moves with what is scrolled, and hides it where there is not */
-.scroll,.wide{--on:var(--bg);background:linear-gradient(90deg,var(--on) 40%,transparent) 0/3.2rem 100% local no-repeat,linear-gradient(-90deg,var(--on) 40%,transparent) 100%/3.2rem 100% local no-repeat,
-linear-gradient(90deg,var(--shade),transparent) 0/1.3rem 100% no-repeat,linear-gradient(-90deg,var(--shade),transparent) 100%/1.3rem 100% no-repeat}figure .wide{--on:var(--card)}
+/* a shadow at each edge behind which there is more; a cover that moves with the content hides it elsewhere */
+.scroll,.wide{--on:var(--bg);background-repeat:no-repeat;background-position:0 50%,100% 50%,0 50%,100% 50%;
+background-size:3.2rem calc(100% + 4px),3.2rem calc(100% + 4px),1.3rem 100%,1.3rem 100%;
+background-attachment:local,local,scroll,scroll;background-image:
+linear-gradient(90deg,var(--on) 40%,transparent),linear-gradient(-90deg,var(--on) 40%,transparent),
+linear-gradient(90deg,var(--shade),transparent),linear-gradient(-90deg,var(--shade),transparent)}
+figure .wide{--on:var(--card)}
 .scroll:focus-visible,.wide:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 table{border-collapse:collapse;font-size:.93rem;line-height:1.4;font-variant-numeric:tabular-nums}
 th,td{padding:.42rem .9rem .42rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
@@ -329,8 +335,10 @@ dl.numbers div{background:var(--card);border:1px solid var(--line);border-radius
 dl.numbers dt{color:var(--soft);font-size:.88rem;line-height:1.35}dl.numbers dd{margin:0;font-size:1.55rem;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
 dl.numbers dd small{display:block;font-size:.85rem;letter-spacing:0;font-weight:400;color:var(--soft)}
 main{padding-top:1rem}tbody th{min-width:6.5rem}
-dl.words{max-width:46rem;margin:1rem 0 1.4rem}dl.words dt{font-weight:600}dl.words dd{margin:0 0 .6rem;color:var(--soft)}
-ol.said{max-width:46rem;margin:1rem 0 1.2rem;padding:0;list-style:none}ol.said li{margin:.5rem 0}ol.said b{font-weight:600}
+dl.words{max-width:46rem;margin:1rem 0 1.4rem}dl.words dt{font-weight:600}
+dl.words dd{margin:0 0 .6rem;color:var(--soft)}
+ol.said{max-width:46rem;margin:1rem 0 1.2rem;padding:0;list-style:none}
+ol.said li{margin:.5rem 0}ol.said b{font-weight:600}
 .settings td{overflow-wrap:anywhere}
 footer{border-top:1px solid var(--line);margin-top:2rem;padding:1rem 0 2.5rem;color:var(--soft);font-size:.88rem}
 @media (max-width:40rem){figure{padding:.7rem .6rem}}
@@ -406,10 +414,11 @@ class Report:
         caption:str='',       # plain text, before the name of each table
         digits:int=3,         # after the point
     ):                        # the report
-        "Add result cells as tables, ours with its interval and under it the paper's number, on its own data; one table per protocol and table name."
+        "Add a table per protocol and table name: ours, its interval, and the paper's on its own data."
         long = results_table(cells)
         for (protocol, name), part in long.groupby(['protocol', 'table'], sort=False):
-            said = [interval_text(r.ours, r.low, r.high, digits).replace(' [', '\n[') + ('' if pd.isna(r.theirs) else f'\n{PAPERS} {r.theirs:.{digits}f}') for r in part.itertuples()]
+            said = [interval_text(r.ours, r.low, r.high, digits).replace(' [',
+                '\n[') + ('' if pd.isna(r.theirs) else f'\n{PAPERS} {r.theirs:.{digits}f}') for r in part.itertuples()]
             wide = part.assign(said=said).pivot(index='row', columns='column', values='said').loc[list(dict.fromkeys(part['row'])), list(dict.fromkeys(part['column']))]
             self.table(wide.rename_axis(index='', columns=None).fillna('–'), ' '.join(x for x in (caption, f'{name}; protocol: {protocol}.') if x), digits)
         return self
@@ -421,12 +430,14 @@ class Report:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="generator" content="lus_fastai"><title>{html.escape(self.title)}</title><style>{_CSS}</style></head>
 <body><a class="skip" href="#main">Skip to the content</a>
-<header><h1>{html.escape(self.title)}</h1>{f'<p>{html.escape(self.subtitle)}</p>' if self.subtitle else ''}<p class="note">Not a medical device. For teaching and research only.</p></header>
+<header><h1>{html.escape(self.title)}</h1>{f'<p>{html.escape(self.subtitle)}</p>' if self.subtitle else ''}
+<p class="note">Not a medical device. For teaching and research only.</p></header>
 <div class="page"><nav aria-label="Sections"><ol>{nav}</ol></nav>
 <main id="main">
 {chr(10).join(self.blocks)}
 {'</section>' if self.sections else ''}</main>
-<footer>Written by lus_fastai. Not a medical device. This page is one file: it loads nothing and runs no script.</footer></div></body></html>
+<footer>Written by lus_fastai. Not a medical device.
+This page is one file: it loads nothing and runs no script.</footer></div></body></html>
 """
     def save(self,
         path,                 # an .html file; its folder is made when it is missing
@@ -449,6 +460,14 @@ def summary(self:Report,
     lines = (f'<li><b>{k}</b> {html.escape(" ".join(v.split()))}</li>' for k, v in said.items())
     return self._add(f'<ol class="said">{"".join(lines)}</ol>')
 
+def limits_note(
+    data:str,             # of the results: 'phantom', or a name of real data
+) -> str:                 # two sentences
+    "What no result of this package means."
+    simulated = 'The images are simulated, so nothing here says how such a network does on patients.'
+    few = 'These are few patients from few sources, so nothing here says how such a network does elsewhere.'
+    return f"{simulated if data == 'phantom' else few} No number is fit for a diagnosis."
+
 # %% ../nbs/17_report.ipynb #c034e
 def chance_text(
     labels,               # the true label of each frame, clip or patient that was scored
@@ -459,6 +478,13 @@ def chance_text(
     text = f'a random guess: {1/len(share):.3f}'
     return text if share.nunique() == 1 else f'{text}, always {share.index[0]}: {share.iloc[0]:.3f}'
 
+def score_text(
+    score,                # (value, low, high); low and high are NaN where there is no interval
+) -> str:                 # for `Report.numbers`
+    "A headline number with its interval on the next line."
+    value, low, high = score
+    return f'{value:.3f}' if pd.isna(low) else f'{value:.3f}\n95 % interval {low:.3f} to {high:.3f}'
+
 def headline(
     unit:str,             # what was counted: 'frames', 'clips' or 'patients'
     folds:str,            # how folds were made: 'by patient', 'by frame'
@@ -467,30 +493,48 @@ def headline(
     who:str='',           # which network
 ) -> dict:                # for `Report.numbers`
     "An accuracy that says what was counted and how folds were made, with its interval and chance level."
-    if unit not in ('frames', 'clips', 'patients'): raise ValueError(f"unit is 'frames', 'clips' or 'patients', not {unit!r}")
-    value, low, high = score
-    interval = '' if pd.isna(low) else f'95 % interval {low:.3f} to {high:.3f}\n'
-    return {f"{unit} right, folds {folds}{who and f' ({who})'}": f'{value:.3f}\n{interval}{chance_text(labels)}'}
+    if unit not in ('frames', 'clips', 'patients'):
+        raise ValueError(f"unit is 'frames', 'clips' or 'patients', not {unit!r}")
+    name = f'{unit} right, folds {folds}' + (f' ({who})' if who else '')
+    return {name: f'{score_text(score)}\n{chance_text(labels)}'}
+
+def training_card(
+    results:dict,         # from `results_json`
+) -> dict:                # for `Report.numbers`
+    "How long training took, and on what."
+    return {'time in training': f"{results['hours']*60:.0f} min\n{results['device']}"}
 
 # %% ../nbs/17_report.ipynb #c034h
 GLOSSARY = {
     'A-line': 'a bright line below the pleura and parallel to it, an echo of the pleura: a sign of air',
-    'B-line': 'a bright ray from the pleura down to the edge of the image: a sign of fluid or thickened tissue in the lung',
+    'B-line': 'a bright ray from the pleura down to the edge of the image: a sign of fluid or thickened '
+              'tissue in the lung',
     'fan': 'the part of the image that the probe sees; around it there is only the frame of the display',
     'mask': 'an image of labels, one for each pixel',
     'dense codes': 'each pixel has one of seven labels: ' + ', '.join(DENSE),
     'sparse codes': 'only A-lines, B-lines and the pleura are labelled; all else is background',
-    'IoU': 'intersection over union: the pixels that are in both masks, over those that are in either; 1 is perfect, 0 is no overlap',
-    'Dice': 'twice the pixels that are in both masks, over the sum of the two areas; 1 is perfect, 0 is no overlap',
-    'start': 'the weights that a network has before it is trained here: pretrained on something else, or random',
-    'fold': 'one part of the data; a network trained on all other parts predicts it, and so for each part in turn',
-    'folds by patient': 'all that is of one patient is in one fold, so no network is tested on a patient whom it has seen',
-    'leaky': 'of folds: images of one patient are among those trained on and among those tested on, which makes scores too good',
-    'frame, clip, patient': 'an image of a video; a video; a person, often with several videos. A score of clips or patients takes the mean over their frames',
-    'interval': 'the middle 95 % of the scores when patients are drawn again with replacement: how much depends on who happened to be there',
-    'last epoch, best epoch': 'the network at the end of training, or when it scored best; the best on the test fold is chosen by the test, and too good',
-    'balanced accuracy': 'the share that is right within each class, averaged over classes; a rare class counts as much as a frequent one',
-    'ROC, AUC': 'how many of a class are found against how many others are called so, over all thresholds; the area below the curve is 1 at best, 0.5 for a guess',
+    'IoU': 'intersection over union: the pixels that are in both masks, over those that are in either; 1 is '
+           'perfect, 0 is no overlap',
+    'Dice': 'twice the pixels that are in both masks, over the sum of the two areas; 1 is perfect, 0 is no '
+            'overlap',
+    'start': 'the weights that a network has before it is trained here: pretrained on something else, or '
+             'random',
+    'fold': 'one part of the data; a network trained on all other parts predicts it, and so for each part in '
+            'turn',
+    'folds by patient': 'all that is of one patient is in one fold, so no network is tested on a patient '
+                        'whom it has seen',
+    'leaky': 'of folds: images of one patient are among those trained on and among those tested on, which '
+             'makes scores too good',
+    'frame, clip, patient': 'an image of a video; a video; a person, often with several videos. A score of '
+                            'clips or patients takes the mean over their frames',
+    'interval': 'the middle 95 % of the scores when patients are drawn again with replacement: how much '
+                'depends on who happened to be there',
+    'last epoch, best epoch': 'the network at the end of training, or when it scored best; the best on the '
+                              'test fold is chosen by the test, and too good',
+    'balanced accuracy': 'the share that is right within each class, averaged over classes; a rare class '
+                         'counts as much as a frequent one',
+    'ROC, AUC': 'how many of a class are found against how many others are called so, over all thresholds; '
+                'the area below the curve is 1 at best, 0.5 for a guess',
     'AP': 'average precision: the area under the curve of precision against recall; 1 is perfect',
     'linear probe': 'one layer trained on top of a network whose weights stay as they are',
     'phantom': 'simulated clips, in which the tissue of each pixel is known; no patient was examined'}
@@ -510,8 +554,9 @@ def papers_note(
     data:str,             # of the results: 'phantom', or a name of real data
 ) -> str:                 # a sentence; in a report of the phantom, that ours are simulated
     "What a paper's numbers beside ours can be compared with."
-    if data == 'phantom': return "Numbers of the paper are of its own real images, ours here are of simulated ones: they cannot be compared."
-    return "Numbers of the paper are of its own images, ours of others: close numbers are a hint, not a proof."
+    if data == 'phantom':
+        return 'Numbers of the paper are of its own real images, ours of simulated ones: not to be compared.'
+    return 'Numbers of the paper are of its own images, ours of others: closeness is a hint, not a proof.'
 
 # %% ../nbs/17_report.ipynb #c036
 def wide_scores(

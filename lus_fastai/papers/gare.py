@@ -29,8 +29,9 @@ from ..transfer import copy_weights
 from ..metrics import cls_confusions, evaluate, evaluate_seg, roc, vote
 from ..losses import DiceCELoss, class_weights, code_counts
 from ..training import cross_validate, last_epoch, fold_history, training_hours, ClassProbs, PixelCounts
-from ..report import Report, cell, headline, interval_text, papers_note, results_json, results_table
+from ..report import Report, cell, headline, interval_text, limits_note, papers_note, training_card
 from ..report import plot_comparison, plot_confusion, plot_iou, plot_masks, plot_roc
+from ..report import results_json, results_table
 
 # %% ../../nbs/20_papers.gare.ipynb #c008
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class GareSettings:
     seed:int=0
 
     def __post_init__(self):
-        if self.loss not in ('ce', 'dice-ce'): raise ValueError(f"loss is 'ce' or 'dice-ce', not {self.loss!r}")
+        if self.loss not in ('ce',
+                             'dice-ce'): raise ValueError(f"loss is 'ce' or 'dice-ce', not {self.loss!r}")
 
 DEFAULT = GareSettings()
-QUICK = GareSettings(size=(80, 80), lr=1e-2, loss='dice-ce', schedule='one-cycle', seg_patients=48, seg_frames=3,
+QUICK = GareSettings(size=(80, 80), lr=1e-2, loss='dice-ce', schedule='one-cycle', seg_patients=48,
+                     seg_frames=3,
                      seg_epochs=24, cls_patients=72, cls_frames=2, cls_epochs=8)
 QUICK_REAL = replace(QUICK, size=(128, 128))
 PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epochs=12)
@@ -107,18 +110,21 @@ def clips_to_classify(
 # %% ../../nbs/20_papers.gare.ipynb #c015
 PROTOCOLS = dict(
     patient='honest: folds by patient, and the last epoch counts',
-    clip='as in the paper (classification): folds by clip, so a patient can be in training and in test; the test fold picks the epoch',
+    clip='as in the paper (classification): folds by clip, so a patient can be in training and in test; the '
+         'test fold picks the epoch',
     variant='as in the paper (segmentation): six variants of each frame assigned to folds at random, '
             'so copies of a frame are in training and in test; the test fold picks the epoch',
-    frame='leaky: frames assigned to folds at random, so frames of a clip are in training and in test; the test fold picks the epoch')
+    frame='leaky: frames assigned to folds at random, so frames of a clip are in training and in test; the '
+          'test fold picks the epoch')
 
 def describe(
     protocol:str,                    # a name from `PROTOCOLS`
     settings:GareSettings=DEFAULT,   # its schedule
 ) -> str:                            # for results and report
     "A protocol in words, and what sets the learning rate."
-    if settings.schedule == 'one-cycle': return f'{PROTOCOLS[protocol]}; the learning rate follows one cycle'
-    return f"{PROTOCOLS[protocol]}; the learning rate follows {'the training loss' if protocol == 'patient' else 'the score on the test fold'}"
+    steers = 'the training loss' if protocol == 'patient' else 'the score on the test fold'
+    if settings.schedule == 'one-cycle': steers = 'one cycle'
+    return f'{PROTOCOLS[protocol]}; the learning rate follows {steers}'
 
 def protocol_folds(
     frames:pd.DataFrame,             # frame table
@@ -138,7 +144,8 @@ adam = partial(OptimWrapper, opt=torch.optim.Adam)
 def _cross_validate(build, frames, protocol, settings, **how):
     "What segmentation and classification share."
     select = 'last' if protocol == 'patient' else 'best'
-    return cross_validate(build, frames, protocol_folds(frames, protocol, settings), lr=settings.lr, schedule=settings.schedule,
+    return cross_validate(build, frames, protocol_folds(frames, protocol, settings), lr=settings.lr,
+                          schedule=settings.schedule,
                           precision=settings.precision, select=select, seed=settings.seed, **how)
 
 def segment(
@@ -157,7 +164,8 @@ def segment(
         loss = CrossEntropyLossFlat(axis=1) if s.loss == 'ce' else DiceCELoss(class_weights(code_counts(dls)))
         return Learner(dls, unet(n, width=s.width, bn=s.bn), loss_func=loss, opt_func=adam)
     epochs = max(1, s.seg_epochs // 6) if copies else s.seg_epochs
-    return _cross_validate(build, frames, protocol, s, data=data, collect=PixelCounts(n), epochs=epochs, path=path,
+    return _cross_validate(build, frames, protocol, s, data=data, collect=PixelCounts(n), epochs=epochs,
+                           path=path,
                            patience=s.seg_patience)
 
 # %% ../../nbs/20_papers.gare.ipynb #c019b
@@ -185,12 +193,15 @@ def classify(
 ) -> pd.DataFrame:                   # out-of-fold probabilities, a row per frame
     "Reverse transfer: turn the segmenter into a classifier, train all of it and cross-validate (Gare 2021, section 4.2)."
     s, classes = settings, classes_of(store)
-    def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=s.bs, batch_tfms=[GareAugment()])
+    def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=s.bs,
+                                             batch_tfms=[GareAugment()])
     def build(dls):
         segmenter = unet(n_codes, width=s.width, bn=s.bn)
         if start is not None: copy_weights(start, segmenter, strict=True)
-        return Learner(dls, seg_to_cls(segmenter, len(classes)), loss_func=CrossEntropyLossFlat(), opt_func=adam)
-    return _cross_validate(build, store.frames, protocol, s, data=data, collect=ClassProbs(classes), epochs=s.cls_epochs, path=path,
+        return Learner(dls, seg_to_cls(segmenter, len(classes)), loss_func=CrossEntropyLossFlat(),
+                       opt_func=adam)
+    return _cross_validate(build, store.frames, protocol, s, data=data, collect=ClassProbs(classes),
+                           epochs=s.cls_epochs, path=path,
                            patience=s.cls_patience)
 
 # %% ../../nbs/20_papers.gare.ipynb #c024
@@ -262,7 +273,9 @@ def reproduce(
     name = f"gare-{data}{'-quick' if quick else ''}"
 
     def done(task, protocol, oof, path, new_cells):
-        protocols[f'{task} by {protocol}'] = dict(description=describe(protocol, settings), split_hash=split_hash(oof, oof.fold), settings=asdict(settings))
+        protocols[f'{task} by {protocol}'] = dict(description=describe(protocol, settings),
+                                                  split_hash=split_hash(oof, oof.fold),
+                                                  settings=asdict(settings))
         paths.append(path); cells.extend(new_cells)
         return results_json(Path(out)/f'{name}.json', paper='Gare et al. 2021', data=data, protocols=protocols, seeds=[settings.seed], cells=cells, hours=sum(map(training_hours, paths)),
                             command='lus_demo --data FOLDER' if data == 'own' else f"lus_repro gare --data {data}{' --quick' if quick else ''}")
@@ -276,7 +289,8 @@ def reproduce(
 
     starts = dict(dense=(best_fold(runs/'seg-dense-patient'), len(DENSE)), sparse=(best_fold(runs/'seg-sparse-patient'), len(SPARSE)), none=(None, len(DENSE)))
     for protocol, row in plan:
-        begin(f"classification of {data}, {'not pretrained' if row == 'none' else f'pretrained on {row} labels'}, folds by {protocol}")
+        begin(f"classification of {data}, "
+              f"{'not pretrained' if row == 'none' else f'pretrained on {row} labels'}, folds by {protocol}")
         path, task = runs/f'cls-{run}-{row}-{protocol}', f'classification by {protocol}'
         classified[row, protocol] = oof = classify(clips, *starts[row], path, protocol, settings)
         new = classification_cells(oof, row, task)
@@ -322,78 +336,106 @@ def leak_table(
 
 # %% ../../nbs/20_papers.gare.ipynb #c032c
 _WHAT = dict(phantom='simulated clips', pocus='real POCUS clips', own='your own clips')
-_LIMITS = dict(phantom='The clips are simulated, so nothing here says how such a network does on patients.')
-_FEW = 'These are few patients from few sources, as the interval shows: nothing here says how such a network does elsewhere.'
 
 def _score(cells, column, protocol='by patient'):
     "Value and interval of the dense start."
-    c = _find(cells, table='classification', row='dense', protocol=f'classification {protocol}', column=column)
+    protocol = f'classification {protocol}'
+    c = _find(cells, table='classification', row='dense', protocol=protocol, column=column)
     return c['ours'], *(c['interval'] or (np.nan, np.nan))
 
 def _first_screen(r, results, labelled, oof, settings):
     cells, data, people = results['cells'], results['data'], vote(oof, 'patient')
-    honest, leaky, patients = _score(cells, 'accuracy'), _score(cells, 'accuracy', 'by frame'), _score(cells, 'accuracy by patient')
-    size = f"{len(people)} patients, {oof['clip'].nunique()} clips, {len(oof)} frames"
+    honest, leaky = _score(cells, 'accuracy'), _score(cells, 'accuracy', 'by frame')
+    right, low, high = patients = _score(cells, 'accuracy by patient')
+    sizes = len(people), oof['clip'].nunique(), len(oof)
     r.summary(
-        f'A network learned to label each pixel of {len(labelled)} simulated frames, was turned into a classifier of {_WHAT[data]} '
-        f'({size}), and was tested on patients whom it had not seen.',
-        f'It names the class of {patients[0]:.0%} of these patients correctly (95% interval {patients[1]:.0%} to {patients[2]:.0%}), and of {honest[0]:.0%} of the frames. '
-        f'With frames assigned to folds at random, so that training and test share patients, it seems to be right in {leaky[0]:.0%} of the frames.',
-        f'{_LIMITS.get(data, _FEW)} The number from shared patients estimates nothing, and none of them is fit for a diagnosis.')
-    minutes = f"{results['hours'] * 60:.0f} min\n{results['device']}"
+        f'A network learned to label each pixel of {len(labelled)} simulated frames, was turned into a '
+        f'classifier of '
+        f'{_WHAT[data]} ({sizes[0]} patients), and was tested on patients whom it had not seen.',
+        f'It names the class of {right:.0%} of these patients correctly (95% interval {low:.0%} to '
+        f'{high:.0%}), and of '
+        f'{honest[0]:.0%} of the frames. With frames assigned to folds at random, so that training and test '
+        f'share '
+        f'patients, it seems to be right in {leaky[0]:.0%} of the frames.',
+        f'The number from shared patients estimates nothing. {limits_note(data)}')
     r.numbers({**headline('patients', 'by patient', patients, people.label, 'dense start'),
                **headline('frames', 'by patient', honest, oof.label, 'dense start'),
-               **headline('frames', 'by frame: leaky', leaky, oof.label, 'dense start, best epoch on the test fold'),
-               'patients · clips · frames': size.replace(' patients, ', ' · ').replace(' clips, ', ' · ').replace(' frames', f'\n{settings.folds} folds'),
-               'time in training': minutes})
+               **headline('frames', 'by frame: leaky', leaky, oof.label,
+                          'dense start, best epoch on the test fold'),
+               'patients · clips · frames': ' · '.join(map(str, sizes)) + f'\n{settings.folds} folds',
+               **training_card(results)})
 
 # %% ../../nbs/20_papers.gare.ipynb #c032d
 def _segmentation(r, cells, labelled, segmented, runs, settings):
-    r.section('What the segmenter learnt', 'Frames of phantom patients whom the network has not seen: the frame, the true mask, the predicted one. Every pixel has one of seven codes. ' + papers_note('phantom'))
+    r.section('What the segmenter learnt',
+              'Frames of phantom patients whom the network has not seen: the frame, the true '
+              f"mask, the predicted one. Every pixel has one of seven codes. {papers_note('phantom')}")
     dense, sparse = segmented['dense', 'patient'], segmented['sparse', 'patient']
     masks = held_out_masks(labelled, dense.fold, runs/'seg-dense-patient', settings)
-    r.figure(plot_masks(*masks), 'Phantom frames of patients not seen in training, with true and predicted dense masks.')
-    both = pd.concat([evaluate_seg(sparse, SPARSE).assign(model='sparse'),
-                      evaluate_seg(dense, SPARSE, merge=DENSE_TO_SPARSE).assign(model='dense, merged')])
+    r.figure(plot_masks(*masks),
+             'Phantom frames of patients not seen in training, with true and predicted dense masks.')
+    merged = evaluate_seg(dense, SPARSE, merge=DENSE_TO_SPARSE).assign(model='dense, merged')
+    both = pd.concat([evaluate_seg(sparse, SPARSE).assign(model='sparse'), merged])
     r.figure(plot_iou(both, 'Dense against sparse labels, folds by patient'),
-             'IoU of each sparse code and their mean, on phantom frames; dense predictions are merged. Intervals are over patients.')
+             'IoU of each sparse code and their mean, '
+             'on phantom frames; dense predictions are merged. Intervals are over patients.')
     r.cells([c for c in cells if c['table'] in ('segmentation', 'dense codes')], 'Phantom frames:')
 
+# %% ../../nbs/20_papers.gare.ipynb #c032g
+_SHOWN = ('accuracy', 'balanced accuracy', 'f1', 'accuracy by clip', 'balanced accuracy by clip',
+          'accuracy by patient')
+
 def _classification(r, cells, data, classified):
-    shown = 'accuracy', 'balanced accuracy', 'f1', 'accuracy by clip', 'balanced accuracy by clip', 'accuracy by patient'
-    shown = [c for c in cells if c['protocol'] == 'classification by patient' and c['column'] in shown]
+    shown = [c for c in cells if c['protocol'] == 'classification by patient' and c['column'] in _SHOWN]
     note = papers_note(data) if any(c['theirs'] is not None for c in shown) else ''
-    r.section('From segmenter to classifier', f'The softmax of the segmenter is averaged over the image, and one linear layer turns the seven (or four) numbers into the classes. '
-              f'Scores are of patients not seen in training, and count frames where they do not say clips or patients. {note}')
+    r.section('From segmenter to classifier',
+              'The softmax of the segmenter is averaged over the image, and one linear layer '
+              'turns the seven (or four) numbers into the classes. Scores are of patients not seen in '
+              'training, and count '
+              f'frames where they do not say clips or patients. {note}')
     r.cells(shown, f'{_WHAT[data].capitalize()}:')
     for row in ('dense', 'sparse', 'none'):
         o = classified[row, 'patient']
         names = [c[2:] for c in o if c.startswith('p_')]
-        r.figure(plot_confusion(cls_confusions(o).sum(0), names, f'Start: {row}; {len(o)} frames'), f'Confusion matrix by frame, start {row}, folds by patient.')
+        fig = plot_confusion(cls_confusions(o).sum(0), names, f'Start: {row}; {len(o)} frames')
+        r.figure(fig, f'Confusion matrix by frame, start {row}, folds by patient.')
     o = classified['dense', 'patient']
-    r.figure(plot_roc(*roc(o), 'Frames'), 'ROC of the dense start by frame, folds by patient. Dashed lines are means over classes.')
-    r.figure(plot_roc(*roc(vote(o, 'clip')), 'Clips'), 'ROC of the dense start by clip (mean probability of its frames), folds by patient.')
+    about = 'of the dense start, folds by patient. Dashed lines are means over classes.'
+    r.figure(plot_roc(*roc(o), 'Frames'), f'ROC by frame {about}')
+    r.figure(plot_roc(*roc(vote(o, 'clip')), 'Clips'),
+             f'ROC by clip (mean probability of its frames) {about}')
 
 # %% ../../nbs/20_papers.gare.ipynb #c032e
 def _leak(r, results):
     cells, leak = results['cells'], leak_table(results['cells'])
-    about = [f'{k}: {v["description"]}.' for k, v in results['protocols'].items() if k.startswith('classification')]
     theirs = leak.theirs.notna().any()
-    r.section('What a leaky split hides', '\n\n'.join(['The same network and the same frames; only the split differs, and who picks the epoch. Frames of one clip are nearly copies of each other, '
-              'so a network that has seen some recognises the rest.', *about, papers_note(results['data']) if theirs else '']))
+    about = [f'{k}: {v["description"]}.' for k,
+             v in results['protocols'].items() if k.startswith('classification')]
+    said = ['The same network and the same frames; only the split differs, and who picks the epoch. Frames '
+            'of one clip are '
+            'nearly copies of each other, so a network that has seen some recognises the rest.', *about]
+    if theirs: said.append(papers_note(results['data']))
+    r.section('What a leaky split hides', '\n\n'.join(said))
     dots = leak.assign(label=leak.protocol + ', ' + leak.start, group=leak.epoch + ' epoch')
-    r.figure(plot_comparison(dots, group='group', xlabel='frames right', title='One network, several protocols'),
-             'Share of frames that are right under each protocol, with 95 % intervals over patients.' + (' Open diamonds are what the paper prints for its own clips.' if theirs else ''))
+    r.figure(plot_comparison(dots, group='group', xlabel='frames right',
+                             title='One network, several protocols'),
+             'Share of frames that are right under each protocol, with 95 % intervals over patients.'
+             + (' Open diamonds are what the paper prints for its own clips.' if theirs else ''))
     text = [interval_text(*v) for v in leak[['value', 'low', 'high']].to_numpy()]
     table = leak.assign(text=text)[['protocol', 'start', 'epoch', 'text', 'by_clip']]
-    r.table(table.rename(columns=dict(protocol='folds', text='frames right', by_clip='clips right')), 'Accuracy under each protocol, by frame with its interval, and by clip.')
+    table = table.rename(columns=dict(protocol='folds', text='frames right', by_clip='clips right'))
+    r.table(table, 'Accuracy under each protocol, by frame with its interval, and by clip.')
     r.cells([c for c in cells if c['protocol'] == 'classification by clip'])
 
 def _data(r, clips):
     r.section('Who is in the data')
-    counts = clips.frames.groupby(['label', 'source', 'probe']).agg(patients=('patient', 'nunique'), clips=('clip', 'nunique'), frames=('row', 'size'))
-    r.table(counts.reset_index(), 'Patients, clips and frames that were classified, by class, source and probe.')
-    if len(clips.skipped): r.table(clips.skipped.assign(path=[Path(p).name for p in clips.skipped.path]), 'Clips that could not be read, and were left out.')
+    groups = clips.frames.groupby(['label', 'source', 'probe'])
+    counts = groups.agg(patients=('patient', 'nunique'), clips=('clip', 'nunique'), frames=('row', 'size'))
+    r.table(counts.reset_index(),
+            'Patients, clips and frames that were classified, by class, source and probe.')
+    if not len(clips.skipped): return
+    skipped = clips.skipped.assign(path=[Path(p).name for p in clips.skipped.path])
+    r.table(skipped, 'Clips that could not be read, and were left out.')
 
 # %% ../../nbs/20_papers.gare.ipynb #c032f
 def gare_report(
@@ -408,13 +450,16 @@ def gare_report(
 ) -> Path:                           # the file
     "Masks over frames, IoU, confusion matrices, ROC, the leak, settings and versions, in one file."
     cells, data = results['cells'], results['data']
-    r = Report('Reverse transfer for lung ultrasound', f'Gare et al. 2021 on {_WHAT[data]}: dense against sparse labels, '
+    r = Report('Reverse transfer for lung ultrasound',
+               f'Gare et al. 2021 on {_WHAT[data]}: dense against sparse labels, '
                'a segmenter turned into a classifier, and what a leaky split hides.')
     _first_screen(r, results, labelled, classified['dense', 'patient'], settings)
     _segmentation(r, cells, labelled, segmented, runs, settings)
     _classification(r, cells, data, classified)
     _leak(r, results)
     _data(r, clips)
-    r.glossary(['A-line', 'B-line', 'phantom', 'mask', 'dense codes', 'sparse codes', 'IoU', 'start', 'fold', 'folds by patient', 'leaky',
-                'frame, clip, patient', 'interval', 'last epoch, best epoch', 'balanced accuracy', 'ROC, AUC'])
+    r.glossary(['A-line', 'B-line', 'phantom', 'mask', 'dense codes', 'sparse codes', 'IoU', 'start', 'fold',
+                'folds by patient', 'leaky',
+                'frame, clip, patient', 'interval', 'last epoch, best epoch', 'balanced accuracy',
+                'ROC, AUC'])
     return r.provenance(results, asdict(settings)).save(path)

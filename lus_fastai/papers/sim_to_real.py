@@ -35,7 +35,8 @@ from ..models import create_backbone, unet
 from ..overlap import SoftDiceLoss
 from ..rotation import adam, fit_masks, predict_masks
 from ..training import ClassProbs, cross_validate, training_hours
-from ..report import Report, cell, interval_text, plot_comparison, read_results, results_json, results_table
+from ..report import Report, cell, interval_text, limits_note, plot_comparison
+from ..report import read_results, results_json, results_table, score_text, training_card
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c006
 def phantom_fan(
@@ -413,14 +414,19 @@ def sim_report(
     r = Report('From the phantom to real clips', 'A U-Net trained on simulated masks only. Its areas of B-lines and A-lines in a clip against what experts saw.')
     last = list(results['protocols'])[-1] if 'test' not in results['protocols'] else 'test'
     best = {c['table']: c for c in results['cells'] if c['protocol'] == last and c['row'] == 'network'}
-    about = results['protocols'][last]
-    said = ', '.join(f"{t} {'not known' if c['ours'] is None else format(c['ours'], '.2f')}" for t, c in best.items())
-    r.summary(f"A network learned from simulated clips to mark A-lines and B-lines, and marked them in {about['clips']} {'simulated' if results['data'] == 'phantom' else 'real'} clips of {about['patients']} patients ({about['description']}).",
-              f'Agreement, clip by clip: {said}.',
-              'Agreement with a reader is not a diagnosis, and experts disagree among themselves; an AUC of 0.5 and a Spearman of 0 are what chance gives.')
-    chance = {t: 'chance: 0.5' if t.endswith('AUC') else 'chance: 0' for t in best}
-    r.numbers({**{f'{t}, of clips ({last})': f'{interval_text(c["ours"])}\n' + (f"95 % interval {c['interval'][0]:.3f} to {c['interval'][1]:.3f}\n" if c['interval'] else '') + chance[t] for t, c in best.items()},
-               'time in training': f"{results['hours']*60:.1f} min\n{results['device']}"})
+    about, what = results['protocols'][last], 'simulated' if results['data'] == 'phantom' else 'real'
+    scores = {t: (c['ours'], *(c['interval'] or (None, None))) for t, c in best.items()}
+    r.summary(f"A network learned from simulated clips to mark A-lines and B-lines, and marked them in "
+              f"{about['clips']} {what} clips "
+              f"of {about['patients']} patients ({about['description']}).",
+              'Agreement clip by clip: ' + '; '.join(f'{t} {interval_text(*v, digits=2)}' for t,
+                                                     v in scores.items()) + '.',
+              'Agreement with a reader is no diagnosis, and readers disagree among themselves. '
+              + limits_note(results['data']))
+    def card(t):
+        number = '–' if scores[t][0] is None else score_text(scores[t])
+        return f"{number}\nchance: {'0.5' if t.endswith('AUC') else '0'}"
+    r.numbers({**{f'{t}, of clips ({last})': card(t) for t in scores}, **training_card(results)})
     r.section('Agreement with experts', 'Rows other than the network need no learning, but those "taught by experts", on the answers for other patients: the network itself, and a logistic regression on features of a network that knows photographs only. Intervals: bootstrap over patients.\n\n' + '\n\n'.join(f"{k}: {v['description']} ({v['patients']} patients, {v['clips']} clips)." for k, v in results['protocols'].items()))
     for t in dict.fromkeys(c['table'] for c in results['cells'] if c['column'] == 'value'):
         r.figure(plot_agreement(results, t), f'{t} over clips, with 95 % intervals over patients.')
