@@ -140,6 +140,6 @@ def read_folder(
     rules = {name: csv if name in columns else default for name, default in defaults.items()}
     rules.update({name: given for name, given in dict(label=label, patient=patient).items() if given is not None})
     if rules['patient'] is None:
-        raise TableError(f"whose clips are in {folder}? Give the patient as a pattern, such as r'pat(\\d+)' or r'[^/]+/([^/]+)/', "
+        raise TableError(f"whose clips are in {folder}? Give patient (in a terminal --patient) as a pattern, such as r'pat(\\d+)' or r'[^/]+/([^/]+)/', "
                          f"or write {csv} with the columns path,patient; 'file' counts every clip as a patient of its own")
     return index_folder(folder, **rules)

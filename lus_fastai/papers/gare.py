@@ -289,15 +289,16 @@ def reproduce(
 
     starts = dict(dense=(best_fold(runs/'seg-dense-patient'), len(DENSE)), sparse=(best_fold(runs/'seg-sparse-patient'), len(SPARSE)), none=(None, len(DENSE)))
     for protocol, row in plan:
-        begin(f"classification of {data}, "
-              f"{'not pretrained' if row == 'none' else f'pretrained on {row} labels'}, folds by {protocol}")
+        what = 'your clips' if data == 'own' else data
+        start = 'not pretrained' if row == 'none' else f'pretrained on {row} labels'
+        begin(f'classification of {what}, {start}, folds by {protocol}')
         path, task = runs/f'cls-{run}-{row}-{protocol}', f'classification by {protocol}'
         classified[row, protocol] = oof = classify(clips, *starts[row], path, protocol, settings)
         new = classification_cells(oof, row, task)
         if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, ClassProbs(classes_of(clips)), path), row, task, 'classification, last epoch')
         if data == 'own': new = [{**c, 'theirs': None} for c in new]                 # the paper's clips are not these
         results = done('classification', protocol, oof, path, new)
-    begin('report')
+    begin('tables and figures')
     report = gare_report(Path(out)/f'{name}.html', results, labelled, clips, segmented, classified, runs, settings)
     begin.done()
     return report
