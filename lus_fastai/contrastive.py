@@ -25,7 +25,7 @@ from .clips import FrameStore
 from .data import ReadFrame
 from .models import Scale
 from .training import AutoPrecision, CosineLR, EpochEnd, _claim, autocast_for, fit_resumable
-from .transfer import copy_weights, load_weights, save_weights
+from .transfer import copy_weights, load_weights, name_outputs, save_weights
 
 # %% ../nbs/10_contrastive.ipynb #c008
 def beta_half(
@@ -703,6 +703,7 @@ def pretrain(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = ContrastiveNet(backbone, len(dls.classes), dim, classify)
+    if dls.classes: name_outputs(net, dls.classes)
     if _world() > 1 and torch.device(dls.device).type == 'cuda': net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     with main_first(): _claim(path, dict(method=type(method).__name__, settings=method.settings(), epochs=epochs, lr=lr, wd=wd, seed=seed, warm=warm, precision=precision, bs=dls.train.bs, per_epoch=dls.train.per_epoch,
                       data_seed=dls.train.seed, unit=items.unit, pair=items.pair, data=items.digest(), size=list(items.store.size), clips=len(items.clips), labelled=len(dls.labelled), classes=dls.classes,

@@ -7,8 +7,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS', 'dense_to_sparse',
            'mask_rgb', 'overlay', 'file_keys', 'TableError', 'check_table', 'clip_ids', 'write_table', 'read_table',
-           'MaskSet', 'atomic_path', 'write_json', 'seed_all', 'frozen_eval', 'lus_home', 'shipped', 'real_data',
-           'progress', 'duration', 'StageLog']
+           'MaskSet', 'atomic_path', 'write_json', 'folder_lock', 'seed_all', 'frozen_eval', 'lus_home', 'shipped',
+           'real_data', 'progress', 'duration', 'StageLog']
 
 # %% ../nbs/00_core.ipynb #c003
 import contextlib, json, os, random, sys, tempfile, time
@@ -204,6 +204,24 @@ def write_json(
     "Write JSON atomically, indented and with a final newline."
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
+
+# %% ../nbs/00_core.ipynb #lock-b
+@contextlib.contextmanager
+def folder_lock(
+    folder,                   # is made where it is missing; the lock is the file `.lock` in it
+    wait:bool=False,          # wait until the other process is done, instead of raising BlockingIOError
+):
+    "One process at a time in a folder, as long as the block runs."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder/'.lock', 'a') as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError: pass  # Windows
+        except BlockingIOError as e:
+            raise BlockingIOError(e.errno, f"another process works in {folder}: wait until it is done, or choose another folder") from None
+        yield
 
 # %% ../nbs/00_core.ipynb #c039
 def seed_all(

@@ -511,7 +511,7 @@ def train_detector(
     kwargs = {**fit_anchors(items, rows[0], kwargs.get('size', (800, 1333))), **kwargs} if 'anchors' not in kwargs else kwargs
     seed_all(seed)
     model = mask_rcnn(start if module else backbone, len(items.names) + 1, weights=None if module else start, **kwargs)
-    _claim(path, dict(start=_hash(model), split=hashlib.sha1(str(rows).encode()).hexdigest(), epochs=epochs, bs=bs, lr=lr, opt=opt, every=every, clip=clip, seed=seed, settings=str(sorted(kwargs.items()))))
+    _claim(path, dict(start=_hash(model), split=hashlib.sha1(str(rows).encode()).hexdigest(), epochs=epochs, bs=bs, lr=lr, opt=opt, every=every, clip=clip, seed=seed, settings=str(sorted(kwargs.items())), names=list(items.names)), names=list(items.names))
     if (path/'ap.csv').exists(): return pd.read_csv(path/'ap.csv')
     learn, log = detect_learner(dls, model, every, clip, opt=opt), DetectLog()
     with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, lr, path/'checkpoint.pt', seed, cbs=[log])

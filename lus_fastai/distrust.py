@@ -16,7 +16,7 @@ from torch import nn
 from fastai.vision.all import CrossEntropyLossFlat, Learner
 from .core import *
 from .data import frame_dls
-from .explain import EXPLAINERS
+from .explain import EXPLAINERS, class_codes
 from .folds import patient_folds
 from .metrics import evaluate
 from .preprocess import Fan
@@ -189,7 +189,7 @@ def deletion_insertion(
     model:nn.Module,          # gives logits (b, classes)
     x,                        # (b, c, h, w) float pictures
     maps,                     # (b, h, w) raw maps; the largest values go first
-    target=None,              # class, or one per picture; default: the predicted ones
+    target=None,              # class (number or name), or one per picture; default: the predicted ones
     *,
     steps:int=20,             # equal parts in which the pixels go
     fill=0.,                  # number, or tensor that broadcasts to x (a blurred copy, say), that is painted
@@ -208,7 +208,7 @@ def deletion_insertion(
     with frozen_eval(model), torch.no_grad():
         out = torch.cat([model(p) for p in x.split(bs)])
         if out.ndim != 2: raise ValueError(f"deletion and insertion follow a class probability: logits must be (b, classes), the model gives {tuple(out.shape)}")
-        target = out.argmax(1) if target is None else torch.as_tensor(target, device=out.device).long().expand(b)
+        target = out.argmax(1) if target is None else torch.as_tensor(class_codes(model, target), device=out.device).long().expand(b)
         if target.min() < 0 or target.max() >= out.shape[1]: raise ValueError(f"target {target.tolist()} is out of range: the model has {out.shape[1]} classes")
         for order, rank in progress(ranks.items(), desc='orders'):
             rank = rank.view(b, 1, *x.shape[2:]).to(x.device)
@@ -308,7 +308,7 @@ def _told(store, frames, label, note, *, folds, build, epochs, path, bs, lr, see
     frames = frames.assign(label=label)
     classes = sorted(set(label))
     fold = patient_folds(frames, folds, seed)
-    preds = cross_validate(build, frames, fold, data=lambda a, b: frame_dls(store, a, b, classes=classes, bs=bs), collect=ClassProbs(classes), epochs=epochs, path=path, lr=lr, seed=seed)
+    preds = cross_validate(build, frames, fold, data=lambda a, b: frame_dls(store, a, b, classes=classes, bs=bs), collect=ClassProbs(), epochs=epochs, path=path, lr=lr, seed=seed)
     scores, clips = evaluate(preds, ['clip'], seed=seed).set_index(['class', 'metric']).loc['all'], preds.drop_duplicates('clip')
     row = dict(**scores.loc['accuracy', ['value', 'low', 'high']].rename({'value': 'accuracy'}), majority=clips['label'].value_counts(normalize=True).iloc[0],
                balanced_accuracy=scores.loc['balanced_accuracy', 'value'], chance=1/len(classes))

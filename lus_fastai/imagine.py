@@ -12,6 +12,8 @@ import difflib, math
 import torch, torch.nn.functional as F
 from fastcore.meta import delegates
 from .core import *
+from .explain import class_codes
+from .transfer import name_outputs
 
 # %% ../nbs/15a_imagine.ipynb #c008
 def _blur(x, sigma):
@@ -36,7 +38,7 @@ def _device(model): return next((p.device for p in model.parameters()), torch.de
 
 def maximise_class(
     model:torch.nn.Module,    # (b, channels, h, w) -> logits (b, classes), or (b, codes, h, w)
-    target,                   # class number; several for a picture each; or a function of the output that gives scores (b,)
+    target,                   # class number, or name (see `class_codes`); several for a picture each; or a function of the output that gives scores (b,)
     size:tuple,               # (height, width) of the picture
     channels:int=3,           # that the model takes: 1 or 3
     *,
@@ -53,6 +55,7 @@ def maximise_class(
     "Make up the picture that raises a class's score, as Arora 2020 intended it (spec: class visualisation)."
     if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
     if steps < 1 or jitter < 0 or blur < 0 or every < 1: raise ValueError(f"steps and every must be at least 1, jitter and blur at least 0, got {steps}, {every}, {jitter}, {blur}")
+    target = class_codes(model, target)
     device, draw, several = _device(model), torch.Generator().manual_seed(seed), not callable(target) and torch.as_tensor(target).ndim > 0
     if not callable(target): target = torch.as_tensor(target, device=device).long().reshape(-1)
     n = 1 if callable(target) else len(target)
@@ -78,13 +81,15 @@ def maximise_class(
 def show_imagined(
     model,                    # (b, channels, h, w) -> logits (b, classes)
     size:tuple,               # (height, width) of the pictures
-    names=CLASSES,            # classes in the order of the outputs
+    names=None,               # classes in the order of the outputs; default: `model.classes`
     channels:int=3,           # that the model takes; with 1 the rule changes nothing and there is one row
     **kwargs,                 # options of `maximise_class`, but for `gray`
 ) -> dict:                    # {True: with the rule, False: without}, each (pictures (classes, channels, h, w), scores (classes, steps + 1))
     "Draw what a network imagines for each class, with the grayscale rule and without."
     import matplotlib.pyplot as plt
-    rules = (True,) if channels == 1 else (True, False)
+    if names is not None: name_outputs(model, names)
+    elif not hasattr(model, 'classes'): raise ValueError("the model does not say what its outputs mean: give their names")
+    names, rules = model.classes, (True,) if channels == 1 else (True, False)
     out = {gray: maximise_class(model, range(len(names)), size, channels, gray=gray, **kwargs) for gray in rules}
     fig, axs = plt.subplots(len(rules), len(names), figsize=(1.6*len(names), 1.8*len(rules)), dpi=72, squeeze=False)
     for row, (gray, (pictures, scores)) in zip(axs, out.items()):

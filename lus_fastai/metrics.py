@@ -8,8 +8,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/metrics.html.md"""
 __all__ = ['confusions', 'confusion', 'iou', 'precision', 'recall', 'f1', 'overall_accuracy', 'pixel_accuracy',
            'balanced_accuracy', 'mean_iou', 'macro_precision', 'macro_recall', 'macro_f1', 'merge_confusion',
            'ConfusionMetric', 'seg_metrics', 'cls_metrics', 'pred_classes', 'check_predictions', 'predicted', 'vote',
-           'bootstrap', 'cls_confusions', 'evaluate', 'classification_report', 'roc', 'roc_bands', 'pr_curve',
-           'confusion_columns', 'seg_confusions', 'evaluate_seg']
+           'bootstrap', 'cls_confusions', 'evaluate', 'total_confusion', 'classification_report', 'roc', 'roc_bands',
+           'pr_curve', 'confusion_columns', 'seg_confusions', 'evaluate_seg']
 
 # %% ../nbs/13_metrics.ipynb #c005
 from functools import partial
@@ -146,11 +146,15 @@ def merge_confusion(
 # %% ../nbs/13_metrics.ipynb #c026
 class _Counter:
     "Adds up the confusion of a pass over the validation set; metrics that share it count every batch once."
-    def __init__(self, n): self.n = n; self.reset()
+    def __init__(self, n, names=None): self.n, self.names = n, names; self.reset()
     def reset(self): self.total, self.batch = None, None
     def add(self, learn):
         if self.batch == learn.iter: return
         pred, targ = learn.pred, learn.yb[0]
+        codes = getattr(learn.dls, 'codes', getattr(learn.dls, 'vocab', None))
+        if None not in (codes, self.names) and list(codes) != list(self.names):
+            raise ValueError(f"the metrics name the codes {list(self.names)}, the DataLoaders {list(codes)}: give seg_metrics the names of the DataLoaders")
+        if not torch.isfinite(pred).all(): raise ValueError("the model gives NaN or infinite logits: nothing can be scored")
         if pred.shape[1] != self.n: raise ValueError(f"the metric counts {self.n} classes, the model's output {tuple(pred.shape)} has {pred.shape[1]}")
         counts = confusion(pred.detach().as_subclass(torch.Tensor).argmax(1), targ, self.n)
         self.total, self.batch = counts if self.total is None else self.total + counts, learn.iter
@@ -185,7 +189,7 @@ def seg_metrics(
     sparse:bool=False,    # score dense predictions (seven classes, dense targets) as sparse ones
 ) -> list:                # metrics `pixel_accuracy`, `mean_iou` and `iou_<class>`, with `sparse_` before them when sparse
     "Metrics of a segmentation Learner; all share one counter."
-    counter, merge, pre = _Counter(len(names)), (DENSE_TO_SPARSE if sparse else None), ('sparse_' if sparse else '')
+    counter, merge, pre = _Counter(len(names), names), (DENSE_TO_SPARSE if sparse else None), ('sparse_' if sparse else '')
     if sparse and tuple(names) != DENSE: raise ValueError(f"only the dense classes {DENSE} can be scored as sparse, got {tuple(names)}")
     scores = [('pixel_accuracy', pixel_accuracy), ('mean_iou', mean_iou)]
     scores += [('iou_' + c.replace(' ', '_'), partial(_of_class, iou, i)) for i, c in enumerate(SPARSE if sparse else names)]
@@ -320,14 +324,27 @@ def evaluate(
         tables.append(pd.DataFrame([(level, c, m, *s, n[c], len(counts)) for (c, m), *s in zip(rows, *bootstrap(counts, _cls_scores, n_boot, seed))], columns=_COLUMNS))
     return pd.concat(tables, ignore_index=True)
 
+# %% ../nbs/13_metrics.ipynb #total-a
+def total_confusion(
+    preds,                # prediction table, or what `vote` returns; or an (n, n) confusion matrix, rows true
+    names=None,           # n class names for a confusion matrix; a table has its own
+) -> tuple:               # (n, n) counts, and the class names in their order
+    "The confusion matrix of all rows with its names; ValueError where `names` differ from those of the table, also in their order."
+    if isinstance(preds, pd.DataFrame):
+        classes = pred_classes(preds)
+        if names is not None and list(names) != classes: raise ValueError(f"the table has the classes {classes}, not {list(names)}: leave the names out")
+        return cls_confusions(preds).sum(0), classes
+    cm, names = preds.cpu().numpy() if torch.is_tensor(preds) else np.asarray(preds), list(() if names is None else names)
+    if cm.shape != (len(names),)*2: raise ValueError(f"{len(names)} names for a confusion matrix of shape {cm.shape}")
+    return cm, names
+
 # %% ../nbs/13_metrics.ipynb #c052
 def classification_report(
     preds,                # prediction table of frames, or what `vote` returns; or an (n, n) confusion matrix, rows true
     names=None,           # n class names for a confusion matrix; a table has its own
 ) -> pd.DataFrame:        # index the class names, then 'accuracy', 'macro', 'weighted'; columns precision, recall, f1, support
     "Precision, recall, F1 and number of items of each class, with accuracy and means; NaN for a class in neither truth nor prediction."
-    cm, names = (cls_confusions(preds).sum(0), pred_classes(preds)) if isinstance(preds, pd.DataFrame) else (preds.cpu().numpy() if torch.is_tensor(preds) else np.asarray(preds), names)
-    if cm.ndim != 2 or cm.shape != (len(names or ()),)*2: raise ValueError(f"{len(names or ())} names for a confusion matrix of shape {cm.shape}")
+    cm, names = total_confusion(preds, names)
     scores, support = np.stack([precision(cm), recall(cm), f1(cm)], 1), cm.sum(1)
     weighted = (support[:, None]*np.nan_to_num(scores)).sum(0)/max(support.sum(), 1)
     rows = np.concatenate([scores, [[overall_accuracy(cm)]*3, [macro_precision(cm), macro_recall(cm), macro_f1(cm)], weighted]])

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import DENSE, DENSE_COLORS, atomic_path, mask_rgb, overlay, shipped, write_json
+from .metrics import total_confusion
 
 # %% ../nbs/17_report.ipynb #c008
 _INK = '#16191d'
@@ -62,14 +63,13 @@ def interval_text(
 
 # %% ../nbs/17_report.ipynb #c011
 def plot_confusion(
-    cm,                   # (n, n) counts, rows true
-    names,                # n class names
+    cm,                   # prediction table, or what `vote` returns; or (n, n) counts, rows true
+    names=None,           # n class names for counts; a table has its own
     title:str='',         # above the figure
 ):                        # matplotlib Figure
     "A confusion matrix, coloured by the share of each row, with counts."
     from matplotlib.patches import Rectangle
-    cm = cm.cpu().numpy() if torch.is_tensor(cm) else np.asarray(cm)
-    if cm.shape != (len(names),)*2: raise ValueError(f"{len(names)} names for a confusion matrix of shape {cm.shape}")
+    cm, names = total_confusion(cm, names)
     share, n = cm/np.maximum(cm.sum(1, keepdims=True), 1), len(names)
     with _canvas(1.5 + .85*n, 1 + .75*n) as fig:
         ax = fig.add_subplot()

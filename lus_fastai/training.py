@@ -6,25 +6,27 @@ Docs: https://lus-fastai.github.io/lus_fastai/training.html.md"""
 
 # %% auto #0
 __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'PlateauLR', 'CosineLR', 'OneCycleLR', 'EpochSeed',
-           'Checkpoint', 'fit_resumable', 'ClassProbs', 'PixelCounts', 'predict_table', 'FoldLog', 'cross_validate',
-           'last_epoch', 'training_hours', 'fold_history', 'fine_tune_learner', 'fine_tune']
+           'Checkpoint', 'FiniteLoss', 'fit_resumable', 'ClassProbs', 'PixelCounts', 'predict_table', 'FoldLog',
+           'stable_repr', 'cross_validate', 'last_epoch', 'training_hours', 'fold_history', 'fine_tune_learner',
+           'fine_tune']
 
 # %% ../nbs/14_training.ipynb #c003
-import gc, hashlib, io, json, math, random, tempfile, time
+import ast, gc, hashlib, inspect, io, json, math, random, tempfile, textwrap, time
 from collections import OrderedDict
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType
 import numpy as np, pandas as pd, torch, torch.distributed as dist, torchvision
 from fastai.vision.all import Callback, CrossEntropyLossFlat, L, Learner, OptimWrapper, combined_cos, get_c, trainable_params
 from torch import nn
 from .core import *
 from .clips import FrameStore
-from .data import frame_dls
+from .data import RowReader, frame_dls
 from .folds import patient_folds, split_hash
-from .metrics import mean_iou
-from .transfer import freeze, save_weights, split_rates, stages
+from .metrics import confusion_columns, mean_iou, pred_classes, predicted
+from .transfer import freeze, name_outputs, save_weights, split_rates, stages
 
 # %% ../nbs/14_training.ipynb #c006
 def has_bf16(
@@ -142,6 +144,7 @@ class EpochSeed(Callback):
         seed_all(seed)
         self.dls.train.rng = random.Random(seed)
 
+# %% ../nbs/14_training.ipynb #c023a
 class Checkpoint(EpochEnd):
     "After each epoch, write weights, optimiser and the states of other callbacks; a fit with `start_epoch=epochs_done()` takes up where the file stands."
     order = 80
@@ -156,11 +159,15 @@ class Checkpoint(EpochEnd):
         super().before_fit()
         self.started = False
     def before_train(self): self._restore(self.epoch)
-    def after_fit(self): self._restore(self.n_epoch)               # every epoch was done before: cut off after its last checkpoint
+    def after_fit(self):
+        if hasattr(self.learn, 'skip_to_epoch'): self._restore(self.n_epoch)   # every epoch was done before: cut off after its last checkpoint
     def _restore(self, epoch):
-        if self.started or not self.path.exists(): self.started = True; return
-        self.started, state = True, _load_checkpoint(self.path)
-        if state['epoch'] != epoch: return                          # a fit from its first epoch: the file will be overwritten
+        if self.started: return
+        self.started, state = True, _load_checkpoint(self.path) if self.path.exists() else dict(epoch=0)
+        if state['epoch'] != epoch:
+            raise ValueError(f"{self.path} has {state['epoch']} epochs behind it, this fit goes on after {epoch}: resume by "
+                             "`fit_resumable` with as many epochs or more, or delete the file to start anew")
+        if epoch == 0: return
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
         for cb, s in zip(self.keep, state['callbacks']): cb.load_state_dict(s)
@@ -173,6 +180,7 @@ class Checkpoint(EpochEnd):
         except OSError as e:
             raise OSError(e.errno, f"the checkpoint of epoch {self.epoch + 1} could not be written ({e.strerror}); the one before is whole: make room and run again to resume", str(self.path)) from e
 
+# %% ../nbs/14_training.ipynb #c023b
 def _plain(x):
     "Lists and dictionaries instead of fastai's own containers, which `torch.load(weights_only=True)` refuses."
     if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
@@ -182,6 +190,26 @@ def _load_checkpoint(path):
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{path} is no checkpoint that can be read ({type(e).__name__}): delete it to start this fit anew") from e
 
+# %% ../nbs/14_training.ipynb #finite-b
+class FiniteLoss(EpochEnd):
+    "Ends a fit with a ValueError when an epoch's training or validation loss is NaN or infinite."
+    order = 50                # before the logs, which keep weights, and before `Checkpoint`
+    def __init__(self,
+        where,                # what the message names: the folder of the fit
+    ): self.where = where
+    def before_train(self): self.total = {True: torch.zeros(()), False: torch.zeros(())}
+    def after_loss(self): self.total[self.training] = self.loss.detach().float() + self.total[self.training].to(self.loss.device)
+    def after_train(self):
+        super().after_train()
+        self._check(True, 'training')
+    def end_epoch(self): self._check(False, 'validation')
+    def _check(self, training, name):
+        total = float(self.total[training])
+        if math.isfinite(total): return
+        raise ValueError(f"{self.where}: the {name} loss of epoch {self.epoch} is {total}. Nothing of that epoch was written; what "
+                         "was there before is kept. Lower the learning rate, or look at the inputs, and train in a new folder")
+
+# %% ../nbs/14_training.ipynb #c023c
 def fit_resumable(
     learn,                    # a fastai Learner
     epochs:int,               # in all, those already done included
@@ -190,27 +218,58 @@ def fit_resumable(
     seed:int=0,               # of the run
     cbs=(),                   # further callbacks; those with a `state_dict` are saved and restored
 ):
-    "`learn.fit` with a checkpoint after each epoch; called again after an interruption, it goes on to the same result."
-    checkpoint = Checkpoint(path, [cb for cb in cbs if hasattr(cb, 'state_dict')])
-    learn.fit(epochs, lr, cbs=[EpochSeed(seed), *cbs, checkpoint], start_epoch=min(checkpoint.epochs_done(), epochs))
+    "`learn.fit` with a checkpoint after each epoch; called again after an interruption, it goes on to the same result. One process at a time in its folder."
+    folder, checkpoint = Path(path).parent, Checkpoint(path, [cb for cb in cbs if hasattr(cb, 'state_dict')])
+    helper = dist.is_available() and dist.is_initialized() and dist.get_rank()         # of several processes the first one writes
+    with nullcontext() if helper else folder_lock(folder):
+        cbs = [EpochSeed(seed), FiniteLoss(folder), *cbs, checkpoint]
+        learn.fit(epochs, lr, cbs=cbs, start_epoch=min(checkpoint.epochs_done(), epochs))
 
 # %% ../nbs/14_training.ipynb #c027
+def _checked_logits(logits, n, what):
+    "The logits, if there is a finite one for each of n names."
+    if logits.shape[1] != n: raise ValueError(f"{what} has {n} names, the network {logits.shape[1]} outputs")
+    if not torch.isfinite(logits).all(): raise ValueError("the network gives NaN or infinite logits")
+    return logits
+
 class ClassProbs:
     "Collects softmax probabilities, a column `p_<class>` each; scored by frame accuracy."
     def __init__(self,
-        classes=CLASSES,      # label names in the order of the logits
-    ): self.classes, self.columns = list(classes), [f'p_{c}' for c in classes]
-    def __call__(self, logits, targ): return logits.float().softmax(1).cpu().numpy()
-    def score(self, table): return float((np.array(self.classes)[table[self.columns].to_numpy().argmax(1)] == table['label'].to_numpy()).mean())
+        classes=None,         # label names in the order of the logits; default: those of the DataLoaders, see `bind`
+    ): self.classes = None if classes is None else list(classes)
+    @property
+    def columns(self):
+        if self.classes is None: raise ValueError("the classes are not known yet: ClassProbs().bind(dls), or ClassProbs(names)")
+        return [f'p_{c}' for c in self.classes]
+    def bind(self, dls):
+        "The same with the names that DataLoaders have; ValueError where these names differ, also in their order."
+        vocab = getattr(dls, 'vocab', None)
+        if vocab is None and self.classes is None: raise ValueError("the DataLoaders name no classes (no `vocab`): give them, ClassProbs(names)")
+        if None not in (vocab, self.classes) and list(vocab) != self.classes:
+            raise ValueError(f"ClassProbs has the classes {self.classes}, the DataLoaders {list(vocab)}: leave them out, ClassProbs(), and they are taken from the DataLoaders")
+        return ClassProbs(self.classes if vocab is None else vocab)
+    def __call__(self, logits, targ): return _checked_logits(logits, len(self.columns), 'ClassProbs').float().softmax(1).cpu().numpy()
+    def score(self, table):
+        columns = ['p_' + c for c in pred_classes(table)] if self.classes is None else self.columns
+        return float((predicted(table[columns]) == table['label'].astype(str)).mean())
 
+# %% ../nbs/14_training.ipynb #c027a
 class PixelCounts:
     "Collects each frame's pixel confusion, a column `cm_<true>_<predicted>` each; scored by mean IoU over all frames."
     def __init__(self,
         n:int,                # codes
-    ): self.n, self.columns = n, [f'cm_{i}_{j}' for i in range(n) for j in range(n)]
+        classes=None,         # their names, which `bind` finds
+    ): self.n, self.classes, self.columns = n, classes, confusion_columns(n)
+    def bind(self, dls):
+        "The same with the names of the DataLoaders' codes; ValueError where there are more or fewer."
+        codes = getattr(dls, 'codes', getattr(dls, 'vocab', None))
+        if codes is not None and len(codes) != self.n: raise ValueError(f"PixelCounts counts {self.n} codes, the masks of the DataLoaders have {len(codes)}: {list(codes)}")
+        return PixelCounts(self.n, codes if codes is None else list(codes))
     def __call__(self, logits, targ):
-        pred, targ = logits.argmax(1).flatten(1), targ.long().flatten(1)
-        cell = torch.where(targ < self.n, targ * self.n + pred, self.n**2)           # 255, "no label", goes into a cell of its own
+        pred, targ = _checked_logits(logits, self.n, 'PixelCounts').argmax(1).flatten(1), targ.long().flatten(1)
+        known = targ != 255                                                           # "no label" goes into a cell of its own
+        if (known & (targ >= self.n)).any(): raise ValueError(f"a mask has the code {int(targ[known].max())}, PixelCounts counts 0..{self.n - 1}")
+        cell = torch.where(known, targ * self.n + pred, self.n**2)
         counts = torch.zeros(len(targ), self.n**2 + 1, device=targ.device, dtype=torch.int64).scatter_add_(1, cell, torch.ones_like(cell))
         return counts[:, :-1].cpu().numpy()
     def score(self, table): return float(mean_iou(table[self.columns].to_numpy().sum(0).reshape(self.n, self.n)))
@@ -223,7 +282,7 @@ def predict_table(
     precision:str='auto',     # see `AutoPrecision`
 ) -> np.ndarray:              # (frames, columns of the collector)
     "Run a model over a DataLoader and collect a row per frame; the model's mode is restored."
-    device = next(model.parameters()).device
+    device, collect = next(model.parameters()).device, collect.bind(dl)
     with frozen_eval(model), torch.no_grad():
         def rows(x, y):
             with autocast_for(device, precision): logits = model(torch.Tensor(x.to(device, memory_format=torch.channels_last)))
@@ -246,10 +305,19 @@ class FoldLog(EpochEnd):
     ):
         self.collect, self.valid, self.folder, self.select, self.test_dl, self.precision, self.tick, self.watch = collect, valid, Path(folder), select, test_dl, precision, tick, watch
         self.history, self.best, self.picked, self.last = [], -float('inf'), None, None
+    def before_fit(self):
+        super().before_fit()
+        if not self.run: return
+        self.collect = self.collect.bind(self.dls)
+        if self.collect.classes is not None: name_outputs(self.model, self.collect.classes)
+        x, y = self.dls.valid.one_batch()
+        with frozen_eval(self.model), torch.no_grad(): self.collect(self.model(x[:1]), y[:1])       # do outputs and names agree?
     def before_train(self): self.losses, self.start = {True: [0., 0], False: [0., 0]}, time.perf_counter()
     def before_validate(self): self.parts = []
     def after_pred(self):
-        if not self.training: self.parts.append(self.collect(self.pred, self.yb[0]))
+        if self.training: return
+        try: self.parts.append(self.collect(self.pred, self.yb[0]))
+        except ValueError as e: raise ValueError(f"{self.folder}, epoch {self.epoch}: {e}") from None
     def after_batch(self):
         total, n = self.losses[self.training], len(self.xb[0])
         total[0] += self.loss.detach() * n; total[1] += n
@@ -270,6 +338,95 @@ class FoldLog(EpochEnd):
     def state_dict(self): return dict(history=self.history, best=self.best, picked=self.picked, last=self.last)
     def load_state_dict(self, state): self.history, self.best, self.picked, self.last = (state[k] for k in ('history', 'best', 'picked', 'last'))
 
+# %% ../nbs/14_training.ipynb #claim-a
+def _short(text): return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:12]
+
+def _bytes(x):
+    "The values of a tensor or array, whatever their type and device."
+    if isinstance(x, np.ndarray): return str(x.tolist()).encode() if x.dtype == object else x.tobytes()
+    return x.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+def _text_of(f):
+    "The text of a function without comments and layout; its code where there is no text."
+    try: return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f))))
+    except (OSError, TypeError, SyntaxError): pass
+    code = f.__code__
+    return repr((code.co_code, code.co_names, [c for c in code.co_consts if not hasattr(c, 'co_code')]))
+
+def _name_of(f):
+    "A function or class by name, with what it closes over; one of a notebook or script also by its text."
+    name, inner = getattr(f, '__qualname__', type(f).__name__), getattr(f, '__func__', f)
+    cells = [c.cell_contents for c in getattr(inner, '__closure__', None) or ()]
+    bound = [v for v in [*cells, *(getattr(inner, '__defaults__', None) or ())] if isinstance(v, (bool, int, float, str, tuple, torch.Tensor))]
+    functions = [m for m in vars(f).values() if isinstance(m, FunctionType)] if isinstance(f, type) else [inner]
+    if getattr(f, '__module__', None) == '__main__': name += ' ' + _short(''.join(_text_of(m) for m in functions if hasattr(m, '__code__')))
+    return name + (f' with {stable_repr(bound)}' if bound else '')
+
+# %% ../nbs/14_training.ipynb #claim-b
+def _kept(x, deep):
+    "The arguments of an object's making that it keeps as attributes, and the modules that it holds."
+    inits = [vars(c)['__init__'] for c in type(x).__mro__ if isinstance(vars(c).get('__init__'), FunctionType)]
+    names = dict.fromkeys(p for f in inits for p in inspect.signature(f).parameters)
+    held = {k: v for k, v in getattr(x, '__dict__', {}).items() if k in names or isinstance(v, nn.Module)}
+    return ', '.join(f'{k}={stable_repr(v, deep - 1)}' for k, v in held.items())
+
+def _structure(module):
+    "Every module in a module, with its options, and the shapes of its tensors."
+    lines = [f'{name} {_name_of(type(m))}({_kept(m, 2)})' for name, m in module.named_modules()]
+    return '\n'.join(lines + [f'{k} {tuple(v.shape)}' for k, v in module.state_dict().items()])
+
+def stable_repr(
+    x,                        # anything that a Learner is made of
+    deep:int=5,               # levels of objects within objects
+) -> str:                     # the same in every process, for the same thing
+    "What an object is made of, without addresses, devices and paths."
+    if isinstance(x, np.generic): x = x.item()
+    if x is None or isinstance(x, (bool, int, float, str, bytes, torch.dtype)): return repr(x)
+    if isinstance(x, (torch.Tensor, np.ndarray)): return f'{tuple(x.shape)} {_short(_bytes(x))}'
+    if deep == 0: return type(x).__name__
+    def each(items): return ', '.join(stable_repr(i, deep - 1) for i in items)
+    if isinstance(x, dict): return '{' + ', '.join(f'{k}: {stable_repr(v, deep - 1)}' for k, v in x.items()) + '}'
+    if isinstance(x, (set, frozenset)): return '{' + ', '.join(sorted(stable_repr(i, deep - 1) for i in x)) + '}'
+    if isinstance(x, (list, tuple, L)): return f'[{each(x)}]'
+    if isinstance(x, partial):
+        options = [f'{k}={stable_repr(v, deep - 1)}' for k, v in sorted(x.keywords.items())]
+        return f"{stable_repr(x.func)}({', '.join([*(stable_repr(a, deep - 1) for a in x.args), *options])})"
+    if isinstance(x, (type, FunctionType, BuiltinFunctionType, MethodType)): return _name_of(x)
+    text = f'{_name_of(type(x))}({_kept(x, deep)})'
+    if not isinstance(x, nn.Module) or not (x.state_dict() or list(x.children())): return text
+    return f"{text} {_short(_structure(x) + each(x.state_dict().values()))}"
+
+# %% ../nbs/14_training.ipynb #claim-e
+def _loaded(first, second):
+    "A hash of the tensors that two networks built with different seeds have in common: those that were loaded, not drawn."
+    a, b = first.state_dict(), second.state_dict()
+    same = [k for k in a if k in b and a[k].shape == b[k].shape and torch.equal(a[k], b[k].to(a[k].device))]
+    return _short(b''.join(k.encode() + _bytes(a[k]) for k in same))
+
+def _content(dls, frames, most=2000):
+    "A checksum of what the readers of the DataLoaders take from the frames: of all, or of so many, evenly spaced."
+    rows = frames.iloc[np.linspace(0, len(frames) - 1, min(len(frames), most)).astype(int)]
+    h = hashlib.sha256('\n'.join(frames['label'].astype(str)).encode() if 'label' in frames else b'')
+    for items in getattr(dls.train.dataset, 'tls', ()):
+        for reader in (t for t in items.tfms if isinstance(t, RowReader)):
+            keys = reader.keys(rows)
+            for k in range(0, len(keys), 64): h.update(_bytes(reader.take(keys[k:k + 64])))
+    return h.hexdigest()[:12]
+
+def _made_of(learn, build, frames):
+    "What a run is made of, as text, from the Learner of its first fold."
+    dl, model = learn.dls.train, learn.model
+    tensors = dict(model.named_parameters())
+    trains = {k: p.numel() for k, p in tensors.items() if p.requires_grad}
+    plain = [cb for cb in learn.cbs if type(cb).__module__ not in ('fastai.learner', 'fastai.callback.core', 'fastai.callback.progress')]
+    options = {k: getattr(learn, k) for k in ('wd', 'moms', 'wd_bn_bias', 'train_bn', 'splitter')}
+    seed_all(2**31)
+    return dict(network=f'{type(model).__name__} with {sum(p.numel() for p in tensors.values()):,} parameters ({_short(_structure(model))})',
+                trains=f'{sum(trains.values()):,} parameters ({_short(str(list(trains)))})', loaded=_loaded(model, build(learn.dls).model),
+                optimiser=f'{stable_repr(learn.opt_func)} {stable_repr(options)}', loss=stable_repr(learn.loss_func),
+                callbacks=stable_repr(sorted(map(stable_repr, plain))), bs=dl.bs, frames=_content(learn.dls, frames),
+                transforms=stable_repr([*dl.after_item.fs, *dl.after_batch.fs]))
+
 # %% ../nbs/14_training.ipynb #c033
 def cross_validate(
     build,                    # function (dls) -> Learner
@@ -277,7 +434,7 @@ def cross_validate(
     folds:pd.Series=None,     # fold number per row, same index; default: three folds by patient
     *,
     data,                     # function (train, valid) -> DataLoaders, two frame tables in
-    collect,                  # `ClassProbs(classes)` or `PixelCounts(n)`
+    collect,                  # `ClassProbs()` or `PixelCounts(n)`
     epochs:int,               # at least 1
     path,                     # folder for checkpoints, predictions and weights
     lr:float=1e-3,            # at the start; or a list with one for each parameter group of the Learner
@@ -290,67 +447,108 @@ def cross_validate(
     precision:str='auto',     # see `AutoPrecision`
 ) -> pd.DataFrame:            # the frame table with a column `fold` and the collector's columns, in the order of `frames`
     "Train on all folds but one and predict that one, for each fold; resumes where it was stopped."
-    if select not in ('last', 'inner', 'best'): raise ValueError(f"select is 'last', 'inner' or 'best', not {select!r}")
     watch = watch or ('train_loss' if select == 'last' else 'score')
-    if watch not in ('train_loss', 'valid_loss', 'score'): raise ValueError(f"watch is 'train_loss', 'valid_loss' or 'score', not {watch!r}")
-    if schedule not in ('plateau', 'cosine', 'one-cycle'): raise ValueError(f"schedule is 'plateau', 'cosine' or 'one-cycle', not {schedule!r}")
-    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
     if folds is None: folds = patient_folds(frames, 3)
-    if not folds.index.equals(frames.index): raise ValueError("folds and frames must have the same index: make the folds from this frame table")
-    if folds.nunique() < 2: raise ValueError(f"cross-validation needs at least two folds, got {folds.nunique()}")
-    path, tables = Path(path), []
-    _claim(path, dict(split=split_hash(frames, folds), columns=collect.columns, epochs=epochs, lr=lr, patience=patience, factor=factor, watch=watch, select=select, seed=seed, precision=precision, schedule=schedule), schedule='plateau')
+    _check_run(frames, folds, epochs, select, watch, schedule)
+    path, numbers = Path(path), sorted(folds.unique())
+    def start(k): return _fold_learner(build, data, frames, folds, k, select, seed * 1000 + int(k))
     def rates(log):
         if schedule == 'cosine': return CosineLR()
         return OneCycleLR() if schedule == 'one-cycle' else PlateauLR(log.watched, factor, patience)
-    numbers = sorted(folds.unique())
-    ticks = iter(progress(range(len(numbers) * epochs), desc=path.name))
-    tick = lambda: next(ticks, None)
-    tick()
-    for k in numbers:
-        folder, held_out = path/f'fold{k}', folds == k
-        train, test = frames[~held_out], frames[held_out]
-        if not (folder/'predictions.pt').exists():
-            _train_fold(build, data, train, test, collect, epochs, folder, lr, rates, watch, select, seed * 1000 + int(k), precision, tick)
-            gc.collect()                                                 # a Learner and its callbacks hold each other
-        rows = torch.load(folder/'predictions.pt', weights_only=True)['picked'].numpy()
-        tables.append(test.assign(fold=k, **dict(zip(collect.columns, rows.T))))
-    return pd.concat(tables).loc[frames.index]
+    learn = start(numbers[0])[0]
+    collect = _bound(collect, learn.dls, frames)
+    made = _made_of(learn, build, frames)
+    del learn
+    gc.collect()                                                         # a Learner and its callbacks hold each other
+    settings = dict(split=split_hash(frames, folds), columns=collect.columns, epochs=epochs, lr=lr, patience=patience, factor=factor,
+                    watch=watch, select=select, seed=seed, precision=precision, schedule=schedule, **made)
+    done = all((path/f'fold{k}'/'predictions.pt').exists() for k in numbers)
+    with nullcontext() if done else folder_lock(path):
+        _claim(path, settings, schedule='plateau', **made)
+        ticks = iter(progress(range(len(numbers) * epochs), desc=path.name))
+        next(ticks, None)
+        def tick(): next(ticks, None)
+        for k in numbers:
+            if (path/f'fold{k}'/'predictions.pt').exists(): continue
+            _train_fold(*start(k), collect, epochs, path/f'fold{k}', lr, rates, watch, select, seed * 1000 + int(k), precision, tick)
+            gc.collect()
+    return _read_folds(path, 'picked', frames, folds, collect.columns, epochs)
 
-def _claim(path, settings, **before):
-    "Bind a folder to one run's settings, or complain that it belongs to another; `before` holds what a claim of an older version, which lacks these keys, was made with."
-    claim = path/'run.json'
-    if claim.exists():
-        old = {**before, **json.loads(claim.read_text())}
-        other = [f"{k} {old.get(k)} -> {settings[k]}" for k in settings if old.get(k) != settings[k] and k != 'columns']
-        if old != settings: raise ValueError(f"{path} holds another run ({', '.join(other) or 'other columns'}): choose another path, or delete that folder")
-    else: write_json(claim, settings)
 
-def _train_fold(build, data, train, test, collect, epochs, folder, lr, rates, watch, select, seed, precision, tick):
+
+# %% ../nbs/14_training.ipynb #cv-a
+def _check_run(frames, folds, epochs, select, watch, schedule):
+    "Complain of arguments of `cross_validate` that cannot be."
+    if select not in ('last', 'inner', 'best'): raise ValueError(f"select is 'last', 'inner' or 'best', not {select!r}")
+    if watch not in ('train_loss', 'valid_loss', 'score'): raise ValueError(f"watch is 'train_loss', 'valid_loss' or 'score', not {watch!r}")
+    if schedule not in ('plateau', 'cosine', 'one-cycle'): raise ValueError(f"schedule is 'plateau', 'cosine' or 'one-cycle', not {schedule!r}")
+    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not folds.index.equals(frames.index): raise ValueError("folds and frames must have the same index: make the folds from this frame table")
+    if folds.nunique() < 2: raise ValueError(f"cross-validation needs at least two folds, got {folds.nunique()}")
+
+def _bound(collect, dls, frames):
+    "The collector with the names of the DataLoaders; TableError for labels that have no name there."
+    collect = collect.bind(dls)
+    if not isinstance(collect, ClassProbs): return collect
+    unknown = sorted(set(frames['label'].astype(str)) - set(map(str, collect.classes)))
+    if unknown: raise TableError(f"label(s) {unknown} of the frame table are not among the classes {collect.classes}: name them in `classes`, or drop those rows")
+    return collect
+
+def _fold_learner(build, data, frames, folds, k, select, seed):
+    "The Learner of a fold as it starts, the frame table that it validates on and, for 'inner', the DataLoader of the held-out frames."
+    train, test = frames[folds != k], frames[folds == k]
     inner = patient_folds(train, 5, seed=seed) == 0 if select == 'inner' else None
     valid = test if inner is None else train[inner]
     seed_all(seed)
     learn = build(data(train if inner is None else train[~inner], valid))
-    log = FoldLog(collect, valid, folder, select, None if inner is None else learn.dls.test_dl(test, with_labels=True), precision, tick, watch)
+    return learn, valid, None if inner is None else learn.dls.test_dl(test, with_labels=True)
+
+# %% ../nbs/14_training.ipynb #cv-b
+def _claim(path, settings, **before):
+    "Bind a folder to one run's settings, or complain that it belongs to another; `before` holds what a claim of an older version, which lacks these keys, was made with."
+    claim = path/'run.json'
+    if not claim.exists(): return write_json(claim, settings)
+    old = {**before, **json.loads(claim.read_text())}
+    if old == settings: return
+    other = ', '.join(f"{k} {old.get(k)} -> {settings.get(k)}" for k in {**settings, **old} if old.get(k) != settings.get(k))
+    raise ValueError(f"{path} holds another run ({other}): choose another path, or delete that folder")
+
+def _train_fold(learn, valid, test_dl, collect, epochs, folder, lr, rates, watch, select, seed, precision, tick):
+    "Train one fold and write its predictions, weights and history."
+    log = FoldLog(collect, valid, folder, select, test_dl, precision, tick, watch)
     with learn.no_bar(), learn.no_logging():
         fit_resumable(learn, epochs, lr, folder/'checkpoint.pt', seed, cbs=[AutoPrecision(precision), log, rates(log)])
+    _check_history(log.history, epochs, folder)
     with atomic_path(folder/'history.csv') as tmp: pd.DataFrame(log.history).to_csv(tmp, index=False)
     with atomic_path(folder/'predictions.pt') as tmp: torch.save(dict(picked=log.picked, last=log.last), tmp)
     (folder/'checkpoint.pt').unlink()
+
+def _check_history(history, epochs, folder):
+    "Complain of a fold whose history does not hold every epoch, once and in order."
+    seen = [int(h['epoch']) for h in history]
+    if seen != list(range(epochs)): raise ValueError(f"{folder} has a history of the epochs {seen}, not of all {epochs}: delete that folder to train it again")
+
+def _read_folds(path, which, frames, folds, columns, epochs):
+    "The out-of-fold table of a finished run: the 'picked' or the 'last' epoch of each fold."
+    tables = []
+    for k in sorted(folds.unique()):
+        folder, test = path/f'fold{k}', frames[folds == k]
+        _check_history(pd.read_csv(folder/'history.csv').to_dict('records'), epochs, folder)
+        rows = torch.load(folder/'predictions.pt', weights_only=True)[which].numpy()
+        if rows.shape != (len(test), len(columns)): raise ValueError(f"{folder/'predictions.pt'} has {rows.shape} numbers, not {(len(test), len(columns))}: delete that folder to train it again")
+        tables.append(test.assign(fold=k, **dict(zip(columns, rows.T))))
+    return pd.concat(tables).loc[frames.index]
 
 # %% ../nbs/14_training.ipynb #c039
 def last_epoch(
     frames:pd.DataFrame,      # the frame table of the run
     folds:pd.Series,          # its folds
-    collect,                  # its collector
-    path,                     # its folder
+    path,                     # its folder, which knows the names of the columns
 ) -> pd.DataFrame:            # as `cross_validate` returns it, but of each fold's last epoch
     "The last epoch's out-of-fold predictions of a finished `cross_validate`, whatever epoch it selected."
-    tables = []
-    for k in sorted(folds.unique()):
-        rows = torch.load(Path(path)/f'fold{k}'/'predictions.pt', weights_only=True)['last'].numpy()
-        tables.append(frames[folds == k].assign(fold=k, **dict(zip(collect.columns, rows.T))))
-    return pd.concat(tables).loc[frames.index]
+    claim = json.loads((Path(path)/'run.json').read_text())
+    if claim['split'] != split_hash(frames, folds): raise ValueError(f"{path} holds a run with other frames or folds: give those that it was trained with")
+    return _read_folds(Path(path), 'last', frames, folds, claim['columns'], claim['epochs'])
 
 def training_hours(
     path,                     # a folder with finished runs anywhere below it
@@ -369,7 +567,8 @@ def _classifier(backbone, n_classes):
     "A copy of the backbone between the scaling of `models.BackboneClassifier` and one linear layer, under the same names."
     n = getattr(backbone, 'n_features', None)
     if not isinstance(n, int): raise ValueError("the backbone has no n_features: make it with create_backbone, or set backbone.n_features to the length of the vector that it gives")
-    return nn.Sequential(OrderedDict(scale=torchvision.transforms.Normalize([.5], [.25]), backbone=deepcopy(backbone), head=nn.Linear(n, n_classes)))
+    scale = torchvision.transforms.Normalize(*getattr(backbone, 'normalize', ([.5], [.25])))
+    return nn.Sequential(OrderedDict(scale=scale, backbone=deepcopy(backbone), head=nn.Linear(n, n_classes)))
 
 def fine_tune_learner(
     dls,                      # DataLoaders of labelled frames in 0..1, as from `frame_dls`
@@ -380,16 +579,19 @@ def fine_tune_learner(
     splitter=trainable_params,# parameter groups; `stages` for a rate per stage
 ) -> Learner:                 # with Adam and cross-entropy; its model gives logits
     "A Learner that fine-tunes a pretrained backbone (Chen 2021, section 4)."
-    model = _classifier(backbone, get_c(dls))
+    model, vocab = _classifier(backbone, get_c(dls)), getattr(dls, 'vocab', None)
+    if vocab is not None: name_outputs(model, vocab)
     freeze(model, f'last {policy}' if isinstance(policy, int) else policy)
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), wd=wd, splitter=splitter)
 
+# %% ../nbs/14_training.ipynb #c045a
 def _fingerprint(module):
     "A short hash of all tensors and their names."
     h = hashlib.sha256()
-    for k, v in module.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for k, v in module.state_dict().items(): h.update(k.encode() + _bytes(v))
     return h.hexdigest()[:16]
 
+# %% ../nbs/14_training.ipynb #c045b
 def fine_tune(
     backbone:nn.Module,       # as for `fine_tune_learner`; gets one or three channels, whatever its first convolution takes
     table,                    # a clip table, or a `FrameStore`
@@ -421,6 +623,8 @@ def fine_tune(
         if isinstance(table, FrameStore): store = table
         else:
             if folds is not None and not folds.index.equals(table.index): raise ValueError("folds and the clip table must have the same index: make the folds from this table")
+            unknown = sorted(set(check_table(table, exists=False)['label']) - set(classes))
+            if unknown: raise TableError(f"label(s) {unknown} are not among the classes {list(classes)}: name them in `classes`, or drop those rows")
             store = FrameStore.build(table if folds is None else table.assign(fold=folds), Path(folder)/'frames', size, rate, max_frames)
             folds = None if folds is None else store.frames['fold']
         if folds is not None and not folds.index.isin(store.frames.index).all(): raise ValueError("folds has rows that are not of the store: make the folds from its frame table")
@@ -429,5 +633,5 @@ def fine_tune(
         _claim(Path(folder), dict(backbone=_fingerprint(backbone), policy=policy, wd=wd, bs=bs, size=list(store.size), augment=repr(augment)))
         def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=bs, batch_tfms=augment, channels=channels)
         def build(dls): return fine_tune_learner(dls, backbone, policy, wd=wd, splitter=trainable_params if factor is None else stages)
-        return cross_validate(build, frames, folds, data=data, collect=ClassProbs(classes), epochs=epochs, path=Path(folder)/'folds', lr=lr, select=select,
+        return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=epochs, path=Path(folder)/'folds', lr=lr, select=select,
                               seed=seed, precision=precision, schedule='cosine')

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 from .clips import ClipError, FrameStore, _masks, sample_clip
-from .core import CLASSES, DENSE, DENSE_COLORS, TableError, atomic_path, check_table, clip_ids, frozen_eval, lus_home, overlay
+from .core import DENSE, DENSE_COLORS, TableError, atomic_path, check_table, clip_ids, frozen_eval, lus_home, overlay
 from .distrust import heat_in_fan
 from .explain import EXPLAINERS, map_rgb
 from .phantom import phantom_dataset
 from .preprocess import Fan, FanError, find_fan
+from .transfer import name_outputs
 
 # %% ../nbs/18_widgets.ipynb #c006
 def _ipywidgets():
@@ -220,7 +221,7 @@ class Explainer(_Panel):
     def __init__(self,
         model:torch.nn.Module,    # gives logits (b, classes)
         clips=None,               # clip table (frames are sampled as `sample_clip` does) or `FrameStore`; None makes a small phantom
-        classes:tuple=CLASSES,    # names of the model's outputs, in order
+        classes=None,             # names of the model's outputs, in order; default: `model.classes`
         channels:int=None,        # of the model's input, grey copied; by default what its first convolution takes
         size:tuple=(224, 224),    # height and width of the model's input; a store has its own
         methods:dict=None,        # display name -> function `method(model, x, target)`; default `EXPLAINERS`
@@ -229,7 +230,9 @@ class Explainer(_Panel):
         self.store = clips if isinstance(clips, FrameStore) else None
         table = _phantom(folder) if clips is None else clips if self.store is None else self.store.frames.drop_duplicates('clip')
         super().__init__(_named(table), size if self.store is None else self.store.size)
-        w, self.model, self.classes, self.methods = self._w, model, tuple(map(str, classes)), dict(methods or EXPLAINERS)
+        if classes is not None: name_outputs(model, classes)
+        elif not hasattr(model, 'classes'): raise ValueError("the model does not say what its outputs mean: pass classes=..., in the order of its outputs")
+        w, self.model, self.classes, self.methods = self._w, model, tuple(model.classes), dict(methods or EXPLAINERS)
         self.channels = channels or next((m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)), 1)
         self._probs, self._maps, self._limits = {}, OrderedDict(), {}
         def picker(name, options): return w.Dropdown(options=options, description=name, style=dict(description_width='56px'), layout=w.Layout(width='auto', margin='2px'))

@@ -134,12 +134,12 @@ def test_outside_and_source(phantom_store, tmp_path):
     def build(dls): built.append(list(dls.vocab)); return small_learner(dls)
     options = dict(path=tmp_path/'a', sees=('outside', 'inside'), epochs=1, folds=2, build=build)
     out = outside_fan_check(phantom_store, fan, **options)
-    assert out.index.tolist() == ['outside', 'inside'] and (out.majority == 4/12).all() and (out.clips == 12).all() and (out.patients == 6).all() and built == [sorted(CLASSES)]*4
+    assert out.index.tolist() == ['outside', 'inside'] and (out.majority == 4/12).all() and (out.clips == 12).all() and (out.patients == 6).all() and built == [sorted(CLASSES)]*8      # two runs of two folds, and two more each for the claim
     assert ((0 <= out.low) & (out.low <= out.accuracy) & (out.accuracy <= out.high) & (out.high <= 1)).all()
     pd.testing.assert_frame_equal(out, outside_fan_check(phantom_store, fan, **options))
-    assert len(built) == 4                                                         # finished folds are read, not trained again
+    assert len(built) == 12                                                        # finished folds are read, not trained again
     outside_fan_check(phantom_store, ~fan, **{**options, 'sees': ('outside',)})
-    assert len(built) == 6                                                         # other fans are another run
+    assert len(built) == 16                                                        # other fans are another run
     few = phantom_store.frames.groupby('source')['patient'].nunique()
     told = predict_source(phantom_store, ['label', 'source'], path=tmp_path/'b', epochs=1, folds=2)
     assert told.loc['label', 'left_out'] == '' and all(s in told.loc['source', 'left_out'] for s in few.index[few < 2])

@@ -66,6 +66,7 @@ def test_targets():
     assert torch.allclose(several[1], maximise_class(m, 2, (16, 16), steps=5)[0], atol=1e-4)
     f = maximise_class(m, lambda out: out[:, 2], (16, 16), steps=5)[0]
     assert torch.allclose(f, several[1], atol=1e-4)
+    torch.manual_seed(0)
     seg = unet(4, width=2)
     x, s = maximise_class(seg, 1, (32, 32), 1, steps=10, decay=0)
     assert x.shape == (1, 32, 32) and s[-1] > s[0]
@@ -110,8 +111,8 @@ def test_nearest_names_and_unreached_layer():
 def test_panels():
     import matplotlib; matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    out = show_imagined(net(), (16, 16), steps=3); assert set(out) == {True, False} and len(plt.gcf().axes) == 6
-    out = show_imagined(net(1), (16, 16), channels=1, steps=3, clamp=None); assert set(out) == {True} and len(plt.gcf().axes) == 3
+    out = show_imagined(net(), (16, 16), 'abc', steps=3); assert set(out) == {True, False} and len(plt.gcf().axes) == 6
+    out = show_imagined(net(1), (16, 16), 'abc', channels=1, steps=3, clamp=None); assert set(out) == {True} and len(plt.gcf().axes) == 3
     rows = show_inversions(net(), torch.rand(2, 3, 16, 16), ['0', '6', ''], steps=3)
     assert [r['layer'] for r in rows] == ['0', '6', ''] and rows[0]['pictures'].shape == (2, 3, 16, 16)
     plt.close('all')

@@ -2,6 +2,7 @@
 import copy, json, os, signal, subprocess, sys, textwrap
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from lus_fastai import training
 
 SETUP = '''
 import os, signal, sys
@@ -24,6 +25,16 @@ def setup(folder):
     def data(train, valid): return frame_dls(store, train, valid, bs=4, batch_tfms=[GareAugment()])
     def build(dls): return Learner(dls, seg_to_cls(unet(4, width=2)), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
     return store.frames, folds, data, build
+
+def kill_in(learn, frames, batch):
+    "Kill this process in that training batch of a Learner that validates on these frames; a hook, because a callback would make it another run."
+    if set(learn.dls.valid.items.patient) != set(frames.patient): return learn
+    seen = []
+    def count(module, args):
+        if module.training: seen.append(1)
+        if len(seen) == batch: os.kill(os.getpid(), signal.SIGKILL)
+    learn.model.register_forward_pre_hook(count)
+    return learn
 '''
 exec(SETUP)
 
@@ -53,15 +64,7 @@ def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp
     whole = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=3, path=tmp_path/'whole', select='best', patience=1)
     code = f'''
         frames, folds, data, build = setup(folder)
-        fits = []
-        class Kill(Callback):
-            def before_batch(self):
-                if self.training and self.epoch == 1 and self.iter == 2: os.kill(os.getpid(), signal.SIGKILL)
-        def killed(dls):
-            fits.append(1)
-            learn = build(dls)
-            if len(fits) == 2: learn.add_cb(Kill())
-            return learn
+        def killed(dls): return kill_in(build(dls), frames[folds == 1], len(dls.train) + 3)
         cross_validate(killed, frames, folds, data=data, collect=ClassProbs(), epochs=3, path={str(tmp_path/'broken')!r}, select='best', patience=1)
     '''
     assert run(made, code).returncode == -signal.SIGKILL
@@ -72,16 +75,16 @@ def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp
     pd.testing.assert_frame_equal(*(fold_history(tmp_path/name).drop(columns='seconds') for name in ('whole', 'broken')), check_exact=True)
 
 @pytest.mark.parametrize('select', ['last', 'inner', 'best'])
-def test_cut_off_between_the_last_checkpoint_and_the_predictions(made, tmp_path, select):
+def test_cut_off_between_the_last_checkpoint_and_the_predictions(made, tmp_path, select, monkeypatch):
     frames, folds, data, build = setup(made)
-    def cv(name, build=build): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=2, path=tmp_path/name, select=select)
-    class Stop(Callback):
-        def after_fit(self): raise KeyboardInterrupt
-    def stopped(dls): return [learn := build(dls), learn.add_cb(Stop())][0]
-    with pytest.raises(KeyboardInterrupt): cv('cut', stopped)
+    def cv(name): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=2, path=tmp_path/name, select=select)
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(training, '_check_history', stop)
+        with pytest.raises(KeyboardInterrupt): cv('cut')
     assert Checkpoint(tmp_path/'cut/fold0/checkpoint.pt').epochs_done() == 2 and not (tmp_path/'cut/fold0/predictions.pt').exists()
     pd.testing.assert_frame_equal(cv('cut'), cv('whole'), check_exact=True)
-    pd.testing.assert_frame_equal(last_epoch(frames, folds, ClassProbs(), tmp_path/'cut'), last_epoch(frames, folds, ClassProbs(), tmp_path/'whole'), check_exact=True)
+    pd.testing.assert_frame_equal(last_epoch(frames, folds, tmp_path/'cut'), last_epoch(frames, folds, tmp_path/'whole'), check_exact=True)
     pd.testing.assert_frame_equal(*(fold_history(tmp_path/n).drop(columns='seconds') for n in ('cut', 'whole')), check_exact=True)
 
 def test_a_fit_without_an_epoch_left_gives_the_trained_weights(made, tmp_path):
@@ -109,7 +112,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(mad
     done = run(made, code)
     assert done.returncode != 0 and 'checkpoint of epoch 3 could not be written' in done.stderr and 'run again to resume' in done.stderr
     assert Checkpoint(tmp_path/'c.pt').epochs_done() == 2
-    assert [p.name for p in tmp_path.iterdir()] == ['c.pt']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'c.pt']
 
 def test_a_checkpoint_that_is_cut_short_is_named(made, tmp_path):
     frames, folds, data, build = setup(made)
@@ -189,7 +192,8 @@ def test_the_inner_choice_never_sees_the_held_out_patients(made, tmp_path):
         seen.append((set(train.patient), set(valid.patient)))
         return data(train, valid)
     cross_validate(build, frames, folds, data=watched, collect=ClassProbs(), epochs=1, path=tmp_path/'inner', select='inner')
-    for k, (train, valid) in enumerate(seen):
+    assert len(seen) == 4                                  # the first fold's also for the claim
+    for k, (train, valid) in zip([0, 0, 1, 2], seen):
         held_out = set(frames[folds == k].patient)
         assert train and valid and not train & valid and not (train | valid) & held_out
 
@@ -292,7 +296,7 @@ def tuned(phantom_store, backbone, tmp_path_factory):
 
 def test_fine_tune_predicts_every_frame_by_a_network_that_has_not_seen_the_patient(phantom_store, tuned):
     folder, oof = tuned
-    assert oof.index.equals(phantom_store.frames.index) and np.allclose(oof[ClassProbs().columns].sum(axis=1), 1, atol=1e-5)
+    assert oof.index.equals(phantom_store.frames.index) and np.allclose(oof[[f'p_{c}' for c in CLASSES]].sum(axis=1), 1, atol=1e-5)
     assert not set(oof[oof.fold == 0].patient) & set(oof[oof.fold == 1].patient)
     assert fold_history(folder/'folds').lr.tolist() == [.01, .01]
 
@@ -315,18 +319,12 @@ def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, 
     torch.save(backbone.state_dict(), tmp_path/'backbone.pt')
     code = f'''
         import lus_fastai.training as training
-        made, fits = training.fine_tune_learner, []
-        class Kill(Callback):
-            def before_batch(self):
-                if self.training and self.iter == 1: os.kill(os.getpid(), signal.SIGKILL)
-        def killed(*args, **kwargs):
-            fits.append(1)
-            learn = made(*args, **kwargs)
-            if len(fits) == 2: learn.add_cb(Kill())
-            return learn
-        training.fine_tune_learner = killed
+        made = training.fine_tune_learner
         store = FrameStore({str(phantom_store.folder)!r})
-        fine_tune(create_backbone('resnet18', weights={str(tmp_path/'backbone.pt')!r}), store, last=3, folds=patient_folds(store.frames, 2), path={str(tmp_path/'run')!r}, epochs=1, bs=8)
+        folds = patient_folds(store.frames, 2)
+        def killed(*args, **kwargs): return kill_in(made(*args, **kwargs), store.frames[folds == 1], 2)
+        training.fine_tune_learner = killed
+        fine_tune(create_backbone('resnet18', weights={str(tmp_path/'backbone.pt')!r}), store, last=3, folds=folds, path={str(tmp_path/'run')!r}, epochs=1, bs=8)
     '''
     done = run(tmp_path, code)
     assert done.returncode == -signal.SIGKILL, done.stderr

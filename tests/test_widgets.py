@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from lus_fastai import widgets as W
-from lus_fastai.core import DENSE, DENSE_COLORS, TableError, overlay, write_table
+from lus_fastai.core import CLASSES, DENSE, DENSE_COLORS, TableError, overlay, write_table
 from lus_fastai.clips import read_clip, sample_clip
 from lus_fastai.explain import EXPLAINERS, explain_clip
 from lus_fastai.phantom import phantom_dataset
@@ -17,8 +17,10 @@ def pixels(image): return np.asarray(Image.open(io.BytesIO(image.value if hasatt
 def small_net(channels=1, classes=3, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return torch.nn.Sequential(torch.nn.Conv2d(channels, 8, 5, 2, 2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3, 2, 1), torch.nn.ReLU(),
+        net = torch.nn.Sequential(torch.nn.Conv2d(channels, 8, 5, 2, 2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3, 2, 1), torch.nn.ReLU(),
                                    torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, classes))
+    net.classes = CLASSES
+    return net
 
 @pytest.fixture
 def broken(phantom_table, tmp_path):
@@ -198,7 +200,7 @@ def test_explainer_faults_are_messages(phantom_table, broken):
     e = W.Explainer(small_net(classes=4), phantom_table, size=(64, 64))
     assert 'one logit for each of 3 classes' in e.status.value and e.map_image.layout.display == 'none' and pixels(e.image).any()
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64*64, 3))
-    e = W.Explainer(flat, phantom_table, size=(64, 64))
+    e = W.Explainer(flat, phantom_table, CLASSES, size=(64, 64))
     e.method.value = 'grad-cam'
     assert 'convolution' in e.status.value and e.map_image.layout.display == 'none'
     e.method.value = 'saliency'
@@ -293,12 +295,12 @@ import warnings; warnings.filterwarnings('ignore')
 import pandas as pd, torch
 from pathlib import Path
 from IPython.display import display
-from lus_fastai.core import read_table
+from lus_fastai.core import CLASSES, read_table
 from lus_fastai.widgets import ClipBrowser, Explainer, FanEditor
 table = read_table('clips.csv')
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, 2, 2), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 3))
-display(ClipBrowser(table), Explainer(net, table, size=(64, 64)), FanEditor(table, 'clips.csv'))
+display(ClipBrowser(table), Explainer(net, table, CLASSES, size=(64, 64)), FanEditor(table, 'clips.csv'))
 """
 
 @contextlib.contextmanager

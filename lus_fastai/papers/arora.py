@@ -28,8 +28,8 @@ from ..preprocess import Fan, add_fans, fan_crop
 from ..data import TensorFrame, frame_dls
 from ..augment import AroraAugment
 from ..models import covidnet
-from ..transfer import copy_weights
-from ..metrics import classification_report, cls_confusions, evaluate, pr_curve, pred_classes, roc, roc_bands, vote
+from ..transfer import copy_weights, name_outputs
+from ..metrics import classification_report, evaluate, pr_curve, pred_classes, roc, roc_bands, vote
 from ..calibration import abstention, calibrate, calibration_scores, confidence, ece, mc_dropout, reliability, tta
 from ..training import AutoPrecision, ClassProbs, autocast_for, cross_validate, training_hours
 from ..explain import grad_cam
@@ -149,7 +149,7 @@ def classify(
     "Train and cross-validate one network on all folds (Arora 2020, section 3; the paper trained one fold)."
     frames, s = store.frames if frames is None else frames, settings
     def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=s.bs, batch_tfms=[AroraAugment()])
-    return cross_validate(partial(learner, net=net), frames, protocol_folds(frames, protocol, s), data=data, collect=ClassProbs(classes), epochs=net.epochs, path=path, lr=s.lr,
+    return cross_validate(partial(learner, net=net), frames, protocol_folds(frames, protocol, s), data=data, collect=ClassProbs(), epochs=net.epochs, path=path, lr=s.lr,
                           factor=.95, patience=4, watch='train_loss' if protocol == 'patient' else 'valid_loss', seed=s.seed)
 
 def run_folder(
@@ -179,10 +179,11 @@ def fold_model(
     path,                     # folder of a `classify` run
     net:Net,                  # its backbone
     fold:int,                 # which fold's network
-    n_classes:int=3,          # classes it was trained for
+    classes=CLASSES,          # those that it was trained for, in order
 ):                            # the network, in evaluation mode
     "A trained network of one fold."
-    model = covidnet(net.name, n_classes, channels=1, weights=None)
+    model = covidnet(net.name, len(classes), channels=1, weights=None)
+    name_outputs(model, classes)                # weights with another order of classes are refused
     copy_weights(Path(path)/f'fold{fold}'/'model.safetensors', model, strict=True)
     return model.eval()
 
@@ -199,7 +200,7 @@ def held_out(
     "Apply a function to every frame with the network that has not seen it."
     parts, order = [], []
     for fold, group in progress(list(oof.groupby('fold'))):
-        model = fold_model(path, net, fold, len(pred_classes(oof)))
+        model = fold_model(path, net, fold, pred_classes(oof))
         parts += [np.asarray(function(model, x)) for x in _batches(store, group['row'].to_numpy())]
         order.append(oof.index.get_indexer(group.index))
     return np.concatenate(parts)[np.argsort(np.concatenate(order), kind='stable')]
@@ -224,7 +225,7 @@ def ensemble(
     columns, folders = [f'p_{c}' for c in classes], sorted(Path(path).glob('fold*/model.safetensors'))
     if not folders: raise FileNotFoundError(f"no trained networks in {path}: run `classify` first")
     def probs(k):
-        model = fold_model(path, net, k, len(classes))
+        model = fold_model(path, net, k, classes)
         with torch.no_grad(), autocast_for('cpu'): return np.concatenate([model(x).float().softmax(1).numpy() for x in _batches(store, np.arange(len(store)))])
     each = np.stack([probs(int(f.parent.name[4:])) for f in progress(folders)])
     votes = np.eye(len(classes))[each.argmax(2)].mean(0)
@@ -511,7 +512,7 @@ def arora_report(
     r.cells([c for c in cells if c['protocol'] == 'file' and c['theirs'] is not None])
 
     r.section('Folds by patient', 'Every frame is judged by the network that has not seen its patient.')
-    for n in s.nets: r.figure(plot_confusion(cls_confusions(oofs[n, 'patient']).sum(0), CLASSES, n.name), f'Confusion matrix by frame, {n.name}.')
+    for n in s.nets: r.figure(plot_confusion(oofs[n, 'patient'], title=n.name), f'Confusion matrix by frame, {n.name}.')
     for n in s.nets: r.figure(plot_roc(*roc(oofs[n, 'patient']), n.name, roc_bands(oofs[n, 'patient'])), f'One-vs-rest ROC by frame with 95 % bands over patients, {n.name}.')
     r.figure(plot_pr(*pr_curve(oofs[net, 'patient']), net.name), f'Precision and recall by frame, {net.name}.')
     r.table(classification_report(oofs[net, 'patient']), f'Classification report by frame, {net.name}.')

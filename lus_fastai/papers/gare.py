@@ -25,8 +25,8 @@ from ..folds import patient_folds, leaky_folds, assert_disjoint, split_hash
 from ..data import frame_dls
 from ..augment import GareAugment, gare_variant, expand_variants
 from ..models import unet, seg_to_cls
-from ..transfer import copy_weights
-from ..metrics import cls_confusions, evaluate, evaluate_seg, roc, vote
+from ..transfer import copy_weights, name_outputs
+from ..metrics import evaluate, evaluate_seg, roc, vote
 from ..losses import DiceCELoss, class_weights, code_counts
 from ..training import cross_validate, last_epoch, fold_history, training_hours, ClassProbs, PixelCounts
 from ..report import Report, cell, headline, interval_text, limits_note, papers_note, training_card
@@ -193,16 +193,15 @@ def classify(
 ) -> pd.DataFrame:                   # out-of-fold probabilities, a row per frame
     "Reverse transfer: turn the segmenter into a classifier, train all of it and cross-validate (Gare 2021, section 4.2)."
     s, classes = settings, classes_of(store)
-    def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=s.bs,
-                                             batch_tfms=[GareAugment()])
+    def data(train, valid):
+        return frame_dls(store, train, valid, classes=classes, bs=s.bs, batch_tfms=[GareAugment()])
     def build(dls):
         segmenter = unet(n_codes, width=s.width, bn=s.bn)
         if start is not None: copy_weights(start, segmenter, strict=True)
         return Learner(dls, seg_to_cls(segmenter, len(classes)), loss_func=CrossEntropyLossFlat(),
                        opt_func=adam)
-    return _cross_validate(build, store.frames, protocol, s, data=data, collect=ClassProbs(classes),
-                           epochs=s.cls_epochs, path=path,
-                           patience=s.cls_patience)
+    return _cross_validate(build, store.frames, protocol, s, data=data, collect=ClassProbs(),
+                           epochs=s.cls_epochs, path=path, patience=s.cls_patience)
 
 # %% ../../nbs/20_papers.gare.ipynb #c024
 THEIRS_SEGMENTATION = pd.DataFrame(
@@ -295,7 +294,7 @@ def reproduce(
         path, task = runs/f'cls-{run}-{row}-{protocol}', f'classification by {protocol}'
         classified[row, protocol] = oof = classify(clips, *starts[row], path, protocol, settings)
         new = classification_cells(oof, row, task)
-        if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, ClassProbs(classes_of(clips)), path), row, task, 'classification, last epoch')
+        if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, path), row, task, 'classification, last epoch')
         if data == 'own': new = [{**c, 'theirs': None} for c in new]                 # the paper's clips are not these
         results = done('classification', protocol, oof, path, new)
     begin('tables and figures')
@@ -315,6 +314,7 @@ def held_out_masks(
     rows = store.frames[folds == 0].groupby('patient').nth(2).sort_values('label')
     rows = rows.iloc[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
     model = unet(len(DENSE), width=settings.width, bn=settings.bn)
+    name_outputs(model, DENSE)                                   # weights with another order of codes are refused
     copy_weights(Path(path)/'fold0'/'model.safetensors', model, strict=True)
     images, masks = store.images[rows.row.to_numpy()], store.masks[rows.row.to_numpy()]
     with frozen_eval(model), torch.no_grad(): pred = model(torch.from_numpy(images)[:, None] / 255.).argmax(1)
@@ -397,9 +397,8 @@ def _classification(r, cells, data, classified):
     r.cells(shown, f'{_WHAT[data].capitalize()}:')
     for row in ('dense', 'sparse', 'none'):
         o = classified[row, 'patient']
-        names = [c[2:] for c in o if c.startswith('p_')]
-        fig = plot_confusion(cls_confusions(o).sum(0), names, f'Start: {row}; {len(o)} frames')
-        r.figure(fig, f'Confusion matrix by frame, start {row}, folds by patient.')
+        r.figure(plot_confusion(o, title=f'Start: {row}; {len(o)} frames'),
+                 f'Confusion matrix by frame, start {row}, folds by patient.')
     o = classified['dense', 'patient']
     about = 'of the dense start, folds by patient. Dashed lines are means over classes.'
     r.figure(plot_roc(*roc(o), 'Frames'), f'ROC by frame {about}')
@@ -460,7 +459,6 @@ def gare_report(
     _leak(r, results)
     _data(r, clips)
     r.glossary(['A-line', 'B-line', 'phantom', 'mask', 'dense codes', 'sparse codes', 'IoU', 'start', 'fold',
-                'folds by patient', 'leaky',
-                'frame, clip, patient', 'interval', 'last epoch, best epoch', 'balanced accuracy',
-                'ROC, AUC'])
+                'folds by patient', 'leaky', 'frame, clip, patient', 'interval', 'last epoch, best epoch',
+                'balanced accuracy', 'ROC, AUC'])
     return r.provenance(results, asdict(settings)).save(path)

@@ -468,7 +468,7 @@ def taught_scores(
     store = MaskSet(pictures, np.zeros((len(pictures), 0, *pictures.shape[1:]), bool), (), t)
     def data(train, valid): return frame_dls(store, train, valid, classes=answers, batch_tfms=[Flip()])
     def build(dls): return Learner(dls, LineClassifier(lines), loss_func=CrossEntropyLossFlat(), opt_func=adam)
-    out = cross_validate(build, t, patient_folds(t, folds, seed=seed), data=data, collect=ClassProbs(answers), epochs=epochs, path=path, lr=lr, schedule='cosine', seed=seed)
+    out = cross_validate(build, t, patient_folds(t, folds, seed=seed), data=data, collect=ClassProbs(), epochs=epochs, path=path, lr=lr, schedule='cosine', seed=seed)
     return out.groupby('clip')['p_yes'].mean().reindex(range(len(table))).to_numpy()
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c039

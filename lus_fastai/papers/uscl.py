@@ -25,7 +25,7 @@ from ..folds import patient_folds, assert_disjoint, split_hash
 from ..preprocess import add_fans
 from ..data import frame_dls
 from ..models import BackboneClassifier, create_backbone
-from ..transfer import copy_weights, save_weights
+from ..transfer import copy_weights, name_outputs, save_weights
 from ..contrastive import ABLATION, MoCo, SimCLR, Supervised, USCL, USCLAugment, leave_processes, main_first, pair_dls, pretrain
 from ..semisup import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 from ..detect import DetectItems, FEW_OBJECTS, busi_items, phantom_items, train_detector
@@ -212,10 +212,10 @@ def tune(
         dls.fold = int(folds[valid.index[0]])
         return dls
     def build(dls): return fine_tune_learner(dls, weights_of(start, dls.fold, path, s), 'all' if everything else 'last 3')
-    collect, folder = ClassProbs(), Path(path)/'tuned'/f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"
-    best = cross_validate(build, own, folds[own.index], data=data, collect=collect, epochs=s.tune_epochs, path=folder, lr=s.tune_lr / 10 if everything else s.tune_lr,
+    folder = Path(path)/'tuned'/f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"
+    best = cross_validate(build, own, folds[own.index], data=data, collect=ClassProbs(), epochs=s.tune_epochs, path=folder, lr=s.tune_lr / 10 if everything else s.tune_lr,
                           select='best', schedule='cosine', seed=s.seed)
-    return dict(last=last_epoch(own, folds[own.index], collect, folder), best=best)
+    return dict(last=last_epoch(own, folds[own.index], folder), best=best)
 
 # %% ../../nbs/23_papers.uscl.ipynb #c022
 def downstream_fans(
@@ -235,6 +235,7 @@ def tuned_model(
     "The network that `tune` left for a fold: of the epoch that was best on the test fold, the authors' choice."
     s = settings
     model = BackboneClassifier(create_backbone(s.backbone), len(CLASSES))
+    name_outputs(model, CLASSES)                                 # weights with another order of classes are refused
     copy_weights(Path(path)/'tuned'/f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"/f'fold{fold}'/'model.safetensors', model, strict=True)
     return model.eval()
 
@@ -443,7 +444,8 @@ def uscl_report(
     if s.ablated: r.section('From SimCLR to USCL', "Table 2 of the paper: frames as their own examples; negatives from other clips only; frames mixed; both; and the cross-entropy of labelled clips.")
     if s.ablated: r.figure(plot_comparison(comparison.set_index('label').loc[list(s.ablated)].reset_index(),
                                            group='group', xlabel='frames right', title='Ablation (Table 2)'),
-                                           'Share of frames that are right, folds by patient.')
+                           'Share of frames that are right, folds by patient; open diamonds as above.' if theirs else
+                           'Share of frames that are right, folds by patient.')
     r.section('Similarity conflict', 'Cosine of centred features for pairs of frames; the interval holds the middle 90 % of the pairs.')
     conflict = t[t.table == 'conflict']
     r.figure(plot_comparison(conflict.assign(label=conflict.column, group=conflict.row, value=conflict.ours), group='group', xlabel='cosine', title='How alike two frames are'), 'Cosine of frame pairs by start.')
