@@ -57,13 +57,12 @@ class GareSettings:
     seed:int=0
 
     def __post_init__(self):
-        if self.loss not in ('ce',
-                             'dice-ce'): raise ValueError(f"loss is 'ce' or 'dice-ce', not {self.loss!r}")
+        if self.loss not in ('ce', 'dice-ce'):
+            raise ValueError(f"loss is 'ce' or 'dice-ce', not {self.loss!r}")
 
 DEFAULT = GareSettings()
-QUICK = GareSettings(size=(80, 80), lr=1e-2, loss='dice-ce', schedule='one-cycle', seg_patients=48,
-                     seg_frames=3,
-                     seg_epochs=24, cls_patients=72, cls_frames=2, cls_epochs=8)
+QUICK = GareSettings(size=(80, 80), bs=8, lr=1e-2, loss='dice-ce', schedule='one-cycle', seg_patients=48,
+                     seg_frames=3, seg_epochs=24, cls_patients=54, cls_frames=3, cls_epochs=10)
 QUICK_REAL = replace(QUICK, size=(128, 128))
 PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epochs=12)
 
@@ -145,8 +144,8 @@ def _cross_validate(build, frames, protocol, settings, **how):
     "What segmentation and classification share."
     select = 'last' if protocol == 'patient' else 'best'
     return cross_validate(build, frames, protocol_folds(frames, protocol, settings), lr=settings.lr,
-                          schedule=settings.schedule,
-                          precision=settings.precision, select=select, seed=settings.seed, **how)
+                          schedule=settings.schedule, precision=settings.precision, select=select,
+                          seed=settings.seed, **how)
 
 def segment(
     store:FrameStore,                # with masks
@@ -165,8 +164,7 @@ def segment(
         return Learner(dls, unet(n, width=s.width, bn=s.bn), loss_func=loss, opt_func=adam)
     epochs = max(1, s.seg_epochs // 6) if copies else s.seg_epochs
     return _cross_validate(build, frames, protocol, s, data=data, collect=PixelCounts(n), epochs=epochs,
-                           path=path,
-                           patience=s.seg_patience)
+                           path=path, patience=s.seg_patience)
 
 # %% ../../nbs/20_papers.gare.ipynb #c019b
 def best_fold(
@@ -350,14 +348,11 @@ def _first_screen(r, results, labelled, oof, settings):
     right, low, high = patients = _score(cells, 'accuracy by patient')
     sizes = len(people), oof['clip'].nunique(), len(oof)
     r.summary(
-        f'A network learned to label each pixel of {len(labelled)} simulated frames, was turned into a '
-        f'classifier of '
-        f'{_WHAT[data]} ({sizes[0]} patients), and was tested on patients whom it had not seen.',
-        f'It names the class of {right:.0%} of these patients correctly (95% interval {low:.0%} to '
-        f'{high:.0%}), and of '
-        f'{honest[0]:.0%} of the frames. With frames assigned to folds at random, so that training and test '
-        f'share '
-        f'patients, it seems to be right in {leaky[0]:.0%} of the frames.',
+        f'A network learned to label each pixel of {len(labelled)} simulated frames, was turned into a classifier '
+        f'of {_WHAT[data]} ({sizes[0]} patients), and was tested on patients whom it had not seen.',
+        f'It names the class of {right:.0%} of these patients correctly (95% interval {low:.0%} to {high:.0%}), '
+        f'and of {honest[0]:.0%} of the frames. With frames assigned to folds at random, so that training and '
+        f'test share patients, it seems to be right in {leaky[0]:.0%} of the frames.',
         f'The number from shared patients estimates nothing. {limits_note(data)}')
     r.numbers({**headline('patients', 'by patient', patients, people.label, 'dense start'),
                **headline('frames', 'by patient', honest, oof.label, 'dense start'),
