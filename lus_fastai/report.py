@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import DENSE, DENSE_COLORS, atomic_path, mask_rgb, overlay, shipped, write_json
-from .metrics import total_confusion
 
 # %% ../nbs/17_report.ipynb #c008
 _INK = '#16191d'
@@ -69,6 +68,7 @@ def plot_confusion(
 ):                        # matplotlib Figure
     "A confusion matrix, coloured by the share of each row, with counts."
     from matplotlib.patches import Rectangle
+    from lus_fastai.metrics import total_confusion                   # here, because it is not as light as this module
     cm, names = total_confusion(cm, names)
     share, n = cm/np.maximum(cm.sum(1, keepdims=True), 1), len(names)
     with _canvas(1.5 + .85*n, 1 + .75*n) as fig:

@@ -1,5 +1,5 @@
 "Training under faults: killed processes, full disks, interrupts, and learners that travel between processes; schedules and fine-tuning."
-import copy, json, os, signal, subprocess, sys, textwrap
+import copy, json, os, shutil, signal, subprocess, sys, textwrap
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from lus_fastai import training
@@ -202,6 +202,141 @@ def test_wrong_arguments_are_named(made, tmp_path, change, message):
     frames, folds, data, build = setup(made)
     with pytest.raises(ValueError, match=message): cross_validate(build, frames, folds, **{**dict(data=data, collect=ClassProbs(), epochs=1, path=tmp_path), **change})
     with pytest.raises(ValueError, match='at least two folds'): cross_validate(build, frames, folds * 0, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+
+# never the wrong run
+
+def made_with(dls, width=2, opt=torch.optim.Adam, weight=None, **options):
+    return Learner(dls, seg_to_cls(unet(4, width=width)), loss_func=CrossEntropyLossFlat(weight=weight), opt_func=partial(OptimWrapper, opt=opt, **options))
+def frozen(dls):
+    learn = made_with(dls)
+    for p in list(learn.model.parameters())[:4]: p.requires_grad_(False)
+    return learn
+CHANGES = {'network ': partial(made_with, width=3), 'optimiser .*Adam.* -> .*SGD': partial(made_with, opt=torch.optim.SGD), 'optimiser .* -> .*eps=0.001': partial(made_with, eps=1e-3),
+           'loss ': partial(made_with, weight=torch.tensor([1., 2, 3])), 'trains ': frozen}
+
+@pytest.fixture(scope='module')
+def finished(made, tmp_path_factory):
+    frames, folds, data, build = setup(made)
+    folder = tmp_path_factory.mktemp('finished')
+    return folder, cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=folder)
+
+@pytest.mark.parametrize('what', CHANGES)
+def test_another_network_optimiser_or_loss_is_not_answered_by_a_finished_run(made, finished, what):
+    frames, folds, data, _ = setup(made)
+    with pytest.raises(ValueError, match=f'holds another run \\(.*{what}'):
+        cross_validate(CHANGES[what], frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0])
+
+def test_other_batches_labels_or_pixels_are_not_answered_by_a_finished_run(made, finished, tmp_path):
+    frames, folds, data, build = setup(made)
+    store = FrameStore(made/'store')
+    def run(data, frames=frames): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0])
+    with pytest.raises(ValueError, match='bs 4 -> 3'): run(lambda a, b: frame_dls(store, a, b, bs=3, batch_tfms=[GareAugment()]))
+    with pytest.raises(ValueError, match=r'\(transforms .*GareAugment'): run(lambda a, b: frame_dls(store, a, b, bs=4))
+    labels = frames.label.copy()
+    labels.iloc[[0, -1]] = labels.iloc[[-1, 0]].to_numpy()
+    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'): run(data, frames.assign(label=labels))
+    class Inverted:
+        folder, masks, frames = store.folder, None, store.frames
+        images = 255 - np.asarray(store.images)
+        def __len__(self): return len(self.images)
+    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'): run(lambda a, b: frame_dls(Inverted(), a, b, bs=4, batch_tfms=[GareAugment()]))
+
+def test_the_same_code_in_another_process_makes_the_same_claim(made, finished):
+    code = f'''
+        frames, folds, data, build = setup(folder)
+        torch.manual_seed(5)
+        oof = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(finished[0])!r})
+        print(oof.p_covid.sum())
+    '''
+    done = run(made, code, PYTHONHASHSEED='7')
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.strip().splitlines()[-1]) == pytest.approx(float(finished[1].p_covid.sum()))
+
+def test_other_weights_at_the_start_are_another_run_and_drawn_ones_are_not(made, tmp_path):
+    frames, folds, data, _ = setup(made)
+    start = seg_to_cls(unet(4, width=2)).state_dict()
+    def run(weights):
+        def build(dls):
+            learn = made_with(dls)
+            learn.model.load_state_dict({k: v for k, v in weights.items() if 'bottleneck' in k}, strict=False)
+            return learn
+        return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+    first = run(start)
+    pd.testing.assert_frame_equal(run(start), first, check_exact=True)
+    with pytest.raises(ValueError, match=r'\(loaded \w+ -> \w+\)'): run({k: v + 1 for k, v in start.items()})
+
+def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made, tmp_path):
+    code = f'''
+        frames, folds, data, build = setup(folder)
+        class Slow(Callback):
+            def before_batch(self):
+                print('training', flush=True)
+                import time; time.sleep(60)
+        def slow(dls): return build(dls)
+        import lus_fastai.training as T
+        T.AutoPrecision = lambda precision: Slow()
+        cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(tmp_path/'run')!r})
+    '''
+    first = subprocess.Popen([sys.executable, '-c', SETUP + 'from pathlib import Path\nfolder = Path(sys.argv[1])\n' + textwrap.dedent(code), str(made)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == 'training\n'
+        frames, folds, data, build = setup(made)
+        def here(): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'run')
+        with pytest.raises(BlockingIOError, match='another process works in .*run: wait until it is done'): here()
+        assert not list((tmp_path/'run').rglob('checkpoint.pt'))
+    finally:
+        first.kill()
+        first.wait()
+    whole = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'whole')
+    pd.testing.assert_frame_equal(here(), whole, check_exact=True)
+
+def test_a_checkpoint_of_another_epoch_is_never_skipped_in_silence(made, tmp_path, monkeypatch):
+    frames, folds, data, build = setup(made)
+    def learner(): return build(data(frames[folds != 0], frames[folds == 0]))
+    def fit(learn, epochs):
+        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, 1e-3, tmp_path/'c.pt')
+    fit(learner(), 3)
+    with pytest.raises(ValueError, match='has 3 epochs behind it, this fit goes on after 2'): fit(learner(), 2)
+    monkeypatch.setattr(Checkpoint, 'epochs_done', lambda self: 2)           # as if another process had gone on since it was asked
+    with pytest.raises(ValueError, match='has 3 epochs behind it, this fit goes on after 2'): fit(learner(), 4)
+    (tmp_path/'c.pt').unlink()
+    with pytest.raises(ValueError, match='has 0 epochs behind it, this fit goes on after 2'): fit(learner(), 4)
+
+def test_predictions_after_a_fit_leave_the_weights_alone(made, tmp_path):
+    frames, folds, data, build = setup(made)
+    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn.add_cb(Checkpoint(tmp_path/'c.pt'))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        with torch.no_grad(): list(learn.model.parameters())[-2].fill_(7)
+        learn.get_preds()
+    assert any((p == 7).all() for p in learn.model.parameters())
+
+def test_a_history_with_a_gap_is_not_read(made, finished, tmp_path):
+    frames, folds, data, build = setup(made)
+    shutil.copytree(finished[0], tmp_path/'run')
+    (tmp_path/'run/fold1/history.csv').write_text('fold,epoch\n')
+    for read in (lambda: cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'run'), lambda: last_epoch(frames, folds, tmp_path/'run')):
+        with pytest.raises(ValueError, match=r'fold1 has a history of the epochs \[\], not of all 1'): read()
+    with pytest.raises(ValueError, match='other frames or folds'): last_epoch(frames, (folds + 1) % 3, finished[0])
+
+@pytest.mark.parametrize('part', ['training', 'validation', 'logits'])
+def test_an_epoch_that_is_no_number_names_fold_and_epoch_and_leaves_the_one_before(made, tmp_path, part):
+    frames, folds, data, build = setup(made)
+    class Blow(Callback):
+        order = 1
+        def after_pred(self):
+            if self.epoch == 2 and self.training and part == 'training': self.learn.pred = self.pred * float('nan')
+            if self.epoch == 2 and not self.training and part == 'logits': self.learn.pred = self.pred * float('nan')
+        def after_loss(self):
+            if self.epoch == 2 and not self.training and part == 'validation': self.learn.loss = self.loss * float('inf')
+    def broken(dls): return [learn := build(dls), learn.add_cb(Blow())][0]
+    message = r'fold0, epoch 2: the network gives NaN' if part == 'logits' else f'fold0: the {part} loss of epoch 2 is (nan|inf)'
+    for again in range(2):
+        with pytest.raises(ValueError, match=message):
+            cross_validate(broken, frames, folds, data=data, collect=ClassProbs(), epochs=4, path=tmp_path, select='best')
+        assert Checkpoint(tmp_path/'fold0/checkpoint.pt').epochs_done() == 2 and not (tmp_path/'fold0/predictions.pt').exists()
+    assert all(v.isfinite().all() for v in load_weights(tmp_path/'fold0/model.safetensors').values())
 
 # schedules
 
