@@ -6,12 +6,12 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 
 # %% auto #0
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS', 'dense_to_sparse',
-           'mask_rgb', 'overlay', 'TableError', 'check_table', 'clip_ids', 'write_table', 'read_table', 'MaskSet',
-           'atomic_path', 'write_json', 'folder_lock', 'seed_all', 'frozen_eval', 'lus_home', 'shipped', 'real_data',
-           'progress']
+           'mask_rgb', 'overlay', 'file_keys', 'TableError', 'check_table', 'clip_ids', 'write_table', 'read_table',
+           'MaskSet', 'atomic_path', 'write_json', 'folder_lock', 'seed_all', 'frozen_eval', 'lus_home', 'shipped',
+           'real_data', 'progress', 'duration', 'StageLog']
 
 # %% ../nbs/00_core.ipynb #c003
-import contextlib, json, os, random, sys, tempfile
+import contextlib, json, os, random, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -68,6 +68,19 @@ def overlay(
     tinted = (mask < len(colors) - 1)[..., None] * np.float32(alpha)
     return (rgb * (1 - tinted) + mask_rgb(mask, colors) * tinted).round().astype(np.uint8)
 
+# %% ../nbs/00_core.ipynb #files
+def file_keys(
+    paths,                    # paths of files, which need not exist; anything else gets None
+) -> list:                    # a key per path, the same for two paths of one file
+    "Which file each path leads to, whether by another spelling, a symbolic link or a hard link."
+    def key(path):
+        if not isinstance(path, (str, os.PathLike)): return None
+        try:
+            s = os.stat(path)
+        except (OSError, ValueError): return os.path.realpath(path) if str(path).strip() else None
+        return (s.st_dev, s.st_ino) if s.st_ino else os.path.realpath(path)
+    return [key(p) for p in paths]
+
 # %% ../nbs/00_core.ipynb #c021
 CLIP_COLUMNS = ('path', 'kind', 'label', 'patient', 'source', 'probe')
 
@@ -75,6 +88,15 @@ class TableError(ValueError):
     "A clip table that cannot be used; the message names rows and columns."
 
 def _rows(index): return ', '.join(map(str, index[:5])) + (f' and {len(index)-5} more' if len(index) > 5 else '')
+
+def _twice(table):
+    "A sentence about rows whose paths lead to a file that an earlier row has, in a list; empty when there is none."
+    keys = pd.Series(file_keys(table['path']), dtype=object)
+    double = np.flatnonzero((keys.duplicated() & keys.notna()).to_numpy())
+    if not len(double): return []
+    again, first = double[0], keys.tolist().index(keys[double[0]])
+    rows, paths = table.index, table['path'].tolist()
+    return [f"column 'path' names a file twice in row(s) {_rows(rows[double])}: row {rows[again]} ({paths[again]}) is the file of row {rows[first]} ({paths[first]})"]
 
 def check_table(
     table:pd.DataFrame,       # a clip table
@@ -91,8 +113,7 @@ def check_table(
         if len(empty): wrong.append(f"column '{c}' is empty in row(s) {_rows(empty)}")
     kinds = table.index[~table['kind'].isin(['video', 'image']) & table['kind'].notna()]
     if len(kinds): wrong.append(f"column 'kind' must be 'video' or 'image' in row(s) {_rows(kinds)}")
-    double = table.index[table['path'].duplicated()]
-    if len(double): wrong.append(f"column 'path' names a file twice in row(s) {_rows(double)}")
+    wrong += _twice(table)
     for c in ('path', 'mask') if exists else ():
         if c not in table: continue
         gone = [(i, p) for i, p in table[c].items() if isinstance(p, (str, os.PathLike)) and str(p).strip() and not os.path.isfile(p)]
@@ -242,14 +263,46 @@ def real_data():              # Path or None
 def _in_notebook():
     return 'ipykernel' in sys.modules and 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
 
+def _watched():
+    "Whether somebody looks on: a notebook or a terminal, not a file."
+    return _in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()
+
 def progress(
     items,                    # any iterable
     total:int=None,           # how many there are, when `items` has no length
     desc:str='',              # a word beside the bar
 ):                            # the same items, one by one
     "A progress bar over `items` on a terminal or in a notebook; silent when the output goes to a file."
-    if not (_in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()): yield from items; return
+    if not _watched():
+        yield from items
+        return
     from fastprogress.fastprogress import progress_bar
     bar = progress_bar(items, total=total if total is not None else len(items), leave=False)
     if desc: bar.comment = desc
     yield from bar
+
+# %% ../nbs/00_core.ipynb #stages
+def duration(
+    seconds:float,            # at least 0
+) -> str:                     # such as '38 s', '4 min 12 s' or '1 h 5 min'
+    "A length of time in words, to two units."
+    s = round(seconds)
+    if s < 60: return f'{s} s'
+    return f'{s//60} min {s%60} s' if s < 3600 else f'{s//3600} h {s%3600//60} min'
+
+class StageLog:
+    "Numbers the stages of a run and prints how long each took; called with a title it ends one stage and begins the next."
+    def __init__(self,
+        n:int,                # how many stages there will be
+    ): self.n, self.k, self.title = n, 0, None
+    def __call__(self,
+        title:str,            # of the stage that begins
+    ):
+        "Begin a stage."
+        self.done()
+        self.k, self.title, self.start = self.k + 1, title, time.perf_counter()
+        if _watched(): print(f'{self.k}/{self.n} {title} ...', flush=True)
+    def done(self):
+        "End the stage that runs, if one does."
+        if self.title: print(f'{self.k}/{self.n} {self.title}: {duration(time.perf_counter() - self.start)}', flush=True)
+        self.title = None

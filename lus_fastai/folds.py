@@ -12,7 +12,7 @@ __all__ = ['patient_folds', 'LeakError', 'assert_disjoint', 'leaky_folds', 'spli
 import hashlib, warnings
 from dataclasses import dataclass
 import numpy as np, pandas as pd
-from .core import TableError, clip_ids
+from .core import TableError, clip_ids, file_keys
 from .clips import store_rows
 
 # %% ../nbs/04_folds.ipynb #c006
@@ -27,6 +27,15 @@ def _need(table, columns):
     for c in columns:
         hole = list(table.index[table[c].isna() | (table[c].astype(str).str.strip() == '')])
         if hole: raise TableError(f"column '{c}' is empty in row(s) {_name(hole)}: a row without {c} cannot be split safely; fill or drop it")
+
+def _one_owner(table, by):
+    "TableError when one file stands under two values of `by`, whatever paths lead to it."
+    if 'path' not in table: return
+    t = table[['path', by]].drop_duplicates()
+    t = t.assign(key=file_keys(t['path']), who=t[by].astype(str).str.strip())
+    for _, rows in t[t['key'].notna()].groupby('key', sort=False):
+        if rows['who'].nunique() == 1: continue
+        raise TableError(f"row(s) {_name(rows.index)} are one file ({_name(rows['path'].tolist())}) of several {by}s ({_name(rows['who'].tolist())}): keep one of them")
 
 def _thin(table, fold):
     "Warn of folds that cannot test, or cannot train, some class."
@@ -44,6 +53,7 @@ def patient_folds(
 ) -> pd.Series:               # fold number 0..n-1 of every row, same index as the table
     "Deal patients into `n` folds, classes balanced; the result depends on neither row order nor index."
     _need(table, (by, 'label'))
+    _one_owner(table, by)
     who = table[by].astype(str).str.strip().to_numpy(object)
     counts = pd.crosstab(who, table['label'].astype(str).to_numpy())
     if n < 2: raise ValueError(f"cross-validation needs at least 2 folds, got n={n}")
@@ -61,7 +71,7 @@ def patient_folds(
 
 # %% ../nbs/04_folds.ipynb #c016
 class LeakError(AssertionError):
-    "Two parts of a split share patients; `.shared` lists them."
+    "Two parts of a split share patients or files; `.shared` lists them."
     def __init__(self, message, shared): super().__init__(message); self.shared = shared
 
 def assert_disjoint(
@@ -69,10 +79,19 @@ def assert_disjoint(
     b:pd.DataFrame,           # the other part
     by:str='patient',         # the column that must not have a value in common
 ):
-    "Raise `LeakError` naming the patients that stand in both parts."
+    "Raise `LeakError` naming the patients, or the files, that stand in both parts."
     for part in (a, b): _need(part, (by,))
     shared = sorted(set(a[by].astype(str).str.strip()) & set(b[by].astype(str).str.strip()))
     if shared: raise LeakError(f"{len(shared)} {by}(s) in both parts: {_name(shared)}", shared)
+    if 'path' in a and 'path' in b: _no_shared_file(a['path'].drop_duplicates(), b['path'].drop_duplicates())
+
+def _no_shared_file(a, b):
+    "LeakError when a path of `a` leads to a file of `b`."
+    there = {key: f'row {row} ({path})' for key, row, path in zip(file_keys(b), b.index, b) if key is not None}
+    shared = [(path, f'row {row} ({path}) is {there[key]}') for key, row, path in zip(file_keys(a), a.index, a) if key in there]
+    if not shared: return
+    paths, said = zip(*shared)
+    raise LeakError(f"{len(shared)} file(s) in both parts: {_name(said)}", list(paths))
 
 # %% ../nbs/04_folds.ipynb #c019
 _UNITS = dict(clip=['clip'], frame=['clip', 'frame'], variant=['clip', 'frame', 'variant'])

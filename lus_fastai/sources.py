@@ -8,7 +8,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/sources.html.md"""
 __all__ = ['UNCERTAIN_POSITIVE', 'SOURCES', 'pocus_name', 'blues_name', 'duplicate_groups', 'lesion_paths', 'ccxs_patient',
            'mask_paths', 'chexpert_labels', 'exact_match', 'siim_boxes', 'mask_picture', 'ccxs_set', 'xpie_set',
            'busi_set', 'siim_set', 'us4_rows', 'pack_sequence', 'clust_name', 'butterfly_name', 'Source',
-           'sources_table', 'manifest', 'by_hand', 'index', 'FetchError', 'blob_sha1', 'verify', 'fetch', 'extract']
+           'sources_table', 'manifest', 'by_hand', 'find_source', 'index', 'FetchError', 'blob_sha1', 'verify', 'fetch',
+           'extract']
 
 # %% ../nbs/02_sources.ipynb #c003
 import fnmatch, hashlib, http.client, lzma, os, re, shutil, socket, stat, tarfile, tempfile, time, zipfile, zlib
@@ -625,8 +626,12 @@ def by_hand(
             f"carry it here, then\n  from lus_fastai.sources import extract, index\n  extract('<the zip>', '{folder}'); index('{s.name}', '{folder}')\n"
             f"That folder, or one inside it, should then hold {s.layout}.")
 
-def _found(source, top):
+def find_source(
+    name:str,                 # a registered source, one of `SOURCES`
+    top,                      # a folder: the source's own, or one that holds it
+):                            # Path or None
     "The folder at or below `top` that holds a source, or None."
+    source, top = _source(name), Path(top)
     inner = source.prefix.strip('/')
     places = [top/source.name, top, top/inner, top/source.name/inner, *(sorted(p/inner for p in top.iterdir() if p.is_dir()) if top.is_dir() else [])]
     return next((p for p in places if all(any(next(p.glob(a), None) for a in m.split('|')) for m in source.marker)), None)
@@ -636,7 +641,7 @@ def index(
     folder=None,              # its folder, or one that holds it; `LUS_DATA`, or the cache, when None
 ) -> pd.DataFrame:            # a clip table, checked, sorted by path
     "Read a source's folder into a clip table; prints what was found and what did not fit."
-    s = _source(name); top = _home(s, folder); root = _found(s, top)
+    s = _source(name); top = _home(s, folder); root = find_source(name, top)
     if root is None: raise FileNotFoundError(f"{top} {'does not hold' if top.is_dir() else 'is no folder with'} {s.name}: expected {s.layout} there.\n{by_hand(name, top)}")
     table, notes = s.read(root.resolve())
     if not len(table): raise TableError(f"{root} has no clip of {s.name}: expected {s.layout}" + ''.join(f'; {n}' for n in notes))
@@ -748,7 +753,7 @@ def fetch(
     s = _source(name)
     if _comes_by_hand(s) and base_url is None:
         folder = _home(s, folder)
-        if _found(s, folder) is None: raise FileNotFoundError(f"{name} is not in {folder} and cannot be fetched: its owners give no address for programs.\n{by_hand(name, folder)}")
+        if find_source(name, folder) is None: raise FileNotFoundError(f"{name} is not in {folder} and cannot be fetched: its owners give no address for programs.\n{by_hand(name, folder)}")
         print(f"{name}: laid down by hand, nothing to fetch, in {folder}")
         return folder
     folder, base = _home(s, folder), (base_url or s.urls['raw']).rstrip('/') + '/'

@@ -1,5 +1,6 @@
 "The commands as a person runs them: in a process of their own, from the command line to a report."
-import json, os, re, subprocess, sys, textwrap
+import json, os, re, signal, subprocess, sys, textwrap, time
+from pathlib import Path
 import pytest
 
 TINY = '''
@@ -9,12 +10,19 @@ TINY = '''
     gare.QUICK, gare.QUICK_REAL = tiny, tiny
 '''
 
-def command(tmp_path, name, *args, before='', timeout=300, **env):
-    "Run a command's entry point as its console script does, after the lines of `before`."
+def start(tmp_path, name, *args, before='', after='', **env):
+    "Start a command's entry point as its console script does, between the lines of `before` and `after`."
     script = tmp_path/f'{name}.py'
-    script.write_text(textwrap.dedent(before) + f'\nfrom lus_fastai.cli import {name}\nif __name__ == "__main__": {name}()\n')
+    script.write_text(textwrap.dedent(before) + f'\nimport sys\nfrom lus_fastai.cli import {name}\n'
+                      f'if __name__ == "__main__":\n    try: sys.exit({name}())\n    finally: {after or "pass"}\n')
     env = {**{k: v for k, v in os.environ.items() if k != 'LUS_DATA'}, 'LUS_HOME': str(tmp_path/'home'), 'OMP_NUM_THREADS': '1', **env}
-    return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=timeout)
+    return subprocess.Popen([sys.executable, str(script), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env, start_new_session=True)
+
+def command(tmp_path, name, *args, timeout=300, **options):
+    "Run a command to its end."
+    process = start(tmp_path, name, *args, **options)
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 def test_the_demo_goes_from_the_command_line_to_a_report_that_needs_nothing_else(tmp_path):
     done = command(tmp_path, 'lus_demo', '--out', 'mine', before=TINY)
@@ -37,11 +45,92 @@ def test_the_same_command_takes_real_clips(tmp_path, real_data):
     assert results['data'] == 'pocus' and 'pocus' in (tmp_path/'report/gare-pocus-quick.html').read_text()
     assert any(c['column'] == 'accuracy by patient' and 0 <= c['ours'] <= 1 for c in results['cells'])
 
-def test_mistakes_are_one_line_without_a_traceback(tmp_path):
-    for name, args, said in (('lus_repro', ['gaer'], 'there is: arora, cheng_lam, gare, merand, sim_to_real, uscl'), ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'), ('lus_repro', ['gare', '--data', 'mars'], "not 'mars'"),
-                             ('lus_demo', ['--data', 'nowhere'], 'not a folder'), ('lus_audit', ['none.csv'], 'none.csv'), ('lus_data', ['uscl'], 'there is: ')):
-        done = command(tmp_path, name, *args)
-        assert done.returncode != 0 and said in done.stderr and 'Traceback' not in done.stderr, (name, done.stderr)
+@pytest.mark.parametrize('name', ['lus_demo', 'lus_repro', 'lus_audit', 'lus_data'])
+def test_help_is_there_before_torch(tmp_path, name):
+    done = command(tmp_path, name, '--help', after="print('loaded:', sorted({'torch', 'numpy', 'pandas', 'fastai'} & set(sys.modules)))")
+    assert done.returncode == 0 and done.stdout.startswith('usage: ') and 'loaded: []' in done.stdout, done.stdout + done.stderr
+
+@pytest.mark.parametrize('name, args, said', [
+    ('lus_repro', ['gaer'], 'there is: arora, cheng_lam, gare, merand, sim_to_real, uscl'), ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'),
+    ('lus_demo', ['--data', 'nowhere'], 'not a folder'), ('lus_demo', ['--patient', 'file'], 'for a folder of your own clips, and this is the phantom'),
+    ('lus_audit', ['none.csv'], 'none.csv: No such file'), ('lus_audit', ['none.csv', '--label', 'folder'], 'for a folder of clips'), ('lus_data', ['uscl'], 'there is: '),
+    ('lus_audit', ['.', '--patient', 'file'], 'holds no clip'), ('lus_demo', ['--nonsense'], 'unrecognized arguments')])
+def test_a_mistake_is_one_line_and_status_2(tmp_path, name, args, said):
+    done = command(tmp_path, name, *args)
+    *usage, last = done.stderr.splitlines()
+    assert done.returncode == 2 and said in last and 'error: ' in last and (last.startswith('error: ') and not usage or 'nonsense' in last), done.stderr
+
+@pytest.mark.parametrize('paper, names', [('gare', "'phantom' or 'pocus'"), ('arora', "'phantom' or 'pocus'"), ('cheng_lam', "'phantom' or 'real'"),
+                                          ('uscl', "'phantom' or 'real'"), ('merand', "'phantom' or 'real'"), ('sim_to_real', "'phantom' or 'real'")])
+def test_a_data_name_that_does_not_fit_the_paper_is_a_mistake(tmp_path, monkeypatch, paper, names):
+    from lus_fastai.cli import lus_repro
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^data is {names}, not 'mars'$"): lus_repro(paper, data='mars')
+    assert not list(tmp_path.iterdir())
+
+def test_errors_of_ours_keep_their_traceback(tmp_path):
+    done = command(tmp_path, 'lus_audit', 'x', before="import lus_fastai.folds\ndef broken(*args): raise KeyError('ours')\nlus_fastai.folds.audit = broken\n"
+                   "import lus_fastai.core\nlus_fastai.core.read_table = str")
+    assert done.returncode == 1 and 'Traceback' in done.stderr and "KeyError: 'ours'" in done.stderr
+
+def test_an_interrupt_says_what_is_kept(tmp_path):
+    demo = start(tmp_path, 'lus_demo', before=TINY.replace('seg_epochs=1', 'seg_epochs=200'))
+    deadline = time.monotonic() + 200
+    while not list((tmp_path/'home/gare').rglob('checkpoint.pt')) and demo.poll() is None and time.monotonic() < deadline: time.sleep(.05)
+    os.killpg(demo.pid, signal.SIGINT)                                                       # as a terminal does: to all processes of the command
+    out, err = demo.communicate(timeout=60)
+    assert demo.returncode == 130 and 'Traceback' not in err, err
+    said = err.splitlines()[-1]
+    assert re.fullmatch(r'interrupted: \d trained fold\(s\) are kept in \S+/home/gare/\w+, and 1 under way up to its last whole epoch. The same command goes on from there.', said), err
+    assert out.splitlines()[0].startswith('the demo takes about ') and re.fullmatch(r'1/8 clips and frames: \d+ s', out.splitlines()[1]), out
+
+def test_a_second_demo_names_the_process_that_runs_the_first(tmp_path):
+    first = start(tmp_path, 'lus_demo', before=TINY.replace('seg_epochs=1', 'seg_epochs=200'))
+    try:
+        deadline = time.monotonic() + 200
+        while not list((tmp_path/'home').rglob('demo.lock')) and first.poll() is None and time.monotonic() < deadline: time.sleep(.05)
+        time.sleep(.5)
+        second = command(tmp_path, 'lus_demo', '--out', 'elsewhere', before=TINY.replace('seg_epochs=1', 'seg_epochs=200'))
+        assert second.returncode == 2 and re.fullmatch(rf'error: process {first.pid} is running the demo in \S+: wait until .* or set LUS_HOME to another folder .*\n', second.stderr), second.stderr
+        assert first.poll() is None
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+
+def own_clips(folder, patients=6, size=(48, 48)):
+    "Phantom clips of two classes as somebody might file them: the label in the folder, the patient in the name."
+    from lus_fastai.phantom import draw_patient, phantom_clip, write_video
+    for i in range(patients):
+        label, name = (('regular', 'well'), ('covid', 'ill'))[i % 2]
+        (folder/name).mkdir(parents=True, exist_ok=True)
+        for j in range(2): write_video(folder/name/f'pat{i}_{j}.mp4', phantom_clip(draw_patient(i, label, 'convex'), j, 3, size).frames, 8)
+    return folder
+
+def test_audit_and_demo_take_a_folder_of_own_clips(tmp_path):
+    mine = own_clips(tmp_path/'mine')
+    done = command(tmp_path, 'lus_demo', '--data', 'mine')
+    assert done.returncode == 2 and 'whose clips are in' in done.stderr and '--patient' in done.stderr and not (tmp_path/'report').exists(), done.stderr
+    (mine/'notes.txt').touch()
+    done = command(tmp_path, 'lus_audit', 'mine', '--patient', 'pat([0-9])', '--folds', '3')
+    assert done.returncode == 0 and 'Patients in more than one fold: none' in done.stdout and re.match(r'warning: 1 file\(s\) .*notes.txt', done.stderr), done.stdout + done.stderr
+    (mine/'notes.txt').unlink()
+    done = command(tmp_path, 'lus_demo', '--data', 'mine', '--patient', 'pat([0-9])', before=TINY)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert 'on other clips more or less by their number' in lines[0]
+    assert [int(l.split('/')[0]) for l in lines if re.match(r'\d/8 .*: .* s$', l)] == list(range(1, 9))     # a line a stage
+    assert re.fullmatch(r'took .* s, .* s of CPU time', lines[-2])
+    results = json.loads((tmp_path/'report/gare-own-quick.json').read_text())
+    columns = {c['column'] for c in results['cells'] if c['table'] == 'classification'}
+    assert {'recall ill', 'recall well'} < columns and 'recall covid' not in columns and results['data'] == 'own'
+    assert all(c['theirs'] is None for c in results['cells'] if 'classification' in c['protocol'])
+    html = (tmp_path/'report/gare-own-quick.html').read_text()
+    assert 'your own clips' in html and str(tmp_path) not in html + json.dumps(results)
+
+def test_a_demo_needs_something_to_tell_apart(tmp_path):
+    own_clips(tmp_path/'mine', patients=1)
+    done = command(tmp_path, 'lus_demo', '--data', 'mine', '--patient', 'pat([0-9])', before=TINY)
+    assert done.returncode == 2 and "every clip has the label 'well'" in done.stderr
 
 def test_audit_and_data_list(tmp_path):
     listed = command(tmp_path, 'lus_data')

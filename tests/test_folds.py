@@ -3,7 +3,7 @@ import warnings
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from lus_fastai.core import TableError
+from lus_fastai.core import TableError, check_table
 from lus_fastai.folds import *
 
 def clips(patients, seed=0, classes='abc', most=5, p=None):
@@ -281,3 +281,31 @@ def test_audit_bad_input(store):
     with pytest.raises(TableError, match="'source'"): audit(store.table.drop(columns='source'))
     with pytest.raises(TableError, match='empty'): audit(store.table[:0])
     with pytest.raises(ValueError, match='folds for'): audit(store.table, [0])
+
+# ---- one file under several paths
+
+@pytest.fixture
+def linked(tmp_path):
+    "A clip table of one file under four names, and another file; patients differ."
+    (tmp_path/'c0.mp4').write_bytes(b'0')
+    (tmp_path/'c1.mp4').write_bytes(b'1')
+    (tmp_path/'sub').mkdir()
+    (tmp_path/'sub/link.mp4').symlink_to(tmp_path/'c0.mp4')
+    (tmp_path/'sub/hard.mp4').hardlink_to(tmp_path/'c0.mp4')
+    names = ['c0.mp4', 'sub/../c0.mp4', 'sub/link.mp4', 'sub/hard.mp4', 'c1.mp4']
+    paths = [f'{tmp_path}/{n}' for n in names]
+    return pd.DataFrame(dict(path=paths, kind='video', label='a', patient=[f'p{i}' for i in range(5)], source='s', probe='convex'), index=list('vwxyz'))
+
+def test_a_file_under_several_paths_is_found_wherever_a_table_is_checked(linked):
+    with pytest.raises(TableError, match=r"a file twice in row\(s\) w, x, y: row w \(.*sub/\.\./c0.mp4\) is the file of row v \(.*/c0.mp4\)"): check_table(linked)
+    check_table(linked.loc[['y', 'z']])
+    for row in 'wxy':
+        with pytest.raises(TableError, match=rf'row\(s\) v, {row} are one file .* of several patients \(p0, '): patient_folds(linked.loc[['v', row, 'z']], 2)
+        with pytest.raises(LeakError, match=rf'1 file\(s\) in both parts: row v \(.*\) is row {row} \(') as e: assert_disjoint(linked.loc[['v']], linked.loc[[row, 'z']])
+        assert e.value.shared == [linked.path['v']]
+
+def test_frame_tables_of_one_file_are_compared_by_file_too(linked):
+    rows = frames(linked.assign(path=linked.path).loc[['v', 'x', 'z']]).set_axis([0]*18)     # an index that names no row
+    with pytest.raises(LeakError, match='1 file'): assert_disjoint(rows[:6], rows[6:])
+    with pytest.raises(TableError, match='are one file'): patient_folds(rows, 2)
+    patient_folds(rows.assign(patient=['p0']*12 + ['p1']*6), 2)                              # one patient's file may be listed twice

@@ -170,7 +170,7 @@ def test_confusion_shows_counts_and_row_shares():
 
 def test_comparison_puts_dots_where_the_numbers_are():
     ax = R.plot_comparison(scores(), group='group').axes[0]
-    x, y, paper = *(l for l in ax.lines if l.get_label() in 'xy'), next(l for l in ax.lines if l.get_label() == 'paper')
+    x, y, paper = *(l for l in ax.lines if l.get_label() in 'xy'), next(l for l in ax.lines if l.get_label() == R.PAPERS)
     assert list(x.get_xdata()) == [.5, .6] and list(y.get_xdata()) == [.7, .8] and x.get_marker() != y.get_marker() and x.get_color() != y.get_color()
     assert sorted(zip(paper.get_xdata(), paper.get_ydata())) == [(.55, 0), (.9, pytest.approx(1 + .155))]     # shared: once, in the middle
     segments = [s for c in ax.collections for s in c.get_segments() if len(s) and not np.isnan(s).any()]
@@ -301,6 +301,17 @@ def test_numbers_are_right_aligned_and_rounded():
     assert '0.12' in [d for _, d in cells_of(df, digits=2).cells]
 
 
+def test_the_first_screen_says_what_was_counted_and_what_it_is_not():
+    score = R.headline('patients', 'by patient', (.6, .4, .8), ['covid']*6 + ['regular']*3 + ['pneumonia'], 'dense start')
+    assert score == {'patients right, folds by patient (dense start)': '0.600\n95 % interval 0.400 to 0.800\na random guess: 0.333, always covid: 0.600'}
+    assert R.headline('clips', 'by frame', (.5, np.nan, np.nan), 'abab') == {'clips right, folds by frame': '0.500\na random guess: 0.500'}
+    page, _ = check_page(R.Report(EVIL).summary(EVIL, 'b', 'c').numbers(score).glossary(list(R.GLOSSARY)).html())
+    assert [t for t, _ in page.tags].count('dt') == 1 + len(R.GLOSSARY) and [t for t, _ in page.tags].count('li') == 3 + 1   # and one section to go to
+    assert R.Report('t').html().count('Not a medical device') == 2              # above, and below
+    with pytest.raises(ValueError, match='What was done'): R.Report('t').summary('', 'b', 'c')
+    with pytest.raises(ValueError, match='guess'): R.chance_text([])
+
+
 def test_odd_tables():
     assert cells_of(pd.DataFrame({'a': []})) and cells_of(pd.DataFrame())
     two = pd.DataFrame(np.eye(2), columns=pd.MultiIndex.from_product([['x'], ['p', 'q']]))
@@ -329,7 +340,7 @@ def test_cells_become_a_table_per_protocol():
     out = R.Report('t').cells(cells, 'Table of')
     page, _ = check_page(out.html())
     said = [d for _, d in page.cells]
-    assert out.tables == 2 and said.count('[0.400, 0.600]') == 8 and said.count('paper 0.550') == 4
+    assert out.tables == 2 and said.count('[0.400, 0.600]') == 8 and said.count(f'{R.PAPERS} 0.550') == 4
 
 
 # -- results

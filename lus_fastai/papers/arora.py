@@ -34,7 +34,9 @@ from ..calibration import abstention, calibrate, calibration_scores, confidence,
 from ..training import AutoPrecision, ClassProbs, autocast_for, cross_validate, training_hours
 from ..explain import grad_cam
 from ..distrust import heat_in_fan, only_outside, outside_fan_check, predict_source
-from ..report import Report, cell, interval_text, plot_abstention, plot_comparison, plot_confusion, plot_pr, plot_reliability, plot_roc, results_json, results_table
+from ..report import PAPERS, Report, cell, headline, interval_text, limits_note, papers_note
+from ..report import plot_abstention, plot_comparison, plot_confusion, plot_pr, plot_reliability
+from ..report import plot_roc, results_json, results_table, training_card
 
 # %% ../../nbs/22_papers.arora.ipynb #c006
 @dataclass(frozen=True)
@@ -478,14 +480,35 @@ def arora_report(
     leak, t, frames = leak_table(cells), results_table(cells), stores[net].frames
     honest, leaky = (leak[(leak.group == g) & (leak.label == net.name)].iloc[0] for g in ('by patient', 'by file name'))
     r = Report('Covid-Net, honestly', f"Arora et al. 2020 on {'phantom clips' if results['data'] == 'phantom' else 'real POCUS clips'}: what a network scores, how sure it is, and where it looks.")
-    r.numbers({f'accuracy by patient, {net.name}': f'{honest.value:.3f}\n95 % interval {honest.low:.3f} to {honest.high:.3f}', 'same network, folds by file name': f'{leaky.value:.3f}\nas in the paper',
-               'patients · clips · frames': f"{frames.patient.nunique()} · {frames['clip'].nunique()} · {len(frames)}\n{s.folds} folds", 'training': f"{results['hours'] * 60:.0f} min\n{results['device']}"})
+    what = 'simulated' if results['data'] == 'phantom' else 'real'
+    people, n_clips = frames.patient.nunique(), frames['clip'].nunique()
+    r.summary(f'Covid-Nets learned to tell {len(CLASSES)} classes apart in {what} clips ({people} patients), '
+              f'and were tested on '
+              'patients whom they had not seen.',
+              f'{net.name} is right in {honest.value:.0%} of the frames (95% interval {honest.low:.0%} to '
+              f'{honest.high:.0%}); '
+              f'with folds by file name, which let training and test share patients, in {leaky.value:.0%}.',
+              limits_note(results['data']))
+    labels = oofs[net, 'patient'].label
+    def card(folds, row, who): return headline('frames', folds, (row.value, row.low, row.high), labels, who)
+    r.numbers({**card('by patient', honest, net.name),
+               **card('by file name: leaky', leaky, f'{net.name}, as in the paper'),
+               'patients · clips · frames': f'{people} · {n_clips} · {len(frames)}\n{s.folds} folds',
+               **training_card(results)})
 
     starts = ', '.join(f'{n.name} ' + results['protocols']['patient'][f'weights of {n.name}'] for n in s.nets)
     r.section('Honest and as in the paper', '\n\n'.join(f'{k}: {results["protocols"][k]["description"]}.' for k in (*PROTOCOLS, _CROPPED))
-              + f"\n\nWeights at the start: {starts}. Networks that start from scratch cannot be compared with the paper's, which knew ImageNet.")
-    r.figure(plot_comparison(leak, group='group', xlabel='accuracy by frame', title='Three ways to deal the frames'), "Accuracy by frame; open diamonds are the paper's notebooks, one fold of 525 frames.")
-    r.table(leak.assign(accuracy=[interval_text(*v) for v in leak[['value', 'low', 'high']].to_numpy()]).rename(columns=dict(label='network', group='folds', by_clip='by clip'))[['network', 'folds', 'accuracy', 'by clip', 'theirs']], 'Accuracy by frame and by clip.')
+              + f"\n\nWeights at the start: {starts}. Networks that start from scratch cannot be compared "
+                f"with the paper's, which knew ImageNet. {papers_note(results['data'])}")
+    r.figure(plot_comparison(leak, group='group', xlabel='frames right', title='Three splits'),
+             "Share of frames that are right, with 95 % intervals over patients; open diamonds are the "
+             "paper's notebooks, one fold of 525 frames of its own data.")
+    r.table(leak.assign(accuracy=[interval_text(*v) for v in leak[['value', 'low',
+        'high']].to_numpy()]).rename(columns=dict(label='network', group='folds', accuracy='frames right',
+                                                  by_clip='clips right', theirs=PAPERS))[['network', 'folds',
+                                                      'frames right', 'clips right', PAPERS]],
+                                                      'Accuracy by frame with its interval, by clip, and '
+                                                      'what the paper prints for frames of its own data.')
     r.cells([c for c in cells if c['protocol'] == 'file' and c['theirs'] is not None])
 
     r.section('Folds by patient', 'Every frame is judged by the network that has not seen its patient.')
@@ -513,4 +536,6 @@ def arora_report(
     r.section('Two questions instead of three classes')
     r.cells([c for c in cells if c['protocol'] in QUESTIONS and c['column'] in ('accuracy', 'balanced accuracy', 'accuracy by clip', 'AUC macro')])
 
-    return r.provenance(results, asdict(s)).save(path)
+    return r.glossary(['fan', 'fold', 'folds by patient', 'leaky', 'frame, clip, patient', 'interval',
+                       'balanced accuracy', 'ROC, AUC', 'AP', 'phantom']).provenance(results,
+                           asdict(s)).save(path)

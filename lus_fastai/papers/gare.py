@@ -6,9 +6,9 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers.gare.html.md"""
 
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'QUICK_REAL', 'PAPER', 'PROTOCOLS', 'adam', 'THEIRS_SEGMENTATION', 'THEIRS_DENSE',
-           'THEIRS_CLASSIFICATION', 'GareSettings', 'labelled_frames', 'clips_to_classify', 'protocol_folds', 'segment',
-           'best_fold', 'classify', 'segmentation_cells', 'classification_cells', 'run_folder', 'reproduce',
-           'held_out_masks', 'leak_table', 'gare_report']
+           'THEIRS_CLASSIFICATION', 'GareSettings', 'labelled_frames', 'data_name', 'clips_to_classify', 'describe',
+           'protocol_folds', 'segment', 'best_fold', 'classes_of', 'classify', 'segmentation_cells',
+           'classification_cells', 'run_folder', 'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
 
 # %% ../../nbs/20_papers.gare.ipynb #c004
 import hashlib
@@ -21,14 +21,17 @@ from ..core import *
 from ..phantom import phantom_dataset
 from ..sources import index
 from ..clips import FrameStore
-from ..folds import patient_folds, leaky_folds, assert_disjoint, split_hash, audit
+from ..folds import patient_folds, leaky_folds, assert_disjoint, split_hash
 from ..data import frame_dls
 from ..augment import GareAugment, gare_variant, expand_variants
 from ..models import unet, seg_to_cls
 from ..transfer import copy_weights, name_outputs
 from ..metrics import evaluate, evaluate_seg, roc, vote
+from ..losses import DiceCELoss, class_weights, code_counts
 from ..training import cross_validate, last_epoch, fold_history, training_hours, ClassProbs, PixelCounts
-from ..report import (Report, cell, interval_text, plot_comparison, plot_confusion, plot_iou, plot_masks, plot_roc, results_json, results_table, versions)
+from ..report import Report, cell, headline, interval_text, limits_note, papers_note, training_card
+from ..report import plot_comparison, plot_confusion, plot_iou, plot_masks, plot_roc
+from ..report import results_json, results_table
 
 # %% ../../nbs/20_papers.gare.ipynb #c008
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class GareSettings:
     width:int=8               # channels of the U-Net's first stage
     bn:bool=True              # batch norm in the U-Net; the traditional one of the paper has none
     bs:int=4                  # batch size
-    lr:float=1e-3             # Adam
+    lr:float=1e-3             # Adam; the peak, if the schedule is one cycle
+    loss:str='ce'             # of the segmenter: 'ce' as in the paper, or 'dice-ce' with class weights
+    schedule:str='plateau'    # 'plateau' or 'one-cycle', as for `cross_validate`
+    precision:str='auto'      # 'auto', 'bf16' or 'fp32', see `AutoPrecision`
     folds:int=3
     seg_patients:int=36       # phantom patients with pixel labels
     seg_frames:int=6          # frames of each
@@ -50,8 +56,13 @@ class GareSettings:
     cls_patience:int=2
     seed:int=0
 
+    def __post_init__(self):
+        if self.loss not in ('ce', 'dice-ce'):
+            raise ValueError(f"loss is 'ce' or 'dice-ce', not {self.loss!r}")
+
 DEFAULT = GareSettings()
-QUICK = GareSettings(size=(96, 96), seg_patients=24, seg_epochs=24, cls_patients=18, cls_frames=8, cls_epochs=8)
+QUICK = GareSettings(size=(80, 80), bs=8, lr=1e-2, loss='dice-ce', schedule='one-cycle', seg_patients=48,
+                     seg_frames=3, seg_epochs=24, cls_patients=54, cls_frames=3, cls_epochs=10)
 QUICK_REAL = replace(QUICK, size=(128, 128))
 PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epochs=12)
 
@@ -66,19 +77,29 @@ def labelled_frames(
     table = phantom_dataset(home/'phantom'/name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed)
     return FrameStore.build(table, home/'stores'/name, size=s.size, max_frames=s.seg_frames)
 
+def data_name(
+    data,                            # as for `clips_to_classify`
+) -> str:                            # 'phantom', 'pocus', or 'own-' and a hash of the table
+    "What files and folders of some data are called; ValueError for data that the reproduction cannot take."
+    if isinstance(data, pd.DataFrame):
+        if data['label'].nunique() < 2: raise ValueError(f"there is nothing to tell apart: every clip has the label {data['label'].iloc[0]!r}")
+        return 'own-' + hashlib.sha256(data.to_csv(index=False).encode()).hexdigest()[:10]
+    if data not in ('phantom', 'pocus'): raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
+    return data
+
 def clips_to_classify(
-    data:str='phantom',              # 'phantom', or 'pocus' for the convex clips under `LUS_DATA`
+    data='phantom',                  # 'phantom', 'pocus' for the convex clips under `LUS_DATA`, or a clip table of your own
     settings:GareSettings=DEFAULT,   # sizes
     home=None,                       # as for `labelled_frames`
     folder=None,                     # for 'pocus': the folder of real data; default `LUS_DATA`
-) -> FrameStore:                     # frames with one of three labels
-    "The clips that get a diagnosis: phantom patients, or all convex POCUS clips and stills of three classes."
-    home, s = Path(home or lus_home()), settings
+) -> FrameStore:                     # frames with one of three labels, or with those of your own clips
+    "The clips that get a diagnosis: phantom patients, all convex POCUS clips and stills of three classes, or a clip table."
+    home, s, name = Path(home or lus_home()), settings, data_name(data)
+    if isinstance(data, pd.DataFrame): return FrameStore.build(data, home/'stores'/f"{name}-{s.size[0]}x{s.size[1]}", size=s.size)
     if data == 'phantom':
         name = f"cls-{s.cls_patients}x{s.cls_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
         table = phantom_dataset(home/'phantom'/name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed)
         return FrameStore.build(table.drop(columns='mask'), home/'stores'/name, size=s.size, max_frames=s.cls_frames)
-    if data != 'pocus': raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
     folder = folder or real_data()
     if folder is None: raise ValueError("data='pocus' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` for how to get them")
     table = index('pocus', folder)
@@ -87,10 +108,22 @@ def clips_to_classify(
 
 # %% ../../nbs/20_papers.gare.ipynb #c015
 PROTOCOLS = dict(
-    patient='honest: folds by patient; the last epoch counts; the learning rate follows the training loss',
-    clip='as in the paper (classification): folds by clip, so clips of one patient stand on both sides; the test fold picks the epoch and steers the learning rate',
-    variant='as in the paper (segmentation): six variants of each frame dealt at random, so copies of one frame stand on both sides; the test fold picks the epoch and steers the learning rate',
-    frame='leaky: frames dealt at random, so frames of one clip stand on both sides; the test fold picks the epoch and steers the learning rate')
+    patient='honest: folds by patient, and the last epoch counts',
+    clip='as in the paper (classification): folds by clip, so a patient can be in training and in test; the '
+         'test fold picks the epoch',
+    variant='as in the paper (segmentation): six variants of each frame assigned to folds at random, '
+            'so copies of a frame are in training and in test; the test fold picks the epoch',
+    frame='leaky: frames assigned to folds at random, so frames of a clip are in training and in test; the '
+          'test fold picks the epoch')
+
+def describe(
+    protocol:str,                    # a name from `PROTOCOLS`
+    settings:GareSettings=DEFAULT,   # its schedule
+) -> str:                            # for results and report
+    "A protocol in words, and what sets the learning rate."
+    steers = 'the training loss' if protocol == 'patient' else 'the score on the test fold'
+    if settings.schedule == 'one-cycle': steers = 'one cycle'
+    return f'{PROTOCOLS[protocol]}; the learning rate follows {steers}'
 
 def protocol_folds(
     frames:pd.DataFrame,             # frame table
@@ -107,8 +140,12 @@ def protocol_folds(
 # %% ../../nbs/20_papers.gare.ipynb #c019
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
-def _learner(model, axis):
-    return lambda dls: Learner(dls, model(), loss_func=CrossEntropyLossFlat(axis=axis), opt_func=adam)
+def _cross_validate(build, frames, protocol, settings, **how):
+    "What segmentation and classification share."
+    select = 'last' if protocol == 'patient' else 'best'
+    return cross_validate(build, frames, protocol_folds(frames, protocol, settings), lr=settings.lr,
+                          schedule=settings.schedule, precision=settings.precision, select=select,
+                          seed=settings.seed, **how)
 
 def segment(
     store:FrameStore,                # with masks
@@ -118,14 +155,18 @@ def segment(
     settings:GareSettings=DEFAULT,   # sizes
 ) -> pd.DataFrame:                   # out-of-fold pixel confusions, a row per frame (or variant)
     "Train and cross-validate the segmenter (Gare 2021, section 4.1)."
-    frames = expand_variants(store.frames) if protocol == 'variant' else store.frames
-    n = len(DENSE if labels == 'dense' else SPARSE)
-    def data(train, valid):
-        if protocol == 'variant': return frame_dls(store, train, valid, labels, bs=settings.bs, variants=gare_variant)
-        return frame_dls(store, train, valid, labels, bs=settings.bs, batch_tfms=[GareAugment()])
-    return cross_validate(_learner(lambda: unet(n, width=settings.width, bn=settings.bn), 1), frames, protocol_folds(frames, protocol, settings), data=data, collect=PixelCounts(n),
-                          epochs=settings.seg_epochs if protocol == 'patient' else max(1, settings.seg_epochs // 6), path=path, lr=settings.lr, patience=settings.seg_patience, select='last' if protocol == 'patient' else 'best', seed=settings.seed)
+    s, copies, n = settings, protocol == 'variant', len(DENSE if labels == 'dense' else SPARSE)
+    frames = expand_variants(store.frames) if copies else store.frames
+    augment = dict(variants=gare_variant) if copies else dict(batch_tfms=[GareAugment()])
+    def data(train, valid): return frame_dls(store, train, valid, labels, bs=s.bs, **augment)
+    def build(dls):
+        loss = CrossEntropyLossFlat(axis=1) if s.loss == 'ce' else DiceCELoss(class_weights(code_counts(dls)))
+        return Learner(dls, unet(n, width=s.width, bn=s.bn), loss_func=loss, opt_func=adam)
+    epochs = max(1, s.seg_epochs // 6) if copies else s.seg_epochs
+    return _cross_validate(build, frames, protocol, s, data=data, collect=PixelCounts(n), epochs=epochs,
+                           path=path, patience=s.seg_patience)
 
+# %% ../../nbs/20_papers.gare.ipynb #c019b
 def best_fold(
     path,                            # folder of a finished `segment`
 ) -> Path:                           # the weights of one fold
@@ -133,6 +174,13 @@ def best_fold(
     last = fold_history(path).groupby('fold').score.last()
     return Path(path)/f'fold{last.idxmax()}'/'model.safetensors'
 
+def classes_of(
+    store:FrameStore,                # clips to classify
+) -> tuple:                          # label names, sorted: `CLASSES` for the phantom and POCUS
+    "The classes of some clips: whatever their labels are."
+    return tuple(sorted(store.frames['label'].unique()))
+
+# %% ../../nbs/20_papers.gare.ipynb #c019c
 def classify(
     store:FrameStore,                # clips to classify
     start,                           # weights of a segmenter, or None for no pretraining
@@ -142,13 +190,16 @@ def classify(
     settings:GareSettings=DEFAULT,   # sizes
 ) -> pd.DataFrame:                   # out-of-fold probabilities, a row per frame
     "Reverse transfer: turn the segmenter into a classifier, train all of it and cross-validate (Gare 2021, section 4.2)."
-    def model():
-        segmenter = unet(n_codes, width=settings.width, bn=settings.bn)
+    s, classes = settings, classes_of(store)
+    def data(train, valid):
+        return frame_dls(store, train, valid, classes=classes, bs=s.bs, batch_tfms=[GareAugment()])
+    def build(dls):
+        segmenter = unet(n_codes, width=s.width, bn=s.bn)
         if start is not None: copy_weights(start, segmenter, strict=True)
-        return seg_to_cls(segmenter, len(CLASSES))
-    def data(train, valid): return frame_dls(store, train, valid, bs=settings.bs, batch_tfms=[GareAugment()])
-    return cross_validate(_learner(model, -1), store.frames, protocol_folds(store.frames, protocol, settings), data=data, collect=ClassProbs(),
-                          epochs=settings.cls_epochs, path=path, lr=settings.lr, patience=settings.cls_patience, select='last' if protocol == 'patient' else 'best', seed=settings.seed)
+        return Learner(dls, seg_to_cls(segmenter, len(classes)), loss_func=CrossEntropyLossFlat(),
+                       opt_func=adam)
+    return _cross_validate(build, store.frames, protocol, s, data=data, collect=ClassProbs(),
+                           epochs=s.cls_epochs, path=path, patience=s.cls_patience)
 
 # %% ../../nbs/20_papers.gare.ipynb #c024
 THEIRS_SEGMENTATION = pd.DataFrame(
@@ -198,42 +249,56 @@ def run_folder(
     return Path(home or lus_home())/'gare'/hashlib.sha256(repr(settings).encode()).hexdigest()[:10]
 
 def reproduce(
-    data:str='phantom',              # what is classified: 'phantom' or 'pocus'
+    data='phantom',                  # what is classified: 'phantom', 'pocus', or a clip table of your own
     quick:bool=False,                # the demo's sizes and fewer protocols
     out='results',                   # folder for the JSON file and the report
     home=None,                       # where stores and checkpoints are kept; default `lus_home()`
     settings:GareSettings=None,      # default: `DEFAULT`, or `QUICK` and `QUICK_REAL`
 ) -> Path:                           # the report
     "Gare 2021 end to end: segmentation, reverse transfer, honest and leaky, ours beside theirs."
-    settings, home = settings or (DEFAULT if not quick else QUICK if data == 'phantom' else QUICK_REAL), Path(home or lus_home())
+    run = data_name(data)
+    settings, home = settings or (DEFAULT if not quick else QUICK if run == 'phantom' else QUICK_REAL), Path(home or lus_home())
     runs = run_folder(settings, home)
-    labelled, clips = labelled_frames(settings, home), clips_to_classify(data, settings, home)
+    trained = ('patient',) if quick else ('patient', 'variant')
+    plan = [('patient', s) for s in ('dense', 'sparse', 'none')] + [('frame', 'dense')]
+    plan += [] if quick else [('clip', s) for s in ('dense', 'sparse', 'none')]
+    begin = StageLog(2 + 2*len(trained) + len(plan))
+    begin('clips and frames')
+    clips, labelled = clips_to_classify(data, settings, home), labelled_frames(settings, home)
+    data = run.split('-')[0]
     cells, protocols, paths, segmented, classified = [], {}, [], {}, {}
     name = f"gare-{data}{'-quick' if quick else ''}"
 
     def done(task, protocol, oof, path, new_cells):
-        protocols[f'{task} by {protocol}'] = dict(description=PROTOCOLS[protocol], split_hash=split_hash(oof, oof.fold), settings=asdict(settings))
+        protocols[f'{task} by {protocol}'] = dict(description=describe(protocol, settings),
+                                                  split_hash=split_hash(oof, oof.fold),
+                                                  settings=asdict(settings))
         paths.append(path); cells.extend(new_cells)
         return results_json(Path(out)/f'{name}.json', paper='Gare et al. 2021', data=data, protocols=protocols, seeds=[settings.seed], cells=cells, hours=sum(map(training_hours, paths)),
-                            command=f"lus_repro gare --data {data}{' --quick' if quick else ''}")
+                            command='lus_demo --data FOLDER' if data == 'own' else f"lus_repro gare --data {data}{' --quick' if quick else ''}")
 
-    for protocol in ('patient',) if quick else ('patient', 'variant'):
+    for protocol in trained:
         for labels in ('dense', 'sparse'):
-            print(f"segmentation, {labels} labels, folds by {protocol}", flush=True)
+            begin(f"segmentation, {labels} labels, folds by {protocol}")
             path = runs/f'seg-{labels}-{protocol}'
             segmented[labels, protocol] = oof = segment(labelled, labels, path, protocol, settings)
             done('segmentation', protocol, oof, path, segmentation_cells(oof, labels, f'segmentation by {protocol}'))
 
     starts = dict(dense=(best_fold(runs/'seg-dense-patient'), len(DENSE)), sparse=(best_fold(runs/'seg-sparse-patient'), len(SPARSE)), none=(None, len(DENSE)))
-    plan = [('patient', s) for s in starts] + [('frame', 'dense')] + ([] if quick else [('clip', s) for s in starts])
     for protocol, row in plan:
-        print(f"classification of {data}, {'not pretrained' if row == 'none' else f'pretrained on {row} labels'}, folds by {protocol}", flush=True)
-        path, task = runs/f'cls-{data}-{row}-{protocol}', f'classification by {protocol}'
+        what = 'your clips' if data == 'own' else data
+        start = 'not pretrained' if row == 'none' else f'pretrained on {row} labels'
+        begin(f'classification of {what}, {start}, folds by {protocol}')
+        path, task = runs/f'cls-{run}-{row}-{protocol}', f'classification by {protocol}'
         classified[row, protocol] = oof = classify(clips, *starts[row], path, protocol, settings)
         new = classification_cells(oof, row, task)
         if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, path), row, task, 'classification, last epoch')
+        if data == 'own': new = [{**c, 'theirs': None} for c in new]                 # the paper's clips are not these
         results = done('classification', protocol, oof, path, new)
-    return gare_report(Path(out)/f'{name}.html', results, labelled, clips, segmented, classified, runs, settings)
+    begin('tables and figures')
+    report = gare_report(Path(out)/f'{name}.html', results, labelled, clips, segmented, classified, runs, settings)
+    begin.done()
+    return report
 
 # %% ../../nbs/20_papers.gare.ipynb #c032
 def held_out_masks(
@@ -253,6 +318,7 @@ def held_out_masks(
     with frozen_eval(model), torch.no_grad(): pred = model(torch.from_numpy(images)[:, None] / 255.).argmax(1)
     return images, masks, pred.numpy().astype(np.uint8)
 
+# %% ../../nbs/20_papers.gare.ipynb #c032a
 def _find(cells, **which): return next((c for c in cells if all(c[k] == v for k, v in which.items())), None)
 
 def leak_table(
@@ -267,6 +333,106 @@ def leak_table(
         rows.append(dict(protocol=c['protocol'].replace('classification ', ''), start=c['row'], epoch=epoch, value=c['ours'], low=c['interval'][0], high=c['interval'][1], theirs=c['theirs'] if c['protocol'].endswith('clip') and epoch != 'last' else None, by_clip=by_clip['ours']))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/20_papers.gare.ipynb #c032c
+_WHAT = dict(phantom='simulated clips', pocus='real POCUS clips', own='your own clips')
+
+def _score(cells, column, protocol='by patient'):
+    "Value and interval of the dense start."
+    protocol = f'classification {protocol}'
+    c = _find(cells, table='classification', row='dense', protocol=protocol, column=column)
+    return c['ours'], *(c['interval'] or (np.nan, np.nan))
+
+def _first_screen(r, results, labelled, oof, settings):
+    cells, data, people = results['cells'], results['data'], vote(oof, 'patient')
+    honest, leaky = _score(cells, 'accuracy'), _score(cells, 'accuracy', 'by frame')
+    right, low, high = patients = _score(cells, 'accuracy by patient')
+    sizes = len(people), oof['clip'].nunique(), len(oof)
+    r.summary(
+        f'A network learned to label each pixel of {len(labelled)} simulated frames, was turned into a classifier '
+        f'of {_WHAT[data]} ({sizes[0]} patients), and was tested on patients whom it had not seen.',
+        f'It names the class of {right:.0%} of these patients correctly (95% interval {low:.0%} to {high:.0%}), '
+        f'and of {honest[0]:.0%} of the frames. With frames assigned to folds at random, so that training and '
+        f'test share patients, it seems to be right in {leaky[0]:.0%} of the frames.',
+        f'The number from shared patients estimates nothing. {limits_note(data)}')
+    r.numbers({**headline('patients', 'by patient', patients, people.label, 'dense start'),
+               **headline('frames', 'by patient', honest, oof.label, 'dense start'),
+               **headline('frames', 'by frame: leaky', leaky, oof.label,
+                          'dense start, best epoch on the test fold'),
+               'patients · clips · frames': ' · '.join(map(str, sizes)) + f'\n{settings.folds} folds',
+               **training_card(results)})
+
+# %% ../../nbs/20_papers.gare.ipynb #c032d
+def _segmentation(r, cells, labelled, segmented, runs, settings):
+    r.section('What the segmenter learnt',
+              'Frames of phantom patients whom the network has not seen: the frame, the true '
+              f"mask, the predicted one. Every pixel has one of seven codes. {papers_note('phantom')}")
+    dense, sparse = segmented['dense', 'patient'], segmented['sparse', 'patient']
+    masks = held_out_masks(labelled, dense.fold, runs/'seg-dense-patient', settings)
+    r.figure(plot_masks(*masks),
+             'Phantom frames of patients not seen in training, with true and predicted dense masks.')
+    merged = evaluate_seg(dense, SPARSE, merge=DENSE_TO_SPARSE).assign(model='dense, merged')
+    both = pd.concat([evaluate_seg(sparse, SPARSE).assign(model='sparse'), merged])
+    r.figure(plot_iou(both, 'Dense against sparse labels, folds by patient'),
+             'IoU of each sparse code and their mean, '
+             'on phantom frames; dense predictions are merged. Intervals are over patients.')
+    r.cells([c for c in cells if c['table'] in ('segmentation', 'dense codes')], 'Phantom frames:')
+
+# %% ../../nbs/20_papers.gare.ipynb #c032g
+_SHOWN = ('accuracy', 'balanced accuracy', 'f1', 'accuracy by clip', 'balanced accuracy by clip',
+          'accuracy by patient')
+
+def _classification(r, cells, data, classified):
+    shown = [c for c in cells if c['protocol'] == 'classification by patient' and c['column'] in _SHOWN]
+    note = papers_note(data) if any(c['theirs'] is not None for c in shown) else ''
+    r.section('From segmenter to classifier',
+              'The softmax of the segmenter is averaged over the image, and one linear layer '
+              'turns the seven (or four) numbers into the classes. Scores are of patients not seen in '
+              'training, and count '
+              f'frames where they do not say clips or patients. {note}')
+    r.cells(shown, f'{_WHAT[data].capitalize()}:')
+    for row in ('dense', 'sparse', 'none'):
+        o = classified[row, 'patient']
+        r.figure(plot_confusion(o, title=f'Start: {row}; {len(o)} frames'),
+                 f'Confusion matrix by frame, start {row}, folds by patient.')
+    o = classified['dense', 'patient']
+    about = 'of the dense start, folds by patient. Dashed lines are means over classes.'
+    r.figure(plot_roc(*roc(o), 'Frames'), f'ROC by frame {about}')
+    r.figure(plot_roc(*roc(vote(o, 'clip')), 'Clips'),
+             f'ROC by clip (mean probability of its frames) {about}')
+
+# %% ../../nbs/20_papers.gare.ipynb #c032e
+def _leak(r, results):
+    cells, leak = results['cells'], leak_table(results['cells'])
+    theirs = leak.theirs.notna().any()
+    about = [f'{k}: {v["description"]}.' for k,
+             v in results['protocols'].items() if k.startswith('classification')]
+    said = ['The same network and the same frames; only the split differs, and who picks the epoch. Frames '
+            'of one clip are '
+            'nearly copies of each other, so a network that has seen some recognises the rest.', *about]
+    if theirs: said.append(papers_note(results['data']))
+    r.section('What a leaky split hides', '\n\n'.join(said))
+    dots = leak.assign(label=leak.protocol + ', ' + leak.start, group=leak.epoch + ' epoch')
+    r.figure(plot_comparison(dots, group='group', xlabel='frames right',
+                             title='One network, several protocols'),
+             'Share of frames that are right under each protocol, with 95 % intervals over patients.'
+             + (' Open diamonds are what the paper prints for its own clips.' if theirs else ''))
+    text = [interval_text(*v) for v in leak[['value', 'low', 'high']].to_numpy()]
+    table = leak.assign(text=text)[['protocol', 'start', 'epoch', 'text', 'by_clip']]
+    table = table.rename(columns=dict(protocol='folds', text='frames right', by_clip='clips right'))
+    r.table(table, 'Accuracy under each protocol, by frame with its interval, and by clip.')
+    r.cells([c for c in cells if c['protocol'] == 'classification by clip'])
+
+def _data(r, clips):
+    r.section('Who is in the data')
+    groups = clips.frames.groupby(['label', 'source', 'probe'])
+    counts = groups.agg(patients=('patient', 'nunique'), clips=('clip', 'nunique'), frames=('row', 'size'))
+    r.table(counts.reset_index(),
+            'Patients, clips and frames that were classified, by class, source and probe.')
+    if not len(clips.skipped): return
+    skipped = clips.skipped.assign(path=[Path(p).name for p in clips.skipped.path])
+    r.table(skipped, 'Clips that could not be read, and were left out.')
+
+# %% ../../nbs/20_papers.gare.ipynb #c032f
 def gare_report(
     path,                            # of the HTML file
     results:dict,                    # from `results_json`
@@ -279,38 +445,15 @@ def gare_report(
 ) -> Path:                           # the file
     "Masks over frames, IoU, confusion matrices, ROC, the leak, settings and versions, in one file."
     cells, data = results['cells'], results['data']
-    leak, frames = leak_table(cells), clips.frames
-    honest, leaky = (leak[(leak.protocol == p) & (leak.start == 'dense')].iloc[0] for p in ('by patient', 'by frame'))
-    r = Report('Reverse transfer for lung ultrasound', f"Gare et al. 2021 on {'phantom clips' if data == 'phantom' else 'real POCUS clips'}: dense against sparse labels, a segmenter turned into a classifier, and what a leaky split hides.")
-    r.numbers({f'accuracy by patient, dense start': f"{honest.value:.3f}\n95 % interval {honest.low:.3f} to {honest.high:.3f}",
-               'same network, frames dealt at random': f"{leaky.value:.3f}\nbest epoch on the test fold",
-               'patients · clips · frames': f"{frames.patient.nunique()} · {frames['clip'].nunique()} · {len(frames)}\n{settings.folds} folds", 'training': f"{results['hours'] * 60:.0f} min\n{results['device']}"})
-
-    r.section('What the segmenter learnt', 'Frames of phantom patients whom the network has not seen: the frame, the true mask, the predicted one. Every pixel has one of seven codes.')
-    oof = segmented['dense', 'patient']
-    r.figure(plot_masks(*held_out_masks(labelled, oof.fold, runs/'seg-dense-patient', settings)), 'Held-out phantom frames with true and predicted dense masks.')
-    both = pd.concat([evaluate_seg(segmented['sparse', 'patient'], SPARSE).assign(model='sparse'), evaluate_seg(oof, SPARSE, merge=DENSE_TO_SPARSE).assign(model='dense, merged')])
-    r.figure(plot_iou(both, 'Dense against sparse labels, folds by patient'), 'IoU of each sparse code; dense predictions are merged. Intervals: bootstrap over patients.')
-    r.cells([c for c in cells if c['table'] in ('segmentation', 'dense codes')])
-
-    r.section('From segmenter to classifier', 'The softmax of the segmenter is averaged over the picture, and one linear layer turns the seven (or four) numbers into three classes. Frames of held-out patients only.')
-    r.cells([c for c in cells if c['protocol'] == 'classification by patient' and c['column'] in ('accuracy', 'balanced accuracy', 'f1', 'accuracy by clip', 'balanced accuracy by clip', 'accuracy by patient')])
-    for row in ('dense', 'sparse', 'none'):
-        o = classified[row, 'patient']
-        r.figure(plot_confusion(o, title=f'Start: {row}; {len(o)} frames'), f'Confusion matrix by frame, start {row}, folds by patient.')
-    o = classified['dense', 'patient']
-    r.figure(plot_roc(*roc(o), 'Frames'), 'ROC of the dense start by frame, folds by patient.')
-    r.figure(plot_roc(*roc(vote(o, 'clip')), 'Clips'), 'ROC of the dense start by clip (mean probability of its frames).')
-
-    r.section('What a leaky split hides', 'The same network and the same frames; only the split differs, and who picks the epoch. Frames of one clip are nearly copies of each other, so a network that has seen some recognises the rest.\n\n'
-              + '\n\n'.join(f'{k}: {v["description"]}.' for k, v in results['protocols'].items() if k.startswith('classification')))
-    r.figure(plot_comparison(leak.assign(label=leak.protocol + ', ' + leak.start, group=leak.epoch + ' epoch'), group='group', xlabel='accuracy by frame', title='One network, several protocols'), 'Accuracy by frame under each protocol; open diamonds are the numbers that the paper prints.')
-    r.table(leak.assign(accuracy=[interval_text(*v) for v in leak[['value', 'low', 'high']].to_numpy()]).rename(columns=dict(by_clip='accuracy by clip'))[['protocol', 'start', 'epoch', 'accuracy', 'accuracy by clip']], 'Accuracy under each protocol.')
-    r.cells([c for c in cells if c['protocol'] == 'classification by clip'])
-
-    r.section('Who is in the data')
-    counts = frames.groupby(['label', 'source', 'probe']).agg(patients=('patient', 'nunique'), clips=('clip', 'nunique'), frames=('row', 'size')).reset_index()
-    r.table(counts, 'Patients, clips and frames by class, source and probe.')
-    if len(clips.skipped): r.table(clips.skipped.assign(path=[Path(p).name for p in clips.skipped.path]), 'Clips that could not be read, and were left out.')
-
+    r = Report('Reverse transfer for lung ultrasound',
+               f'Gare et al. 2021 on {_WHAT[data]}: dense against sparse labels, '
+               'a segmenter turned into a classifier, and what a leaky split hides.')
+    _first_screen(r, results, labelled, classified['dense', 'patient'], settings)
+    _segmentation(r, cells, labelled, segmented, runs, settings)
+    _classification(r, cells, data, classified)
+    _leak(r, results)
+    _data(r, clips)
+    r.glossary(['A-line', 'B-line', 'phantom', 'mask', 'dense codes', 'sparse codes', 'IoU', 'start', 'fold',
+                'folds by patient', 'leaky', 'frame, clip, patient', 'interval', 'last epoch, best epoch',
+                'balanced accuracy', 'ROC, AUC'])
     return r.provenance(results, asdict(settings)).save(path)

@@ -34,7 +34,8 @@ from ..training import training_hours
 from ..metrics import _percentiles, _ratio, _weights
 from ..overlap import mask_confusions, soft_dice
 from ..rotation import _fit, adam, fit_masks, fit_rotation, predict_masks
-from ..report import Report, cell, interval_text, plot_comparison, results_json, results_table
+from ..report import Report, cell, interval_text, limits_note, papers_note, plot_comparison
+from ..report import results_json, results_table, training_card
 from .arora import mean_over_patients
 
 # %% ../../nbs/24_papers.merand.ipynb #c006
@@ -474,11 +475,27 @@ def merand_report(
     cells, r = results['cells'], Report('Do two steps before the target help?', f"Merand & Klein 2021 on {'the chest phantom' if results['data'] == 'phantom' else 'radiographs of COVID-19 patients (CCXS)'}: what a network learned first, and how well it outlines thirteen things.")
     main = t[(t.protocol == 'last') & t.table.isin(s.backbones) & (t.column == 'U-Net encoder')]
     mean = main.groupby('row', sort=False).ours.mean()
-    r.numbers({**{f'{row}': f'{v:.3f}\nmIoU of {(main.row == row).sum()} backbone(s), last epoch' for row, v in mean.items()}, 'training': f"{results['hours'] * 60:.0f} min\n{results['device']}"})
-    r.section('Table 3', '\n\n'.join(f'{k}: {p["description"]}.' for k, p in results['protocols'].items()))
+    images, best = 'simulated radiographs' if results['data'] == 'phantom' else 'radiographs', mean.idxmax()
+    r.summary(f'Networks that had learned something else first, in {len(mean)} ways, learned to outline '
+              f'thirteen things in {images}, '
+              'and were scored on images of patients kept apart.',
+              f'After {best!r}, the best way, the mean IoU is {mean[best]:.2f}; after the worst '
+              f'{mean.min():.2f}.',
+              'The best of many ways is best partly by luck. ' + limits_note(results['data']))
+    def card(row): return f'{mean[row]:.3f}\nmean of {(main.row == row).sum()} backbone(s)'
+    r.numbers({**{f'mean IoU, patients kept apart, last epoch: {row}': card(row) for row in mean.index},
+               **training_card(results)})
+    note = [papers_note(results['data'])] if t.theirs.notna().any() else []
+    r.section('Table 3',
+              '\n\n'.join([*(f'{k}: {p["description"]}.' for k, p in results['protocols'].items()), *note]))
     for b in dict.fromkeys(t.table[t.table.isin([*s.backbones, *s.matrix])]):
         for c in dict.fromkeys(t.column[t.table == b]):
-            r.figure(plot_comparison(ways_table(results, b, c), group='group', xlabel='mIoU on pictures kept apart', title=f'{b}, {c}'), "Mean over runs with an interval over the test's patients; open diamonds are the paper's.")
+            ways = ways_table(results, b, c)
+            diamonds = " Open diamonds: the paper's, on its own images." if ways.theirs.notna().any() else ''
+            r.figure(plot_comparison(ways, group='group', xlabel='mean IoU of images kept apart',
+                                     title=f'{b}, {c}'),
+                     f'Mean IoU of {b}, {c}, over runs, with a 95 % interval over the patients of the '
+                     f'test.{diamonds}')
     wide = t[(t.protocol == 'last') & t.table.isin([*s.backbones, *s.matrix])]
     r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()], label=wide.table + ', ' + wide.row).pivot(index='label', columns='column', values='text').reindex(dict.fromkeys(wide.table + ', ' + wide.row)).reset_index(), 'Last epoch.')
     r.cells([c for c in cells if c['table'].endswith('common classes') and c['protocol'] == 'last'], 'Mean IoU of the classes in at least half of the test pictures.')
@@ -491,4 +508,5 @@ def merand_report(
     r.cells([c for c in cells if c['table'] == 'first step'])
     r.section('Classes', 'IoU of each class, last epoch; a dash where no test picture holds it.')
     r.cells([c for c in cells if c['table'].endswith('classes') and c['protocol'] == 'last'])
-    return r.provenance(results, asdict(s)).save(path)
+    return r.glossary(['IoU', 'mask', 'start', 'last epoch, best epoch', 'interval']).provenance(results,
+        asdict(s)).save(path)

@@ -35,7 +35,8 @@ from ..models import create_backbone, unet
 from ..overlap import SoftDiceLoss
 from ..rotation import adam, fit_masks, predict_masks
 from ..training import ClassProbs, cross_validate, training_hours
-from ..report import Report, cell, interval_text, plot_comparison, read_results, results_json, results_table
+from ..report import Report, cell, interval_text, limits_note, plot_comparison
+from ..report import read_results, results_json, results_table, score_text, training_card
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c006
 def phantom_fan(
@@ -413,14 +414,27 @@ def sim_report(
     r = Report('From the phantom to real clips', 'A U-Net trained on simulated masks only. Its areas of B-lines and A-lines in a clip against what experts saw.')
     last = list(results['protocols'])[-1] if 'test' not in results['protocols'] else 'test'
     best = {c['table']: c for c in results['cells'] if c['protocol'] == last and c['row'] == 'network'}
-    r.numbers({**{t: f"{c['ours']:.3f}\n95 % interval {c['interval'][0]:.3f} to {c['interval'][1]:.3f}" if c['interval'] else f"{c['ours']}" for t, c in best.items()}, 'training': f"{results['hours']*60:.1f} min\n{results['device']}"})
+    about, what = results['protocols'][last], 'simulated' if results['data'] == 'phantom' else 'real'
+    scores = {t: (c['ours'], *(c['interval'] or (None, None))) for t, c in best.items()}
+    r.summary(f"A network learned from simulated clips to mark A-lines and B-lines, and marked them in "
+              f"{about['clips']} {what} clips "
+              f"of {about['patients']} patients ({about['description']}).",
+              'Agreement clip by clip: ' + '; '.join(f'{t} {interval_text(*v, digits=2)}' for t,
+                                                     v in scores.items()) + '.',
+              'Agreement with a reader is no diagnosis, and readers disagree among themselves. '
+              + limits_note(results['data']))
+    def card(t):
+        number = '–' if scores[t][0] is None else score_text(scores[t])
+        return f"{number}\nchance: {'0.5' if t.endswith('AUC') else '0'}"
+    r.numbers({**{f'{t}, of clips ({last})': card(t) for t in scores}, **training_card(results)})
     r.section('Agreement with experts', 'Rows other than the network need no learning, but those "taught by experts", on the answers for other patients: the network itself, and a logistic regression on features of a network that knows photographs only. Intervals: bootstrap over patients.\n\n' + '\n\n'.join(f"{k}: {v['description']} ({v['patients']} patients, {v['clips']} clips)." for k, v in results['protocols'].items()))
     for t in dict.fromkeys(c['table'] for c in results['cells'] if c['column'] == 'value'):
-        r.figure(plot_agreement(results, t), f'{t}, with 95 % intervals.')
+        r.figure(plot_agreement(results, t), f'{t} over clips, with 95 % intervals over patients.')
     r.cells([c for c in results['cells'] if c['column'] == 'value'])
     r.section('Areas by severity', 'Median share of the unrolled fan, with quartiles in brackets.')
     r.cells([c for c in results['cells'] if c['table'] == 'area by severity'], digits=4)
     if skipped: r.table(pd.DataFrame([(Path(p).name, why) for p, why in skipped], columns=['clip', 'reason']), 'Clips that could not be read.')
+    r.glossary(['A-line', 'B-line', 'fan', 'mask', 'ROC, AUC', 'interval', 'phantom'])
     return r.provenance(results, next(iter(results['protocols'].values()))['settings']).save(path)
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c035

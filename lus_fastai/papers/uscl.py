@@ -34,7 +34,8 @@ from ..training import ClassProbs, cross_validate, fine_tune_learner, last_epoch
 from ..explain import grad_cam
 from ..distrust import heat_in_fan
 from ..embed import features
-from ..report import Report, cell, interval_text, model_card, plot_comparison, results_json, results_table
+from ..report import Report, cell, interval_text, limits_note, model_card, papers_note
+from ..report import plot_comparison, results_json, results_table, score_text, training_card
 from . import arora
 
 # %% ../../nbs/23_papers.uscl.ipynb #c006
@@ -412,21 +413,50 @@ def uscl_report(
     t, comparison = results_table(cells), comparison_table(results)
     honest = comparison[comparison.group == 'last epoch'].set_index('label')
     best, r = honest[honest.index.isin(METHODS)].value.idxmax(), Report('Does contrastive pretraining on clips help?', f"Chen et al. 2021 on {'phantom clips' if results['data'] == 'phantom' else 'real clips of POCUS and COVID-BLUES'}: eight starts, one budget.")
-    r.numbers({f'best start: {best}': f"{honest.value[best]:.3f}\n95 % interval {honest.low[best]:.3f} to {honest.high[best]:.3f}", 'USCL': f"{honest.value['USCL']:.3f}\nlast epoch, by patient", 'random start, all layers': f"{honest.value['random, all layers']:.3f}\nno pretraining at all",
-               'training': f"{results['hours'] * 60:.0f} min\n{results['device']}"})
-    r.section('Every start, two protocols', '\n\n'.join(f'{k}: {v}.' for k, v in PROTOCOLS.items()))
-    r.figure(plot_comparison(comparison[comparison.label.isin(['random', 'random, all layers', 'ImageNet', *s.compared])], group='group', xlabel='accuracy by frame', title='Starts compared (Table 3)'), "Accuracy by frame, folds by patient; open diamonds are the paper's, rebuilt from its prose.")
+    scratch, guess = 'random, all layers', f'a random guess among {len(CLASSES)}: {1/len(CLASSES):.3f}'
+    what = 'simulated' if results['data'] == 'phantom' else 'real'
+    interval = f'95% interval {honest.low[best]:.0%} to {honest.high[best]:.0%}'
+    r.summary(f'A network started in {len(honest)} ways, most of them pretrained on {what} clips, was '
+              f'fine-tuned, and was tested on '
+              'patients whom it had not seen.',
+              f'After {best}, the best start, {honest.value[best]:.0%} of the frames are right ({interval}); '
+              f'without pretraining {honest.value[scratch]:.0%}.',
+              'The best of many is best partly by luck, and starts whose intervals overlap may be equal. '
+              + limits_note(results['data']))
+    def card(start): return f"{score_text(honest.loc[start, ['value', 'low', 'high']])}\n{guess}"
+    shown = {'no pretraining': scratch, 'USCL': 'USCL', f'the best start, {best}': best}
+    r.numbers({**{f'frames right, folds by patient: {k}': card(start) for k, start in shown.items()},
+               **training_card(results)})
+    theirs = comparison.theirs.notna().any()
+    r.section('Every start, two protocols',
+              '\n\n'.join([*(f'{k}: {v}.' for k, v in PROTOCOLS.items()),
+                           papers_note(results['data']) if theirs else '']))
+    r.figure(plot_comparison(comparison[comparison.label.isin(['random', 'random, all layers', 'ImageNet',
+        *s.compared])], group='group', xlabel='frames right', title='Starts compared (Table 3)'),
+             'Share of frames that are right, folds by patient, with 95 % intervals over patients.'
+             + (" Open diamonds are the paper's, on its own data, rebuilt from its prose." if theirs else ''))
     wide = t[(t.table == 'comparison') & (t.protocol == 'last') & t.column.isin(['accuracy', 'balanced accuracy', 'accuracy by clip', 'accuracy by patient'])]
-    r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()]).pivot(index='row', columns='column', values='text').reindex(honest.index).reset_index(), 'Last epoch, by patient.')
+    r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low',
+        'high']].to_numpy()]).pivot(index='row', columns='column',
+                                    values='text').reindex(honest.index).reset_index(),
+                                    'Scores at the last epoch with 95 % intervals, folds by patient; '
+                                    'accuracy and balanced accuracy count frames where they do not say clips '
+                                    'or patients.')
     if s.ablated: r.section('From SimCLR to USCL', "Table 2 of the paper: frames as their own examples; negatives from other clips only; frames mixed; both; and the cross-entropy of labelled clips.")
-    if s.ablated: r.figure(plot_comparison(comparison.set_index('label').loc[list(s.ablated)].reset_index(), group='group', xlabel='accuracy by frame', title='Ablation (Table 2)'), 'Accuracy by frame, folds by patient.')
+    if s.ablated: r.figure(plot_comparison(comparison.set_index('label').loc[list(s.ablated)].reset_index(),
+                                           group='group', xlabel='frames right', title='Ablation (Table 2)'),
+                           'Share of frames that are right, folds by patient; open diamonds as above.' if theirs else
+                           'Share of frames that are right, folds by patient.')
     r.section('Similarity conflict', 'Cosine of centred features for pairs of frames; the interval holds the middle 90 % of the pairs.')
     conflict = t[t.table == 'conflict']
     r.figure(plot_comparison(conflict.assign(label=conflict.column, group=conflict.row, value=conflict.ours), group='group', xlabel='cosine', title='How alike two frames are'), 'Cosine of frame pairs by start.')
     r.section('Fewer labels', 'USCL pretrained with a share of the labelled clips; fine-tuning sees all.')
-    r.figure(plot_comparison(comparison_table(results, 'labels'), group='group', xlabel='accuracy by frame'), 'Accuracy by share of labels.')
+    r.figure(plot_comparison(comparison_table(results, 'labels'), group='group', xlabel='frames right'),
+             'Share of frames that are right, by the share of labels in pretraining.')
     r.section('Where it looks', 'Share of the absolute Grad-CAM map inside the fan, in held-out frames, beside the share of the picture that is fan.')
     r.cells([c for c in cells if c['table'] == 'attention'])
     r.section('Detection', 'Mask R-CNN from each start: COCO average precision of boxes and masks.')
     r.cells([c for c in cells if c['table'] == 'detection'])
-    return r.provenance(results, asdict(s)).save(path)
+    return r.glossary(['fan', 'start', 'fold', 'folds by patient', 'frame, clip, patient',
+                       'last epoch, best epoch', 'interval', 'balanced accuracy', 'AP',
+                       'phantom']).provenance(results, asdict(s)).save(path)
