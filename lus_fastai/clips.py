@@ -9,7 +9,8 @@ __all__ = ['ClipError', 'Clip', 'frame_times', 'sample_times', 'to_grey', 'resiz
            'function_key', 'FrameStore', 'store_rows', 'open_store']
 
 # %% ../nbs/03_clips.ipynb #c003
-import collections, contextlib, dis, errno, functools, hashlib, itertools, json, math, multiprocessing, os, pickle, shutil, sys, threading, time, types, warnings
+import collections, contextlib, dis, errno, functools, hashlib, itertools, json, math, multiprocessing, os, pickle
+import shutil, sys, threading, time, types, warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ _STRETCH = np.clip(np.rint((np.arange(256) - 16)*(255/219)), 0, 255).astype(int)
 def to_grey(
     im,                       # a PIL image of any mode
 ) -> np.ndarray:              # (h, w) uint8
-    "A PIL image in grey: transparent is black, 16 bits become 8, other numbers are scaled from least to greatest."
+    "A PIL image in grey: transparent is black, 16 bits become 8, other numbers are scaled least to greatest."
     from PIL import Image
     if im.mode.startswith(('I', 'F')):
         x = np.asarray(im).astype(np.float64)
@@ -262,19 +263,23 @@ def _masks(path, index, shape, size):
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 _PARTS = ('co_code', 'co_names', 'co_varnames', 'co_freevars', 'co_argcount', 'co_kwonlyargcount', 'co_flags')
 
-def _name(x): return f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', type(x).__qualname__)};".encode()
+def _name(x):
+    name = getattr(x, '__qualname__', type(x).__qualname__)
+    return f"{getattr(x, '__module__', '')}.{name};".encode()
 
 def _all(values, home, seen): return b''.join(_content(v, home, seen) for v in values)
 
 def _content(x, home, seen):
-    "Bytes that differ when what `x` holds or does differs; functions and classes outside the module `home` count by name."
+    "Bytes that differ when what `x` holds or does differs; what is not of the module `home` counts by name."
     if isinstance(x, _PLAIN): return f'{type(x).__name__} {x!r};'.encode()
     if isinstance(x, (tuple, list)): return b'(' + _all(x, home, seen) + b')'
     if isinstance(x, dict): return b'{' + _all(x.items(), home, seen) + b'}'
-    if isinstance(x, (set, frozenset)): return b'<' + b''.join(sorted(_content(v, home, seen) for v in x)) + b'>'
-    if isinstance(x, (np.ndarray, np.generic)) and x.dtype != object: return f'{x.dtype} {x.shape};'.encode() + x.tobytes()
+    if isinstance(x, (set, frozenset)): return b'<' + b''.join(sorted(_all([v], home, seen) for v in x)) + b'>'
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype != object:
+        return f'{x.dtype} {x.shape};'.encode() + x.tobytes()
     if isinstance(x, types.ModuleType): return _name(x) + x.__name__.encode()
-    if isinstance(x, types.CodeType): return repr([getattr(x, a) for a in _PARTS]).encode() + _all(x.co_consts, home, seen)
+    if isinstance(x, types.CodeType):
+        return repr([getattr(x, a) for a in _PARTS]).encode() + _all(x.co_consts, home, seen)
     if id(x) in seen: return b'again ' + _name(x)
     seen[id(x)] = x                                    # kept, so that its number stays its own
     if isinstance(x, type): return _class(x, home, seen)
@@ -297,7 +302,8 @@ def _callable(x, home, seen):
     if isinstance(x, types.MethodType): return b'method' + _all([x.__func__, x.__self__], home, seen)
     if isinstance(x, (staticmethod, classmethod)): return _name(x) + _content(x.__func__, home, seen)
     if isinstance(x, property): return b'property' + _all([x.fget, x.fset], home, seen)
-    if not isinstance(x, types.FunctionType): return _content(x.__wrapped__, home, seen) if hasattr(x, '__wrapped__') else None
+    if not isinstance(x, types.FunctionType):
+        return _content(x.__wrapped__, home, seen) if hasattr(x, '__wrapped__') else None
     home, cells = x.__module__, [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
     used = [n + '=' for n in sorted(_globals(x.__code__)) if n in x.__globals__]
     return (b'function' + _all([x.__code__, x.__defaults__, x.__kwdefaults__, cells, x.__dict__], home, seen)
@@ -308,14 +314,16 @@ def _class(x, home, seen):
     "A class of the module `home` by its functions and plain values, and its bases; any other by name."
     if x.__module__ != home: return _name(x)
     known = (*_PLAIN, tuple, list, dict, np.ndarray, types.FunctionType, staticmethod, classmethod, property)
-    mine = {k: v for k, v in vars(x).items() if isinstance(v, known) and (not k.startswith('__') or callable(v))}
+    mine = {k: v for k, v in vars(x).items() if isinstance(v, known)}
+    mine = {k: v for k, v in mine.items() if callable(v) or not k.startswith('__')}
     return _name(x) + _all([sorted(mine), [mine[k] for k in sorted(mine)], x.__bases__], home, seen)
 
 def _state(x, home, seen):
     "An object as `copy` would take it apart: its class and its state."
     try: how = x.__reduce_ex__(2)
     except Exception as e:
-        raise TypeError(f"a {type(x).__name__} that `prepare` uses cannot be compared with that of another build ({e}): give it plain values, arrays or functions") from None
+        raise TypeError(f"a {type(x).__name__} that `prepare` uses cannot be compared with that of another build ({e}): "
+                        f"give it plain values, arrays or functions") from None
     if isinstance(how, str): return _name(x) + how.encode()
     make, args, state, *more = *how, None
     return _name(make) + _all([type(x), args, state, [list(m) for m in more if m is not None]], home, seen)
@@ -488,7 +496,8 @@ class FrameStore:
     ) -> 'FrameStore':        # opened; clips that cannot be read are in `skipped`
         "Make a store, or bring it up to date: only what is missing or has changed is decoded. TableError when not one clip can be read."
         check_table(table, exists=False)
-        if 'store' in table and 'row' not in table: raise TableError("column 'store' is what a frame table says its store by: give that column of the clip table another name")
+        if 'store' in table and 'row' not in table:
+            raise TableError("column 'store' is where a frame table names its store: give that column of the clip table another name")
         if size is None: raise ValueError("size must be (height, width) in pixels: all frames of a store have one size")
         settings = _settings(size, rate, max_frames)
         if int(workers) != workers or workers < 0: raise ValueError(f"workers must be a whole number, at least 0, got {workers!r}")
@@ -505,8 +514,10 @@ class FrameStore:
 # %% ../nbs/03_clips.ipynb #reopen
 class _Absent(FrameStore):
     "A store that was known when it was pickled, and is not on this machine: it has its size, and no pixels."
-    def __init__(self, folder, id, size, prepare): self.folder, self.id, self.size, self.prepare = folder, id, size, prepare
-    def _missing(self): raise FileNotFoundError(f"{self.folder} holds no finished frame store: its frames cannot be read here")
+    def __init__(self, folder, id, size, prepare):
+        self.folder, self.id, self.size, self.prepare = folder, id, size, prepare
+    def _missing(self):
+        raise FileNotFoundError(f"{self.folder} holds no finished frame store: its frames cannot be read here")
     images = masks = frames = skipped = property(_missing)
     def __repr__(self): return f'FrameStore({self.folder.name}: not on this machine)'
 
@@ -516,24 +527,33 @@ def _reopened(folder, id, size, prepare):
     except FileNotFoundError: return _Absent(folder, id, size, prepare)
 
 # %% ../nbs/03_clips.ipynb #rows
+def _where(id): return 'this array' if id is None else f'{Path(id).parent} (content {Path(id).stem[-12:]})'
+
+def _check_owner(named, mine):
+    "Compare the column `store` with the id of a store."
+    if named.isna().any():
+        raise TableError(f"column 'store' is empty in {named.isna().sum()} of {len(named)} rows: "
+                         f"take rows of `store.frames`, or drop the column in all rows")
+    other = [s for s in named.unique() if mine is None or Path(s).name != Path(mine).name]
+    if other:
+        raise TableError(f"{named.isin(other).sum()} of {len(named)} rows are of the store {_where(other[0])}, "
+                         f"not of {_where(mine)}: give the store that they are of")
+
 def store_rows(
     frames:pd.DataFrame,      # rows of the frame table of a store
-    store,                    # the `FrameStore`, or whatever else has `images`; with an `id` where its rows are a store's
+    store,                    # the `FrameStore`, or what else has `images`; with an `id` where its rows are a store's
 ) -> np.ndarray:              # (n,) row numbers
     "Row numbers of frames in a store; TableError where they are of another one."
     if 'row' not in frames:
-        raise TableError(f"a frame table has a column 'row'; this one has {list(frames.columns)}. Use the `frames` of a FrameStore, or rows of it")
+        raise TableError(f"a frame table has a column 'row'; this one has {list(frames.columns)}. "
+                         f"Use the `frames` of a FrameStore, or rows of it")
     mine = getattr(store, 'id', None)                  # an array or a `MaskSet` has none
-    if 'store' in frames:
-        if frames['store'].isna().any(): raise TableError(f"column 'store' is empty in {int(frames['store'].isna().sum())} of {len(frames)} rows: take rows of `store.frames`, or drop the column in all rows")
-        other = [s for s in frames['store'].unique() if mine is None or Path(s).name != Path(mine).name]
-        if other: raise TableError(f"{int(frames['store'].isin(other).sum())} of {len(frames)} rows are of the store {_where(other[0])}, not of {'this array' if mine is None else _where(mine)}: give the store that they are of")
+    if 'store' in frames: _check_owner(frames['store'], mine)
     rows = frames['row'].to_numpy(dtype=np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= len(store.images)):
-        raise TableError(f"column 'row' reaches {rows.max()}, the store holds {len(store.images)} frames: is the table of another store?")
+        raise TableError(f"column 'row' reaches {rows.max()}, the store holds {len(store.images)} frames: "
+                         f"is the table of another store?")
     return rows
-
-def _where(id): return f'{Path(id).parent} (content {Path(id).stem[-12:]})'
 
 def open_store(
     id,                       # of a store: an entry of the column `store`
@@ -541,9 +561,11 @@ def open_store(
     "The store that rows name; TableError where it is gone or was built anew since."
     folder = Path(id).parent
     try: store = FrameStore(folder)
-    except (OSError, ValueError) as e: raise TableError(f"rows are of the store {folder}, which cannot be opened: {e}") from None
+    except (OSError, ValueError) as e:
+        raise TableError(f"rows are of the store {folder}, which cannot be opened: {e}") from None
     if not store.holds(id):
-        raise TableError(f"rows are of the store {folder} before it was built again: take them anew from FrameStore(folder).frames")
+        raise TableError(f"rows are of the store {folder} before it was built again: "
+                         f"take them anew from FrameStore(folder).frames")
     return store
 
 # %% ../nbs/03_clips.ipynb #c046

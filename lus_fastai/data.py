@@ -47,21 +47,23 @@ class RowReader(DisplayedTransform):
 # %% ../nbs/06_data.ipynb #asframe
 def _array_frame(x):
     if x.dtype != np.uint8:
-        raise TypeError(f"a frame is uint8, 0 to 255, this one is {x.dtype}: of floats from 0 to 1 make (255*x).round() as uint8; NaN has no grey")
+        raise TypeError(f"a frame is uint8, 0 to 255, this one is {x.dtype}: "
+                        f"of floats from 0 to 1 make (255*x).round() as uint8; NaN has no grey")
     if x.ndim == 3 and x.shape[0] == 1: x = x[0]
     if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
     if not x.size or x.ndim != 2 and (x.ndim != 3 or x.shape[2] not in (3, 4)):
-        raise ValueError(f"a frame is (h, w), or (h, w, 3) in colour (a tensor: (3, h, w)), this one {x.shape}")
+        raise ValueError(f"a frame is (h, w), or in colour (h, w, 3) (a tensor: (3, h, w)), this one {x.shape}")
     return np.array(x if x.ndim == 2 else to_grey(Image.fromarray(np.ascontiguousarray(x))))
 
 def _file_frame(path):
     clip = sample_clip(path, rate=1e6, max_frames=2)
     if len(clip) > 1:
-        raise ClipError(path, "it is a clip, and one image is wanted: choose a frame of `sample_clip(path).frames`, or build a FrameStore and predict its rows")
+        raise ClipError(path, "it is a clip, and one image is wanted: choose a frame of `sample_clip(path).frames`, "
+                              "or build a FrameStore and predict its rows")
     return clip.frames[0]
 
 def as_frame(
-    item,                     # an image file, a PIL image, a uint8 array (h, w) or (h, w, 3), or a uint8 tensor (h, w), (1, h, w) or (3, h, w)
+    item,                     # an image file, a PIL image, or uint8: an array (h, w) or (h, w, 3), a tensor (h, w) or (c, h, w)
 ) -> np.ndarray:              # (h, w) uint8
     "One image as a grey frame of its own size; an error that says why where that cannot be."
     if isinstance(item, (str, Path)): return _file_frame(item)
@@ -88,9 +90,12 @@ class StoreReader(RowReader):
         "Raise TableError where frames of another store were not made as those of this one."
         own = self.store
         if other.size != own.size:
-            raise TableError(f"frames of {other.folder} are {other.size[0]}x{other.size[1]}, those of {own.folder} {own.size[0]}x{own.size[1]}: build that store with size={own.size}")
+            (h, w), (own_h, own_w) = other.size, own.size
+            raise TableError(f"frames of {other.folder} are {h}x{w}, those of {own.folder} {own_h}x{own_w}: "
+                             f"build that store with size={own.size}")
         if other.prepare != own.prepare:
-            raise TableError(f"frames of {other.folder} were {_called(other.prepare)}, those of {own.folder} {_called(own.prepare)}: build both alike")
+            raise TableError(f"frames of {other.folder} were {_called(other.prepare)}, "
+                             f"those of {own.folder} {_called(own.prepare)}: build both alike")
 
     def number(self, id):
         "Which of the known stores an id names; opens it where it is new."
@@ -157,12 +162,14 @@ class ReadFrame(StoreReader):
         x = x if x.shape == size else np.array(resized(x, size))
         return self._finish(x[None], np.zeros(1, np.int64))[0]
     def size_for(self, item):
-        "Height and width that an image is resized to; TableError where resizing is not all that the frames went through."
+        "Height and width that an image is resized to; TableError where the frames went through more than that."
         if isinstance(self.store, MaskSet): return self.store.images.shape[1:]
-        if not isinstance(self.store, FrameStore): raise TableError("this DataLoader changes its frames on the way: predict rows of its store")
+        if not isinstance(self.store, FrameStore):
+            raise TableError("this DataLoader changes its frames on the way: predict rows of its store")
         if self.store.prepare and isinstance(item, (str, Path)):
-            raise TableError(f"frames of {self.store.folder} were {_called(self.store.prepare)}, which needs a row of the clip table: "
-                             f"build a store of {item} with the same `prepare` and predict its rows, or give the prepared image as an array")
+            raise TableError(f"frames of {self.store.folder} were {_called(self.store.prepare)}, "
+                             f"which needs a row of the clip table: build a store of {item} with the same `prepare` "
+                             f"and predict its rows, or give the prepared image as an array")
         return self.store.size
 
 # %% ../nbs/06_data.ipynb #readmask
@@ -180,7 +187,8 @@ class ReadMask(StoreReader):
         self.lut = np.full(256, 255, np.uint8)
         self.lut[:len(DENSE)] = DENSE_TO_SPARSE if sparse else range(len(DENSE))
     def admit(self, other):
-        if other.masks is None: raise TableError(f"the store {other.folder} holds no masks: its clip table had no column 'mask'")
+        if other.masks is None:
+            raise TableError(f"the store {other.folder} holds no masks: its clip table had no column 'mask'")
         if other is not self.store: super().admit(other)
     def take(self, keys):
         y = self.lut[self.pixels(keys)]
@@ -218,7 +226,8 @@ class FrameDL(TfmdDL):
     def take_from(self, tl):
         "A function from positions to a batch: a table is read by rows, a list of single images one by one."
         reader = next(t for t in tl.tfms if isinstance(t, RowReader))
-        if not isinstance(tl.items, pd.DataFrame): return lambda idxs: torch.stack([reader(tl.items[i]) for i in idxs])
+        if not isinstance(tl.items, pd.DataFrame):
+            return lambda idxs: torch.stack([reader(tl.items[i]) for i in idxs])
         keys = reader.keys(tl.items)
         return lambda idxs: reader.take(keys[idxs])
 
@@ -313,7 +322,9 @@ class ReadMasks(RowReader):
         set:MaskSet,          # where the masks are
     ): self.set = set
     def keys(self, items): return store_rows(items, self.set)
-    def take(self, keys): return TensorMasks(torch.from_numpy(self.set.masks[keys].view(np.uint8)), names=self.set.names)
+    def take(self, keys):
+        masks = self.set.masks[keys].view(np.uint8)
+        return TensorMasks(torch.from_numpy(masks), names=self.set.names)
 
 def rows_of(
     set:MaskSet,              # whose rows
@@ -356,7 +367,8 @@ def mask_dls(
     blocks = FrameBlock(set, channels), TransformBlock(type_tfms=[ReadMasks(set)], dl_type=FrameDL)
     rows = np.concatenate([train, valid])
     block = DataBlock(blocks=blocks, splitter=IndexSplitter(range(len(train), len(rows))), batch_tfms=list(batch_tfms))
-    table = set.table.iloc[rows].drop(columns='store', errors='ignore').assign(row=rows)    # rows count in the set, wherever its images came from
+    # rows count in the set, wherever its images came from
+    table = set.table.iloc[rows].drop(columns='store', errors='ignore').assign(row=rows)
     dls = block.dataloaders(table.reset_index(drop=True), bs=bs, device=device)
     dls.train.drop_last, dls.train.rng = len(train) > bs and len(train) % bs == 1, random.Random(seed)
     return dls

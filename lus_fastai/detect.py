@@ -251,7 +251,7 @@ def _load_body(net, weights):
     return account
 
 def _scaling(net, weights):
-    "Mean and deviation that the weights expect: those of a file or module that is still to be loaded, else the network's own."
+    "Mean and deviation of the weights: of a file or module that is still to be loaded, else of the network."
     if isinstance(weights, (str, Path)) and weights != 'imagenet': weights = load_weights(weights)
     said = getattr(getattr(weights, 'backbone', weights), 'normalize', None)
     return said or getattr(net, 'normalize', ([.5], [.25]))
@@ -302,7 +302,8 @@ def mask_rcnn(
     if not isinstance(net, ResNet) and not hasattr(net, 'forward_intermediates'): raise ValueError(f"{type(net).__name__} gives no features at four scales: take a ResNet of torchvision or a convolutional network of timm")
     mean, std = _scaling(net, weights)
     stem = net.get_submodule(_stem(net))
-    if channels == 1 and stem.in_channels == 3 and len(mean) == 1: gray_stem(net)     # with a scale for each colour, a grey image is repeated
+    if channels == 1 and stem.in_channels == 3 and len(mean) == 1:     # else a grey image becomes three colours
+        gray_stem(net)
     if channels == 3 and stem.in_channels == 1: stem.weight, stem.in_channels = nn.Parameter(stem.weight.detach().expand(-1, 3, -1, -1) / 3), 3
     channels = net.get_submodule(_stem(net)).in_channels
     if weights is not None and not isinstance(weights, str) or isinstance(weights, str) and weights != 'imagenet': account = _load_body(net, weights)

@@ -101,7 +101,9 @@ def features(
     if path is not None and (path := Path(path)).suffix != '.npz': raise ValueError(f"path names a file that ends in .npz, not {path.name!r}")
     pixels = store if isinstance(store, FrameStore) else _Pixels(store)
     read, scale = ReadFrame(pixels, channels), IntToFloatTensor()
-    rows = np.arange(len(pixels)) if frames is None else store_rows(frames if pixels is store else frames.drop(columns='store', errors='ignore'), pixels)
+    if frames is not None and pixels is not store:                     # an array has no name: rows count in it
+        frames = frames.drop(columns='store', errors='ignore')
+    rows = np.arange(len(pixels)) if frames is None else store_rows(frames, pixels)
     keys = np.stack([rows, np.zeros_like(rows)], 1)
     n, x, key = len(keys), None, None
     if not n: raise TableError("there are no frames to compute features of: the frame table is empty")

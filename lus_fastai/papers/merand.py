@@ -239,7 +239,7 @@ def _first_file(way, path): return Path(path)/'first'/f'{way.backbone}-{way.firs
 def _weights_file(stem): return stem.with_suffix('.safetensors')
 
 def _backbone(way):
-    "Scaled as `segmenter` scales, whatever its weights: all networks that an encoder moves through see the same numbers."
+    "Scaled as `segmenter` scales, whatever its weights: an encoder moves through networks that see the same."
     net = create_backbone(way.backbone, 3, 'imagenet' if way.start == 'imagenet' else None)
     net.normalize = [.5], [.25]
     return net

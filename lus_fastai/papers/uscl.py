@@ -234,7 +234,8 @@ def tuned_model(
 ):                                   # the network in evaluation mode
     "The network that `tune` left for a fold: of the epoch that was best on the test fold, the authors' choice."
     s = settings
-    backbone = weights_of(start, fold, path, s) if start == 'ImageNet' else create_backbone(s.backbone)    # its stem and scaling
+    known = start == 'ImageNet'                                 # has its own stem and scaling
+    backbone = weights_of(start, fold, path, s) if known else create_backbone(s.backbone)
     model = BackboneClassifier(backbone, len(CLASSES))
     name_outputs(model, CLASSES)                                 # weights with another order of classes are refused
     copy_weights(Path(path)/'tuned'/f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"/f'fold{fold}'/'model.safetensors', model, strict=True)
