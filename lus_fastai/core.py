@@ -277,7 +277,7 @@ class StageLog:
     "Numbers the stages of a run and prints how long each took."
     def __init__(self,
         n:int,                # how many stages there will be
-    ): self.n, self.k, self.title = n, 0, None
+    ): self.n, self.k, self.title, self.start = n, 0, None, time.perf_counter()
     def __call__(self,
         title:str,            # of the stage that begins
     ):
@@ -287,7 +287,6 @@ class StageLog:
         if _watched(): print(f'{self.k}/{self.n} {title} ...', flush=True)
     def done(self):
         "End the stage that runs, if one does."
-        if self.title:
-            took = duration(time.perf_counter() - self.start)
-            print(f'{self.k}/{self.n} {self.title}: {took}', flush=True)
+        took = duration(time.perf_counter() - self.start)
+        if self.title: print(f'{self.k}/{self.n} {self.title}: {took}', flush=True)
         self.title = None
