@@ -35,7 +35,8 @@ def _one_owner(table, by):
     t = t.assign(key=file_keys(t['path']), who=t[by].astype(str).str.strip())
     for _, rows in t[t['key'].notna()].groupby('key', sort=False):
         if rows['who'].nunique() == 1: continue
-        raise TableError(f"row(s) {_name(rows.index)} are one file ({_name(rows['path'].tolist())}) of several {by}s ({_name(rows['who'].tolist())}): keep one of them")
+        paths, owners = _name(rows['path'].tolist()), _name(rows['who'].tolist())
+        raise TableError(f"row(s) {_name(rows.index)} are one file ({paths}) of several {by}s ({owners}): keep one of them")
 
 def _thin(table, fold):
     "Warn of folds that cannot test, or cannot train, some class."
@@ -87,11 +88,9 @@ def assert_disjoint(
 
 def _no_shared_file(a, b):
     "LeakError when a path of `a` leads to a file of `b`."
-    there = {key: f'row {row} ({path})' for key, row, path in zip(file_keys(b), b.index, b) if key is not None}
-    shared = [(path, f'row {row} ({path}) is {there[key]}') for key, row, path in zip(file_keys(a), a.index, a) if key in there]
-    if not shared: return
-    paths, said = zip(*shared)
-    raise LeakError(f"{len(shared)} file(s) in both parts: {_name(said)}", list(paths))
+    there = {key: f'row {row} ({path})' for key, (row, path) in zip(file_keys(b), b.items()) if key is not None}
+    shared = {path: f'row {row} ({path}) is {there[key]}' for key, (row, path) in zip(file_keys(a), a.items()) if key in there}
+    if shared: raise LeakError(f"{len(shared)} file(s) in both parts: {_name(list(shared.values()))}", list(shared))
 
 # %% ../nbs/04_folds.ipynb #c019
 _UNITS = dict(clip=['clip'], frame=['clip', 'frame'], variant=['clip', 'frame', 'variant'])
