@@ -62,7 +62,7 @@ class GareSettings:
 
 DEFAULT = GareSettings()
 QUICK = GareSettings(size=(80, 80), bs=8, lr=1e-2, loss='dice-ce', schedule='one-cycle', seg_patients=48,
-                     seg_frames=3, seg_epochs=24, cls_patients=54, cls_frames=3, cls_epochs=10)
+                     seg_frames=3, seg_epochs=24, cls_patients=45, cls_frames=3, cls_epochs=14)
 QUICK_REAL = replace(QUICK, size=(128, 128))
 PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epochs=12)
 
