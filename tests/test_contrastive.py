@@ -409,7 +409,7 @@ def test_interrupted_runs_resume_to_the_same_bits(phantom_store, tmp_path, build
     assert same(whole, resumed) and history.drop(columns='seconds').equals(again.drop(columns='seconds'))
     loaded, stored = run('a', 1)                                                                    # finished: nothing is computed
     assert same(whole, loaded) and stored.equals(history)
-    assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['backbone.safetensors', 'history.csv', 'net.safetensors', 'run.json']
+    assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['.lock', 'backbone.safetensors', 'history.csv', 'net.safetensors', 'run.json']
     assert history['lr'].round(9).tolist() == [3e-4, 3e-4, round(3e-4 * .75, 9), round(3e-4 * .25, 9)]
 
 def test_other_architectures_and_other_runs_are_told(phantom_store, tmp_path):
