@@ -26,6 +26,7 @@ from .clips import FrameStore
 from .data import RowReader, frame_dls
 from .folds import patient_folds, split_hash
 from .metrics import confusion_columns, mean_iou, pred_classes, predicted
+from .models import scale_for
 from .transfer import freeze, name_outputs, save_weights, split_rates, stages
 
 # %% ../nbs/14_training.ipynb #c006
