@@ -36,5 +36,5 @@ bench: $(STAMP)
 
 clean:
 	rm -rf .venv build dist *.egg-info _docs _proc .pytest_cache .hypothesis lus_fastai/_modidx.py
-	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/results.qmd
+	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/results.qmd nbs/notebooks.qmd
 	find lus_fastai tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

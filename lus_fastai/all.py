@@ -5,8 +5,8 @@ from lus_fastai.core import *
 from lus_fastai.phantom import *
 from lus_fastai.standins import *
 from lus_fastai.sources import *
-from lus_fastai.folders import *
 from lus_fastai.clips import *
+from lus_fastai.folders import *
 from lus_fastai.folds import *
 from lus_fastai.preprocess import *
 from lus_fastai.despeckling import *
@@ -40,8 +40,8 @@ from lus_fastai import core as _core
 from lus_fastai import phantom as _phantom
 from lus_fastai import standins as _standins
 from lus_fastai import sources as _sources
-from lus_fastai import folders as _folders
 from lus_fastai import clips as _clips
+from lus_fastai import folders as _folders
 from lus_fastai import folds as _folds
 from lus_fastai import preprocess as _preprocess
 from lus_fastai import despeckling as _despeckling
@@ -66,7 +66,7 @@ from lus_fastai import report as _report
 from lus_fastai import widgets as _widgets
 from lus_fastai import cli as _cli
 
-_modules = (_core, _phantom, _standins, _sources, _folders, _clips, _folds, _preprocess, _despeckling, _data, _augment, _models, _transfer, _contrastive,
+_modules = (_core, _phantom, _standins, _sources, _clips, _folders, _folds, _preprocess, _despeckling, _data, _augment, _models, _transfer, _contrastive,
             _semisup, _detect, _metrics, _calibration, _overlap, _losses, _training, _rotation, _explain, _imagine, _distrust, _embed, _report, _widgets, _cli)
 _ours = [name for module in _modules for name in module.__all__] + ['gare', 'cheng_lam', 'arora', 'uscl', 'merand', 'sim_to_real']  # a paper is a module: gare.reproduce(), gare.PROTOCOLS
 _shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our module, so a star import brings neither

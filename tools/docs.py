@@ -58,6 +58,23 @@ def results_page(
             for table in dict.fromkeys(c.get('table', '') for c in own): out += [f'**{table}**', '', *_rows([c for c in own if c.get('table', '') == table])]
     return '\n'.join(out).rstrip() + '\n'
 
+def notebooks_page(
+    root:Path, # the project's folder
+)->str:        # a Quarto page
+    "Every notebook by the sections of the sidebar: its title, its line, and a way into Colab."
+    cfg, out = settings(root), ['---', 'title: Notebooks', 'description: Every chapter, in reading order', '---', '']
+    sidebar = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    colab = f"https://colab.research.google.com/github/{cfg['git_url'].split('github.com/')[1]}/blob/{cfg['branch']}"
+    for section in (s for s in sidebar if isinstance(s, dict) and 'section' in s):
+        notebooks = [p for p in section['contents'] if p.endswith('.ipynb') and (root/p).is_file()]
+        if not notebooks: continue
+        out += [f"## {section['section']}", '', '| | what you find | |', '|---|---|---|']
+        for p in notebooks:
+            title, line = re.match(r'# (\S.*)\s+> (\S.*)', _join(_cells(root/p)[0]['source'])).groups()
+            out.append(f"| [{title}]({p.removeprefix('nbs/')}) | {line} | [Colab]({colab}/{p}) |")
+        out.append('')
+    return '\n'.join(out).rstrip() + '\n'
+
 def pyproject(
     cfg:dict, # of `settings`
 )->str:       # the text pyproject.toml has to have
@@ -92,7 +109,7 @@ custom_sidebar = {cfg['custom_sidebar'].lower()}
 def derive(
     root:Path=root, # the project's folder
 ):
-    "Write pyproject.toml, and nbs/_quarto.yml, nbdev.yml, sidebar.yml, styles.css and results.qmd, from the root's files."
+    "Write pyproject.toml, and nbs/_quarto.yml, nbdev.yml, sidebar.yml, styles.css, results.qmd and notebooks.qmd, from the root's files."
     cfg, quarto = settings(root), _local(yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8')))
     sidebar = {'website': {'sidebar': quarto['website'].pop('sidebar')}}
     quarto['metadata-files'] = ['nbdev.yml', 'sidebar.yml']
@@ -104,6 +121,7 @@ def derive(
         (nbs/name).write_text(head + yaml.safe_dump(o, sort_keys=False, allow_unicode=True), encoding='utf-8')
     shutil.copyfile(root/'styles.css', nbs/'styles.css')
     (nbs/'results.qmd').write_text(results_page(root/'results'), encoding='utf-8')
+    (nbs/'notebooks.qmd').write_text(notebooks_page(root), encoding='utf-8')
     toml = root/'pyproject.toml'
     if not toml.is_file() or toml.read_text(encoding='utf-8') != pyproject(cfg): toml.write_text(pyproject(cfg), encoding='utf-8') # make installs anew when it is touched
 
@@ -129,9 +147,12 @@ def readme(
             out.append(''.join(parts))
         elif c['cell_type'] == 'code':
             code = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
-            if code: out.append(f'```python\n{code}\n```')
+            if code and 'echo: false' not in directives: out.append(f'```python\n{code}\n```')
             for o in c['outputs']:
                 data = o.get('data', {})
+                if 'text/markdown' in data:
+                    out.append(_join(data['text/markdown']))
+                    continue
                 text = _join(o['text']) if o.get('name') == 'stdout' else '' if any(k.startswith('image') for k in data) else _join(data.get('text/plain', ''))
                 if text.strip() and not re.match(r'<[\w.]+ object>|<Figure', text): out.append('\n'.join('    ' + line for line in text.rstrip().splitlines()))
     return '<!-- made from nbs/index.ipynb by `make docs`: edit the notebook -->\n\n' + '\n\n'.join(o.strip('\n') for o in out) + '\n'
@@ -142,7 +163,7 @@ def check(
     "Faults of the site's sources: pages that do not exist or are not reachable, broken links, front matter, a stale README or pyproject.toml."
     faults, nbs = [], root/'nbs'
     made = {}
-    for name in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml', 'results.qmd'):
+    for name in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml', 'results.qmd', 'notebooks.qmd'):
         try:
             text = (nbs/name).read_text(encoding='utf-8')
             made[name] = yaml.safe_load(text.split('---')[1] if name.endswith('.qmd') else text)
