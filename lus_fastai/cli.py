@@ -15,8 +15,10 @@ from fastcore.script import call_parse, is_cli
 # %% ../nbs/19_cli.ipynb #c006
 def _mistake(e):
     "The message for an error that a user can put right; None for one of ours."
-    if isinstance(e, OSError) and e.strerror: return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
-    return str(e) if isinstance(e, (ValueError, OSError)) or type(e).__name__ == 'FetchError' else None
+    if isinstance(e, OSError) and e.strerror:
+        return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
+    ours = not isinstance(e, (ValueError, OSError)) and type(e).__name__ != 'FetchError'
+    return None if ours else str(e)
 
 def _end(status, message):
     print(message, file=sys.stderr, flush=True)
@@ -24,7 +26,7 @@ def _end(status, message):
 
 @contextlib.contextmanager
 def _command(kept):
-    "In a terminal, end with a message for mistakes (status 2) and interrupts (130, and what `kept()` says); from Python, do nothing."
+    "In a terminal, end with a message: for mistakes with status 2, for interrupts with 130 and `kept()`."
     if not is_cli():
         yield
         return
@@ -45,7 +47,7 @@ def _kept(runs):
 # %% ../nbs/19_cli.ipynb #alone
 @contextlib.contextmanager
 def _alone(runs):
-    "Keep the folder `runs` for this process while the block runs; ValueError that names the process which has it."
+    "Keep the folder `runs` for this process; ValueError that names the process which has it."
     runs.mkdir(parents=True, exist_ok=True)
     with open(runs/'demo.lock', 'a+') as f:
         try:
@@ -54,7 +56,8 @@ def _alone(runs):
         except ImportError: pass                            # Windows
         except OSError:
             f.seek(0)
-            raise ValueError(f"process {f.read() or '(unknown)'} is running the demo in {runs}: wait until it ends (the results will be there at once), "
+            raise ValueError(f"process {f.read() or '(unknown)'} is running the demo in {runs}: wait until "
+                             "it ends (the results will be there at once), "
                              "or set LUS_HOME to another folder to run a second one") from None
         f.truncate(0)
         f.write(str(os.getpid()))
@@ -67,42 +70,47 @@ def _clips_of(folder, label, patient):
     from lus_fastai.core import real_data
     from lus_fastai.folders import read_folder
     from lus_fastai.sources import find_source
-    if folder is not None and not Path(folder).is_dir(): raise ValueError(f"--data names {folder}, which is not a folder")
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"--data names {folder}, which is not a folder")
     folder = real_data() if folder is None else Path(folder).resolve()
     public = folder is None or find_source('pocus', folder) is not None
     if not public: return read_folder(folder, label, patient)
-    if label or patient: raise ValueError(f"--label and --patient are for a folder of your own clips, and this is {'the phantom' if folder is None else 'POCUS'}")
+    if label or patient:
+        what = 'the phantom' if folder is None else 'POCUS'
+        raise ValueError(f"--label and --patient are for a folder of your own clips, and this is {what}")
     if folder is None: return 'phantom'
     os.environ['LUS_DATA'] = str(folder)
     return 'pocus'
 
 # %% ../nbs/19_cli.ipynb #demo-time
-DEMO_TIME = 'about 5 minutes on two cores (9 minutes of CPU time)' # on the phantom, without bfloat16
+DEMO_TIME = 'about 5 minutes on two cores (9 minutes of CPU time)'  # on the phantom, without bfloat16
 
 def _cpu(): return sum(os.times()[:4])                      # this process and its children, user and system
 
 def _reproduction(paper):
     "The module of a paper; ValueError that lists them."
-    there = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module('lus_fastai.papers').__path__))
+    folder = importlib.import_module('lus_fastai.papers').__path__
+    there = sorted(m.name for m in pkgutil.iter_modules(folder))
     if paper not in there: raise ValueError(f"no reproduction named {paper!r}; there is: {', '.join(there)}")
     return importlib.import_module(f'lus_fastai.papers.{paper}')
 
 # %% ../nbs/19_cli.ipynb #demo
 @call_parse
 def lus_demo(
-    data:str=None,            # a folder of your own clips, or one that holds pocus/; default: LUS_DATA if set, else the phantom
-    label:str=None,           # your own clips: 'folder' (the first sub-folder), a pattern with one group, or a .csv file; default: clips.csv there, or 'folder'
-    patient:str=None,         # your own clips: likewise, such as 'pat([0-9]+)', or 'file' for a patient a file; default: clips.csv there
+    data:str=None,            # a folder of your own clips, or with pocus/; default: LUS_DATA, or the phantom
+    label:str=None,           # own clips: 'folder', a pattern or a .csv file; default: clips.csv, or 'folder'
+    patient:str=None,         # own clips: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
     out:str='report',         # folder for the report and the results
 ):
-    "Segmentation, reverse transfer and the leak, end to end: on the phantom, on real POCUS clips, or on your own."
+    "Segmentation, reverse transfer and the leak, end to end: on the phantom, on POCUS, or on your own clips."
     runs = None
     with _command(lambda: _kept(runs) if runs else 'nothing had begun.'):
         from lus_fastai.core import duration
         gare, start = _reproduction('gare'), (time.perf_counter(), _cpu())
         clips = _clips_of(data, label, patient)
         phantom = gare.data_name(clips) == 'phantom'
-        print(f"the demo takes {DEMO_TIME} on the phantom" + ('' if phantom else ', on other clips more or less by their number'), flush=True)
+        other = '' if phantom else ', on other clips more or less by their number'
+        print(f"the demo takes {DEMO_TIME} on the phantom{other}", flush=True)
         settings = gare.QUICK if phantom else gare.QUICK_REAL
         runs = gare.run_folder(settings)
         with _alone(runs): report = gare.reproduce(clips, quick=True, out=out, settings=settings)
@@ -112,8 +120,8 @@ def lus_demo(
 # %% ../nbs/19_cli.ipynb #repro
 @call_parse
 def lus_repro(
-    paper:str,                # name of a paper's module: gare, cheng_lam, arora, uscl, merand, or our own sim_to_real
-    data:str='phantom',       # 'phantom', or what lies under LUS_DATA: 'pocus' for gare and arora, 'real' for the others
+    paper:str,                # its module: gare, cheng_lam, arora, uscl, merand, or our own sim_to_real
+    data:str='phantom',       # 'phantom', or of LUS_DATA: 'pocus' for gare and arora, 'real' for the others
     quick:bool=False,         # smaller, as in the demo
     out:str='results',        # folder for <paper>-<data>.json and the report
 ):
@@ -132,19 +140,22 @@ def _table_of(name, label, patient):
     from lus_fastai.folders import read_folder
     from lus_fastai.sources import SOURCES, index
     if name not in SOURCES and Path(name).is_dir(): return read_folder(name, label, patient)
-    if label or patient: raise ValueError(f"--label and --patient are for a folder of clips, and {name} is none")
+    if label or patient:
+        raise ValueError(f"--label and --patient are for a folder of clips, and {name} is none")
     if name not in SOURCES: return read_table(name)
-    if real_data() is None: raise ValueError(f"set LUS_DATA to the folder that holds {name}/, or name a folder of clips or a CSV file")
+    if real_data() is None:
+        raise ValueError(f"set LUS_DATA to the folder that holds {name}/, or name a folder of clips or a "
+                         "CSV file")
     return index(name, real_data())
 
 @call_parse
 def lus_audit(
-    table:str,                # a folder of clips, a clip table (CSV), or the name of a source under LUS_DATA, such as pocus
+    table:str,                # a folder of clips, a clip table (CSV), or a source of LUS_DATA, such as pocus
     folds:int=0,              # also split into this many patient folds and look across them
-    label:str=None,           # of a folder: 'folder' (the first sub-folder), a pattern with one group, or a .csv file; default: clips.csv there, or 'folder'
-    patient:str=None,         # of a folder: likewise, such as 'pat([0-9]+)', or 'file' for a patient a file; default: clips.csv there
+    label:str=None,           # a folder's: 'folder', a pattern, a .csv file; default: clips.csv, or 'folder'
+    patient:str=None,         # a folder's: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
 ):
-    "Who is in a folder or table: patients, clips and labels by source and probe, and what gives a label away."
+    "Who is in a folder or table, by label, source and probe, and what gives a label away."
     with _command(lambda: 'nothing was changed.'):
         from lus_fastai.folds import audit, patient_folds
         clips = _table_of(table, label, patient)
@@ -157,7 +168,7 @@ def lus_data(
     folder:str=None,          # where to put it; default: LUS_DATA or the package's cache
 ):
     "List the registered data sets, or fetch one: resumed, verified, file by file."
-    with _command(lambda: 'what has come is kept, also of a file that is not whole. The same command fetches the rest.'):
+    with _command(lambda: 'what has come is kept. The same command fetches the rest.'):
         from lus_fastai.sources import SOURCES, fetch, index
         if name is None:
             for s in SOURCES.values(): print(f"{s.name}: {s.title} ({s.licence})")

@@ -21,9 +21,8 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F, torch.distrib
 from torch import nn
 from fastai.vision.all import Callback, DataLoader, DataLoaders, Learner, OptimWrapper, chunked, partial
 from .core import *
-from .clips import FrameStore
-from .data import ReadFrame
-from .models import Scale
+from .clips import FrameStore, store_rows
+from .models import scale_for
 from .training import AutoPrecision, CosineLR, EpochEnd, _claim, autocast_for, fit_resumable
 from .transfer import copy_weights, load_weights, name_outputs, save_weights
 
@@ -164,7 +163,8 @@ class PairItems:
         if unit not in ('clip', 'frame'): raise ValueError(f"unit is 'clip' or 'frame', not {unit!r}")
         if pair not in ('mix', 'two', 'same'): raise ValueError(f"pair is 'mix', 'two' or 'same', not {pair!r}")
         self.store, self.unit, self.pair, self.classes, self.augment, self.augment2, self.channels = store, unit, pair, list(classes), augment, augment2, channels
-        rows = ReadFrame(store, channels).keys(frames)[:, 0]
+        if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
+        rows = store_rows(frames, store)
         clip, self.clips = pd.factorize(frames['clip'])
         by_clip = np.argsort(clip, kind='stable')                                                    # frames of a clip next to each other
         self.rows, self.count = torch.from_numpy(rows[by_clip]), torch.from_numpy(np.bincount(clip, minlength=len(self.clips)))
@@ -329,7 +329,7 @@ class ContrastiveNet(nn.Module):
         super().__init__()
         if classify not in ('features', 'projection'): raise ValueError(f"classify is 'features' or 'projection', not {classify!r}")
         d = backbone.n_features
-        self.scale, self.backbone, self.classify = Scale(), backbone, classify
+        self.scale, self.backbone, self.classify = scale_for(backbone), backbone, classify
         self.projection = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim))
         self.head = nn.Linear(d if classify == 'features' else dim, n_classes) if n_classes else None
     def forward(self,

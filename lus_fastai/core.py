@@ -90,13 +90,14 @@ class TableError(ValueError):
 def _rows(index): return ', '.join(map(str, index[:5])) + (f' and {len(index)-5} more' if len(index) > 5 else '')
 
 def _twice(table):
-    "A sentence about rows whose paths lead to a file that an earlier row has, in a list; empty when there is none."
+    "A list of one sentence about rows whose file an earlier row has, or of none."
     keys = pd.Series(file_keys(table['path']), dtype=object)
     double = np.flatnonzero((keys.duplicated() & keys.notna()).to_numpy())
     if not len(double): return []
     again, first = double[0], keys.tolist().index(keys[double[0]])
     rows, paths = table.index, table['path'].tolist()
-    return [f"column 'path' names a file twice in row(s) {_rows(rows[double])}: row {rows[again]} ({paths[again]}) is the file of row {rows[first]} ({paths[first]})"]
+    return [f"column 'path' names a file twice in row(s) {_rows(rows[double])}: "
+            f"row {rows[again]} ({paths[again]}) is the file of row {rows[first]} ({paths[first]})"]
 
 def check_table(
     table:pd.DataFrame,       # a clip table
@@ -291,18 +292,19 @@ def duration(
     return f'{s//60} min {s%60} s' if s < 3600 else f'{s//3600} h {s%3600//60} min'
 
 class StageLog:
-    "Numbers the stages of a run and prints how long each took; called with a title it ends one stage and begins the next."
+    "Numbers the stages of a run and prints how long each took."
     def __init__(self,
         n:int,                # how many stages there will be
-    ): self.n, self.k, self.title = n, 0, None
+    ): self.n, self.k, self.title, self.start = n, 0, None, time.perf_counter()
     def __call__(self,
         title:str,            # of the stage that begins
     ):
-        "Begin a stage."
+        "End the stage that runs, and begin this one."
         self.done()
         self.k, self.title, self.start = self.k + 1, title, time.perf_counter()
         if _watched(): print(f'{self.k}/{self.n} {title} ...', flush=True)
     def done(self):
         "End the stage that runs, if one does."
-        if self.title: print(f'{self.k}/{self.n} {self.title}: {duration(time.perf_counter() - self.start)}', flush=True)
+        took = duration(time.perf_counter() - self.start)
+        if self.title: print(f'{self.k}/{self.n} {self.title}: {took}', flush=True)
         self.title = None

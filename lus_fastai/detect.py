@@ -250,6 +250,12 @@ def _load_body(net, weights):
     if foreign or account.differ or any(not k.endswith('num_batches_tracked') for k in account.left): raise ValueError(f"these weights are of another architecture than {type(net).__name__}:\n{account}")
     return account
 
+def _scaling(net, weights):
+    "Mean and deviation of the weights: of a file or module that is still to be loaded, else of the network."
+    if isinstance(weights, (str, Path)) and weights != 'imagenet': weights = load_weights(weights)
+    said = getattr(getattr(weights, 'backbone', weights), 'normalize', None)
+    return said or getattr(net, 'normalize', ([.5], [.25]))
+
 def _freeze_body(body, first, trainable):
     "'paper': all before the second stage stands still; 'all': nothing does; 'heads': the whole body."
     for p in body.parameters(): p.requires_grad_(trainable == 'all')
@@ -289,13 +295,15 @@ def mask_rcnn(
     if channels not in (None, 1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
     if len(anchors) != 5: raise ValueError(f"anchors are five sizes, one a scale, got {anchors}")
     imagenet, account = isinstance(weights, str) and weights == 'imagenet', None
-    if isinstance(backbone, str): net = create_backbone(backbone, channels or 3, 'imagenet' if imagenet else None); imagenet = imagenet and net.pretrained
+    if isinstance(backbone, str): net = create_backbone(backbone, channels or 3, 'imagenet' if imagenet else None)
     else:
         if imagenet: raise ValueError("weights='imagenet' goes with a backbone's name: create_backbone(name, weights='imagenet') makes a module that has them")
         net = deepcopy(getattr(backbone, 'backbone', backbone)).train()
     if not isinstance(net, ResNet) and not hasattr(net, 'forward_intermediates'): raise ValueError(f"{type(net).__name__} gives no features at four scales: take a ResNet of torchvision or a convolutional network of timm")
+    mean, std = _scaling(net, weights)
     stem = net.get_submodule(_stem(net))
-    if channels == 1 and stem.in_channels == 3: gray_stem(net)
+    if channels == 1 and stem.in_channels == 3 and len(mean) == 1:     # else a grey image becomes three colours
+        gray_stem(net)
     if channels == 3 and stem.in_channels == 1: stem.weight, stem.in_channels = nn.Parameter(stem.weight.detach().expand(-1, 3, -1, -1) / 3), 3
     channels = net.get_submodule(_stem(net)).in_channels
     if weights is not None and not isinstance(weights, str) or isinstance(weights, str) and weights != 'imagenet': account = _load_body(net, weights)
@@ -304,8 +312,7 @@ def mask_rcnn(
         body.first = 'layer1'
     else: body = TimmPyramid(net, width)
     _freeze_body(body.body, body.first, trainable)
-    mean, std = ((.485, .456, .406), (.229, .224, .225)) if imagenet else ((.5,)*3, (.25,)*3)
-    if channels == 1: mean, std = (sum(mean)/3,), (sum(std)/3,)
+    mean, std = ([sum(v) / len(v)] * channels if len(v) != channels else v for v in (mean, std))
     heads = dict(box_head=TwoMLPHead(width * 7**2, 4*width), box_predictor=FastRCNNPredictor(4*width, n_classes), mask_head=MaskRCNNHeads(width, (width,)*4, 1), mask_predictor=MaskRCNNPredictor(width, width, n_classes))
     model = MaskRCNN(body, rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in anchors), (tuple(ratios),) * 5), **heads, **kwargs)
     model.account, model.channels, model.transform = account, channels, GreyTransform(*size, list(mean), list(std))

@@ -262,6 +262,7 @@ class _FanView:
     def __init__(self, store, keep, fill):
         self.store, self.keep, self.fill = store, keep, np.uint8(fill)
         self.frames, self.masks, self.folder, self.size, self.images = store.frames, store.masks, store.folder, store.size, self
+        self.id = getattr(store, 'id', None)                    # its rows are those of the store
     def __len__(self): return len(self.store)
     def __deepcopy__(self, memo): return self                   # nothing in it changes, and DataLoaders copy their transforms
     def __getitem__(self, rows): return np.where(self.keep[rows], self.store.images[rows], self.fill)

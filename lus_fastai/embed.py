@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from fastai.vision.all import IntToFloatTensor
 from .core import TableError, atomic_path, frozen_eval, progress
-from .clips import FrameStore
+from .clips import FrameStore, store_rows
 from .data import ReadFrame
 from .metrics import bootstrap, overall_accuracy
 from .report import _INK, _PALETTE, _MARKERS, _canvas, _columns
@@ -101,7 +101,10 @@ def features(
     if path is not None and (path := Path(path)).suffix != '.npz': raise ValueError(f"path names a file that ends in .npz, not {path.name!r}")
     pixels = store if isinstance(store, FrameStore) else _Pixels(store)
     read, scale = ReadFrame(pixels, channels), IntToFloatTensor()
-    keys = np.stack([np.arange(len(pixels)), np.zeros(len(pixels), np.int64)], 1) if frames is None else read.keys(frames)
+    if frames is not None and pixels is not store:                     # an array has no name: rows count in it
+        frames = frames.drop(columns='store', errors='ignore')
+    rows = np.arange(len(pixels)) if frames is None else store_rows(frames, pixels)
+    keys = np.stack([rows, np.zeros_like(rows)], 1)
     n, x, key = len(keys), None, None
     if not n: raise TableError("there are no frames to compute features of: the frame table is empty")
     if path is not None:
@@ -119,7 +122,7 @@ def features(
             for i in progress(range(start, n, bs), desc='features'):
                 batch = keys[i:i+bs]
                 got.n, got.frame = len(batch), pixels.images.shape[1:]; got.clear()
-                model(scale(read.take(batch).to(device)).as_subclass(torch.Tensor))
+                model(scale(read.take(np.pad(batch, ((0, 0), (0, 1)))).to(device)).as_subclass(torch.Tensor))
                 if not got: raise ValueError(f"the model's forward pass does not run the layer {layer!r}: choose another")
                 parts.append(got[-1]); done = i + len(batch)
                 if path is not None and time.monotonic() - saved > _EVERY: _save_part(path, key, np.concatenate(parts)); saved = time.monotonic()

@@ -1,4 +1,4 @@
-"""Your own clips: a folder of videos, stills and DICOM files becomes a clip table that says whose lung is where
+"""A folder of videos, stills and DICOM files becomes a clip table that says whose lung is where
 
 Docs: https://lus-fastai.github.io/lus_fastai/folders.html.md"""
 
@@ -15,15 +15,16 @@ from .core import CLIP_COLUMNS, TableError, check_table, progress, read_table
 from .clips import ClipError, sample_clip
 
 # %% ../nbs/02a_folders.ipynb #kind
-_SUFFIXES = ('.mp4', '.mov', '.m4v', '.avi', '.mpg', '.mpeg', '.webm', '.mkv', '.wmv', '.gif', '.png', '.jpg', '.jpeg',
-             '.bmp', '.tif', '.tiff', '.webp', '.jp2', '.dcm', '.dicom')
+_SUFFIXES = ('.mp4', '.mov', '.m4v', '.avi', '.mpg', '.mpeg', '.webm', '.mkv', '.wmv', '.gif',
+             '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.jp2', '.dcm', '.dicom')
 
 def clip_kind(
     path,                     # a file
 ) -> str:                     # 'video' or 'image'
     "What a file holds, by its content; raises `ClipError` for a file that is no clip."
     suffix = Path(path).suffix.lower()
-    if suffix not in _SUFFIXES and suffix.strip('.0123456789'): raise ClipError(path, f'files named *{suffix} are not read as clips')
+    if suffix not in _SUFFIXES and suffix.strip('.0123456789'):
+        raise ClipError(path, f'files named *{suffix} are not read as clips')
     return 'video' if len(sample_clip(path, rate=1000., max_frames=2)) > 1 else 'image'
 
 # %% ../nbs/02a_folders.ipynb #pattern
@@ -33,7 +34,9 @@ def _by_pattern(name, pattern, files):
     "What the pattern's group matches in each path; None where it does not match."
     try: rule = re.compile(pattern)
     except re.error as e: raise ValueError(f"{name}={pattern!r} is no regular expression: {e}") from None
-    if rule.groups != 1: raise ValueError(f"{name}={pattern!r} needs one group in parentheses, the part of the path to take; it has {rule.groups}")
+    if rule.groups != 1:
+        raise ValueError(f"{name}={pattern!r} needs one group in parentheses, the part of the path to "
+                         f"take; it has {rule.groups}")
     found = [rule.search(f) for f in files]
     return [m and m[1] for m in found]
 
@@ -45,7 +48,9 @@ def _file_of(path, files, folder):
     below = Path(os.path.relpath(os.path.join(folder, text), folder)).as_posix()
     if below in files: return below
     same = [f for f in files if PurePosixPath(f).name == text]
-    if len(same) > 1: raise TableError(f"{text} is the name of {len(same)} files below {folder} ({_named(same)}): give its path")
+    if len(same) > 1:
+        raise TableError(f"{text} is the name of {len(same)} files below {folder} ({_named(same)}): give "
+                         "its path")
     return same[0] if same else None
 
 def _spreadsheet(csv):
@@ -58,17 +63,21 @@ def _by_table(name, table, files, folder, where):
     "The entry of column `name` in each file's row; None where a file has no row."
     column = next((c for c in ('path', 'file') if c in table), None)
     if column is None or name not in table:
-        raise TableError(f"{where} needs the columns 'path' (or 'file') and '{name}'; it has {list(table.columns)}")
+        raise TableError(f"{where} needs the columns 'path' (or 'file') and '{name}'; it has "
+                         f"{list(table.columns)}")
     found = [_file_of(p, files, folder) for p in table[column]]
     lost = [str(p) for p, f in zip(table[column], found) if f is None]
-    if lost: raise TableError(f"{where}: {len(lost)} row(s) name no clip below {folder}: {_named(lost)}; correct or delete them")
+    if lost:
+        raise TableError(f"{where}: {len(lost)} row(s) name no clip below {folder}: {_named(lost)}; "
+                         "correct or delete them")
     twice = sorted({f for f in found if found.count(f) > 1})
     if twice: raise TableError(f"{where} has several rows for {_named(twice)}: keep one of each")
     entry = dict(zip(found, table[name]))
     return [entry.get(f) for f in files]
 
 # %% ../nbs/02a_folders.ipynb #values
-_WAYS = "'folder', a pattern with one group in parentheses, a function of the path, a dict, a DataFrame or a .csv file"
+_WAYS = ("'folder', a pattern with one group in parentheses, a function of the path, "
+         "a dict, a DataFrame or a .csv file")
 
 def _is_csv(given): return isinstance(given, (str, os.PathLike)) and os.fspath(given).lower().endswith('.csv')
 
@@ -76,9 +85,10 @@ def _column(name, given, files, folder):
     "A text per file for column `name`; TableError that names the files for which `given` says nothing."
     if isinstance(given, dict): given = pd.DataFrame({'path': list(given), name: list(given.values())})
     if callable(given): values = [given(PurePosixPath(f)) for f in files]
-    elif isinstance(given, pd.DataFrame): values = _by_table(name, given, files, folder, f'the table for {name}')
+    elif isinstance(given, pd.DataFrame): values = _by_table(name, given, files, folder, f'table for {name}')
     elif _is_csv(given): values = _by_table(name, _spreadsheet(given), files, folder, os.fspath(given))
-    elif not isinstance(given, str): raise ValueError(f"{name} is given as {_WAYS}, not as {type(given).__name__}")
+    elif not isinstance(given, str):
+        raise ValueError(f"{name} is given as {_WAYS}, not as {type(given).__name__}")
     elif given == 'folder': values = [f.split('/')[0] if '/' in f else None for f in files]
     elif given == 'file' and name == 'patient': values = files
     elif '(' in given: values = _by_pattern(name, given, files)
@@ -87,20 +97,25 @@ def _column(name, given, files, folder):
     values = ['' if pd.isna(v) else str(v).strip() for v in values]
     none = [f for f, v in zip(files, values) if not v]
     said = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
-    if none: raise TableError(f"no {name} for {len(none)} of {len(files)} clips below {folder} by {said}: {_named(none)}")
+    if none:
+        raise TableError(f"no {name} for {len(none)} of {len(files)} clips below {folder} by {said}: "
+                         f"{_named(none)}")
     return values
 
 # %% ../nbs/02a_folders.ipynb #look
 def _look(folder, given):
-    "Kind of every clip below `folder`, by its path there; a warning names other files, except those of `given`."
+    "Kind of every clip below `folder`, by its path there; warns of other files, but not of those `given`."
     kinds, other = {}, {}
     for path in progress(sorted(p for p in folder.rglob('*') if p.is_file()), desc='files'):
         if any(path.samefile(g) for g in given): continue
         try: kinds[path.relative_to(folder).as_posix()] = clip_kind(path)
         except ClipError as e: other[path.relative_to(folder).as_posix()] = e.reason
     said = [f'{f} ({reason})' for f, reason in other.items()]
-    if not kinds: raise TableError(f"{folder} holds no clip{': ' + _named(said) if said else ', and no other file'}")
-    if other: warnings.warn(f"{len(other)} file(s) below {folder} are no clips and were left out: {_named(said)}", stacklevel=3)
+    if not kinds:
+        raise TableError(f"{folder} holds no clip{': ' + _named(said) if said else ', and no other file'}")
+    if other:
+        warnings.warn(f"{len(other)} file(s) below {folder} are no clips and were left out: "
+                      f"{_named(said)}", stacklevel=3)
     return kinds
 
 # %% ../nbs/02a_folders.ipynb #index
@@ -117,29 +132,36 @@ def index_folder(
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} is not a folder")
     rules = dict(label=label, patient=patient, source=source, probe=probe)
     if isinstance(label, str) and isinstance(patient, str) and label == patient == 'folder':
-        raise ValueError("label='folder' and patient='folder' are the same sub-folder: give the patient in another way, such as a pattern")
+        raise ValueError("label='folder' and patient='folder' are the same sub-folder: give the patient in "
+                         "another way, such as a pattern")
     kinds = _look(folder, [g for g in rules.values() if _is_csv(g)])
     files = list(kinds)
     columns = {name: _column(name, given, files, folder) for name, given in rules.items()}
     if isinstance(patient, str) and patient == 'file':
-        warnings.warn(f"patient='file' counts each of the {len(files)} clips as a patient of its own: if two show one patient, "
+        warnings.warn(f"patient='file' counts each of the {len(files)} clips as a patient of its own: if "
+                      "two show one patient, "
                       "that patient will be in training and test set", stacklevel=2)
-    return check_table(pd.DataFrame(dict(path=[str(folder/f) for f in files], kind=list(kinds.values()), **columns)))
+    paths = [str(folder/f) for f in files]
+    return check_table(pd.DataFrame(dict(path=paths, kind=list(kinds.values()), **columns)))
 
 # %% ../nbs/02a_folders.ipynb #read
 def read_folder(
     folder,                   # of clips, with or without a file clips.csv
-    label:str=None,           # as for `index_folder`; default: the column of clips.csv, or the first sub-folder
+    label:str=None,           # as for `index_folder`; default: column of clips.csv, or the first sub-folder
     patient:str=None,         # as for `index_folder`; default: the column of clips.csv
 ) -> pd.DataFrame:            # a clip table, checked
-    "The clip table of a folder by its own `clips.csv`, or as the arguments say; TableError where nothing says whose clips they are."
+    "The clip table of a folder by its own `clips.csv`, or as the arguments say."
     csv = Path(folder)/'clips.csv'
     columns = list(_spreadsheet(csv).columns) if csv.is_file() else []
-    if label is None and patient is None and set(CLIP_COLUMNS) <= set(columns): return check_table(read_table(csv))
+    whole = set(CLIP_COLUMNS) <= set(columns)
+    if whole and label is None and patient is None: return check_table(read_table(csv))
     defaults = dict(label='folder', patient=None, source='unknown', probe='unknown')
     rules = {name: csv if name in columns else default for name, default in defaults.items()}
-    rules.update({name: given for name, given in dict(label=label, patient=patient).items() if given is not None})
+    if label is not None: rules['label'] = label
+    if patient is not None: rules['patient'] = patient
     if rules['patient'] is None:
-        raise TableError(f"whose clips are in {folder}? Give patient (in a terminal --patient) as a pattern, such as r'pat(\\d+)' or r'[^/]+/([^/]+)/', "
-                         f"or write {csv} with the columns path,patient; 'file' counts every clip as a patient of its own")
+        raise TableError(f"whose clips are in {folder}? Give patient (in a terminal --patient) as a "
+                         "pattern, such as r'pat(\\d+)' or r'[^/]+/([^/]+)/', "
+                         f"or write {csv} with the columns path,patient; "
+                         "'file' counts every clip as a patient of its own")
     return index_folder(folder, **rules)

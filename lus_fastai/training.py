@@ -18,7 +18,7 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
-import numpy as np, pandas as pd, torch, torch.distributed as dist, torchvision
+import numpy as np, pandas as pd, torch, torch.distributed as dist
 from fastai.vision.all import Callback, CrossEntropyLossFlat, L, Learner, OptimWrapper, combined_cos, get_c, trainable_params
 from torch import nn
 from .core import *
@@ -26,6 +26,7 @@ from .clips import FrameStore
 from .data import RowReader, frame_dls
 from .folds import patient_folds, split_hash
 from .metrics import confusion_columns, mean_iou, pred_classes, predicted
+from .models import scale_for
 from .transfer import freeze, name_outputs, save_weights, split_rates, stages
 
 # %% ../nbs/14_training.ipynb #c006
@@ -465,7 +466,7 @@ def cross_validate(
     done = all((path/f'fold{k}'/'predictions.pt').exists() for k in numbers)
     with nullcontext() if done else folder_lock(path):
         _claim(path, settings, schedule='plateau', **made)
-        ticks = iter(progress(range(len(numbers) * epochs), desc=path.name))
+        ticks = iter(progress(range(len(numbers) * epochs), desc=f'epochs of {path.name}'))
         next(ticks, None)
         def tick(): next(ticks, None)
         for k in numbers:
@@ -567,8 +568,7 @@ def _classifier(backbone, n_classes):
     "A copy of the backbone between the scaling of `models.BackboneClassifier` and one linear layer, under the same names."
     n = getattr(backbone, 'n_features', None)
     if not isinstance(n, int): raise ValueError("the backbone has no n_features: make it with create_backbone, or set backbone.n_features to the length of the vector that it gives")
-    scale = torchvision.transforms.Normalize(*getattr(backbone, 'normalize', ([.5], [.25])))
-    return nn.Sequential(OrderedDict(scale=scale, backbone=deepcopy(backbone), head=nn.Linear(n, n_classes)))
+    return nn.Sequential(OrderedDict(scale=scale_for(backbone), backbone=deepcopy(backbone), head=nn.Linear(n, n_classes)))
 
 def fine_tune_learner(
     dls,                      # DataLoaders of labelled frames in 0..1, as from `frame_dls`

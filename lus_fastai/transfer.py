@@ -151,18 +151,19 @@ def name_outputs(
     model.classes = tuple(new)
 
 class Weights(dict):
-    "Tensors by name; `classes` names the outputs of the network that they are from, None where that is not known."
-    classes = None
+    "Tensors by name; `classes` names their network's outputs, `normalize` scales its images; None where not known."
+    classes = normalize = None
 
 def save_weights(
-    model:nn.Module,          # any module; parameters and buffers are saved, and the names in `model.classes` if it has them
+    model:nn.Module,          # parameters and buffers are saved, and `model.classes` and `model.normalize` if it has them
     path,                     # a file named .safetensors
 ):
     "Write a model's weights as safetensors, atomically."
     from safetensors.torch import save_file
-    state, classes = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, getattr(model, 'classes', None)
-    metadata = None if classes is None else dict(classes=json.dumps(list(classes)))
-    with atomic_path(path) as tmp: save_file(state, tmp, metadata)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    known = {k: getattr(model, k, None) for k in ('classes', 'normalize')}
+    metadata = {k: json.dumps(v) for k, v in known.items() if v is not None}
+    with atomic_path(path) as tmp: save_file(state, tmp, metadata or None)
 
 
 # %% ../nbs/09_transfer.ipynb #names-load
@@ -170,12 +171,13 @@ def _load_safetensors(path):
     from safetensors import safe_open
     with safe_open(path, 'pt') as f:
         weights, metadata = Weights({k: f.get_tensor(k) for k in f.keys()}), f.metadata() or {}
-    if 'classes' in metadata: weights.classes = tuple(json.loads(metadata['classes']))
+    for k in ('classes', 'normalize'):
+        if k in metadata: setattr(weights, k, tuple(json.loads(metadata[k])))
     return weights
 
 def load_weights(
     path,                     # .safetensors, or a PyTorch file that holds nothing but tensors
-) -> Weights:                 # name -> tensor, on the CPU; `classes` where the file names them
+) -> Weights:                 # name -> tensor, on the CPU; `classes` and `normalize` where the file has them
     "Read weights without unpickling code; raises ValueError that names the file."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}")

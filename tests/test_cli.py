@@ -1,6 +1,5 @@
 "The commands as a person runs them: in a process of their own, from the command line to a report."
 import json, os, re, signal, subprocess, sys, textwrap, time
-from pathlib import Path
 import pytest
 
 TINY = '''
@@ -10,19 +9,27 @@ TINY = '''
     gare.QUICK, gare.QUICK_REAL = tiny, tiny
 '''
 
-def start(tmp_path, name, *args, before='', after='', **env):
+def start(tmp_path, name, *args, before='', after='pass', **env):
     "Start a command's entry point as its console script does, between the lines of `before` and `after`."
-    script = tmp_path/f'{name}.py'
-    script.write_text(textwrap.dedent(before) + f'\nimport sys\nfrom lus_fastai.cli import {name}\n'
-                      f'if __name__ == "__main__":\n    try: sys.exit({name}())\n    finally: {after or "pass"}\n')
-    env = {**{k: v for k, v in os.environ.items() if k != 'LUS_DATA'}, 'LUS_HOME': str(tmp_path/'home'), 'OMP_NUM_THREADS': '1', **env}
-    return subprocess.Popen([sys.executable, str(script), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env, start_new_session=True)
+    script, ours = tmp_path/f'{name}.py', {'LUS_HOME': str(tmp_path/'home'), 'OMP_NUM_THREADS': '1'}
+    run = f'from lus_fastai.cli import {name}\nif __name__ == "__main__":\n    try: sys.exit({name}())\n    finally: {after}\n'
+    script.write_text(f'import sys\n{textwrap.dedent(before)}\n{run}')
+    there = {k: v for k, v in os.environ.items() if k != 'LUS_DATA'}
+    return subprocess.Popen([sys.executable, str(script), *args], cwd=tmp_path, env={**there, **ours, **env}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 def command(tmp_path, name, *args, timeout=300, **options):
     "Run a command to its end."
     process = start(tmp_path, name, *args, **options)
     out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+LONG = TINY.replace('seg_epochs=1', 'seg_epochs=200')
+
+def wait_for(process, folder, name):
+    "Wait until a file `name` is somewhere below `folder`, while the process runs."
+    deadline = time.monotonic() + 200
+    while not list(folder.rglob(name)) and process.poll() is None and time.monotonic() < deadline: time.sleep(.05)
 
 def test_the_demo_goes_from_the_command_line_to_a_report_that_needs_nothing_else(tmp_path):
     done = command(tmp_path, 'lus_demo', '--out', 'mine', before=TINY)
@@ -47,85 +54,103 @@ def test_the_same_command_takes_real_clips(tmp_path, real_data):
 
 @pytest.mark.parametrize('name', ['lus_demo', 'lus_repro', 'lus_audit', 'lus_data'])
 def test_help_is_there_before_torch(tmp_path, name):
-    done = command(tmp_path, name, '--help', after="print('loaded:', sorted({'torch', 'numpy', 'pandas', 'fastai'} & set(sys.modules)))")
-    assert done.returncode == 0 and done.stdout.startswith('usage: ') and 'loaded: []' in done.stdout, done.stdout + done.stderr
+    loaded = "print('loaded:', sorted({'torch', 'numpy', 'pandas', 'fastai'} & set(sys.modules)))"
+    done = command(tmp_path, name, '--help', after=loaded)
+    assert done.returncode == 0 and done.stdout.startswith('usage: '), done.stderr
+    assert 'loaded: []' in done.stdout, done.stdout
 
 @pytest.mark.parametrize('name, args, said', [
-    ('lus_repro', ['gaer'], 'there is: arora, cheng_lam, gare, merand, sim_to_real, uscl'), ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'),
-    ('lus_demo', ['--data', 'nowhere'], 'not a folder'), ('lus_demo', ['--patient', 'file'], 'for a folder of your own clips, and this is the phantom'),
-    ('lus_audit', ['none.csv'], 'none.csv: No such file'), ('lus_audit', ['none.csv', '--label', 'folder'], 'for a folder of clips'), ('lus_data', ['uscl'], 'there is: '),
-    ('lus_audit', ['.', '--patient', 'file'], 'holds no clip'), ('lus_demo', ['--nonsense'], 'unrecognized arguments')])
+    ('lus_repro', ['gaer'], 'there is: arora, cheng_lam, gare, merand, sim_to_real, uscl'),
+    ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'),
+    ('lus_demo', ['--data', 'nowhere'], 'not a folder'),
+    ('lus_demo', ['--patient', 'file'], 'for a folder of your own clips, and this is the phantom'),
+    ('lus_audit', ['none.csv'], 'none.csv: No such file'),
+    ('lus_audit', ['none.csv', '--label', 'folder'], 'for a folder of clips'),
+    ('lus_audit', ['.', '--patient', 'file'], 'holds no clip'),
+    ('lus_data', ['uscl'], 'there is: ')])
 def test_a_mistake_is_one_line_and_status_2(tmp_path, name, args, said):
     done = command(tmp_path, name, *args)
-    *usage, last = done.stderr.splitlines()
-    assert done.returncode == 2 and said in last and 'error: ' in last and (last.startswith('error: ') and not usage or 'nonsense' in last), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith('error: ') and said in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
-@pytest.mark.parametrize('paper, names', [('gare', "'phantom' or 'pocus'"), ('arora', "'phantom' or 'pocus'"), ('cheng_lam', "'phantom' or 'real'"),
-                                          ('uscl', "'phantom' or 'real'"), ('merand', "'phantom' or 'real'"), ('sim_to_real', "'phantom' or 'real'")])
-def test_a_data_name_that_does_not_fit_the_paper_is_a_mistake(tmp_path, monkeypatch, paper, names):
+def test_an_unknown_option_is_a_mistake_too(tmp_path):
+    done = command(tmp_path, 'lus_demo', '--nonsense')
+    assert done.returncode == 2 and 'unrecognized arguments: --nonsense' in done.stderr
+
+names = {'gare': 'pocus', 'arora': 'pocus', 'cheng_lam': 'real', 'uscl': 'real', 'merand': 'real', 'sim_to_real': 'real'}
+
+@pytest.mark.parametrize('paper', names)
+def test_a_data_name_that_does_not_fit_the_paper_is_a_mistake(tmp_path, monkeypatch, paper):
     from lus_fastai.cli import lus_repro
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"^data is {names}, not 'mars'$"): lus_repro(paper, data='mars')
+    with pytest.raises(ValueError, match=f"^data is 'phantom' or '{names[paper]}', not 'mars'$"): lus_repro(paper, data='mars')
     assert not list(tmp_path.iterdir())
 
 def test_errors_of_ours_keep_their_traceback(tmp_path):
-    done = command(tmp_path, 'lus_audit', 'x', before="import lus_fastai.folds\ndef broken(*args): raise KeyError('ours')\nlus_fastai.folds.audit = broken\n"
-                   "import lus_fastai.core\nlus_fastai.core.read_table = str")
+    done = command(tmp_path, 'lus_audit', 'x', before='''
+        import lus_fastai.core, lus_fastai.folds
+        def broken(*args): raise KeyError('ours')
+        lus_fastai.folds.audit, lus_fastai.core.read_table = broken, str
+    ''')
     assert done.returncode == 1 and 'Traceback' in done.stderr and "KeyError: 'ours'" in done.stderr
 
 def test_an_interrupt_says_what_is_kept(tmp_path):
-    demo = start(tmp_path, 'lus_demo', before=TINY.replace('seg_epochs=1', 'seg_epochs=200'))
-    deadline = time.monotonic() + 200
-    while not list((tmp_path/'home/gare').rglob('checkpoint.pt')) and demo.poll() is None and time.monotonic() < deadline: time.sleep(.05)
-    os.killpg(demo.pid, signal.SIGINT)                                                       # as a terminal does: to all processes of the command
+    demo = start(tmp_path, 'lus_demo', before=LONG)
+    wait_for(demo, tmp_path/'home', 'checkpoint.pt')
+    os.killpg(demo.pid, signal.SIGINT)                       # as a terminal does: to all processes of the command
     out, err = demo.communicate(timeout=60)
     assert demo.returncode == 130 and 'Traceback' not in err, err
-    said = err.splitlines()[-1]
-    assert re.fullmatch(r'interrupted: \d trained fold\(s\) are kept in \S+/home/gare/\w+, and 1 under way up to its last whole epoch. The same command goes on from there.', said), err
-    assert out.splitlines()[0].startswith('the demo takes about ') and re.fullmatch(r'1/8 clips and frames: \d+ s', out.splitlines()[1]), out
+    kept = r'interrupted: \d trained fold\(s\) are kept in \S+/home/gare/\w+, and 1 under way up to its last whole epoch\. '
+    assert re.fullmatch(kept + r'The same command goes on from there\.', err.splitlines()[-1]), err
+    first, second, *_ = out.splitlines()
+    assert first.startswith('the demo takes about ') and re.fullmatch(r'1/8 clips and frames: \d+ s', second), out
 
 def test_a_second_demo_names_the_process_that_runs_the_first(tmp_path):
-    first = start(tmp_path, 'lus_demo', before=TINY.replace('seg_epochs=1', 'seg_epochs=200'))
+    first = start(tmp_path, 'lus_demo', before=LONG)
     try:
-        deadline = time.monotonic() + 200
-        while not list((tmp_path/'home').rglob('demo.lock')) and first.poll() is None and time.monotonic() < deadline: time.sleep(.05)
-        time.sleep(.5)
-        second = command(tmp_path, 'lus_demo', '--out', 'elsewhere', before=TINY.replace('seg_epochs=1', 'seg_epochs=200'))
-        assert second.returncode == 2 and re.fullmatch(rf'error: process {first.pid} is running the demo in \S+: wait until .* or set LUS_HOME to another folder .*\n', second.stderr), second.stderr
+        wait_for(first, tmp_path/'home', 'phantom.json')     # the lock is held before anything is made
+        second = command(tmp_path, 'lus_demo', '--out', 'elsewhere', before=LONG)
+        said = rf'error: process {first.pid} is running the demo in \S+: wait until .* or set LUS_HOME to another folder .*\n'
+        assert second.returncode == 2 and re.fullmatch(said, second.stderr), second.stderr
         assert first.poll() is None
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
 
-def own_clips(folder, patients=6, size=(48, 48)):
+def own_clips(folder, patients=6):
     "Phantom clips of two classes as somebody might file them: the label in the folder, the patient in the name."
     from lus_fastai.phantom import draw_patient, phantom_clip, write_video
     for i in range(patients):
         label, name = (('regular', 'well'), ('covid', 'ill'))[i % 2]
         (folder/name).mkdir(parents=True, exist_ok=True)
-        for j in range(2): write_video(folder/name/f'pat{i}_{j}.mp4', phantom_clip(draw_patient(i, label, 'convex'), j, 3, size).frames, 8)
+        for j in range(2):
+            clip = phantom_clip(draw_patient(i, label, 'convex'), j, 3, (48, 48))
+            write_video(folder/name/f'pat{i}_{j}.mp4', clip.frames, 8)
     return folder
 
-def test_audit_and_demo_take_a_folder_of_own_clips(tmp_path):
-    mine = own_clips(tmp_path/'mine')
-    done = command(tmp_path, 'lus_demo', '--data', 'mine')
-    assert done.returncode == 2 and 'whose clips are in' in done.stderr and '--patient' in done.stderr and not (tmp_path/'report').exists(), done.stderr
-    (mine/'notes.txt').touch()
+def test_an_audit_takes_a_folder_of_own_clips(tmp_path):
+    (own_clips(tmp_path/'mine')/'notes.txt').touch()
     done = command(tmp_path, 'lus_audit', 'mine', '--patient', 'pat([0-9])', '--folds', '3')
-    assert done.returncode == 0 and 'Patients in more than one fold: none' in done.stdout and re.match(r'warning: 1 file\(s\) .*notes.txt', done.stderr), done.stdout + done.stderr
-    (mine/'notes.txt').unlink()
+    assert done.returncode == 0 and 'Patients in more than one fold: none' in done.stdout, done.stderr
+    assert re.match(r'warning: 1 file\(s\) .*notes.txt', done.stderr), done.stderr
+
+def test_the_demo_takes_a_folder_of_own_clips(tmp_path):
+    own_clips(tmp_path/'mine')
+    done = command(tmp_path, 'lus_demo', '--data', 'mine')
+    assert done.returncode == 2 and 'whose clips are in' in done.stderr and '--patient' in done.stderr, done.stderr
+    assert not (tmp_path/'report').exists()
     done = command(tmp_path, 'lus_demo', '--data', 'mine', '--patient', 'pat([0-9])', before=TINY)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert 'on other clips more or less by their number' in lines[0]
-    assert [int(l.split('/')[0]) for l in lines if re.match(r'\d/8 .*: .* s$', l)] == list(range(1, 9))     # a line a stage
+    first, *lines = done.stdout.splitlines()
+    assert 'on other clips more or less by their number' in first
+    assert [int(x[0]) for x in lines if re.match(r'\d/8 .*: .* s$', x)] == list(range(1, 9))        # a line a stage
     assert re.fullmatch(r'took .* s, .* s of CPU time', lines[-2])
-    results = json.loads((tmp_path/'report/gare-own-quick.json').read_text())
-    columns = {c['column'] for c in results['cells'] if c['table'] == 'classification'}
-    assert {'recall ill', 'recall well'} < columns and 'recall covid' not in columns and results['data'] == 'own'
-    assert all(c['theirs'] is None for c in results['cells'] if 'classification' in c['protocol'])
-    html = (tmp_path/'report/gare-own-quick.html').read_text()
-    assert 'your own clips' in html and str(tmp_path) not in html + json.dumps(results)
+    text, html = ((tmp_path/f'report/gare-own-quick.{x}').read_text() for x in ('json', 'html'))
+    cells = json.loads(text)['cells']
+    columns = {c['column'] for c in cells if c['table'] == 'classification'}
+    assert {'recall ill', 'recall well'} < columns and 'recall covid' not in columns
+    assert all(c['theirs'] is None for c in cells if 'classification' in c['protocol'])
+    assert 'your own clips' in html and str(tmp_path) not in html + text
 
 def test_a_demo_needs_something_to_tell_apart(tmp_path):
     own_clips(tmp_path/'mine', patients=1)

@@ -1,5 +1,5 @@
 "Clips and the frame store: formats, times, bad files, and builds that are killed, crash, run twice or meet a full disk."
-import errno, os, pickle, signal, subprocess, sys, time, warnings
+import errno, functools, os, pickle, shutil, signal, subprocess, sys, time, warnings
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -7,7 +7,7 @@ import av, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from lus_fastai import clips
-from lus_fastai.clips import Clip, ClipError, FrameStore, frame_times, read_clip, sample_clip, sample_times
+from lus_fastai.clips import Clip, ClipError, FrameStore, frame_times, function_key, read_clip, sample_clip, sample_times
 from lus_fastai.core import TableError
 from lus_fastai.phantom import write_video
 
@@ -373,7 +373,7 @@ def test_store_holds_sampled_frames_and_their_masks(tmp_path):
     table = make(tmp_path)
     s = FrameStore.build(table, tmp_path/'store', **small)
     assert s.images.dtype == s.masks.dtype == np.uint8 and s.images.shape == s.masks.shape == (36, 24, 32) == (len(s), *s.size)
-    assert isinstance(s.frames.index, pd.RangeIndex) and s.frames.columns.tolist() == [*table, 'clip', 'frame', 'time', 'row']
+    assert isinstance(s.frames.index, pd.RangeIndex) and s.frames.columns.tolist() == [*table, 'clip', 'frame', 'time', 'row', 'store']
     assert s.frames.row.tolist() == list(range(36)) and s.frames['clip'].tolist() == [f'c{i:02d}.mkv' for i in range(6) for _ in range(6)]
     for i, r in s.frames.iterrows():
         assert r.frame % 5 == 0 and r.time == pytest.approx(r.frame/15, abs=.0011) and r.path == table.path[i//6] and r.patient == f'{i//12:03d}'
@@ -488,6 +488,75 @@ def test_only_what_changed_is_decoded(tmp_path, count):
     write_video(table.path[0], blobs(31, seed=9), 15, lossless=True); write_video(table['mask'][0], blobs(31)//50, 15, lossless=True)
     s, n = build(); assert n == ['c00'] and len(s) == 5*6 + 1
     for changed in (dict(rate=2), dict(max_frames=2), dict(size=(20, 20))): assert build(**changed)[1] == every
+
+def halved(frames, row, outside=0): return frames[:, :len(frames[0])//2]
+
+class Shift:
+    "A callable object with a state."
+    def __init__(self, by): self.by = by
+    def __call__(self, frames, row, outside=0): return np.roll(frames, self.by, 1)
+
+def compiled(text, **names):
+    "A function `prepare` of a module that says `text`, as a notebook or an edited file defines it."
+    space = dict(names, np=np, __name__='edited')
+    exec(compile(text, '<edited>', 'exec'), space)
+    return space['prepare']
+
+def test_an_edited_prepare_decodes_again(tmp_path, count):
+    table = make(tmp_path, 2)
+    inner = "def prepare(frames, row, outside=0):\n    def cut(x): return x[:, %d:]\n    return cut(frames)"
+    helper = "EDGE = %d\ndef cut(x): return x[:, EDGE + %d:]\ndef prepare(frames, row, outside=0): return cut(frames)"
+    default = "def prepare(frames, row, outside=0, by=%d): return frames[:, by:]"
+    versions = [compiled(inner % 2), compiled(inner % 3), compiled(helper % (4, 0)), compiled(helper % (5, 0)), compiled(helper % (5, 1)),
+                compiled(default % 7), compiled(default % 8), functools.partial(compiled(default % 0), by=9), Shift(3), Shift(4),
+                Shift(5).__call__, lambda frames, row, outside: frames[:, 10:], lambda frames, row, outside: frames[:, 11:], halved]
+    seen = set()
+    for prepare in versions:
+        count.clear()
+        s = FrameStore.build(table, tmp_path/'store', prepare=prepare, **small)
+        assert len(count) == 2, prepare
+        seen.add(s.images.tobytes())
+    assert len(seen) == len(versions)                                       # each made other frames
+    count.clear()
+    assert FrameStore.build(table, tmp_path/'store', prepare=halved, **small).prepare.endswith('.halved') and not count
+    assert FrameStore.build(table, tmp_path/'store', **small).prepare is None and len(count) == 2
+
+def test_the_same_function_has_the_same_key_everywhere(tmp_path):
+    (tmp_path/'mine.py').write_text("NAMES = {'a', 'b', 'c'}\ndef prepare(frames, row, outside=0):\n    return frames if row['kind'] in {'video', 'image', 'x'} else len(NAMES)\n")
+    code = "import functools, mine; from lus_fastai.clips import function_key as k; from lus_fastai.preprocess import fan_crop; "
+    code += "print(k(mine.prepare), k(functools.partial(mine.prepare, outside={1: [2., None]})), k(fan_crop))"
+    def keys(seed):
+        env = {**os.environ, 'PYTHONHASHSEED': str(seed), 'PYTHONPATH': os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])}
+        return subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout.split()
+    first = keys(1)
+    assert len(set(first)) == 3 and keys(2) == keys(3) == first             # compiled, and from the cached bytecode
+
+def test_what_prepare_holds_must_be_comparable():
+    with pytest.raises(TypeError, match='generator .*cannot be compared'): function_key(functools.partial(halved, row=(i for i in ())))
+    loop = lambda frames, row, outside: loop(frames, row, outside)
+    assert function_key(loop) == function_key(loop)
+    assert function_key(functools.partial(halved, outside=np.zeros(3))) != function_key(functools.partial(halved, outside=np.ones(3)))
+
+def upper(frames, row, outside=0, rows=8): return frames[:, :rows]
+
+@pytest.mark.parametrize('prepare', (lambda frames, row, outside: frames[:, :5], functools.partial(upper, rows=5), functools.partial(compiled("def prepare(frames, row, outside=0, n=1): return frames[:, :n]"), n=5)))
+def test_lambdas_and_partials_with_worker_processes(tmp_path, prepare):
+    table = make(tmp_path, 2)
+    many = FrameStore.build(table, tmp_path/'many', size=(24, 32), workers=2, prepare=prepare)
+    one = FrameStore.build(table, tmp_path/'one', prepare=functools.partial(upper, rows=5), **small)
+    np.testing.assert_array_equal(many.images, one.images)
+    assert not len(many.skipped)
+
+def test_a_frame_table_as_clip_table_and_moved_folders_decode_nothing(tmp_path, count):
+    s = FrameStore.build(make(tmp_path, 3), tmp_path/'store', prepare=halved, **small)
+    shutil.copytree(tmp_path/'store', tmp_path/'copy')
+    count.clear()
+    rows = s.frames.drop_duplicates('clip')
+    again = FrameStore.build(rows, tmp_path/'copy', prepare=halved, **small)
+    assert len(count) == 3                                                  # `prepare` gets the row, and this one has more columns
+    count.clear()
+    twice = FrameStore.build(again.frames.drop_duplicates('clip'), tmp_path/'copy', prepare=halved, **small)
+    assert not count and twice.holds(again.id) and twice.frames['store'].unique().tolist() == [twice.id]
 
 def test_clips_that_could_not_be_read_are_tried_again(tmp_path, count):
     table = make(tmp_path, 3)

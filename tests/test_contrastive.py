@@ -409,7 +409,7 @@ def test_interrupted_runs_resume_to_the_same_bits(phantom_store, tmp_path, build
     assert same(whole, resumed) and history.drop(columns='seconds').equals(again.drop(columns='seconds'))
     loaded, stored = run('a', 1)                                                                    # finished: nothing is computed
     assert same(whole, loaded) and stored.equals(history)
-    assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['backbone.safetensors', 'history.csv', 'net.safetensors', 'run.json']
+    assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['.lock', 'backbone.safetensors', 'history.csv', 'net.safetensors', 'run.json']
     assert history['lr'].round(9).tolist() == [3e-4, 3e-4, round(3e-4 * .75, 9), round(3e-4 * .25, 9)]
 
 def test_other_architectures_and_other_runs_are_told(phantom_store, tmp_path):
@@ -446,7 +446,7 @@ def _rank(rank, world, folder, rows):
     loss = method.compute(net(x), y, ids)
     loss.backward()
     torch.save((loss.detach(), [p.grad for p in net.parameters()]), f'{folder}/grads{rank}.pt')
-    nets = [pretrain(m, dls_of(FrameStore(rows)), tiny() if rank == 0 else Tiny(), 2, f'{folder}/{type(m).__name__}') for m in (USCL(), MoCo(queue=8))]
+    nets = [pretrain(m, dls_of(FrameStore(rows)), tiny() if rank == 0 else Tiny(), 2, f'{folder}/{type(m).__name__}', precision='fp32') for m in (USCL(), MoCo(queue=8))]
     torch.save([(n.state_dict(), h.drop(columns='seconds').to_numpy()) for n, h in nets], f'{folder}/nets{rank}.pt')
     dist.destroy_process_group()
 
@@ -464,6 +464,6 @@ def test_two_processes_are_one(phantom_store, tmp_path):
     assert abs(float(loss - (la + lb) / 2)) < 1e-5
     for p, a, b in zip(net.parameters(), ga, gb): assert torch.allclose(p.grad, (a + b) / 2, atol=1e-5)
     for method, a, b in zip((USCL(), MoCo(queue=8)), *load('nets')):
-        one, history = pretrain(method, dls_of(phantom_store), tiny(), 2, tmp_path/f'one{type(method).__name__}')
+        one, history = pretrain(method, dls_of(phantom_store), tiny(), 2, tmp_path/f'one{type(method).__name__}', precision='fp32')
         for k, v in one.state_dict().items(): assert torch.allclose(v, a[0][k], atol=1e-4) and torch.equal(a[0][k], b[0][k])
         assert np.allclose(history.drop(columns='seconds'), a[1], atol=1e-4)

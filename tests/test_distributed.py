@@ -87,12 +87,12 @@ def test_only_the_main_process_writes(two):
     wrote = [r['wrote'] for r in two['ranks']]
     assert wrote[1] == [] and wrote[0].count('backbone.safetensors') == wrote[0].count('history.csv') == wrote[0].count('run.json') == len(RUNS)
     assert wrote[0].count('checkpoint.pt') == sum(r['epochs'] for r in RUNS.values())
-    for name in RUNS: assert sorted(p.name for p in (two['out']/name).iterdir()) == ['backbone.safetensors', 'history.csv', 'net.safetensors', 'run.json']
+    for name in RUNS: assert sorted(p.name for p in (two['out']/name).iterdir()) == ['.lock', 'backbone.safetensors', 'history.csv', 'net.safetensors', 'run.json']
 
 
 def test_a_failing_process_ends_the_run(two):
     assert two['status'] != 0 and 'planted failure' in two['said'] and 'went on' not in two['said']
-    assert sorted(p.name for p in (two['out']/'fail').iterdir()) == ['checkpoint.pt', 'run.json']   # the first epoch is kept
+    assert sorted(p.name for p in (two['out']/'fail').iterdir()) == ['.lock', 'checkpoint.pt', 'run.json']   # the first epoch is kept
 
 
 def test_one_process_goes_on_where_two_stopped(two, one, phantom_store):

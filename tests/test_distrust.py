@@ -151,7 +151,7 @@ def test_fans_of_the_table(phantom_store, tmp_path):
     frames['fan'] = json.dumps(Fan('linear', (96, 96), 12, 96, 0, 95).to_dict())
     frames.loc[frames['clip'] == frames['clip'].iloc[0], 'fan'] = ''
     class Store:
-        images, masks, folder, size = phantom_store.images, None, phantom_store.folder, (64, 64)
+        images, masks, folder, size, id = phantom_store.images, None, phantom_store.folder, (64, 64), phantom_store.id
         def __len__(self): return len(phantom_store)
     store = Store(); store.frames = frames
     out = outside_fan_check(store, path=tmp_path, epochs=1, folds=2)

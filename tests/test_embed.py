@@ -1,4 +1,6 @@
 "Features of a layer and their cache, maps and placing, thumbnails, neighbourhood purity."
+import subprocess, sys
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
@@ -158,6 +160,41 @@ def test_damaged_cache_is_made_again(phantom_store, tmp_path, damage):
     assert np.array_equal(features(model, phantom_store, path=file), a)
     seen = count(model)
     assert np.array_equal(features(model, phantom_store, path=file), a) and not seen
+
+def test_a_process_killed_while_it_saves_leaves_the_old_file_or_none(phantom_store, tmp_path):
+    "Half of the archive is on disk when the process is killed: nothing is taken for finished, and the next call makes it whole."
+    code = f"""
+import os, sys, numpy as np
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from lus_fastai import embed
+from lus_fastai.clips import FrameStore
+from test_embed import net
+def half(f, **arrays):
+    f.write(b'PK' + bytes(5000))
+    f.flush()
+    os.kill(os.getpid(), 9)
+np.savez = half
+embed.features(net(), FrameStore({str(phantom_store.folder)!r}), path={str(tmp_path/'f.npz')!r})
+"""
+    whole = features(net(), phantom_store)
+    for there in (False, True):
+        if there: features(net(), phantom_store, phantom_store.frames[:4], path=tmp_path/'f.npz')
+        before = (tmp_path/'f.npz').read_bytes() if there else None
+        assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == -9
+        assert there == (tmp_path/'f.npz').exists() and (not there or (tmp_path/'f.npz').read_bytes() == before)
+        model = net()
+        seen = count(model)
+        assert np.array_equal(features(model, phantom_store, path=tmp_path/'f.npz'), whole) and sum(seen) == len(phantom_store)
+        (tmp_path/'f.npz').unlink()
+
+def test_another_scaling_is_another_model(phantom_store, tmp_path):
+    from lus_fastai.models import Scale
+    def scaled(mean):
+        torch.manual_seed(0)
+        model = nn.Sequential(Scale([mean], [.25]), nn.Conv2d(1, 2, 1))
+        return features(model, phantom_store, layer='0', path=tmp_path/'f.npz')
+    a, b = scaled(.5), scaled(.25)
+    np.testing.assert_allclose(b, a + 1, atol=1e-5)
 
 def test_foreign_archives_are_not_trusted(phantom_store, tmp_path):
     model, file = net(), tmp_path/'f.npz'

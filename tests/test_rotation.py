@@ -74,7 +74,7 @@ def test_a_kill_in_the_second_epoch_then_resumed_is_an_unbroken_run_bit_for_bit(
     assert again.runs == seen.runs[4:]                                    # four runs were behind it
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
     pd.testing.assert_frame_equal(history.drop(columns='seconds'), history2.drop(columns='seconds'), check_exact=True)
-    assert sorted(p.name for p in (tmp_path/'broken').iterdir()) == ['history.csv', 'model.safetensors', 'run.json']
+    assert sorted(p.name for p in (tmp_path/'broken').iterdir()) == ['.lock', 'history.csv', 'model.safetensors', 'run.json']
 
 class Told(torch.nn.Module):
     "A loss whose validation values are told beforehand, one per validation batch; training moves the weights."

@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import TensorImage, TensorMask
 from hypothesis import given, settings, strategies as st
+from lus_fastai import training
 from lus_fastai.core import MaskSet
 from lus_fastai.models import create_backbone
 from lus_fastai.phantom import draw_patient, phantom_clip, write_video
@@ -192,7 +193,7 @@ def test_taught_scores_come_from_networks_that_have_not_seen_the_patient(tmp_pat
     assert seen == [1] and np.isnan(got[12]) and auc(table.b_lines[:12], got[:12]) > .9
     assert all(torch.equal(a, b) for a, b in zip(before, lines.parameters()))                 # what it starts from stays
     np.testing.assert_array_equal(taught_scores(lines, frames, table, 'b_lines', tmp_path/'b', folds=3, epochs=20, lr=.02), got)
-    monkeypatch.setattr(sim_to_real, 'LineClassifier', None)
+    monkeypatch.setattr(training, 'fit_resumable', None)
     np.testing.assert_array_equal(taught_scores(lines, frames, table, 'b_lines', tmp_path/'a', folds=3, epochs=20, lr=.02), got)        # a finished run is read, not repeated
 
 def test_probed_scores_come_from_a_regression_that_has_not_seen_the_patient():

@@ -5,7 +5,7 @@ from urllib.parse import unquote
 import numpy as np, pandas as pd, pytest
 from lus_fastai.core import CLIP_COLUMNS, TableError
 from lus_fastai.sources import *
-from lus_fastai import sources
+from lus_fastai import core, sources
 
 CONTENT = {'clips/a.mp4': os.urandom(300_000), 'clips/b (1)+2.mp4': os.urandom(70_000), 'meta.csv': b'x,y\n1,2\n', 'empty.txt': b''}
 git = lambda b: hashlib.sha1(b'blob %d\0' % len(b) + b).hexdigest()
@@ -315,7 +315,7 @@ def test_manifests(name, files, clips):
 
 def test_manifest_of_an_installed_package_comes_first(tmp_path, monkeypatch):
     (tmp_path/'lus_fastai/_data').mkdir(parents=True); (tmp_path/'lus_fastai/_data/blues.csv').write_text('path,bytes,git_blob_sha1\na,1,b\n')
-    monkeypatch.setattr(sources.lus_fastai, '__file__', str(tmp_path/'lus_fastai/__init__.py'))
+    monkeypatch.setattr(core, '__file__', str(tmp_path/'lus_fastai/core.py'))
     assert len(manifest('blues')) == 1
     with pytest.raises(FileNotFoundError, match="no manifest of 'pocus'"): manifest('pocus')
 

@@ -22,7 +22,7 @@ from fastai.vision.all import Learner, OptimWrapper, CrossEntropyLossFlat
 from ..core import *
 from ..phantom import phantom_dataset
 from ..sources import index
-from ..clips import FrameStore
+from ..clips import FrameStore, store_rows
 from ..folds import patient_folds, assert_disjoint, split_hash
 from ..preprocess import Fan, add_fans, fan_crop
 from ..data import TensorFrame, frame_dls
@@ -201,7 +201,7 @@ def held_out(
     parts, order = [], []
     for fold, group in progress(list(oof.groupby('fold'))):
         model = fold_model(path, net, fold, pred_classes(oof))
-        parts += [np.asarray(function(model, x)) for x in _batches(store, group['row'].to_numpy())]
+        parts += [np.asarray(function(model, x)) for x in _batches(store, store_rows(group, store))]
         order.append(oof.index.get_indexer(group.index))
     return np.concatenate(parts)[np.argsort(np.concatenate(order), kind='stable')]
 
@@ -339,7 +339,7 @@ def accuracy_on(
     frames:pd.DataFrame,             # rows of its frame table
 ) -> float:                          # share of frames
     "Frame accuracy of one network."
-    with frozen_eval(model), torch.no_grad(): pred = torch.cat([model(x.to(next(model.parameters()).device)).argmax(1).cpu() for x in _batches(store, frames['row'].to_numpy())])
+    with frozen_eval(model), torch.no_grad(): pred = torch.cat([model(x.to(next(model.parameters()).device)).argmax(1).cpu() for x in _batches(store, store_rows(frames, store))])
     return float((np.array(CLASSES)[pred] == frames['label'].to_numpy()).mean())
 
 # %% ../../nbs/22_papers.arora.ipynb #c046

@@ -238,6 +238,12 @@ class PictureLoss(nn.Module):
 def _first_file(way, path): return Path(path)/'first'/f'{way.backbone}-{way.first}-{way.start}'.lower()/('backbone' if way.first == 'SimCLR' else 'model')
 def _weights_file(stem): return stem.with_suffix('.safetensors')
 
+def _backbone(way):
+    "Scaled as `segmenter` scales, whatever its weights: an encoder moves through networks that see the same."
+    net = create_backbone(way.backbone, 3, 'imagenet' if way.start == 'imagenet' else None)
+    net.normalize = [.5], [.25]
+    return net
+
 def first_step(
     way:Way,                           # its backbone, first step and start
     parts:Parts,                       # pictures and labels
@@ -252,13 +258,13 @@ def first_step(
         frames = parts.first.table.assign(row=np.arange(len(images)), clip=[str(i) for i in range(len(images))])[share == 0].drop(columns='label', errors='ignore')
         seed_all(s.seed)
         pairs = pair_dls(_Stills(images=images, size=images.shape[1:], frames=frames), frames, bs=4 * s.bs, channels=3, seed=s.seed, **ABLATION['vanilla'])
-        pretrain(SimCLR(), pairs, create_backbone(way.backbone, 3, start), s.first_epochs, file.parent, lr=s.lr, seed=s.seed, log=0, warm=s.first_epochs // 2)
+        pretrain(SimCLR(), pairs, _backbone(way), s.first_epochs, file.parent, lr=s.lr, seed=s.seed, log=0, warm=s.first_epochs // 2)
         return file
     labels, augment = parts.labels if way.first == 'classifier' else None, MerandAugment(swap=())
     def data(channels):
         one = lambda k, **kw: DataLoader(_Pictures(images[share == k], None if labels is None else labels[share == k]), bs=s.bs, device=default_device(), **kw)
         return DataLoaders(one(0, shuffle=True, drop_last=True, after_batch=lambda b: augment(b, split_idx=0)), one(1), device=default_device())
-    build = (lambda: BackboneClassifier(create_backbone(way.backbone, 3, start), labels.shape[1])) if labels is not None else lambda: autoencoder(way.backbone, weights=start)
+    build = (lambda: BackboneClassifier(_backbone(way), labels.shape[1])) if labels is not None else lambda: autoencoder(way.backbone, weights=start)
     _fit(build, data, file.parent, s.first_epochs, s.lr, LabelLoss() if labels is not None else PictureLoss(), 'best', s.patience, 'constant', None, adam, s.seed, 'auto', dict(n=len(images), bs=s.bs, augment=repr(augment)))
     return file
 

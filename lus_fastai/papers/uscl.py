@@ -20,7 +20,7 @@ from fastai.vision.all import RandTransform, TensorImage, retain_type
 from ..core import *
 from ..phantom import phantom_dataset
 from ..sources import index
-from ..clips import FrameStore
+from ..clips import FrameStore, store_rows
 from ..folds import patient_folds, assert_disjoint, split_hash
 from ..preprocess import add_fans
 from ..data import frame_dls
@@ -234,7 +234,9 @@ def tuned_model(
 ):                                   # the network in evaluation mode
     "The network that `tune` left for a fold: of the epoch that was best on the test fold, the authors' choice."
     s = settings
-    model = BackboneClassifier(create_backbone(s.backbone), len(CLASSES))
+    known = start == 'ImageNet'                                 # has its own stem and scaling
+    backbone = weights_of(start, fold, path, s) if known else create_backbone(s.backbone)
+    model = BackboneClassifier(backbone, len(CLASSES))
     name_outputs(model, CLASSES)                                 # weights with another order of classes are refused
     copy_weights(Path(path)/'tuned'/f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"/f'fold{fold}'/'model.safetensors', model, strict=True)
     return model.eval()
@@ -250,7 +252,7 @@ def attention(
     "Grad-CAM of every held-out frame, summed up."
     parts, own = [], store.frames[store.frames['downstream'] & store.frames['clip'].isin(fans)]
     for fold, group in own.groupby(folds[own.index]):
-        model, rows = tuned_model(start, fold, path, settings), group['row'].to_numpy()
+        model, rows = tuned_model(start, fold, path, settings), store_rows(group, store)
         maps = torch.cat([grad_cam(model, torch.from_numpy(store.images[rows[k:k + 64]])[:, None] / 255.) for k in range(0, len(rows), 64)])
         masks = np.stack([fans[c] for c in group['clip']])
         parts.append(group.assign(heat=heat_in_fan(maps, masks), area=masks.mean((1, 2))))
