@@ -52,7 +52,8 @@ def test_the_first_screen_names_frames_and_patients(data):
     oof = pd.DataFrame([dict(patient=f'p{i}', clip=f'c{i}', label=CLASSES[i % 3], right=i != 0) for i in range(6) for _ in range(5 if i == 0 else 1)])
     told = [c if r else CLASSES[(CLASSES.index(c) + 1) % 3] for c, r in zip(oof.label, oof.right)]
     oof = oof.assign(fold=0, frame=range(len(oof)), **{f'p_{c}': [float(t == c) for t in told] for c in CLASSES})
-    cells = [c for p in ('by patient', 'by frame') for c in gare.classification_cells(oof, 'dense', f'classification {p}')]
+    rows = [(p, row, t) for p in ('by patient', 'by frame') for row, t in (('dense', 'classification'), ('most similar frame', 'look-up'))]
+    cells = [c for p, row, t in rows for c in gare.classification_cells(oof, row, f'classification {p}', t)]
     report = gare.Report('t')
     results = dict(cells=cells, data=data, hours=.05, device='cpu')
     gare._first_screen(report, results, np.zeros(9), oof, gare.QUICK)
@@ -60,5 +61,14 @@ def test_the_first_screen_names_frames_and_patients(data):
     cards = FirstScreen(html).cards
     assert 'patients right, folds by patient (dense start) 0.833' in cards[0] and 'a random guess: 0.333' in cards[0]
     assert 'frames right, folds by patient (dense start) 0.500' in cards[1] and 'always covid: 0.600' in cards[1]
-    assert 'leaky' in cards[2] and '6 · 6 · 10' in cards[3] and not any('accuracy' in c for c in cards)
+    assert 'leaky' in cards[2] and '6 · 6 · 10' in cards[4] and not any('accuracy' in c for c in cards)
     assert 'the class of 83% of these patients correctly' in html and ('simulated, so nothing here' in html) == (data == 'phantom')
+
+def test_looking_up_never_takes_a_frame_of_its_own_fold():
+    "Three images in a row, each most like the one before; the middle one may only ask the fold that it is not in."
+    class Store:
+        images = np.repeat(np.repeat(np.array([0, 10, 40], np.uint8)[:, None, None], 8, 1), 8, 2)
+        frames = pd.DataFrame(dict(row=[0, 1, 2], label=['a', 'b', 'c']))
+    copied = gare.look_up(Store, pd.Series([0, 0, 1]))
+    assert copied[['p_a', 'p_b', 'p_c']].to_numpy().tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 0]]
+    assert gare.look_up(Store, pd.Series([0, 1, 1]))['p_a'].tolist() == [0, 1, 1] and copied.fold.tolist() == [0, 0, 1]
