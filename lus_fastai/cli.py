@@ -83,7 +83,7 @@ def _clips_of(folder, label, patient):
     return 'pocus'
 
 # %% ../nbs/19_cli.ipynb #demo-time
-DEMO_TIME = 'about 5 minutes on two cores (9 minutes of CPU time)'  # on the phantom, without bfloat16
+DEMO_TIME = 'about 4 minutes on two cores (7 minutes of CPU time)'  # on the phantom, without bfloat16
 
 def _cpu(): return sum(os.times()[:4])                      # this process and its children, user and system
 

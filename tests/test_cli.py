@@ -100,7 +100,7 @@ def test_an_interrupt_says_what_is_kept(tmp_path):
     os.killpg(demo.pid, signal.SIGINT)                       # as a terminal does: to all processes of the command
     out, err = demo.communicate(timeout=60)
     assert demo.returncode == 130 and 'Traceback' not in err, err
-    kept = r'interrupted: \d trained fold\(s\) are kept in \S+/home/gare/\w+, and 1 under way up to its last whole epoch\. '
+    kept = r'interrupted: \d trained fold\(s\) are kept in \S+gare\S+, and 1 under way up to its last whole epoch\. '
     assert re.fullmatch(kept + r'The same command goes on from there\.', err.splitlines()[-1]), err
     first, second, *_ = out.splitlines()
     assert first.startswith('the demo takes about ') and re.fullmatch(r'1/8 clips and frames: \d+ s', second), out

@@ -239,7 +239,7 @@ def test_other_batches_labels_or_pixels_are_not_answered_by_a_finished_run(made,
         folder, masks, frames = store.folder, None, store.frames
         images = 255 - np.asarray(store.images)
         def __len__(self): return len(self.images)
-    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'): run(lambda a, b: frame_dls(Inverted(), a, b, bs=4, batch_tfms=[GareAugment()]))
+    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'): run(lambda a, b: frame_dls(Inverted(), a, b, bs=4, batch_tfms=[GareAugment()]), frames.drop(columns='store'))
 
 def test_the_same_code_in_another_process_makes_the_same_claim(made, finished):
     code = f'''
