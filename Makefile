@@ -35,6 +35,6 @@ bench: $(STAMP)
 	@set -e; for f in benchmarks/bench_*.py; do $(BIN)/python $$f; done
 
 clean:
-	rm -rf .venv build dist *.egg-info _docs _proc .pytest_cache .hypothesis lus_fastai/_modidx.py
+	rm -rf .venv .plain build dist *.egg-info _docs _proc .pytest_cache .hypothesis lus_fastai/_modidx.py
 	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/results.qmd nbs/notebooks.qmd
 	find lus_fastai tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

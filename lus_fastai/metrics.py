@@ -146,7 +146,10 @@ def merge_confusion(
 # %% ../nbs/13_metrics.ipynb #c026
 class _Counter:
     "Adds up the confusion of a pass over the validation set; metrics that share it count every batch once."
-    def __init__(self, n, names=None): self.n, self.names = n, names; self.reset()
+    def __init__(self, n, names=None):
+        if not isinstance(n, (int, np.integer)): raise ValueError(f"n is the number of classes, not {n!r}")
+        self.n, self.names = n, names
+        self.reset()
     def reset(self): self.total, self.batch = None, None
     def add(self, learn):
         if self.batch == learn.iter: return
