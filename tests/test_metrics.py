@@ -163,7 +163,7 @@ def test_metrics_survive_lr_find_get_preds_plateau_and_a_second_fit(tmp_path):
 
 
 def test_class_names_are_no_number_of_classes():
-    with pytest.raises(ValueError, match='number of classes, not .*covid'): cls_metrics(('covid', 'pneumonia', 'regular'))
+    with pytest.raises(ValueError, match='number of classes, not .*covid'): M.cls_metrics(('covid', 'pneumonia', 'regular'))
 
 def test_exported_learner_loads_in_a_fresh_process(tmp_path):
     items = list(zip(torch.rand(8, 1, 8, 8), torch.randint(0, 7, (8, 8, 8))))
