@@ -52,6 +52,7 @@ class GareSettings:
     seg_patience:int=5        # epochs before the learning rate is halved
     cls_patients:int=45       # phantom patients to classify, two clips each
     cls_frames:int=10         # frames of each phantom clip, at most
+    clip_frames:int=30        # frames of each real clip, at most
     cls_epochs:int=8
     cls_patience:int=2
     seed:int=0
@@ -63,7 +64,7 @@ class GareSettings:
 DEFAULT = GareSettings()
 QUICK = GareSettings(size=(80, 80), bs=8, lr=1e-2, loss='dice-ce', schedule='one-cycle', seg_patients=48,
                      seg_frames=3, seg_epochs=24, cls_patients=45, cls_frames=3, cls_epochs=14)
-QUICK_REAL = replace(QUICK, size=(128, 128))
+QUICK_REAL = replace(QUICK, size=(96, 96), clip_frames=6)
 PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epochs=12)
 
 # %% ../../nbs/20_papers.gare.ipynb #c010
@@ -95,7 +96,10 @@ def clips_to_classify(
 ) -> FrameStore:                     # frames with one of three labels, or with those of your own clips
     "The clips that get a diagnosis: phantom patients, all convex POCUS clips and stills of three classes, or a clip table."
     home, s, name = Path(home or lus_home()), settings, data_name(data)
-    if isinstance(data, pd.DataFrame): return FrameStore.build(data, home/'stores'/f"{name}-{s.size[0]}x{s.size[1]}", size=s.size)
+    def frames(table, name):
+        where = home/'stores'/f'{name}-{s.size[0]}x{s.size[1]}x{s.clip_frames}'
+        return FrameStore.build(table, where, size=s.size, max_frames=s.clip_frames)
+    if isinstance(data, pd.DataFrame): return frames(data, name)
     if data == 'phantom':
         name = f"cls-{s.cls_patients}x{s.cls_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
         table = phantom_dataset(home/'phantom'/name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed)
@@ -104,7 +108,7 @@ def clips_to_classify(
     if folder is None: raise ValueError("data='pocus' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` for how to get them")
     table = index('pocus', folder)
     table = table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
-    return FrameStore.build(table, home/'stores'/f"pocus-convex-{s.size[0]}x{s.size[1]}", size=s.size)
+    return frames(table, 'pocus-convex')
 
 # %% ../../nbs/20_papers.gare.ipynb #c015
 PROTOCOLS = dict(
