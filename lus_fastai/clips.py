@@ -339,7 +339,7 @@ def function_name(
 def function_key(
     f,                        # function, lambda, method, `functools.partial`, or an object that can be called
 ) -> str:                     # 40 hexadecimal digits
-    "SHA-1 of what a callable does; TypeError where it holds something whose content cannot be told."
+    "SHA-1 of what a callable does; TypeError where it holds something that cannot be compared."
     home = getattr(f, '__module__', None) or type(f).__module__
     return hashlib.sha1(_content(f, home, {})).hexdigest()
 
