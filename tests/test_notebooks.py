@@ -1,5 +1,5 @@
 "Every notebook: runs in a fresh kernel, gives the module that is there, is clean, and documents what it exports."
-import ast, difflib, importlib, inspect, json, os, re, shutil
+import ast, configparser, difflib, importlib, inspect, json, os, re, shutil
 from pathlib import Path
 import pytest
 
@@ -76,6 +76,15 @@ def test_notebook_is_readable(path):
         assert 'Traceback (most recent call last)' not in ''.join(''.join(o.get('text', '')) for o in c['outputs']), f'cell {i} shows a traceback'
     ran = [c for c in nb['cells'] if c['cell_type'] == 'code' and re.search(r'^(?!\s*#).*\bshow|^\s*print\(', source(c), re.M)]
     assert not ran or any(c['outputs'] for c in ran), 'the notebook was saved without its outputs'
+
+@each_notebook
+def test_all_but_the_installation_in_colab_is_run(path):
+    "The one cell that tests leave out installs the package, from where the package says that it lives, and only in Colab."
+    config = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    left_out = [source(c) for c in load(path)['cells'] if c['cell_type'] == 'code' and re.search(r'^#\|\s*eval:\s*false', source(c), re.M)]
+    command = f"! [ -e /content ] && pip install -Uqq git+{config['DEFAULT']['git_url']}   # in Colab, install the package first"
+    assert left_out == ['#| hide\n#| eval: false\n' + command]
 
 @each_notebook
 def test_imports_have_their_own_cells(path):
