@@ -4,6 +4,7 @@ PYTHON ?= python3
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+PLAIN  := .venv/.plain
 
 .PHONY: help demo test docs bench clean
 help:
@@ -13,16 +14,22 @@ help:
 	@echo 'make bench  every measurement of benchmarks/, one after another'
 	@echo 'make clean  remove what was built, .venv included'
 
-$(STAMP): setup.py settings.ini pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	 { echo "lus_fastai needs Python 3.10 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "No virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@test -f README.md || touch README.md
-	@echo 'installing lus_fastai and its development requirements into .venv (once; a few minutes)'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	@$(PYTHON) -m venv .venv || { echo "No virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+$(PLAIN): setup.py settings.ini pyproject.toml | $(BIN)/python
+	@echo 'installing lus_fastai into .venv (once; a few minutes)'
+	@$(BIN)/python -m pip install --disable-pip-version-check -e .
 	@touch $@
 
-demo: $(STAMP)
+$(STAMP): setup.py settings.ini pyproject.toml | $(BIN)/python
+	@echo 'installing lus_fastai and its development requirements into .venv (once; a few minutes)'
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(PLAIN)
+
+demo: $(PLAIN)
 	@$(BIN)/lus_demo $(ARGS)
 
 test: $(STAMP)
@@ -35,6 +42,6 @@ bench: $(STAMP)
 	@set -e; for f in benchmarks/bench_*.py; do $(BIN)/python $$f; done
 
 clean:
-	rm -rf .venv .plain build dist *.egg-info _docs _proc .pytest_cache .hypothesis lus_fastai/_modidx.py
+	rm -rf .venv .plain build dist *.egg-info _docs _proc .pytest_cache .hypothesis
 	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/results.qmd nbs/notebooks.qmd
 	find lus_fastai tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

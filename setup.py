@@ -21,4 +21,4 @@ setup(
     packages=find_packages(include=['lus_fastai', 'lus_fastai.*']) + ['lus_fastai._data', 'lus_fastai._results'],
     package_dir={'lus_fastai._data': 'data', 'lus_fastai._results': 'results'},
     package_data={'lus_fastai._data': ['**/*'], 'lus_fastai._results': ['*.json']},
-    entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False)
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['lus_fastai=lus_fastai._modidx:d']}, zip_safe=False)

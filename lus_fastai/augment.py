@@ -18,7 +18,7 @@ GARE_GAINS = (1., .8, 1.1)
 
 def gare_variant(
     pixels:np.ndarray,        # (b, h, w): frames as uint8, or masks
-    variants:np.ndarray,      # (b,) integers 0..5: the gain's place in `GARE_GAINS`, plus 3 if mirrored
+    variants:np.ndarray,      # (b,) integers 0..5: the gain's place in GARE_GAINS, plus 3 if mirrored
     mask:bool=False,          # codes are mirrored with their frame but have no gain
 ) -> np.ndarray:              # same shape and type; frames are clipped at 255
     "The variants of Gare 2021 (section 3.1): mirror and gain for frames, mirror alone for masks."
@@ -33,7 +33,7 @@ def gare_variant(
 def expand_variants(
     frames:pd.DataFrame,      # a frame table
     n:int=6,                  # variants of each frame
-) -> pd.DataFrame:            # n times as many rows, with a column `variant`
+) -> pd.DataFrame:            # n times as many rows, with a column variant
     "Every frame once per variant, next to each other."
     out = frames.loc[frames.index.repeat(n)].reset_index(drop=True)
     out['variant'] = np.tile(np.arange(n), len(frames))
@@ -67,10 +67,10 @@ class AroraAugment(RandTransform):
     def encodes(self, x:TensorMask): return retain_type(self._move(torch.Tensor(x)[:, None].float(), 255.)[:, 0].to(x.dtype), x)
 
 def affine_theta(
-    angle:torch.Tensor,       # (b,) radians, positive turns as torchvision's `affine` does
+    angle:torch.Tensor,       # (b,) radians, positive turns as torchvision's affine does
     shift:torch.Tensor,       # (b, 2) pixels right and down
     size:tuple,               # (height, width)
-) -> torch.Tensor:            # (b, 2, 3), for `F.affine_grid`
+) -> torch.Tensor:            # (b, 2, 3), for F.affine_grid
     "Matrices that take an output pixel to the input pixel it shows: turned about the centre, then shifted."
     h, w = size
     cos, sin, half = angle.cos(), angle.sin(), torch.tensor([w, h]) / 2
@@ -135,7 +135,7 @@ def keras_theta(
     shear:torch.Tensor,       # (b,) radians
     zoom:torch.Tensor,        # (b, 2) factors for rows and columns; above 1 shows more of the picture, so that things get smaller
     size:tuple,               # (height, width)
-) -> torch.Tensor:            # (b, 2, 3), for `F.affine_grid`
+) -> torch.Tensor:            # (b, 2, 3), for F.affine_grid
     "Matrices that take an output pixel to the input pixel it shows, as Keras composes them: rotation, shift, shear, zoom about the centre."
     rows = lambda a, b, c, d: torch.stack([torch.stack([a, b], 1), torch.stack([c, d], 1)], 1)
     rotation = rows(turn.cos(), -turn.sin(), turn.sin(), turn.cos())
@@ -161,7 +161,7 @@ class ChengAugment(MaskAugment):
     "Cheng & Lam 2021 (authors' code): turned 0.15 and sheared 0.05 degrees, shifted and zoomed 5 %, mirrored with probability 1/2, border repeated."
     def __init__(self,
         turn:float=.15,       # degrees; what the paper's reader expects may be far more
-        **kwargs,             # changes of other arguments of `MaskAugment`
+        **kwargs,             # changes of other arguments of MaskAugment
     ): super().__init__(**{**dict(turn=turn, shift=.05, shear=.05, zoom=.05, flip=.5), **kwargs})
 
 class MerandAugment(MaskAugment):
@@ -170,5 +170,5 @@ class MerandAugment(MaskAugment):
         swap=((0, 1),),       # pairs of classes that a reflection exchanges: right and left lung of CCXS
         turn:float=5.,        # degrees
         blur:float=1.,        # pixels
-        **kwargs,             # changes of other arguments of `MaskAugment`
+        **kwargs,             # changes of other arguments of MaskAugment
     ): super().__init__(**{**dict(turn=turn, flip=.5, swap=swap, blur=blur), **kwargs})

@@ -34,7 +34,7 @@ def _bin_sums(preds, bins):
 def _safe(a, b): return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
 
 def reliability(
-    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
     bins:int=10,          # number of bins of equal width over 0..1
     n_boot:int=1000,      # resamples of patients
     seed:int=0,           # of the resampling
@@ -48,7 +48,7 @@ def reliability(
     return pd.DataFrame(dict(above=ends[:-1], to=ends[1:], confidence=_safe(conf, n), accuracy=_safe(right, n), low=low, high=high, n=n.astype(int)))
 
 def ece(
-    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
     bins:int=10,          # number of bins of equal width over 0..1
 ) -> float:               # 0 (promises kept) to 1
     "Expected calibration error: mean distance of confidence and accuracy over the bins, weighted by their rows."
@@ -59,7 +59,7 @@ def ece(
 _FLOOR = 1e-12                # a probability of 0 has no logarithm
 
 def calibration_scores(
-    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
     bins:int=10,          # of the ECE
     n_boot:int=1000,      # resamples of patients
     seed:int=0,           # of the resampling
@@ -109,7 +109,7 @@ def fit_temperature(
 
 # %% ../nbs/13a_calibration.ipynb #c024
 def calibrate(
-    preds:pd.DataFrame,   # out-of-fold predictions with a column `fold`, from folds by patient; frames, or what `vote` returns
+    preds:pd.DataFrame,   # out-of-fold predictions with a column fold, from folds by patient; frames, or what vote returns
 ) -> tuple:               # (the table with scaled p_ columns, Series of the temperature of each fold)
     "Scale each fold's probabilities by the temperature of all other folds; raises LeakError when a patient stands in two folds."
     check_predictions(preds, ['fold'] + [c for c in ('clip', 'frame') if c in preds])
@@ -148,7 +148,7 @@ def _passes(model, inputs, n, seed, device):
     return probs
 
 def mc_dropout(
-    model,                # gives logits (b, classes); has dropout layers (`nn.Dropout` and its kin, with p above 0)
+    model,                # gives logits (b, classes); has dropout layers (nn.Dropout and its kin, with p above 0)
     x,                    # (b, c, h, w) batch on the model's device
     n:int=10,             # passes, at least 2
     seed:int=0,           # of the dropout
@@ -186,12 +186,12 @@ def confidence(
 
 # %% ../nbs/13a_calibration.ipynb #c036
 def abstention(
-    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
     by:str=None,          # column with the confidence of each row, higher is surer; by default the largest probability
     steps:int=50,         # coverages 1/steps, 2/steps, ... 1
     n_boot:int=1000,      # resamples of patients
     seed:int=0,           # of the resampling
-) -> tuple:               # (curve, areas): DataFrames with columns `coverage accuracy low high random`, and `name value low high patients` for 'abstention', 'random' and 'gain'
+) -> tuple:               # (curve, areas): DataFrames with columns coverage accuracy low high random, and name value low high patients for 'abstention', 'random' and 'gain'
     "Accuracy of the surest rows at each coverage, and the mean over coverages, with 95 % intervals over patients."
     sure, right, group = _hits(preds)
     if by is not None:

@@ -25,7 +25,7 @@ class ClipError(ValueError):
         path,                 # the file
         reason:str,           # why it cannot be read
     ):
-        super().__init__(str(path), reason)  # both in `args`, so that it can be pickled
+        super().__init__(str(path), reason)  # both in args, so that it can be pickled
         self.path, self.reason = str(path), reason
     def __str__(self): return f'{self.path}: {self.reason}'
 
@@ -337,7 +337,7 @@ def function_name(
     return f'{named.__module__}.{named.__qualname__}'
 
 def function_key(
-    f,                        # function, lambda, method, `functools.partial`, or an object that can be called
+    f,                        # function, lambda, method, functools.partial, or an object that can be called
 ) -> str:                     # 40 hexadecimal digits
     "SHA-1 of what a callable does; TypeError where it holds something that cannot be compared."
     home = getattr(f, '__module__', None) or type(f).__module__
@@ -469,7 +469,7 @@ class FrameStore:
         return np.memmap(path, np.uint8, 'c', shape=shape)  # copy on write: arrays that may be changed, a file that may not
     def __len__(self): return self.meta['rows']
     def holds(self,
-        id,                   # of a store: an entry of the column `store`
+        id,                   # of a store: an entry of the column store
     ) -> bool:                # whichever folder it lies in
         "Whether an id names this store's content."
         return Path(id).name == Path(self.id).name
@@ -486,14 +486,14 @@ class FrameStore:
 
     @classmethod
     def build(cls,
-        table:pd.DataFrame,   # clip table; a column `mask`, if there is one, may be empty in some rows
+        table:pd.DataFrame,   # clip table; a column mask, if there is one, may be empty in some rows
         folder,               # where the store is, or will be
         size:tuple=(224, 224),# (height, width) of the frames
         rate:float=3.,        # frames a second to keep
         max_frames:int=30,    # at most that many of a clip
         workers:int=2,        # processes that decode; 0 decodes in this one, two clips at a time
-        prepare=None,         # callable (frames or masks (n, h, w) uint8, row of the table as a dict, outside=what to fill with) -> the same, before they are resized, such as `fan_crop`
-    ) -> 'FrameStore':        # opened; clips that cannot be read are in `skipped`
+        prepare=None,         # callable (frames or masks (n, h, w) uint8, row of the table as a dict, outside=what to fill with) -> the same, before they are resized, such as fan_crop
+    ) -> 'FrameStore':        # opened; clips that cannot be read are in skipped
         "Make a store, or bring it up to date: only what is missing or has changed is decoded. TableError when not one clip can be read."
         check_table(table, exists=False)
         if 'store' in table and 'row' not in table:
@@ -541,7 +541,7 @@ def _check_owner(named, mine):
 
 def store_rows(
     frames:pd.DataFrame,      # rows of the frame table of a store
-    store,                    # the `FrameStore`, or what else has `images`; with an `id` where its rows are a store's
+    store,                    # the FrameStore, or what else has images; with an id where its rows are a store's
 ) -> np.ndarray:              # (n,) row numbers
     "Row numbers of frames in a store; TableError where they are of another one."
     if 'row' not in frames:
@@ -556,7 +556,7 @@ def store_rows(
     return rows
 
 def open_store(
-    id,                       # of a store: an entry of the column `store`
+    id,                       # of a store: an entry of the column store
 ) -> FrameStore:              # the store in that folder
     "The store that rows name; TableError where it is gone or was built anew since."
     folder = Path(id).parent

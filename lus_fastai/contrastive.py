@@ -104,7 +104,7 @@ class USCLAugment:
 
     def apply(self,
         x:torch.Tensor,       # (n, c, h, w) in 0..1
-        draws:dict,           # from `draw`
+        draws:dict,           # from draw
     ) -> torch.Tensor:        # same shape, in 0..1
         "Apply one draw to each view."
         (c, h, w), d = x.shape[1:], {k: v.to(x.device) for k, v in draws.items()}
@@ -150,13 +150,13 @@ class PairItems:
     "Items of a frame table (clips or frames), and what is drawn of them."
     def __init__(self,
         store:FrameStore,     # where the pixels are
-        frames:pd.DataFrame,  # frame table with columns `row` and `clip`; `label` and `patient` where they are known
+        frames:pd.DataFrame,  # frame table with columns row and clip; label and patient where they are known
         unit:str='clip',      # 'clip' or 'frame'
-        pair:str='mix',       # 'mix', 'two' or 'same', see `pair_dls`
+        pair:str='mix',       # 'mix', 'two' or 'same', see pair_dls
         classes=CLASSES,      # label names in order
         labelled=None,        # clips that keep their label for training; default all
         patients=None,        # patient names in order, which number them; default those of the table
-        augment=None,         # for the first view, and for the second unless `augment2` is given
+        augment=None,         # for the first view, and for the second unless augment2 is given
         augment2=None,        # for the second view
         channels:int=1,       # 1 or 3
     ):
@@ -284,7 +284,7 @@ def leave_processes() -> bool:# True for the main process, which goes on alone; 
 # %% ../nbs/10_contrastive.ipynb #c024
 def pair_dls(
     store:FrameStore,         # pixels of all rows
-    train:pd.DataFrame,       # frame table to train on: rows of the store's `frames`
+    train:pd.DataFrame,       # frame table to train on: rows of the store's frames
     valid:pd.DataFrame=None,  # frame table to watch: always one pair of two different frames a clip, unmixed, with the same draws in every epoch
     *,
     bs:int=32,                # items a batch; fewer items than that make one smaller batch, with a warning
@@ -292,13 +292,13 @@ def pair_dls(
     pair:str='mix',           # its views: 'mix' of three frames, 'two' different frames of the clip, or the 'same' frame twice
     per_epoch:int=None,       # items an epoch, drawn without replacement; default all
     classes=CLASSES,          # label names in order; other labels, and missing ones, count as no label
-    label_rate:float=1.,      # share of the labelled clips that keep their label, see `label_budget`
+    label_rate:float=1.,      # share of the labelled clips that keep their label, see label_budget
     augment=USCLAugment(),    # drawn anew for each view; None for none
     augment2=None,            # another one for the second view
     channels:int=1,           # 1, or 3 copies
     seed:int=0,               # of order, draws and label budget
     device=None,              # where batches are mixed and augmented; default: fastai's default device
-) -> DataLoaders:             # batches (x (b, 2, c, h, w), y (b, 2, n_classes), ids (b, 2)); `classes` names the classes, `labelled` the clips that keep their label
+) -> DataLoaders:             # batches (x (b, 2, c, h, w), y (b, 2, n_classes), ids (b, 2)); classes names the classes, labelled the clips that keep their label
     "DataLoaders of pairs. A last batch of a single item is left out, because one pair has no negatives."
     from fastai.vision.all import default_device
     join_processes()
@@ -321,7 +321,7 @@ ABLATION = dict(vanilla=dict(unit='frame', pair='same'), assignment=dict(unit='c
 class ContrastiveNet(nn.Module):
     "A backbone with a projection for the contrastive loss and, where there are classes, a linear classifier."
     def __init__(self,
-        backbone:nn.Module,   # with `n_features`, as from `create_backbone`; trained further in place
+        backbone:nn.Module,   # with n_features, as from create_backbone; trained further in place
         n_classes:int=None,   # None for no classifier
         dim:int=256,          # length of the projection
         classify:str='features',# the classifier sees the 'features' (the paper) or the 'projection' (its code)
@@ -615,7 +615,7 @@ def embed_clips(
     net:nn.Module,            # a ContrastiveNet
     items:PairItems,          # whose clips
     limit:int=512,            # at most so many clips, spread evenly
-    precision:str='fp32',     # see `autocast_for`
+    precision:str='fp32',     # see autocast_for
 ) -> tuple:                   # features (n, 2, d), projections (n, 2, dim), class numbers (n,) with -1 for none, patient numbers (n,)
     "Representations of two frames of each clip, a quarter from its start and from its end, without augmentation; the net's mode is restored."
     device = next(net.parameters()).device
@@ -638,7 +638,7 @@ def measure_pairs(
     train:PairItems,          # clips that are neighbours
     valid:PairItems=None,     # clips that are asked; without any, the training clips, each without its own patient
     limit:int=512,            # at most so many clips of each
-    precision:str='fp32',     # see `autocast_for`
+    precision:str='fp32',     # see autocast_for
 ) -> dict:                    # alignment and uniformity of the projections, kNN accuracy of the features, which sees all labels
     "Quality of a representation without training on it."
     bank = embed_clips(net, train, limit, precision)
@@ -651,10 +651,10 @@ def measure_pairs(
 
 # %% ../nbs/10_contrastive.ipynb #c054
 def pair_learner(
-    dls:DataLoaders,          # from `pair_dls`
+    dls:DataLoaders,          # from pair_dls
     net:nn.Module,            # a ContrastiveNet
-    method:PairMethod=None,   # such as `USCL()`; None where it comes with the fit
-    lr:float=3e-4,            # the default of `fit`
+    method:PairMethod=None,   # such as USCL(); None where it comes with the fit
+    lr:float=3e-4,            # the default of fit
     wd:float=1e-4,            # Adam's, added to the gradient as in the paper
 ) -> Learner:                 # with Adam
     "A Learner of pairs."
@@ -681,20 +681,20 @@ class AverageGradients(Callback):
 def _no_method(*args): raise ValueError("this Learner has no method: pass one to `pair_learner`, or to `fit` in cbs")
 
 def pretrain(
-    method:PairMethod,        # `USCL()`, `SimCLR()`, `MoCo()`, `Supervised()`, ...
-    dls:DataLoaders,          # from `pair_dls`
-    backbone:nn.Module,       # from `create_backbone`; trained in place
+    method:PairMethod,        # USCL(), SimCLR(), MoCo(), Supervised(), ...
+    dls:DataLoaders,          # from pair_dls
+    backbone:nn.Module,       # from create_backbone; trained in place
     epochs:int,               # in all
     path,                     # folder for checkpoint, weights and history
-    lr:float=3e-4,            # of Adam, constant for `warm` epochs, then a cosine to 0
+    lr:float=3e-4,            # of Adam, constant for warm epochs, then a cosine to 0
     wd:float=1e-4,            # weight decay
     seed:int=0,               # of projection, classifier and all draws
     log:int=1,                # measure alignment, uniformity and kNN accuracy every so many epochs; 0 never
     *,
     dim:int=256,              # of the projection
-    classify:str='features',  # see `ContrastiveNet`
+    classify:str='features',  # see ContrastiveNet
     warm:int=10,              # epochs
-    precision:str='auto',     # see `AutoPrecision`
+    precision:str='auto',     # see AutoPrecision
 ) -> tuple:                   # the ContrastiveNet, and a DataFrame with a row per epoch
     "Pretrain a backbone; called again it resumes to the same bits, and a finished folder is loaded. Writes backbone.safetensors, net.safetensors and history.csv."
     if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")

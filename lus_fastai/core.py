@@ -28,9 +28,9 @@ SPARSE_COLORS = DENSE_COLORS[[0, 1, 2, 6]]
 
 # %% ../nbs/00_core.ipynb #c013
 def dense_to_sparse(
-    x,                # dense codes 0..6 (any integer array or tensor), or probabilities with 7 entries along `dim`
+    x,                # dense codes 0..6 (any integer array or tensor), or probabilities with 7 entries along dim
     dim:int=1,        # the class axis, used for probabilities only
-):                    # sparse codes of the same shape and type, or probabilities with 4 entries along `dim`
+):                    # sparse codes of the same shape and type, or probabilities with 4 entries along dim
     "Merge dense labels into sparse ones: codes by look-up, probabilities by summing the merged classes (Gare 2021, section 2.1)."
     tensor = torch.is_tensor(x)
     floating = x.is_floating_point() if tensor else np.issubdtype(np.asarray(x).dtype, np.floating)
@@ -48,9 +48,10 @@ def dense_to_sparse(
 # %% ../nbs/00_core.ipynb #c017
 def mask_rgb(
     mask,                     # integer codes, any shape; 255 means "no label" and is drawn grey
-    colors:np.ndarray=DENSE_COLORS,   # (n, 3) uint8, a colour per code
+    colors:np.ndarray=None,   # (n, 3) uint8, a colour per code; default: DENSE_COLORS
 ) -> np.ndarray:              # mask.shape + (3,) uint8
     "Paint integer codes with their colours."
+    colors = DENSE_COLORS if colors is None else colors
     table = np.full((256, 3), 128, np.uint8)
     table[:len(colors)] = colors
     return table[np.asarray(mask).astype(np.uint8)]
@@ -58,11 +59,12 @@ def mask_rgb(
 def overlay(
     frame,                    # (h, w) uint8 grey
     mask,                     # (h, w) integer codes; the last colour's code is background
-    colors:np.ndarray=DENSE_COLORS,   # (n, 3) uint8
+    colors:np.ndarray=None,   # (n, 3) uint8, a colour per code; default: DENSE_COLORS
     alpha:float=.45,          # opacity of the tint, 0..1
 ) -> np.ndarray:              # (h, w, 3) uint8
     "A grey frame tinted by its mask, background left as it is."
     frame, mask = np.asarray(frame), np.asarray(mask)
+    colors = DENSE_COLORS if colors is None else colors
     if frame.shape != mask.shape: raise ValueError(f"frame {frame.shape} and mask {mask.shape} differ in size")
     rgb = np.repeat(frame[..., None], 3, -1).astype(np.float32)
     tinted = (mask < len(colors) - 1)[..., None] * np.float32(alpha)
@@ -144,7 +146,7 @@ def write_table(
     with atomic_path(csv) as tmp: out.to_csv(tmp, index=False)
 
 def read_table(
-    csv,                      # a CSV file written by `write_table`, or by hand
+    csv,                      # a CSV file written by write_table, or by hand
 ) -> pd.DataFrame:            # clip table with absolute paths, checked but for the files' existence
     "Read a clip table; relative paths count from the file's own folder."
     csv = Path(csv)
@@ -161,7 +163,7 @@ class MaskSet:
     images:np.ndarray         # (n, h, w) uint8, grey
     masks:np.ndarray          # (n, k, h, w) bool, or whole numbers 0 and 1; classes may overlap
     names:tuple               # of the k classes
-    table:pd.DataFrame        # n rows, with a column `patient`; numbered anew from 0
+    table:pd.DataFrame        # n rows, with a column patient; numbered anew from 0
 
     def __post_init__(self):
         self.names, self.masks = tuple(self.names), np.asarray(self.masks)
@@ -209,7 +211,7 @@ def write_json(
 # %% ../nbs/00_core.ipynb #lock-b
 @contextlib.contextmanager
 def folder_lock(
-    folder,                   # is made where it is missing; the lock is the file `.lock` in it
+    folder,                   # is made where it is missing; the lock is the file .lock in it
     wait:bool=False,          # wait until the other process is done, instead of raising BlockingIOError
 ):
     "One process at a time in a folder, as long as the block runs."
@@ -270,7 +272,7 @@ def _watched():
 
 def progress(
     items,                    # any iterable
-    total:int=None,           # how many there are, when `items` has no length
+    total:int=None,           # how many there are, when items has no length
     desc:str='',              # a word beside the bar
 ):                            # the same items, one by one
     "A progress bar over `items` on a terminal or in a notebook; silent when the output goes to a file."

@@ -80,8 +80,8 @@ class StoreReader(RowReader):
     "Base of readers from a store; rows of another store are read there."
     what = 'images'
     def __init__(self,
-        store,                # a `FrameStore`, or whatever has `images` and a length
-        variants=None,        # see `ReadFrame`
+        store,                # a FrameStore, or whatever has images and a length
+        variants=None,        # see ReadFrame
     ): self.stores, self.variants = [store], variants
     @property
     def store(self): return self.stores[0]
@@ -110,7 +110,7 @@ class StoreReader(RowReader):
 @patch
 def place(self:StoreReader,
     items:pd.DataFrame,       # frame table
-) -> tuple:                   # row numbers, and of each the number of its store in `stores`
+) -> tuple:                   # row numbers, and of each the number of its store in stores
     "Where the rows of a table are."
     alone = 'store' not in items or items['store'].isna().any() or not isinstance(self.store, FrameStore)
     if alone: return store_rows(items, self.store), np.zeros(len(items), np.int64)
@@ -145,9 +145,9 @@ class ReadFrame(StoreReader):
     "Frames of a store as `TensorFrame`; also of one image that is in no table, see `as_frame`."
     input_types = (pd.Series, np.ndarray, torch.Tensor, str, Path, Image.Image)    # what `learn.predict` takes
     def __init__(self,
-        store,                # where the pixels are: a `FrameStore`, a `MaskSet`, or a view of one
+        store,                # where the pixels are: a FrameStore, a MaskSet, or a view of one
         channels:int=1,       # 1, or 3 identical channels for networks that expect colour
-        variants=None,        # function (pixels (b, h, w) uint8, numbers (b,), mask=bool) -> pixels, for tables with a column `variant`
+        variants=None,        # function (pixels (b, h, w) uint8, numbers (b,), mask=bool) -> pixels, for tables with a column variant
     ):
         if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
         super().__init__(store, variants)
@@ -213,11 +213,11 @@ class ReadLabel(RowReader):
 class FrameDL(TfmdDL):
     "A `TfmdDL` whose datasets start with a `RowReader`; collects a batch by one indexing operation, in the main process."
     def __init__(self,
-        dataset,              # `Datasets` over rows of a frame table
+        dataset,              # Datasets over rows of a frame table
         bs:int=64,            # batch size
         shuffle:bool=False,   # a new order in each epoch
         num_workers:int=0,    # as fastai passes it on; reading is one indexing operation, so it happens in this process whatever the number
-        **kwargs,             # as for `TfmdDL`
+        **kwargs,             # as for TfmdDL
     ):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)
     def create_batches(self, samps):
@@ -235,7 +235,7 @@ class FrameDL(TfmdDL):
 def FrameBlock(
     store:FrameStore,         # where the pixels are
     channels:int=1,           # 1 or 3
-    variants=None,            # see `ReadFrame`
+    variants=None,            # see ReadFrame
 ):
     "A `TransformBlock` of frames, scaled to 0..1 on the device."
     return TransformBlock(type_tfms=[ReadFrame(store, channels, variants)], batch_tfms=[IntToFloatTensor()], dl_type=FrameDL)
@@ -243,7 +243,7 @@ def FrameBlock(
 def DenseBlock(
     store:FrameStore,         # a store with masks
     sparse:bool=False,        # sparse instead of dense codes
-    variants=None,            # see `ReadFrame`
+    variants=None,            # see ReadFrame
 ):
     "A `TransformBlock` of masks."
     return TransformBlock(type_tfms=[ReadMask(store, sparse, variants)], dl_type=FrameDL)
@@ -263,7 +263,7 @@ def frame_dls(
     classes=CLASSES,          # label names, for target 'label'
     bs:int=16,                # batch size
     batch_tfms=None,          # augmentation, on the device
-    variants=None,            # see `ReadFrame`
+    variants=None,            # see ReadFrame
     channels:int=1,           # 1 or 3
     device=None,              # default: fastai's default device
 ) -> DataLoaders:             # training batches are shuffled and the last short one is kept unless it holds a single frame
@@ -355,7 +355,7 @@ def mask_dls(
     bs:int=8,                 # batch size
     channels:int=3,           # 1, or 3 identical ones for networks that expect colour
     batch_tfms=(),            # augmentation of the training batches, on the device
-    seed:int=0,               # decides the order of the training batches; what is drawn in `batch_tfms` follows torch's own generator
+    seed:int=0,               # decides the order of the training batches; what is drawn in batch_tfms follows torch's own generator
     device=None,              # default: fastai's default device
     notes:bool=True,          # warn of classes without a pixel in a part: it cannot teach them, or cannot test them
 ) -> DataLoaders:             # batches (b, channels, h, w) and (b, k, h, w), both floats 0..1; a last training batch of one image is left out

@@ -177,8 +177,8 @@ def _check(x, name='x'):
 def despeckle(
     x,                          # (h, w) or (n, h, w): uint8, or float 0..1; array or tensor (the wavelet runs where the tensor is)
     method:str='wavelet',       # 'wavelet', 'median', 'lee', 'frost', 'srad', 'nlm' or 'tv'
-    **settings,                 # of the method's function, such as `threshold='universal'` of `wavelet_filter`
-):                              # what `x` is: shape, dtype, array or tensor
+    **settings,                 # of the method's function, such as threshold='universal' of wavelet_filter
+):                              # what x is: shape, dtype, array or tensor
     "Filter speckle; raises ValueError for an unknown method, other shapes and types, values outside 0..1 and NaN, and TypeError for a setting that the method does not have."
     if method not in DESPECKLE: raise ValueError(f"unknown method {method!r}; there are {', '.join(DESPECKLE)}")
     f, (pics, byte), tensor = DESPECKLE[method], _check(x), torch.is_tensor(x)

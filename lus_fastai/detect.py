@@ -49,10 +49,10 @@ def boxes_from_masks(
 @dataclass(repr=False, eq=False)
 class DetectItems:
     "Pictures and the masks of their objects; `items[i]` is what the network trains on."
-    table:pd.DataFrame        # a row per picture, numbered from 0: at least `label` and `patient`, so that `patient_folds` can deal them
+    table:pd.DataFrame        # a row per picture, numbered from 0: at least label and patient, so that patient_folds can deal them
     images:list               # (h, w) uint8 each
     masks:list                # (n, h, w) bool each, n from 0
-    labels:list               # (n,) int each, 1 for the first of `names`; 0 is the network's background
+    labels:list               # (n,) int each, 1 for the first of names; 0 is the network's background
     names:tuple               # of the classes
     dropped:int = 0           # objects without area that were left out
     skipped:dict = None       # pictures that could not be read: path -> reason
@@ -84,9 +84,9 @@ def _paths(x):
     return list(x) if isinstance(x, (list, tuple, np.ndarray)) else []
 
 def busi_items(
-    table:pd.DataFrame,       # as `sources.index('busi', folder)` returns it: `lesions` is the list of a picture's mask files
+    table:pd.DataFrame,       # as sources.index('busi', folder) returns it: lesions is the list of a picture's mask files
     names=('lesion',),        # the one class; benign and malignant are not told apart (Chen 2021)
-) -> DetectItems:             # an unreadable picture, or one with a mask of another size, is in `skipped`
+) -> DetectItems:             # an unreadable picture, or one with a mask of another size, is in skipped
     "Pictures with lesions drawn file by file."
     if 'lesions' not in table: raise TableError(f"missing column 'lesions', the mask files of each picture; this table has {list(table.columns)}")
     rows, images, masks, skipped = [], [], [], {}
@@ -103,11 +103,11 @@ def busi_items(
 
 # %% ../nbs/12_detect.ipynb #c013
 def phantom_items(
-    table:pd.DataFrame,       # clip table of `phantom_dataset`, with columns `mask` and `findings`
+    table:pd.DataFrame,       # clip table of phantom_dataset, with columns mask and findings
     frames:int=2,             # frames of each clip, evenly spaced
     least:int=20,             # smallest area of an object, in pixels
     names=('B-line', 'consolidation'), # one of these, or both
-) -> DetectItems:             # a row per frame, with the clip table's columns and `frame`
+) -> DetectItems:             # a row per frame, with the clip table's columns and frame
     "Frames of phantom clips; each connected B-line and consolidation is an object."
     from scipy.ndimage import label
     missing = [c for c in ('mask', 'findings') if c not in table]
@@ -166,7 +166,7 @@ class DetectDL(DataLoader):
         bs:int=2,             # pictures a batch
         flip:float=0.,        # chance that a picture is mirrored
         shuffle:bool=False,   # a new order in each epoch
-        **kwargs,             # as for fastai's `DataLoader`
+        **kwargs,             # as for fastai's DataLoader
     ):
         super().__init__(rows, bs=bs, shuffle=shuffle, **{**kwargs, 'num_workers': 0})
         self.items, self.flip = items, flip
@@ -220,7 +220,7 @@ class GreyTransform(GeneralizedRCNNTransform):
 class TimmPyramid(nn.Module):
     "The last four stages of a timm network, and a feature pyramid on them."
     def __init__(self,
-        net:nn.Module,        # gives features at four scales by `forward_intermediates`; changed in place: what comes after the last stage is cut off
+        net:nn.Module,        # gives features at four scales by forward_intermediates; changed in place: what comes after the last stage is cut off
         width:int=256,        # channels of the pyramid
     ):
         super().__init__()
@@ -268,8 +268,8 @@ def _freeze_body(body, first, trainable):
 def fit_anchors(
     items:DetectItems,        # pictures and objects
     rows,                     # which of them: numbers, or a truth value for each; those that train
-    size:tuple=(800, 1333),   # as for `mask_rcnn`
-) -> dict:                    # anchors and ratios, for `mask_rcnn`
+    size:tuple=(800, 1333),   # as for mask_rcnn
+) -> dict:                    # anchors and ratios, for mask_rcnn
     "Anchor boxes of the objects' own sizes and shapes: five sides from the 5th to the 95th percentile, and height over width at the 10th, 50th and 90th."
     rows = _rows(rows, items, 'rows')
     scale = [min(size[0] / min(items.images[i].shape), size[1] / max(items.images[i].shape)) for i in rows]
@@ -279,17 +279,17 @@ def fit_anchors(
     return dict(anchors=tuple(np.geomspace(*np.quantile((w * h)**.5, [.05, .95]), 5).round(2).tolist()), ratios=tuple(np.quantile(h / w, [.1, .5, .9]).round(2).tolist()))
 
 def mask_rcnn(
-    backbone='resnet18',      # 'resnet18' (torchvision's), a convolutional network of timm, or a module: from `create_backbone`, or one that has a `backbone`; it is copied
+    backbone='resnet18',      # 'resnet18' (torchvision's), a convolutional network of timm, or a module: from create_backbone, or one that has a backbone; it is copied
     n_classes:int=2,          # classes, background included
     channels:int=None,        # of the first convolution, 1 or 3; default: 3 (Chen 2021), or what the module has
     weights=None,             # the backbone's: None for those that it has, 'imagenet', a file, a dictionary or a module
     trainable:str='paper',    # 'paper' freezes the body up to its first stage, 'heads' the whole body, 'all' nothing
     size:tuple=(800, 1333),   # pictures are scaled to this shorter side, unless the longer would exceed the second number; (160, 160): longest side 160
     anchors:tuple=(32, 64, 128, 256, 512), # side of the anchor boxes on each of the five scales, the root of their area, in pixels of the scaled picture
-    ratios:tuple=(.5, 1., 2.),# their heights over their widths; `fit_anchors` finds both
+    ratios:tuple=(.5, 1., 2.),# their heights over their widths; fit_anchors finds both
     width:int=256,            # channels of the pyramid and of the mask head; the box head has four times as many
-    **kwargs,                 # as for torchvision's `MaskRCNN`; `**FEW_OBJECTS` saves most of the time where a picture has few objects
-) -> nn.Module:               # its `account` says what was loaded, None for a module's own weights or a random start
+    **kwargs,                 # as for torchvision's MaskRCNN; **FEW_OBJECTS saves most of the time where a picture has few objects
+) -> nn.Module:               # its account says what was loaded, None for a module's own weights or a random start
     "Mask R-CNN with a feature pyramid (Chen 2021): 30,906,715 parameters with the defaults, 30,749,211 of them trainable."
     if trainable not in ('paper', 'heads', 'all'): raise ValueError(f"trainable is 'paper', 'heads' or 'all', not {trainable!r}")
     if channels not in (None, 1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
@@ -320,7 +320,7 @@ def mask_rcnn(
 
 # %% ../nbs/12_detect.ipynb #c031
 def detection_losses(
-    model:nn.Module,          # from `mask_rcnn`; its modes, statistics and gradients stay as they are
+    model:nn.Module,          # from mask_rcnn; its modes, statistics and gradients stay as they are
     images:list,              # (1, h, w) tensors
     targets:list,             # a dictionary each
 ) -> dict:                    # five losses, without gradient
@@ -440,7 +440,7 @@ class WarmSteps(Callback):
         factor:float=.1,      # what the rate is multiplied by
     ): self.every, self.factor = every, factor
     def before_fit(self):
-        self.run = self.opt is not None and not hasattr(self.learn, 'lr_finder')           # `validate` has no optimiser
+        self.run = self.opt is not None and not hasattr(self.learn, 'lr_finder')           # validate has no optimiser
         if self.run: self.base = [h['lr'] for h in self.opt.hypers]
     def before_batch(self):
         if not self.training: return
@@ -449,8 +449,8 @@ class WarmSteps(Callback):
         self.opt.set_hypers(lr=[b * warm * self.factor**(self.epoch // self.every) for b in self.base])
 
 def detect_learner(
-    dls:DataLoaders,          # from `detect_dls`
-    model:nn.Module,          # from `mask_rcnn`
+    dls:DataLoaders,          # from detect_dls
+    model:nn.Module,          # from mask_rcnn
     every:int=10,             # epochs between steps of the learning rate
     clip:float=10.,           # largest norm of the gradient; None for no limit, as in the authors' code
     cbs=(),                   # further callbacks
@@ -465,8 +465,8 @@ def detect_learner(
                    metrics=[ValueMetric(partial(step.ap, level), f'{level}_AP') for level in ('box', 'mask')])
 
 def predict_detections(
-    model:nn.Module,          # from `mask_rcnn`; its mode is restored
-    dl,                       # DataLoader of `detect_dls`, not shuffled, or of the same kind
+    model:nn.Module,          # from mask_rcnn; its mode is restored
+    dl,                       # DataLoader of detect_dls, not shuffled, or of the same kind
 ) -> list:                    # a dictionary for each picture: boxes (n, 4), labels (n,), scores (n,) falling, masks (n, h, w) bool; arrays
     "Findings in every picture of a DataLoader, in its order."
     device, out = next(model.parameters()).device, []
@@ -503,14 +503,14 @@ def train_detector(
     epochs:int=30,            # in all (Chen 2021: 30)
     bs:int=2,                 # pictures a batch
     lr:float=.005,            # at the start
-    opt:str='sgd',            # as for `detect_learner`
+    opt:str='sgd',            # as for detect_learner
     every:int=10,             # epochs between steps of the learning rate
     clip:float=10.,           # largest norm of the gradient, or None
     seed:int=0,               # of the network's start, the order and the flips
-    backbone:str='resnet18',  # the architecture, unless `start` is a module
+    backbone:str='resnet18',  # the architecture, unless start is a module
     device=None,              # default: fastai's default device
-    **kwargs,                 # as for `mask_rcnn`: trainable, size, width, channels, `**FEW_OBJECTS`...; anchors are fitted to the training pictures unless given
-) -> pd.DataFrame:            # as `detection_ap` returns it, of the last epoch
+    **kwargs,                 # as for mask_rcnn: trainable, size, width, channels, **FEW_OBJECTS...; anchors are fitted to the training pictures unless given
+) -> pd.DataFrame:            # as detection_ap returns it, of the last epoch
     "Train a detector from one start and test it; resumes, and writes `ap.csv`, `history.csv` and `found.npz` into its folder."
     path, module = Path(path), isinstance(start, nn.Module)
     dls = detect_dls(items, train, test, bs, device=device)
@@ -531,9 +531,9 @@ def train_detector(
     return ap
 
 def load_detections(
-    path,                     # folder of a finished `train_detector`
+    path,                     # folder of a finished train_detector
     items:DetectItems,        # the items that it was given
-) -> dict:                    # item number -> its findings, as from `predict_detections`
+) -> dict:                    # item number -> its findings, as from predict_detections
     "The findings of a finished run."
     out = {}
     with np.load(Path(path)/'found.npz') as f:

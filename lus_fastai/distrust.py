@@ -131,7 +131,7 @@ def _from_the_top(model, x):
 def randomisation_check(
     model:nn.Module,          # gives logits
     x,                        # (b, c, h, w) float pictures; a few will do
-    method='saliency',        # a name in `EXPLAINERS`, or a function (model, x, target) -> maps (b, h, w)
+    method='saliency',        # a name in EXPLAINERS, or a function (model, x, target) -> maps (b, h, w)
     target=None,              # what is explained; default: what the trained model predicts, for all copies
     *,
     seed:int=0,               # of the noise
@@ -165,7 +165,7 @@ def _fan_masks(fans, n, size):
 
 def heat_in_fan(
     maps,                     # (b, h, w) raw signed maps, array or tensor
-    fans,                     # bool (h, w) or (b, h, w), or a `Fan`, or a list of them
+    fans,                     # bool (h, w) or (b, h, w), or a Fan, or a list of them
     positive:bool=False,      # count positive values only, not the absolute ones
 ) -> np.ndarray:              # (b,) 0..1; NaN for a map without heat
     "Share of a map's heat that lies inside the fan."
@@ -176,8 +176,8 @@ def heat_in_fan(
 
 def heat_table(
     maps,                     # (b, h, w) raw signed maps
-    fans,                     # as for `heat_in_fan`
-    positive:bool=False,      # as for `heat_in_fan`
+    fans,                     # as for heat_in_fan
+    positive:bool=False,      # as for heat_in_fan
 ) -> pd.DataFrame:            # a row per frame: heat (share inside), area (the fan's share of the picture), ratio (heat/area; 1 is chance)
     "The share of heat inside the fan beside what area alone would give."
     maps = _finite_maps(maps)
@@ -195,7 +195,7 @@ def deletion_insertion(
     fill=0.,                  # number, or tensor that broadcasts to x (a blurred copy, say), that is painted
     seed:int=0,               # of the random order
     bs:int=64,                # pictures in a batch
-) -> tuple:                   # (curves, areas): DataFrames with columns `frame mode order share probability`, and `frame mode order auc`
+) -> tuple:                   # (curves, areas): DataFrames with columns frame mode order share probability, and frame mode order auc
     "Probability of a class while pixels are deleted or inserted: in the map's order, in random order and in the map's reversed order."
     m = torch.from_numpy(_finite_maps(maps)).flatten(1)
     if (len(m), m.shape[1]) != (len(x), x.shape[2]*x.shape[3]): raise ValueError(f"maps of shape {tuple(np.shape(maps))} do not fit pictures of shape {tuple(x.shape)}")
@@ -222,7 +222,7 @@ def deletion_insertion(
     return pd.concat(long, ignore_index=True), pd.concat(areas, ignore_index=True)
 
 def show_deletion(
-    curves:pd.DataFrame,      # from `deletion_insertion`
+    curves:pd.DataFrame,      # from deletion_insertion
     axs=None,                 # two matplotlib axes; new ones when None
 ):                            # the axes
     "Deletion and insertion curves, means over the frames, with both baselines."
@@ -239,7 +239,7 @@ def show_deletion(
 def pointing_game(
     maps,                     # (n, h, w) raw maps
     masks,                    # (n, h, w) integer codes, e.g. the phantom's dense ones
-    code='B-line',            # which code is the finding: a name of `DENSE`, or a number
+    code='B-line',            # which code is the finding: a name of DENSE, or a number
     tolerance:float=3,        # pixels from the finding that still count
 ) -> dict:                    # hits, total (frames with the finding), left_out (frames without), rate (hits/total), chance; NaN when total is 0
     "Share of frames in which a map's largest value is on a finding (Zhang 2018)."
@@ -281,23 +281,23 @@ def _keep(frames, fan, fill, inside):
 
 def only_outside(
     frames,                   # (h, w), (n, h, w) or (n, c, h, w) array or tensor, or a FrameStore
-    fan,                      # bool (h, w) or (n, h, w), or a `Fan`, or a list of them
+    fan,                      # bool (h, w) or (n, h, w), or a Fan, or a list of them
     fill=0,                   # value of the blanked pixels
-):                            # like `frames`, the inside of the fan blanked; of a store a view that reads so
+):                            # like frames, the inside of the fan blanked; of a store a view that reads so
     "Cover up the patient: what is left is outside the fan."
     return _keep(frames, fan, fill, False)
 
 def only_inside(
-    frames,                   # as for `only_outside`
-    fan,                      # as for `only_outside`
+    frames,                   # as for only_outside
+    fan,                      # as for only_outside
     fill=0,                   # value of the blanked pixels
-):                            # like `frames`, the outside of the fan blanked
+):                            # like frames, the outside of the fan blanked
     "Cover up everything but the patient."
     return _keep(frames, fan, fill, True)
 
 # %% ../nbs/15b_distrust.ipynb #c039
 def small_learner(
-    dls,                      # DataLoaders of one-channel frames with labels, from `frame_dls`
+    dls,                      # DataLoaders of one-channel frames with labels, from frame_dls
 ) -> Learner:                 # of a network with some 27,000 parameters at three classes
     "A small network that can see where things are: four strided convolutions, then 4x4 cells and one linear layer."
     block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.GroupNorm(4, o), nn.ReLU(inplace=True))     # group norm: no running statistics, which a short training leaves behind
@@ -320,12 +320,12 @@ def _digest(frames, label, keep=None):
     return hashlib.sha256(text + np.asarray(frames['row']).tobytes()).hexdigest()[:8]
 
 def outside_fan_check(
-    store,                    # a FrameStore; `store.frames` has patients and labels
-    fans=None,                # bool (h, w), or (N, h, w) a row per frame of the store; default: its column `fan` of `preprocess.add_fans`
+    store,                    # a FrameStore; store.frames has patients and labels
+    fans=None,                # bool (h, w), or (N, h, w) a row per frame of the store; default: its column fan of preprocess.add_fans
     *,
     path,                     # folder for checkpoints and predictions
     sees=('outside',),        # any of 'outside', 'inside' and 'all': a network is trained for each
-    build=small_learner,      # function (dls) -> Learner; `dls.vocab` holds the classes
+    build=small_learner,      # function (dls) -> Learner; dls.vocab holds the classes
     epochs:int=10,            # at least 1
     folds:int=3,              # by patient
     bs:int=32,                # batch size
@@ -352,17 +352,17 @@ def outside_fan_check(
     return pd.DataFrame(rows).T.rename_axis('sees').convert_dtypes()
 
 def predict_source(
-    store,                    # a FrameStore, or a view of one by `only_inside` or `only_outside`
+    store,                    # a FrameStore, or a view of one by only_inside or only_outside
     columns=('source', 'probe'),   # of its frame table: what is to be told
     *,
     path,                     # folder for checkpoints and predictions
-    build=small_learner,      # function (dls) -> Learner; `dls.vocab` holds the classes
+    build=small_learner,      # function (dls) -> Learner; dls.vocab holds the classes
     epochs:int=10,            # at least 1
     folds:int=3,              # by patient; values with fewer patients than folds are left out
     bs:int=32,                # batch size
     lr:float=1e-3,            # learning rate
     seed:int=0,               # of folds and training
-) -> pd.DataFrame:            # a row per column: as `outside_fan_check`; left_out names values with too few patients; NaN where fewer than two values remain
+) -> pd.DataFrame:            # a row per column: as outside_fan_check; left_out names values with too few patients; NaN where fewer than two values remain
     "How well a network can tell where frames come from."
     missing = [c for c in columns if c not in store.frames]
     if missing: raise TableError(f"missing column(s) {missing}; the store's frame table has {list(store.frames.columns)}")

@@ -87,8 +87,8 @@ _EVERY = 60   # seconds between two savings of what is there
 def features(
     model:nn.Module,          # takes (b, channels, h, w) in 0..1
     store,                    # a FrameStore, or frames as an (n, h, w) uint8 array
-    frames:pd.DataFrame=None, # frame table, rows of `store.frames` in any order; all of the store when None
-    layer:str=None,           # name in `model.named_modules()` whose output is taken, 'head.0' for the figure of Arora 2020; None takes the input of the last Linear
+    frames:pd.DataFrame=None, # frame table, rows of store.frames in any order; all of the store when None
+    layer:str=None,           # name in model.named_modules() whose output is taken, 'head.0' for the figure of Arora 2020; None takes the input of the last Linear
     *,
     bs:int=64,                # frames a batch
     channels:int=1,           # 1, or 3 identical ones, as in training
@@ -153,9 +153,9 @@ _EARLY, _LATER, _BLOCK, _GAIN = 100, 650, 50, .005    # iterations with exaggera
 def tsne_map(
     x,                        # (N, d) features
     perplexity:float=30,      # neighbours a point has, roughly; below N/3
-    seed:int=0,               # same seed, same map, whatever `n_jobs` is
+    seed:int=0,               # same seed, same map, whatever n_jobs is
     n_jobs:int=None,          # threads; None: those of PyTorch above 1,000 points, one below, where more do not pay
-) -> FeatureMap:              # `points` are centred on 0
+) -> FeatureMap:              # points are centred on 0
     "t-SNE by openTSNE from a PCA start, until it has settled (750 iterations at most); ValueError with fewer points than the perplexity needs."
     x = _checked(x, 'x')
     if not perplexity > 0: raise ValueError(f"perplexity must be above 0, not {perplexity}")
@@ -176,7 +176,7 @@ def tsne_map(
 
 def pca_map(
     x,                        # (N, d) features
-) -> FeatureMap:              # `fitted.explained_variance_ratio_` says how much of the spread the plane holds
+) -> FeatureMap:              # fitted.explained_variance_ratio_ says how much of the spread the plane holds
     "The first two principal components."
     from sklearn.decomposition import PCA
     x = _checked(x, 'x')
@@ -185,7 +185,7 @@ def pca_map(
     return FeatureMap(fitted.transform(x), 'PCA', x.shape[1], fitted)
 
 def place(
-    map:FeatureMap,           # from `tsne_map` or `pca_map`; it stays as it is
+    map:FeatureMap,           # from tsne_map or pca_map; it stays as it is
     new_x,                    # (n, d) features of other frames, from the same layer
 ) -> np.ndarray:              # (n, 2) float64, each where it would be if it came alone
     "Put new points into an existing map."
@@ -207,7 +207,7 @@ def _named(table, columns):
     return table[list(columns)].astype(str)
 
 def plot_embedding(
-    points,                   # (N, 2), such as `tsne_map(x).points`
+    points,                   # (N, 2), such as tsne_map(x).points
     table:pd.DataFrame,       # frame table of N rows
     by='label',               # column that colours the points, or several: a panel each
     style:str=None,           # column that gives them different marks
@@ -247,8 +247,8 @@ def _cells(points, n):
     return best
 
 def plot_thumbnails(
-    points,                   # (N, 2), such as `tsne_map(x).points`
-    images,                   # (N, h, w) uint8 frames, such as `store[frames['row']]`
+    points,                   # (N, 2), such as tsne_map(x).points
+    images,                   # (N, h, w) uint8 frames, such as store[frames['row']]
     labels,                   # N class names, which colour the borders
     n:int=100,                # thumbnails at most
     title:str='',             # above the figure
@@ -301,7 +301,7 @@ def _same(a, b=None):
 
 def purity(
     x,                        # (N, d) features, or (N, 2) points of a map
-    table:pd.DataFrame,       # frame table of N rows, with a column `patient`
+    table:pd.DataFrame,       # frame table of N rows, with a column patient
     k:int=10,                 # neighbours of each point
     by=('label', 'patient', 'source'),   # columns whose values neighbours may share
     n_boot:int=1000,          # resamples of patients
@@ -327,7 +327,7 @@ def purity(
 
 # %% ../nbs/16_embed.ipynb #c036
 def plot_purity(
-    scores:pd.DataFrame,      # what `purity` returns; several of them with a column `features` for a panel each
+    scores:pd.DataFrame,      # what purity returns; several of them with a column features for a panel each
     title:str='',             # above the figure
 ):                            # matplotlib Figure
     "Purity among all neighbours and among other patients' as bars with intervals, and chance as a black line across each."

@@ -137,7 +137,7 @@ def saliency(
     *,
     signed:bool=False,            # the greatest signed gradient of the channels (Arora 2020) in place of the greatest absolute one
     per_channel:bool=False,       # the signed gradient of each channel: (b, c, h, w)
-):                                # (b, h, w) float32; with `per_channel` (b, c, h, w)
+):                                # (b, h, w) float32; with per_channel (b, c, h, w)
     "Gradient of the score with respect to each pixel (Simonyan 2014; Arora 2020)."
     x = _pictures(x)
     target = class_codes(model, target)
@@ -389,10 +389,10 @@ def occlusion(
     target=None,                  # None (predicted class of x), a class (number or name), one for each picture, or a function (output) -> (b,) scores that judges each picture alone
     *,
     size:int=None,                # side of the window in pixels; by default a fifth of the width made odd, less one (44 for 224, section 3)
-    stride:int=None,              # pixels from window to window, at most `size`; by default a third of it
+    stride:int=None,              # pixels from window to window, at most size; by default a third of it
     fill=.185,                    # what covers: a number in the units of x, or (c,) numbers
     value:str='mean',             # 'mean' of the windows that cover a pixel, or 'centre': the window centred there (Arora 2020)
-    fan=None,                     # bool (h, w) or (b, h, w), or a `Fan`: windows wholly outside are skipped
+    fan=None,                     # bool (h, w) or (b, h, w), or a Fan: windows wholly outside are skipped
     bs:int=64,                    # covered pictures in one pass
 ):                                # (b, h, w) float32: P(target | covered) - P(target), or the change of a target function's score
     "What covering a window does to the probability: negative where the picture speaks for the target (Arora 2020)."
@@ -494,7 +494,7 @@ def grad_cam(
     x,                            # (b, c, h, w) float, finite
     target=None,                  # None (predicted class), a class (number or name), one for each picture, or a function (output) -> (b,) scores
     *,
-    layer=None,                   # name or module with maps as output; by default `cam_layer`
+    layer=None,                   # name or module with maps as output; by default cam_layer
 ):                                # (b, h, w) float32, signed: positive where the layer speaks for the target
     "Channels of a late layer, weighed by their mean gradient (Selvaraju 2017), without its ReLU and without scaling."
     x = _pictures(x)
@@ -511,7 +511,7 @@ def cam(
     target=None,                  # None (predicted class), a class (number or name), one for each picture, or a function (output) -> (b,) scores
     *,
     method:str='gradcam++',       # gradcam, gradcam++, xgradcam, hirescam, layercam, gradcam-elementwise, eigencam or eigengradcam
-    layer=None,                   # name or module with maps as output; by default `cam_layer`
+    layer=None,                   # name or module with maps as output; by default cam_layer
 ):                                # (b, h, w) float32, before any ReLU or scaling
     "A class activation map by a method of the package `grad-cam`, raw."
     if method not in _CAMS: raise ValueError(f"method must be one of {list(_CAMS)}, got {method!r}")
@@ -542,10 +542,10 @@ def _first_channels(model):
 def explain_clip(
     model:nn.Module,              # gives logits (b, n), or (b, n, h, w)
     frames,                       # (n, h, w) uint8 (passed to the model as 0..1) or float (passed as they are), or (n, c, h, w) float
-    method='grad-cam',            # a name in `EXPLAINERS`, or a function that is called like these
+    method='grad-cam',            # a name in EXPLAINERS, or a function that is called like these
     target=None,                  # None (predicted class of each frame), a class (number or name), one for each frame, or a function (output) -> (b,) scores
     bs:int=16,                    # frames in one pass
-    fan=None,                     # bool (h, w) or (n, h, w), or a `Fan`: occlusion skips windows outside; the other methods see the whole frame anyhow
+    fan=None,                     # bool (h, w) or (n, h, w), or a Fan: occlusion skips windows outside; the other methods see the whole frame anyhow
     **options,                    # of the method
 ):                                # maps (n, h, w) float32 array, and probabilities (n, classes): of a segmenter each code's mean over the frame
     "A raw map and the class probabilities for each frame of a clip; grey frames are copied to as many channels as the first convolution takes."
@@ -605,7 +605,7 @@ def _limit(maps):
 def show_map(
     frame,                        # (h, w): uint8, or float in 0..1
     map,                          # raw map (h, w), array or tensor
-    fan=None,                     # bool (h, w) or a `Fan`, drawn as an outline
+    fan=None,                     # bool (h, w) or a Fan, drawn as an outline
     ax=None,                      # matplotlib axes; a new figure by default
     opacity:float=.7,             # of the strongest colour, 0..1
     limit:float=None,             # magnitude with the strongest colour; by default this map's 99.5th percentile
@@ -625,7 +625,7 @@ def show_maps(
     frames,                       # (n, h, w) frames, or one (h, w) for all
     maps,                         # n raw maps (h, w)
     titles=None,                  # n texts
-    fan=None,                     # bool (h, w) or a `Fan`, drawn as an outline
+    fan=None,                     # bool (h, w) or a Fan, drawn as an outline
     opacity:float=.7,             # of the strongest colour, 0..1
     limit='shared',               # 'shared' (one for all), 'each' (for methods with different units), or a number
     columns:int=6,                # panels in a row

@@ -147,8 +147,8 @@ def index_folder(
 # %% ../nbs/03a_folders.ipynb #read
 def read_folder(
     folder,                   # of clips, with or without a file clips.csv
-    label:str=None,           # as for `index_folder`; default: column of clips.csv, or the first sub-folder
-    patient:str=None,         # as for `index_folder`; default: the column of clips.csv
+    label:str=None,           # as for index_folder; default: column of clips.csv, or the first sub-folder
+    patient:str=None,         # as for index_folder; default: the column of clips.csv
 ) -> pd.DataFrame:            # a clip table, checked
     "The clip table of a folder by its own `clips.csv`, or as the arguments say."
     csv = Path(folder)/'clips.csv'

@@ -47,7 +47,7 @@ def _thin(table, fold):
         elif empty: warnings.warn(f"no '{label}' in the test part of fold(s) {_name(empty)}: its scores there are undefined", stacklevel=3)
 
 def patient_folds(
-    table:pd.DataFrame,       # clip or frame table with columns `label` and `by`; every row weighs the same
+    table:pd.DataFrame,       # clip or frame table with columns label and by; every row weighs the same
     n:int=3,                  # number of folds, at least 2; ValueError when there are fewer patients
     seed:int=0,               # decides among patients of equal weight
     by:str='patient',         # the column whose values are never cut; 'source' gives folds by source
@@ -103,7 +103,7 @@ def _units(table, by):
     return pd.concat([names, table[_UNITS[by][1:]]], axis=1)
 
 def leaky_folds(
-    table:pd.DataFrame,       # clip or frame table; by='frame' needs a column `frame`, by='variant' also `variant`
+    table:pd.DataFrame,       # clip or frame table; by='frame' needs a column frame, by='variant' also variant
     n:int=3,                  # number of folds, at least 2
     by:str='frame',           # what is dealt: 'variant', 'frame' or 'clip' (stratified by label)
     seed:int=0,               # decides the shuffle
@@ -182,7 +182,7 @@ def near_duplicates(
     hashes:np.ndarray,        # (n,) uint64 hashes
     sides,                    # (n,) the side of the split that each frame is on: a fold, a patient, 'train' or 'test'
     bits:int=8,               # how many bits may differ, 0..64
-) -> pd.DataFrame:            # columns `frame`, `twin` (positions) and `bits`, a row per frame that has a twin
+) -> pd.DataFrame:            # columns frame, twin (positions) and bits, a row per frame that has a twin
     "The nearest frame on another side of each frame, where it is near enough."
     side, found = pd.factorize(np.asarray(sides).astype(str))[0], [np.empty((0, 3))]
     for s in range(0, len(hashes), 1024):

@@ -38,7 +38,7 @@ def _device(model): return next((p.device for p in model.parameters()), torch.de
 
 def maximise_class(
     model:torch.nn.Module,    # (b, channels, h, w) -> logits (b, classes), or (b, codes, h, w)
-    target,                   # class number, or name (see `class_codes`); several for a picture each; or a function of the output that gives scores (b,)
+    target,                   # class number, or name (see class_codes); several for a picture each; or a function of the output that gives scores (b,)
     size:tuple,               # (height, width) of the picture
     channels:int=3,           # that the model takes: 1 or 3
     *,
@@ -81,9 +81,9 @@ def maximise_class(
 def show_imagined(
     model,                    # (b, channels, h, w) -> logits (b, classes)
     size:tuple,               # (height, width) of the pictures
-    names=None,               # classes in the order of the outputs; default: `model.classes`
+    names=None,               # classes in the order of the outputs; default: model.classes
     channels:int=3,           # that the model takes; with 1 the rule changes nothing and there is one row
-    **kwargs,                 # options of `maximise_class`, but for `gray`
+    **kwargs,                 # options of maximise_class, but for gray
 ) -> dict:                    # {True: with the rule, False: without}, each (pictures (classes, channels, h, w), scores (classes, steps + 1))
     "Draw what a network imagines for each class, with the grayscale rule and without."
     import matplotlib.pyplot as plt
@@ -125,7 +125,7 @@ def _norms(x): return x.flatten(1).norm(dim=1)
 def invert_features(
     model:torch.nn.Module,    # any network
     x,                        # (b, c, h, w) float pictures whose features are to be matched
-    layer:str,                # a name of `model.named_modules()`; '' is the output
+    layer:str,                # a name of model.named_modules(); '' is the output
     *,
     steps:int=200,            # of Adam
     lr:float=.1,              # at the start, in units of the input
@@ -162,7 +162,7 @@ def show_inversions(
     model,                    # any network
     x,                        # (b, c, h, w) float pictures
     layers,                   # names of layers, from shallow to deep
-    **kwargs,                 # options of `invert_features`
+    **kwargs,                 # options of invert_features
 ) -> list:                    # a dict per layer: layer, feature_error and pixel_error (relative, means over the pictures), pictures (b, c, h, w)
     "Draw the pictures that are found again from each of several layers."
     import matplotlib.pyplot as plt

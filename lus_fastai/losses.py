@@ -16,7 +16,7 @@ from .overlap import soft_dice
 
 # %% ../nbs/13c_losses.ipynb #c006
 def code_counts(
-    dls,                    # DataLoaders of masks, from `frame_dls` with target 'dense' or 'sparse'
+    dls,                    # DataLoaders of masks, from frame_dls with target 'dense' or 'sparse'
 ) -> np.ndarray:            # (codes,) pixels of each code
     "How many pixels each code has in the training masks, unlabelled ones (255) left out."
     frames = dls.train.dataset.tls[1]
@@ -48,7 +48,7 @@ def class_weights(
 class DiceCELoss(nn.Module):
     "Class-weighted cross-entropy plus one minus soft Dice, in float32; pixels of code 255 are left out."
     def __init__(self,
-        weights=None,       # (classes,) of the cross-entropy, from `class_weights`; None: all the same
+        weights=None,       # (classes,) of the cross-entropy, from class_weights; None: all the same
         reduction='mean',   # 'mean': of the batch; 'none': a loss for each image
     ):
         super().__init__()

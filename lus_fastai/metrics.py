@@ -24,7 +24,7 @@ def confusions(
     pred,             # predicted codes 0..n-1: integer array or tensor, one item per entry of the first axis
     targ,             # true codes of the same shape; 255 means "no label" and is left out
     n:int,            # number of classes
-):                    # (items, n, n) int64 counts, rows true; a tensor when `pred` is one
+):                    # (items, n, n) int64 counts, rows true; a tensor when pred is one
     "A confusion matrix for each item of a batch; raises ValueError for shapes that differ and codes out of range."
     tensor = torch.is_tensor(pred)
     pred, targ = (x.detach().as_subclass(torch.Tensor) if torch.is_tensor(x) else torch.as_tensor(np.array(x)) for x in (pred, targ))
@@ -42,7 +42,7 @@ def confusion(
     pred,             # predicted codes 0..n-1: integer array or tensor of any shape
     targ,             # true codes of the same shape; 255 means "no label" and is left out
     n:int,            # number of classes
-):                    # (n, n) int64 counts, rows true; a tensor when `pred` is one
+):                    # (n, n) int64 counts, rows true; a tensor when pred is one
     "The confusion matrix of two sets of codes."
     pred, targ = (x if torch.is_tensor(x) else np.asarray(x) for x in (pred, targ))
     return confusions(pred[None], targ[None], n)[0]
@@ -168,8 +168,8 @@ class ConfusionMetric(Metric):
         score,            # function of an (n, n) matrix that gives a number; importable, so that the Learner can be exported
         n:int,            # classes of the model: logits are (batch, n, ...), targets integers (batch, ...)
         name:str,         # column in the training table
-        merge=None,       # mapping of `merge_confusion`, applied before scoring
-        counter=None,     # share the counting with another metric: pass its `counter`
+        merge=None,       # mapping of merge_confusion, applied before scoring
+        counter=None,     # share the counting with another metric: pass its counter
     ):
         self.score, self.label, self.merge, self.counter = score, name, merge, _Counter(n) if counter is None else counter
     def reset(self): self.counter.reset()
@@ -190,7 +190,7 @@ def _of_class(score, i, cm): return score(cm)[..., i]
 def seg_metrics(
     names=DENSE,          # names of the model's classes, in the order of its outputs
     sparse:bool=False,    # score dense predictions (seven classes, dense targets) as sparse ones
-) -> list:                # metrics `pixel_accuracy`, `mean_iou` and `iou_<class>`, with `sparse_` before them when sparse
+) -> list:                # metrics pixel_accuracy, mean_iou and iou_<class>, with sparse_ before them when sparse
     "Metrics of a segmentation Learner; all share one counter."
     counter, merge, pre = _Counter(len(names), names), (DENSE_TO_SPARSE if sparse else None), ('sparse_' if sparse else '')
     if sparse and tuple(names) != DENSE: raise ValueError(f"only the dense classes {DENSE} can be scored as sparse, got {tuple(names)}")
@@ -200,7 +200,7 @@ def seg_metrics(
 
 def cls_metrics(
     n:int=3,              # number of classes
-) -> list:                # metrics `accuracy`, `balanced_accuracy`, `macro_f1`
+) -> list:                # metrics accuracy, balanced_accuracy, macro_f1
     "Metrics of a classification Learner; all share one counter."
     counter = _Counter(n)
     return [ConfusionMetric(f, n, name, counter=counter) for name, f in dict(accuracy=overall_accuracy, balanced_accuracy=balanced_accuracy, macro_f1=macro_f1).items()]
@@ -209,7 +209,7 @@ def cls_metrics(
 def _some(index): return f"{[x if isinstance(x, str) else int(x) if isinstance(x, (int, np.integer)) else x for x in index[:5]]}" + (f" and {len(index)-5} more" if len(index) > 5 else '')
 
 def pred_classes(
-    preds:pd.DataFrame,   # a table with columns `p_<class>`
+    preds:pd.DataFrame,   # a table with columns p_<class>
 ) -> list:                # class names, in the order of the columns
     "The classes of a prediction table; raises TableError when there is no `p_<class>` column."
     classes = [c[2:] for c in preds.columns if isinstance(c, str) and c.startswith('p_')]
@@ -217,7 +217,7 @@ def pred_classes(
     return classes
 
 def check_predictions(
-    preds:pd.DataFrame,             # out-of-fold table: patient, label, p_<class>..., and the columns of `need`
+    preds:pd.DataFrame,             # out-of-fold table: patient, label, p_<class>..., and the columns of need
     need=('clip', 'frame'),         # further columns that must be there; they and the patient say what a row is
 ) -> pd.DataFrame:                  # the same table
     "Check a prediction table; raises TableError that names columns and rows."
@@ -239,7 +239,7 @@ def check_predictions(
     return preds
 
 def predicted(
-    preds:pd.DataFrame,   # a table with columns `p_<class>`
+    preds:pd.DataFrame,   # a table with columns p_<class>
 ) -> pd.Series:           # class names, same index
     "The likeliest class of each row; of equals the first column's."
     classes = pred_classes(preds)
@@ -250,7 +250,7 @@ def vote(
     preds:pd.DataFrame,   # prediction table, a row per frame (or per clip)
     by:str='clip',        # 'clip' or 'patient'; a patient with two labels stays two rows
     how:str='mean',       # 'mean' of the probabilities, or 'majority' of the rows' classes
-) -> pd.DataFrame:        # a row per clip or (patient, label): p_<class>, `votes` (rows pooled), and source, probe, fold where the group has one value
+) -> pd.DataFrame:        # a row per clip or (patient, label): p_<class>, votes (rows pooled), and source, probe, fold where the group has one value
     "Pool the rows of each clip or patient; majority ties go to the larger mean probability."
     if by not in ('clip', 'patient') or how not in ('mean', 'majority'): raise ValueError(f"by is 'clip' or 'patient' and how 'mean' or 'majority', got {by!r} and {how!r}")
     check_predictions(preds, [c for c in ('clip', 'frame') if c in preds or c == by])
@@ -278,7 +278,7 @@ def bootstrap(
     score,                # function of (..., n, n) stacks that gives (...) or (..., m) scores
     n_boot:int=1000,      # number of resamples
     seed:int=0,           # of the resampling
-) -> tuple:               # (value, low, high) as `score` gives them: over all patients, and the 95 % percentile interval
+) -> tuple:               # (value, low, high) as score gives them: over all patients, and the 95 % percentile interval
     "Score with an interval from resampling patients with replacement; the interval is NaN with fewer than two patients."
     counts = counts.cpu().numpy() if torch.is_tensor(counts) else np.asarray(counts)
     if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or not len(counts): raise ValueError(f"counts are (patients, n, n) with at least one patient, got shape {counts.shape}")
@@ -296,7 +296,7 @@ def _patient_sums(cms, patients):
     return out
 
 def cls_confusions(
-    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
 ) -> np.ndarray:          # (patients, n, n) counts, patients sorted by name, classes in the order of the p_ columns
     "The confusion matrix of each patient's rows."
     check_predictions(preds, [c for c in ('clip', 'frame') if c in preds])
@@ -329,7 +329,7 @@ def evaluate(
 
 # %% ../nbs/13_metrics.ipynb #total-a
 def total_confusion(
-    preds,                # prediction table, or what `vote` returns; or an (n, n) confusion matrix, rows true
+    preds,                # prediction table, or what vote returns; or an (n, n) confusion matrix, rows true
     names=None,           # n class names for a confusion matrix; a table has its own
 ) -> tuple:               # (n, n) counts, and the class names in their order
     "The confusion matrix of all rows with its names; ValueError where `names` differ from those of the table, also in their order."
@@ -343,7 +343,7 @@ def total_confusion(
 
 # %% ../nbs/13_metrics.ipynb #c052
 def classification_report(
-    preds,                # prediction table of frames, or what `vote` returns; or an (n, n) confusion matrix, rows true
+    preds,                # prediction table of frames, or what vote returns; or an (n, n) confusion matrix, rows true
     names=None,           # n class names for a confusion matrix; a table has its own
 ) -> pd.DataFrame:        # index the class names, then 'accuracy', 'macro', 'weighted'; columns precision, recall, f1, support
     "Precision, recall, F1 and number of items of each class, with accuracy and means; NaN for a class in neither truth nor prediction."
@@ -387,10 +387,10 @@ def _area_table(parts, areas, P):
 def _weights(P, n_boot, seed): return np.concatenate([np.ones((1, P)), _draws(P, n_boot, seed)]).astype(float)       # the first row is the sample itself
 
 def roc(
-    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
     n_boot:int=1000,      # resamples of patients
     seed:int=0,           # of the resampling
-) -> tuple:               # (curves, areas): DataFrames with columns `class fpr tpr`, and `class auc low high n patients` (n positives)
+) -> tuple:               # (curves, areas): DataFrames with columns class fpr tpr, and class auc low high n patients (n positives)
     "One-against-rest ROC curves with micro and macro means; areas with 95 % intervals over patients, NaN for a class without positives; ValueError when all rows are of one class."
     from sklearn.metrics import roc_curve
     classes, P, one = _one_against_rest(preds)
@@ -416,7 +416,7 @@ def _height(grid, tp, called):
     return np.interp(grid, np.r_[0, fp]/fp[-1], np.r_[0, tp]/tp[-1]) if tp[-1] > 0 and fp[-1] > 0 else np.full(len(grid), np.nan)
 
 def roc_bands(
-    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
     points:int=101,       # false positive rates from 0 to 1
     n_boot:int=1000,      # resamples of patients
     seed:int=0,           # of the resampling
@@ -434,10 +434,10 @@ def _average_precision(tp, called):
     return (np.diff(tp, prepend=0)*np.divide(tp, called, out=np.zeros_like(tp), where=called > 0)).sum()/tp[-1] if 0 < tp[-1] < called[-1] else np.nan
 
 def pr_curve(
-    preds:pd.DataFrame,   # prediction table of frames, or what `vote` returns
+    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
     n_boot:int=1000,      # resamples of patients
     seed:int=0,           # of the resampling
-) -> tuple:               # (curves, areas): DataFrames with columns `class recall precision`, and `class ap low high n patients chance` (n positives, chance their share)
+) -> tuple:               # (curves, areas): DataFrames with columns class recall precision, and class ap low high n patients chance (n positives, chance their share)
     "One-against-rest precision-recall staircases with micro and macro means; average precision with 95 % intervals over patients, NaN for a class without positives; ValueError when all rows are of one class."
     _, P, one = _one_against_rest(preds)
     weights = _weights(P, n_boot, seed)
@@ -484,7 +484,7 @@ def _seg_scores(cm): return np.concatenate([pixel_accuracy(cm)[..., None], mean_
 def evaluate_seg(
     preds:pd.DataFrame,   # a row per frame: patient and cm_i_j
     names,                # class names after merging, e.g. DENSE, or SPARSE with merge=DENSE_TO_SPARSE
-    merge=None,           # mapping of `merge_confusion`: score dense predictions as sparse
+    merge=None,           # mapping of merge_confusion: score dense predictions as sparse
     n_boot:int=1000,      # resamples of patients
     seed:int=0,           # of the resampling
 ) -> pd.DataFrame:        # level 'pixel', class, metric, value, low, high, n (frames that truly hold the class), patients

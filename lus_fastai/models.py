@@ -255,7 +255,7 @@ def create_backbone(
     name:str='resnet18',      # 'vgg16' or 'resnet18' of torchvision, 'resnext50' (32x4d), or any model of timm
     channels:int=1,           # 3 (three copies of a grey frame), or 1
     weights=None,             # None to start from scratch, 'imagenet', or a file or dictionary of the backbone's weights
-) -> nn.Module:               # (b, channels, h, w) -> (b, n_features); see `n_features`, `pretrained` (were weights loaded?), `normalize`
+) -> nn.Module:               # (b, channels, h, w) -> (b, n_features); see n_features, pretrained (were weights loaded?), normalize
     "A network without its classifier; warns, and starts from scratch, where ImageNet weights cannot be loaded."
     if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
     net, n = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
@@ -274,7 +274,7 @@ def create_backbone(
 
 # %% ../nbs/08_models.ipynb #covcell
 def covidnet(
-    name:str='vgg16',         # as for `create_backbone`
+    name:str='vgg16',         # as for create_backbone
     n_classes:int=3,          # diseases
     channels:int=3,           # 3 (three copies of a grey frame), or 1 (the first weights summed)
     weights='imagenet',       # 'imagenet', None to start from scratch, or a file of the backbone's weights
@@ -305,7 +305,7 @@ class Scale(nn.Module):
         return (x - mean) / std                              # (..., 1 or 3, h, w) -> (..., 3, h, w)
 
 def scale_for(
-    backbone:nn.Module,       # as from `create_backbone`
+    backbone:nn.Module,       # as from create_backbone
 ) -> Scale:                   # mean .5 and deviation .25 where the backbone says nothing
     "The normalisation that a backbone's weights expect."
     return Scale(*getattr(backbone, 'normalize', ([.5], [.25])))
@@ -313,7 +313,7 @@ def scale_for(
 class BackboneClassifier(nn.Module):
     "Normalised frames, a backbone, one linear layer: logits out."
     def __init__(self,
-        backbone:nn.Module,   # with `n_features`, as from `create_backbone`; trained further in place
+        backbone:nn.Module,   # with n_features, as from create_backbone; trained further in place
         n_classes:int=3,      # diseases
     ):
         super().__init__()
@@ -383,7 +383,7 @@ def vunet(
     c_in:int=3,               # input channels; the paper's count needs 3
     convs:tuple=(3, 3, 2, 2), # convolutions in the blocks of the decoder, deepest first; (2, 2, 2, 2) in the authors' notebooks
     bn:bool=False,            # batch norm in the decoder (the encoder is VGG16 without)
-    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network with VGG16 in it (see `copy_encoder`)
+    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network with VGG16 in it (see copy_encoder)
 ) -> VUNet:                   # (b, c_in, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16
     "V-Unet (Cheng & Lam 2021): 28,804,545 parameters with the defaults, 14,714,688 of them in the encoder; warns where ImageNet weights cannot be had."
     net, weights = VUNet(n_out, c_in, convs, bn), _encoder_weights(weights, 'vgg16')
@@ -426,7 +426,7 @@ class Segmenter(nn.Module):
             if 'more than 1 value per channel' not in str(e): raise
             raise ValueError(f"one image of {x.shape[-2]}x{x.shape[-1]} pixels leaves one value a channel in the deepest features, and batch norm cannot train on that: put more images in a batch, or larger ones") from e
 
-    def logits(self, x):      # (b, c, h, w), both sides multiples of `multiple`
+    def logits(self, x):      # (b, c, h, w), both sides multiples of multiple
         "The network itself, without padding."
         return self.head(self.decoder(self.encoder(self.scale(x))))
 
@@ -446,7 +446,7 @@ def segmenter(
     backbone:str='resnet50',  # 'vgg16', 'resnet50', 'resnext50', 'resnet18', or any model of timm that gives features at several sizes
     n_out:int=13,             # output classes; 13 in CCXS (Merand 2021)
     channels:int=3,           # input channels, any number
-    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network (see `copy_encoder`)
+    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network (see copy_encoder)
 ) -> Segmenter:               # (b, channels, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16
     "U-Net or DeepLabv3 (output stride 8, rates 12, 24 and 36) of segmentation_models.pytorch, over a backbone; warns where ImageNet weights cannot be had."
     if arch not in ('unet', 'deeplabv3'): raise ValueError(f"arch is 'unet' or 'deeplabv3', not {arch!r}")
@@ -466,15 +466,15 @@ def segmenter(
 # %% ../nbs/08_models.ipynb #c056
 class Autoencoder(Segmenter):
     "An encoder, and a U-Net's decoder that sees nothing but the deepest features."
-    def logits(self, x):      # (b, c, h, w), both sides multiples of `multiple`
+    def logits(self, x):      # (b, c, h, w), both sides multiples of multiple
         "The network itself, without padding."
         *sizes, deep = self.encoder(self.scale(x))
         return self.head(self.decoder([f[:, :0] for f in sizes] + [deep]))
 
 def autoencoder(
-    backbone:str='resnet50',  # as for `segmenter`
+    backbone:str='resnet50',  # as for segmenter
     channels:int=3,           # input channels, and as many come out
-    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network (see `copy_encoder`)
+    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network (see copy_encoder)
 ) -> Autoencoder:             # (b, channels, h, w) in 0..1 -> logits (b, channels, h, w), whose sigmoid is the picture
     "Encoder, and the decoder of `segmenter('unet', backbone)` without skips (Merand 2021)."
     net = segmenter('unet', backbone, channels, channels, weights)

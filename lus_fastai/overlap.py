@@ -121,7 +121,7 @@ def hd95(
 def boundary_f1(
     pred,                       # (n, k, h, w) masks or probabilities 0..1
     target,                     # (n, k, h, w) true masks
-    within:float=2.,            # how far an edge pixel may lie from the other outline, in units of `spacing`
+    within:float=2.,            # how far an edge pixel may lie from the other outline, in units of spacing
     spacing:tuple=(1., 1.),     # height and width of a pixel
     threshold:float=.5,         # probabilities above it are 1
 ) -> np.ndarray:                # (n, k) 0..1; NaN where both masks are empty, 0 where one is
@@ -149,10 +149,10 @@ _SCORES = ['dice', 'iou', 'hd95', 'boundary_f1', 'false_positive_area', 'islands
 def mask_scores(
     prob,                       # (n, k, h, w) probabilities 0..1 or masks; read an image at a time, so a memory map will do
     target,                     # (n, k, h, w) true masks
-    table:pd.DataFrame,         # n rows, whose columns are kept; `patient` for `evaluate_masks`
+    table:pd.DataFrame,         # n rows, whose columns are kept; patient for evaluate_masks
     names,                      # of the k classes
-    spacing:tuple=(1., 1.),     # height and width of a pixel, for `hd95` and `boundary_f1`
-    within:float=2.,            # of `boundary_f1`
+    spacing:tuple=(1., 1.),     # height and width of a pixel, for hd95 and boundary_f1
+    within:float=2.,            # of boundary_f1
     threshold:float=.5,         # probabilities above it are 1
 ) -> pd.DataFrame:              # the table's columns, then image, class, truth, predicted, shared (pixels), dice, iou, hd95, boundary_f1, false_positive_area, islands, missed
     "Every score of every image and class; raises ValueError when the sizes do not fit."
@@ -170,7 +170,7 @@ def mask_scores(
     return kept.iloc[out['image']].reset_index(drop=True).join(out)
 
 def evaluate_masks(
-    scores:pd.DataFrame,        # of `mask_scores`, with a column `patient`
+    scores:pd.DataFrame,        # of mask_scores, with a column patient
     n_boot:int=1000,            # resamples of patients
     seed:int=0,                 # of the resampling
 ) -> pd.DataFrame:              # level ('pixel', 'image'), class, metric, value, low, high, n (images whose truth holds the class; all images for 'all'), patients
@@ -202,7 +202,7 @@ def _outline(ax, m, color):
 def worst_cases(
     set,                    # MaskSet
     prob,                   # (n, k, h, w) probabilities 0..1 or masks of its images
-    scores:pd.DataFrame,    # of `mask_scores` of these; give some of its rows (one class, one source) to look at those
+    scores:pd.DataFrame,    # of mask_scores of these; give some of its rows (one class, one source) to look at those
     by:str='dice',          # which score; of hd95, false_positive_area, islands and missed the largest are worst
     n:int=4,                # how many to draw
     threshold:float=.5,     # probabilities above it are 1

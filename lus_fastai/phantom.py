@@ -161,7 +161,7 @@ class BeamGrid:
     def picture(self,
         x:np.ndarray,      # (nz, nb) samples: float ones are interpolated, integer ones taken from the nearest sample
         outside=0,         # value outside the fan
-    ) -> np.ndarray:       # `size`, type of x
+    ) -> np.ndarray:       # size, type of x
         "Scan conversion."
         out = np.full(self.size, outside, x.dtype)
         out.ravel()[self._at] = self._grey @ x.ravel() if np.issubdtype(x.dtype, np.floating) else x.ravel()[self._code]
@@ -559,7 +559,7 @@ class PhantomClip:
     clean:np.ndarray = None    # grey without speckle and noise, or None
 
 def phantom_clip(
-    patient=None,            # a `Patient`, a label, or None for any patient
+    patient=None,            # a Patient, a label, or None for any patient
     seed:int=0,              # which clip of the patient; also which patient unless one is given
     n:int=24,                # number of frames, at least 1
     size:tuple=(256, 256),   # height and width, at least 32 each
@@ -598,7 +598,7 @@ def phantom_clip(
 
 # %% ../nbs/01_phantom.ipynb #c041
 def show_phantom(
-    clip:PhantomClip,   # from `phantom_clip`
+    clip:PhantomClip,   # from phantom_clip
     k:int=0,            # which frame
     axs=None,           # two matplotlib axes; new ones when None
 ):                      # the axes
@@ -657,7 +657,7 @@ def phantom_dataset(
     seed:int=0,              # another seed, other patients
     workers:int=2,           # threads that simulate and write
     probe:str=None,          # 'convex', 'linear', or None for both
-) -> pd.DataFrame:           # clip table with columns `mask`, `findings`, `rate` and what each clip shows
+) -> pd.DataFrame:           # clip table with columns mask, findings, rate and what each clip shows
     "Write a folder of phantom clips; called again it only makes what is missing. Raises ValueError when the folder holds another phantom."
     from concurrent.futures import ThreadPoolExecutor
     root, patients, clips, n, workers = Path(root), _natural('patients', patients, 1), _natural('clips', clips, 1), _natural('n', n, 1), _natural('workers', workers, 1)

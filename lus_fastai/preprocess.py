@@ -45,7 +45,7 @@ class Fan:
 
     def coordinates(self,
         px,             # columns, numbers or array
-        py,             # rows, broadcast with `px`
+        py,             # rows, broadcast with px
     ):                  # depth and beam, each 0..1 inside the fan
         "Pixels to depth and beam."
         if self.kind == 'convex':
@@ -56,7 +56,7 @@ class Fan:
 
     def pixels(self,
         depth,          # 0 (probe) to 1, numbers or array
-        beam,           # 0 (left) to 1, broadcast with `depth`
+        beam,           # 0 (left) to 1, broadcast with depth
     ):                  # columns and rows
         "Depth and beam to pixels."
         if self.kind == 'convex':
@@ -103,7 +103,7 @@ class Fan:
 
     @classmethod
     def from_dict(cls,
-        d:dict,         # from `to_dict`
+        d:dict,         # from to_dict
     ):                  # Fan
         "The inverse of `to_dict`; raises `FanError` for missing or unknown entries."
         try: return cls(**d)
@@ -293,7 +293,7 @@ def find_fan(
 def add_fans(
     table:pd.DataFrame,   # a clip table
     workers:int=2,        # threads that decode and look
-) -> pd.DataFrame:        # a copy with a column `fan`: JSON text of the fan in the file's own pixels, '' where none was found
+) -> pd.DataFrame:        # a copy with a column fan: JSON text of the fan in the file's own pixels, '' where none was found
     "Find the fan of every clip; warns about those without one, naming the first file and the reason."
     check_table(table)
     def look(path):
@@ -309,7 +309,7 @@ def crop_to_fan(
     images,               # (..., h, w) array or tensor: pictures, masks or maps
     fan:Fan,              # of pictures of this size
     outside=0,            # value outside the fan; 6 for dense codes
-):                        # (..., box height, box width), same type; `fan.cropped()` is its fan
+):                        # (..., box height, box width), same type; fan.cropped() is its fan
     "Cut to the fan's box and overwrite what lies outside the fan; raises `FanError` when the sizes differ."
     tensor = torch.is_tensor(images)
     if not tensor: images = np.asarray(images)
@@ -320,7 +320,7 @@ def crop_to_fan(
 
 def fan_crop(
     frames:np.ndarray,    # (n, h, w) frames or masks of the clip
-    row,                  # its row of the clip table, with the entry `fan` of `add_fans`; an empty entry leaves the frames as they are
+    row,                  # its row of the clip table, with the entry fan of add_fans; an empty entry leaves the frames as they are
     outside=0,            # value outside the fan; 6 for dense codes
 ) -> np.ndarray:          # (n, box height, box width)
     "`crop_to_fan` with the fan of the table; the fan is resized to the frames where they are not the file's own size."
@@ -396,7 +396,7 @@ def find_overlays(
 def remove_overlays(
     frames,             # (n, h, w) or (h, w) uint8, grey
     fan:Fan=None,       # its fan, if known
-) -> np.ndarray:        # same shape and type; pixels outside `find_overlays` are the same
+) -> np.ndarray:        # same shape and type; pixels outside find_overlays are the same
     "Fill letters, calipers and marks from their surroundings."
     from scipy.ndimage import gaussian_filter
     ink, x = find_overlays(frames, fan), np.array(_gray(frames))

@@ -54,7 +54,7 @@ def interval_text(
     low=None,         # lower end of the interval; NaN or None for no interval
     high=None,        # upper end
     digits:int=3,     # after the point
-) -> str:             # such as `0.849 [0.801, 0.894]`
+) -> str:             # such as 0.849 [0.801, 0.894]
     "A number with its interval."
     known = [x is not None and not pd.isna(x) for x in (value, low, high)]
     if not known[0]: return '–'
@@ -62,7 +62,7 @@ def interval_text(
 
 # %% ../nbs/17_report.ipynb #c011
 def plot_confusion(
-    cm,                   # prediction table, or what `vote` returns; or (n, n) counts, rows true
+    cm,                   # prediction table, or what vote returns; or (n, n) counts, rows true
     names=None,           # n class names for counts; a table has its own
     title:str='',         # above the figure
 ):                        # matplotlib Figure
@@ -98,10 +98,10 @@ def _class_curves(ax, curves, area, x, y, **kw):
     return colors
 
 def plot_roc(
-    curves:pd.DataFrame,      # first result of `metrics.roc`: class, fpr, tpr
+    curves:pd.DataFrame,      # first result of metrics.roc: class, fpr, tpr
     areas:pd.DataFrame,       # second result: class, auc, low, high
     title:str='',             # above the figure
-    bands:pd.DataFrame=None,  # result of `metrics.roc_bands`: class, fpr, low, high
+    bands:pd.DataFrame=None,  # result of metrics.roc_bands: class, fpr, low, high
 ):                            # matplotlib Figure
     "One-against-rest ROC curves, with micro and macro means dashed, areas in the legend, and bands of the classes."
     with _canvas(4.6, 4.4) as fig:
@@ -115,7 +115,7 @@ def plot_roc(
     return fig
 
 def plot_pr(
-    curves:pd.DataFrame,      # first result of `metrics.pr_curve`: class, recall, precision
+    curves:pd.DataFrame,      # first result of metrics.pr_curve: class, recall, precision
     areas:pd.DataFrame,       # second result: class, ap, low, high, chance
     title:str='',             # above the figure
 ):                            # matplotlib Figure
@@ -136,7 +136,7 @@ def _named(tables, what):
     return [(*item, _PALETTE[k % len(_PALETTE)], _MARKERS[k % len(_MARKERS)]) for k, item in enumerate(tables.items())]
 
 def plot_reliability(
-    tables,                   # result of `calibration.reliability`, or a dictionary of name -> result
+    tables,                   # result of calibration.reliability, or a dictionary of name -> result
     title:str='',             # above the figure
 ):                            # matplotlib Figure
     "Accuracy against confidence in each bin, with intervals over patients, and below it the share of rows in the bins."
@@ -157,7 +157,7 @@ def plot_reliability(
     return fig
 
 def plot_abstention(
-    curves,                   # first result of `calibration.abstention`, or a dictionary of name -> first result
+    curves,                   # first result of calibration.abstention, or a dictionary of name -> first result
     title:str='',             # above the figure
 ):                            # matplotlib Figure
     "Accuracy of what is answered at each coverage, with bands over patients, beside random abstention."
@@ -175,7 +175,7 @@ def plot_abstention(
 
 # %% ../nbs/17_report.ipynb #c024
 def plot_comparison(
-    df:pd.DataFrame,          # a row per dot: value, low, high (NaN: no interval), the columns named below, and perhaps `theirs`
+    df:pd.DataFrame,          # a row per dot: value, low, high (NaN: no interval), the columns named below, and perhaps theirs
     label:str='label',        # column that names the rows of the figure
     group:str=None,           # column whose values are drawn in different colours
     xlabel:str='',            # what the value is
@@ -207,7 +207,7 @@ def plot_comparison(
     return fig
 
 def plot_iou(
-    table:pd.DataFrame,       # result of `metrics.evaluate_seg`; several of them with a column `model` to compare
+    table:pd.DataFrame,       # result of metrics.evaluate_seg; several of them with a column model to compare
     title:str='',             # above the figure
 ):                            # matplotlib Figure
     "IoU of each class and their mean, with intervals; a colour per `model`."
@@ -219,13 +219,14 @@ def plot_masks(
     frames,                   # (n, h, w) uint8 grey; n is the number of columns, 3 to 6 look best
     truth=None,               # (n, h, w) codes, or None when nobody knows
     pred=None,                # (n, h, w) codes, or None
-    colors:np.ndarray=DENSE_COLORS,   # (k, 3) uint8; the last code is background
+    colors:np.ndarray=None,   # (k, 3) uint8, the last code is background; default: DENSE_COLORS
     names=DENSE,              # k names
     titles=None,              # n short texts above the columns
 ):                            # matplotlib Figure
     "Frames, and under each its true and its predicted mask."
     from matplotlib.patches import Patch
     frames = np.asarray(frames)
+    colors = DENSE_COLORS if colors is None else colors
     rows = [('frame', None)] + [(name, np.asarray(m)) for name, m in (('truth', truth), ('prediction', pred)) if m is not None]
     wrong = [(name, m.shape) for name, m in rows[1:] if m.shape != frames.shape]
     if wrong or frames.ndim != 3: raise ValueError(f"frames are (n, h, w) and masks alike, got {frames.shape} and {wrong}")
@@ -393,7 +394,7 @@ class Report:
         "Add a row of headline numbers."
         return self._add('<dl class="numbers">' + ''.join(f'<div><dt>{html.escape(k)}</dt><dd>{_cell(v, 3)}</dd></div>' for k, v in numbers.items()) + '</dl>')
     def settings(self,
-        settings:dict,        # name -> value; nested dictionaries are written as `a.b`
+        settings:dict,        # name -> value; nested dictionaries are written as a.b
         caption:str,          # plain text
     ):                        # the report
         "Add settings or versions, a row each."
@@ -402,7 +403,7 @@ class Report:
         self.tables += 1
         return self._add('<div class="settings">' + _table_html(rows, self.tables, caption, 3).replace(' class="num"', '') + '</div>')
     def provenance(self,
-        results:dict,         # from `results_json`
+        results:dict,         # from results_json
         settings:dict,        # of the run, name -> value
     ):                        # the report
         "Add what it takes to run it again: command, settings, hashes of the splits, versions, device, hours and seeds."
@@ -410,7 +411,7 @@ class Report:
         self.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
         return self.settings({**results['versions'], 'device': results['device'], 'training hours': round(results['hours'], 3), 'seeds': results['seeds']}, 'Versions and device.')
     def cells(self,
-        cells,                # list of `cell`s, or a results dictionary
+        cells,                # list of cells, or a results dictionary
         caption:str='',       # plain text, before the name of each table
         digits:int=3,         # after the point
     ):                        # the report
@@ -471,7 +472,7 @@ def limits_note(
 # %% ../nbs/17_report.ipynb #c034e
 def chance_text(
     labels,               # the true label of each frame, clip or patient that was scored
-) -> str:                 # such as `a random guess: 0.333, always covid: 0.600`
+) -> str:                 # such as a random guess: 0.333, always covid: 0.600
     "What guessing gets: each class as often as any other, and always the most frequent one."
     share = pd.Series(list(labels)).value_counts(normalize=True)
     if not len(share): raise ValueError("no labels, so nothing to guess")
@@ -480,7 +481,7 @@ def chance_text(
 
 def score_text(
     score,                # (value, low, high); low and high are NaN where there is no interval
-) -> str:                 # for `Report.numbers`
+) -> str:                 # for Report.numbers
     "A headline number with its interval on the next line."
     value, low, high = score
     return f'{value:.3f}' if pd.isna(low) else f'{value:.3f}\n95 % interval {low:.3f} to {high:.3f}'
@@ -491,7 +492,7 @@ def headline(
     score,                # (value, low, high) of the accuracy
     labels,               # the true label of each of these units
     who:str='',           # which network
-) -> dict:                # for `Report.numbers`
+) -> dict:                # for Report.numbers
     "An accuracy that says what was counted and how folds were made, with its interval and chance level."
     if unit not in ('frames', 'clips', 'patients'):
         raise ValueError(f"unit is 'frames', 'clips' or 'patients', not {unit!r}")
@@ -499,8 +500,8 @@ def headline(
     return {name: f'{score_text(score)}\n{chance_text(labels)}'}
 
 def training_card(
-    results:dict,         # from `results_json`
-) -> dict:                # for `Report.numbers`
+    results:dict,         # from results_json
+) -> dict:                # for Report.numbers
     "How long training took, and on what."
     return {'time in training': f"{results['hours']*60:.0f} min\n{results['device']}"}
 
@@ -541,7 +542,7 @@ GLOSSARY = {
 
 @patch
 def glossary(self:Report,
-    words,                # keys of `GLOSSARY`
+    words,                # keys of GLOSSARY
 ):                        # the report
     "Add a section that explains words."
     unknown = [w for w in words if w not in GLOSSARY]
@@ -560,7 +561,7 @@ def papers_note(
 
 # %% ../nbs/17_report.ipynb #c036
 def wide_scores(
-    scores:pd.DataFrame,      # result of `metrics.evaluate` or `evaluate_seg`
+    scores:pd.DataFrame,      # result of metrics.evaluate or evaluate_seg
     rows:str='level',         # column whose values become rows
     columns:str='metric',     # column whose values become columns
     digits:int=3,             # after the point
@@ -585,7 +586,7 @@ def versions() -> dict:       # name -> version, and the platform
 
 def device_name(
     device=None,              # torch device or its name; None is the GPU if there is one
-) -> str:                     # such as `cuda: NVIDIA H200` or `cpu: x86_64, 2 threads`
+) -> str:                     # such as cuda: NVIDIA H200 or cpu: x86_64, 2 threads
     "What computed."
     device = torch.device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cuda': return f'cuda: {torch.cuda.get_device_name(device)}'
@@ -613,7 +614,7 @@ def cell(
     interval=None,            # (low, high), or None
     theirs=None,              # the paper's number, or None
     *,
-    protocol:str,             # a name in `protocols`
+    protocol:str,             # a name in protocols
 ) -> dict:                    # plain numbers only
     "One number of a reproduction, beside the paper's."
     interval = _plain(interval)
@@ -653,10 +654,10 @@ def results_json(
     data:str,                 # which data set
     protocols:dict,           # name -> {'split_hash': ..., 'description': ...}, and what else should be known
     seeds:list,               # every seed that was used
-    cells:list,               # made by `cell`
+    cells:list,               # made by cell
     hours:float,              # wall time
     command:str,              # what was typed; of absolute paths only the last part is kept
-    device:str=None,          # by default `device_name()`
+    device:str=None,          # by default device_name()
 ) -> dict:                    # what was written
     "Check results and write them as JSON, atomically; NaN becomes null, anything missing or contradictory raises ValueError."
     results = dict(paper=paper, data=data, versions=versions(), device=device or device_name(), hours=round(float(hours), 4), command=_no_folders(command), seeds=list(seeds), protocols=protocols, cells=cells)
@@ -665,7 +666,7 @@ def results_json(
     return results
 
 def read_results(
-    path,                     # a file written by `results_json`, or the name of one that ships with the package, such as 'gare-pocus'
+    path,                     # a file written by results_json, or the name of one that ships with the package, such as 'gare-pocus'
 ) -> dict:                    # checked
     "Read results back; raises ValueError that names the file when something is missing, FileNotFoundError that lists the names there are."
     if isinstance(path, str) and not Path(path).suffix:
@@ -712,10 +713,10 @@ def model_card(
     weights,                  # a .safetensors file
     data:str,                 # what it was trained on
     licence:str,              # of the weights: a name such as 'Apache-2.0', or a sentence
-    split_hash:str,           # from `split_hash`: which patients were kept out of training
+    split_hash:str,           # from split_hash: which patients were kept out of training
     results:dict,             # what was measured -> text, such as {'accuracy': '0.80 [0.70, 0.90]'}; empty where nothing was
     usage:str,                # code that loads the weights
-    settings:dict,            # of the run; nested dictionaries are written as `a.b`
+    settings:dict,            # of the run; nested dictionaries are written as a.b
 ) -> Path:                    # the card
     "Write a model card for a weights file, atomically; of absolute paths in it only the last part is kept."
     path = Path(path)

@@ -84,8 +84,8 @@ class LossLog(EpochEnd):
 # %% ../nbs/14a_rotation.ipynb #c013
 def adam(
     params,                   # parameters, or groups of them, as fastai hands them over
-    **kwargs,                 # of `torch.optim.Adam`
-) -> OptimWrapper:            # what `opt_func` should give
+    **kwargs,                 # of torch.optim.Adam
+) -> OptimWrapper:            # what opt_func should give
     "PyTorch's Adam as fastai takes it; `partial(adam, eps=1e-7)` for Keras's."
     return OptimWrapper(params, torch.optim.Adam, **kwargs)
 
@@ -126,19 +126,19 @@ def fit_masks(
     path,                     # folder for checkpoint, weights and history
     epochs:int=100,           # at most
     lr:float=1e-4,            # at the start
-    loss=None,                # function of logits and masks; default: `BCEDiceLoss()`
+    loss=None,                # function of logits and masks; default: BCEDiceLoss()
     *,
     select:str='last',        # which epoch's weights are kept: 'last', or 'best' by validation loss, which then flatters
     batch_tfms=(),            # augmentation of the training batches
     bs:int=8,                 # batch size
     patience:int=None,        # epochs without a lower validation loss after which it stops; None: never
-    schedule:str='constant',  # 'constant', 'plateau' (`PlateauLR` on the validation loss) or 'cosine' (`CosineLR`)
-    cbs=None,                 # function () -> further callbacks, made anew for each fit; those with a `state_dict` are resumed
+    schedule:str='constant',  # 'constant', 'plateau' (PlateauLR on the validation loss) or 'cosine' (CosineLR)
+    cbs=None,                 # function () -> further callbacks, made anew for each fit; those with a state_dict are resumed
     opt_func=adam,            # optimiser
     seed:int=0,               # weights, order of batches, augmentation
-    precision:str='auto',     # see `AutoPrecision`
+    precision:str='auto',     # see AutoPrecision
     device=None,              # default: fastai's default device
-    notes:bool=True,          # see `mask_dls`
+    notes:bool=True,          # see mask_dls
     tick=None,                # called after each epoch; default: a progress bar
 ) -> tuple:                   # network with the kept weights, in evaluation mode; history with columns epoch, run (0), train_loss, valid_loss, lr, seconds
     "Train one network on masks; resumes where it was stopped."
@@ -160,7 +160,7 @@ def predict_masks(
     model:nn.Module,          # gives logits (b, k, h, w)
     images:np.ndarray,        # (n, h, w) uint8
     bs:int=8,                 # batch size
-    precision:str='auto',     # see `AutoPrecision`
+    precision:str='auto',     # see AutoPrecision
 ) -> np.ndarray:              # (n, k, h, w) float16 probabilities: sigmoids of the logits
     "Probabilities of every class in every pixel; the model's mode is restored."
     device, channels, parts = next(model.parameters()).device, _channels(model), []
@@ -173,18 +173,18 @@ def predict_masks(
 
 # %% ../nbs/14a_rotation.ipynb #c021
 def kfold_masks(
-    build,                    # function (fold number) -> network, called with the generators seeded by `seed`, whatever the fold
+    build,                    # function (fold number) -> network, called with the generators seeded by seed, whatever the fold
     set:MaskSet,              # images and masks
     folds=None,               # fold of every row: array or Series; default: five folds by patient
     path=None,                # folder; each fold has its own inside
-    epochs:int=100,           # as for `fit_masks`
-    lr:float=1e-4,            # as for `fit_masks`
-    loss=None,                # as for `fit_masks`
+    epochs:int=100,           # as for fit_masks
+    lr:float=1e-4,            # as for fit_masks
+    loss=None,                # as for fit_masks
     *,
-    bs:int=8,                 # as for `fit_masks`
+    bs:int=8,                 # as for fit_masks
     seed:int=0,               # of the initial weights; fold k then trains with the seed 1000 * seed + k
-    precision:str='auto',     # as for `fit_masks`
-    **kwargs,                 # further arguments of `fit_masks`: select, batch_tfms, patience, schedule, cbs, opt_func, device
+    precision:str='auto',     # as for fit_masks
+    **kwargs,                 # further arguments of fit_masks: select, batch_tfms, patience, schedule, cbs, opt_func, device
 ) -> np.ndarray:              # (n, k, h, w) float16: out-of-fold probabilities
     "Train on all folds but one and predict that one, for each fold, always from the same initial weights; resumes where it was stopped."
     if path is None: raise ValueError("name a folder: path=...")
@@ -207,19 +207,19 @@ def fit_rotation(
     build,                    # function () -> network that gives logits (b, k, h, w); called with the generators seeded
     set:MaskSet,              # every image of it is trained on and validated on: keep test images out of it
     path,                     # folder for checkpoint, weights and history
-    epochs:int=100,           # at most, of `parts` runs each
+    epochs:int=100,           # at most, of parts runs each
     lr:float=1e-4,            # at the start
-    loss=None,                # function of logits and masks; default: `BCEDiceLoss()`
+    loss=None,                # function of logits and masks; default: BCEDiceLoss()
     *,
     parts:int=9,              # runs in an epoch
     patience:int=10,          # epochs without a lower mean validation loss after which it stops; None: never
     select:str='best',        # which epoch's weights are kept: 'best' by that mean, or 'last'
     batch_tfms=(),            # augmentation of the training batches
     bs:int=8,                 # batch size
-    cbs=None,                 # as for `fit_masks`; their epoch is a run
+    cbs=None,                 # as for fit_masks; their epoch is a run
     opt_func=adam,            # optimiser
     seed:int=0,               # weights, parts, order of batches, augmentation
-    precision:str='auto',     # see `AutoPrecision`
+    precision:str='auto',     # see AutoPrecision
     device=None,              # default: fastai's default device
 ) -> tuple:                   # network in evaluation mode; history, a row per run, with columns epoch, run, train_loss, valid_loss, lr, seconds
     "Merand & Klein's rotation (2021): one network, validated on images that it has trained on, so its validation loss is optimistic; resumes after the last finished run."

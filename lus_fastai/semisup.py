@@ -17,7 +17,7 @@ from .contrastive import PairMethod, USCLAugment, _gather, _logits, _mean_loss, 
 def ramp_up(
     epoch:float,              # from 0
     length:float,             # epochs until 1 is reached; 0 for no ramp
-) -> float:                   # 0 in the first epoch, then exp(-5 (1 - epoch/length)^2), 1 from `length` on
+) -> float:                   # 0 in the first epoch, then exp(-5 (1 - epoch/length)^2), 1 from length on
     "The Gaussian ramp of Laine and Aila (2017)."
     if epoch >= length: return 1.
     return math.exp(-5 * (1 - epoch / length)**2) if epoch > 0 else 0.
@@ -154,7 +154,7 @@ class StrongAugment(USCLAugment):
     "The crop, flip and jitter of USCL, then cutout: a grey square somewhere on the view."
     def __init__(self,
         cutout:float=.5,      # longest side of the square as a share of the frame's sides; the side is drawn evenly from 0 to it
-        **kwargs,             # as for `USCLAugment`
+        **kwargs,             # as for USCLAugment
     ):
         super().__init__(**kwargs)
         self.cutout = _share('cutout', cutout)

@@ -133,7 +133,7 @@ def duplicate_groups(
 
 # %% ../nbs/02_sources.ipynb #c015
 def lesion_paths(
-    value,                    # an entry of the column `lesions`: paths joined by ';', or empty (also None or NaN)
+    value,                    # an entry of the column lesions: paths joined by ';', or empty (also None or NaN)
 ) -> list:                    # of str, a path a lesion
     "The mask files of one row of BUSI."
     return [p for p in value.split(';') if p] if isinstance(value, str) else []
@@ -186,7 +186,7 @@ def ccxs_patient(
     return 'ccxs-' + re.sub(r'(?<=[a-z_]\d)[a-d]$|(?<=lrg)-[a-d]$|(?<=\d)-[a-d]$|(?<=-\d)-\d$', '', stem)
 
 def mask_paths(
-    value,                    # an entry of the column `masks`: 'class|path|left|top' joined by ';', or empty (also None or NaN)
+    value,                    # an entry of the column masks: 'class|path|left|top' joined by ';', or empty (also None or NaN)
 ) -> list:                    # of (class, path, left, top)
     "The mask files of one row: what they show, and where in the picture their upper left corner lies, in pixels."
     parts = [p.rsplit('|', 3) for p in value.split(';') if p] if isinstance(value, str) else []
@@ -280,7 +280,7 @@ def exact_match(
 _SIIM = {'Negative for Pneumonia': 'negative', 'Typical Appearance': 'typical', 'Indeterminate Appearance': 'indeterminate', 'Atypical Appearance': 'atypical'}
 
 def siim_boxes(
-    value,                    # an entry of the column `label` of train_image_level.csv, such as 'opacity 1 10 20 30.5 40'
+    value,                    # an entry of the column label of train_image_level.csv, such as 'opacity 1 10 20 30.5 40'
 ) -> list:                    # of (x, y, width, height) in pixels; empty for 'none 1 0 0 1 1'
     "The boxes of one picture; raises ValueError for what is no list of boxes."
     words = value.split() if isinstance(value, str) else []
@@ -400,7 +400,7 @@ def busi_set(
 def siim_set(
     table:pd.DataFrame,       # from index('siim')
     size=128,                 # pixels: a side of squares, or (height, width); at least 16
-) -> MaskSet:                 # classes 'typical', 'indeterminate', 'atypical'; a negative picture has none. Table with `category`
+) -> MaskSet:                 # classes 'typical', 'indeterminate', 'atypical'; a negative picture has none. Table with category
     "Radiographs of SIIM-FISABIO-RSNA, their boxes filled with the category of the study."
     def filled(row, shape, size):
         h, w = (shape[k] if pd.isna(row[c]) else row[c] for k, c in enumerate(('height', 'width')))
@@ -430,7 +430,7 @@ def pack_sequence(
     files,                    # one picture a frame, of one size; ordered here by the last number in their names
     fps:float,                # frames a second of the sequence
     name:str,                 # of the clip, such as 'clust/ETH-01-1'
-    n:float=3.,               # frames a second to take (see `us4_rows`)
+    n:float=3.,               # frames a second to take (see us4_rows)
 ) -> Path:                    # a video in our cache, without loss
     "A folder of pictures as one clip, sampled as in US-4; raises `ClipError` when one of the pictures cannot be read."
     files = sorted(files, key=_number)
@@ -617,7 +617,7 @@ def _home(source, folder):
 
 def by_hand(
     name:str,                 # a registered source
-    folder=None,              # where it should go; `LUS_DATA`, or the cache, when None
+    folder=None,              # where it should go; LUS_DATA, or the cache, when None
 ) -> str:                     # instructions, a few lines
     "How to get a source without this program, for machines with no network."
     s = _source(name); folder = _home(s, folder)
@@ -627,7 +627,7 @@ def by_hand(
             f"That folder, or one inside it, should then hold {s.layout}.")
 
 def find_source(
-    name:str,                 # a registered source, one of `SOURCES`
+    name:str,                 # a registered source, one of SOURCES
     top,                      # a folder: the source's own, or one that holds it
 ):                            # Path or None
     "The folder at or below `top` that holds a source, or None."
@@ -637,8 +637,8 @@ def find_source(
     return next((p for p in places if all(any(next(p.glob(a), None) for a in m.split('|')) for m in source.marker)), None)
 
 def index(
-    name:str,                 # a registered source, one of `SOURCES`
-    folder=None,              # its folder, or one that holds it; `LUS_DATA`, or the cache, when None
+    name:str,                 # a registered source, one of SOURCES
+    folder=None,              # its folder, or one that holds it; LUS_DATA, or the cache, when None
 ) -> pd.DataFrame:            # a clip table, checked, sorted by path
     "Read a source's folder into a clip table; prints what was found and what did not fit."
     s = _source(name); top = _home(s, folder); root = find_source(name, top)
@@ -731,7 +731,7 @@ def _get(url, path, size, sha, tries, wait):
 
 def verify(
     name:str,                 # a registered source
-    folder=None,              # its folder; `LUS_DATA`, or the cache, when None
+    folder=None,              # its folder; LUS_DATA, or the cache, when None
 ) -> pd.Series:               # 'right', 'wrong' or 'missing' for every path of the manifest
     "Compare a folder with the manifest, byte for byte."
     folder, m = _home(_source(name), folder), manifest(name)
@@ -743,7 +743,7 @@ def verify(
 
 def fetch(
     name:str,                 # a registered source
-    folder=None,              # where to put it; `LUS_DATA`, or the cache, when None
+    folder=None,              # where to put it; LUS_DATA, or the cache, when None
     base_url:str=None,        # a mirror with the upstream's layout; the upstream itself when None
     files=None,               # paths or patterns of the manifest, such as ['pocus_videos/linear/*']; all when None
     tries:int=5,              # attempts in a row without a new byte before giving up, at least 1

@@ -331,7 +331,7 @@ def chest_boxes(
 
 def chest_box_set(
     set:MaskSet,              # pictures with the classes of CHEST
-) -> MaskSet:                 # the same pictures; classes 'typical', 'indeterminate', 'atypical'; table with `category`
+) -> MaskSet:                 # the same pictures; classes 'typical', 'indeterminate', 'atypical'; table with category
     "The boxes of `chest_boxes`, filled: the chest phantom as the box data of Merand's second step."
     boxes = chest_boxes(set)
     return MaskSet(set.images, fill_boxes(boxes, len(set), set.images.shape[1:], CATEGORIES[1:]), CATEGORIES[1:], set.table.assign(category=boxes.groupby('row')['name'].first().to_numpy()))
@@ -343,7 +343,7 @@ def rib_masks(
     seed:int=0,               # the same seed, the same frames
     frames:int=4,             # of each clip, a second apart; a patient has one clip
     clean:bool=False,         # also give the frames as they would be without speckle and noise
-):                            # MaskSet of one class, 'rib'; with `clean` a tuple of it and (n, h, w) uint8
+):                            # MaskSet of one class, 'rib'; with clean a tuple of it and (n, h, w) uint8
     "Frames of the lung-ultrasound phantom, linear probe, with the surfaces of ribs; half of the patients are healthy."
     size, clips, rows = _shape(size), [], []
     for k in range(-(-n//frames)):

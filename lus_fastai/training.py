@@ -151,7 +151,7 @@ class Checkpoint(EpochEnd):
     order = 80
     def __init__(self,
         path,                 # the checkpoint file
-        keep=(),              # callbacks with `state_dict` and `load_state_dict` to be saved as well
+        keep=(),              # callbacks with state_dict and load_state_dict to be saved as well
     ): self.path, self.keep = Path(path), list(keep)
     def epochs_done(self) -> int:
         "How many epochs the file has behind it; 0 if there is none."
@@ -217,7 +217,7 @@ def fit_resumable(
     lr:float,                 # learning rate at the start
     path,                     # the checkpoint file
     seed:int=0,               # of the run
-    cbs=(),                   # further callbacks; those with a `state_dict` are saved and restored
+    cbs=(),                   # further callbacks; those with a state_dict are saved and restored
 ):
     "`learn.fit` with a checkpoint after each epoch; called again after an interruption, it goes on to the same result. One process at a time in its folder."
     folder, checkpoint = Path(path).parent, Checkpoint(path, [cb for cb in cbs if hasattr(cb, 'state_dict')])
@@ -236,7 +236,7 @@ def _checked_logits(logits, n, what):
 class ClassProbs:
     "Collects softmax probabilities, a column `p_<class>` each; scored by frame accuracy."
     def __init__(self,
-        classes=None,         # label names in the order of the logits; default: those of the DataLoaders, see `bind`
+        classes=None,         # label names in the order of the logits; default: those of the DataLoaders, see bind
     ): self.classes = None if classes is None else list(classes)
     @property
     def columns(self):
@@ -259,7 +259,7 @@ class PixelCounts:
     "Collects each frame's pixel confusion, a column `cm_<true>_<predicted>` each; scored by mean IoU over all frames."
     def __init__(self,
         n:int,                # codes
-        classes=None,         # their names, which `bind` finds
+        classes=None,         # their names, which bind finds
     ): self.n, self.classes, self.columns = n, classes, confusion_columns(n)
     def bind(self, dls):
         "The same with the names of the DataLoaders' codes; ValueError where there are more or fewer."
@@ -279,8 +279,8 @@ class PixelCounts:
 def predict_table(
     model,                    # gives logits
     dl,                       # a DataLoader of labelled frames, not shuffled
-    collect,                  # a collector such as `ClassProbs`
-    precision:str='auto',     # see `AutoPrecision`
+    collect,                  # a collector such as ClassProbs
+    precision:str='auto',     # see AutoPrecision
 ) -> np.ndarray:              # (frames, columns of the collector)
     "Run a model over a DataLoader and collect a row per frame; the model's mode is restored."
     device, collect = next(model.parameters()).device, collect.bind(dl)
@@ -300,9 +300,9 @@ class FoldLog(EpochEnd):
         folder,               # where the selected epoch's weights go
         select:str,           # 'last', 'inner' or 'best'
         test_dl=None,         # for 'inner': the held-out frames, apart from the validation frames
-        precision:str='auto', # for predictions on `test_dl`
+        precision:str='auto', # for predictions on test_dl
         tick=None,            # called after each epoch
-        watch:str='score',    # 'train_loss', 'valid_loss' or 'score': what `watched` gives
+        watch:str='score',    # 'train_loss', 'valid_loss' or 'score': what watched gives
     ):
         self.collect, self.valid, self.folder, self.select, self.test_dl, self.precision, self.tick, self.watch = collect, valid, Path(folder), select, test_dl, precision, tick, watch
         self.history, self.best, self.picked, self.last = [], -float('inf'), None, None
@@ -435,18 +435,18 @@ def cross_validate(
     folds:pd.Series=None,     # fold number per row, same index; default: three folds by patient
     *,
     data,                     # function (train, valid) -> DataLoaders, two frame tables in
-    collect,                  # `ClassProbs()` or `PixelCounts(n)`
+    collect,                  # ClassProbs() or PixelCounts(n)
     epochs:int,               # at least 1
     path,                     # folder for checkpoints, predictions and weights
     lr:float=1e-3,            # at the start; or a list with one for each parameter group of the Learner
     patience:int=5,           # epochs on a plateau before the learning rate is lowered
     factor:float=.5,          # what it is multiplied by then
     watch:str=None,           # where a plateau is seen: 'train_loss', 'valid_loss' or 'score'; default 'train_loss' for select 'last', else 'score'
-    schedule:str='plateau',   # 'plateau' (`PlateauLR`); or 'cosine' (`CosineLR`), 'one-cycle' (`OneCycleLR`): without patience, factor, watch
+    schedule:str='plateau',   # 'plateau' (PlateauLR); or 'cosine' (CosineLR), 'one-cycle' (OneCycleLR): without patience, factor, watch
     select:str='last',        # 'last', 'inner' or 'best': who picks the epoch, see above
     seed:int=0,               # fold k is seeded by (seed, k)
-    precision:str='auto',     # see `AutoPrecision`
-) -> pd.DataFrame:            # the frame table with a column `fold` and the collector's columns, in the order of `frames`
+    precision:str='auto',     # see AutoPrecision
+) -> pd.DataFrame:            # the frame table with a column fold and the collector's columns, in the order of frames
     "Train on all folds but one and predict that one, for each fold; resumes where it was stopped."
     watch = watch or ('train_loss' if select == 'last' else 'score')
     if folds is None: folds = patient_folds(frames, 3)
@@ -545,7 +545,7 @@ def last_epoch(
     frames:pd.DataFrame,      # the frame table of the run
     folds:pd.Series,          # its folds
     path,                     # its folder, which knows the names of the columns
-) -> pd.DataFrame:            # as `cross_validate` returns it, but of each fold's last epoch
+) -> pd.DataFrame:            # as cross_validate returns it, but of each fold's last epoch
     "The last epoch's out-of-fold predictions of a finished `cross_validate`, whatever epoch it selected."
     claim = json.loads((Path(path)/'run.json').read_text())
     if claim['split'] != split_hash(frames, folds): raise ValueError(f"{path} holds a run with other frames or folds: give those that it was trained with")
@@ -558,7 +558,7 @@ def training_hours(
     return sum(pd.read_csv(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
 
 def fold_history(
-    path,                     # folder of a finished `cross_validate`
+    path,                     # folder of a finished cross_validate
 ) -> pd.DataFrame:            # columns fold, epoch, train_loss, valid_loss, score, lr, seconds
     "Loss, score, learning rate and duration of every epoch of every fold."
     return pd.concat([pd.read_csv(f).assign(fold=int(f.parent.name[4:])) for f in sorted(Path(path).glob('fold*/history.csv'))], ignore_index=True)
@@ -571,12 +571,12 @@ def _classifier(backbone, n_classes):
     return nn.Sequential(OrderedDict(scale=scale_for(backbone), backbone=deepcopy(backbone), head=nn.Linear(n, n_classes)))
 
 def fine_tune_learner(
-    dls,                      # DataLoaders of labelled frames in 0..1, as from `frame_dls`
-    backbone:nn.Module,       # (b, c, h, w) -> (b, n_features), with the attribute `n_features`; it is copied
-    policy='last 3',          # what trains: a policy of `freeze`, or a number of layers
+    dls,                      # DataLoaders of labelled frames in 0..1, as from frame_dls
+    backbone:nn.Module,       # (b, c, h, w) -> (b, n_features), with the attribute n_features; it is copied
+    policy='last 3',          # what trains: a policy of freeze, or a number of layers
     *,
     wd:float=1e-4,            # weight decay
-    splitter=trainable_params,# parameter groups; `stages` for a rate per stage
+    splitter=trainable_params,# parameter groups; stages for a rate per stage
 ) -> Learner:                 # with Adam and cross-entropy; its model gives logits
     "A Learner that fine-tunes a pretrained backbone (Chen 2021, section 4)."
     model, vocab = _classifier(backbone, get_c(dls)), getattr(dls, 'vocab', None)
@@ -593,26 +593,26 @@ def _fingerprint(module):
 
 # %% ../nbs/14_training.ipynb #c045b
 def fine_tune(
-    backbone:nn.Module,       # as for `fine_tune_learner`; gets one or three channels, whatever its first convolution takes
-    table,                    # a clip table, or a `FrameStore`
-    last=3,                   # how many of the last weight layers train, the new head included; or the name of a policy of `freeze`
+    backbone:nn.Module,       # as for fine_tune_learner; gets one or three channels, whatever its first convolution takes
+    table,                    # a clip table, or a FrameStore
+    last=3,                   # how many of the last weight layers train, the new head included; or the name of a policy of freeze
     *,
     path=None,                # folder for frames, checkpoints, predictions and weights: a run that was stopped goes on there; default: a temporary one
     folds:pd.Series=None,     # fold number per row of the clip table or of the store's frame table (frames that are not in it are left out); default: three folds by patient
     classes=CLASSES,          # label names
     epochs:int=100,           # at least 1
     lr:float=.01,             # at the start
-    factor:float=None,        # each stage's learning rate over that of the stage after it, see `split_rates`; default: one rate for all
+    factor:float=None,        # each stage's learning rate over that of the stage after it, see split_rates; default: one rate for all
     wd:float=1e-4,            # weight decay
     bs:int=32,                # batch size
     augment=None,             # batch transforms for training
     size:tuple=(224, 224),    # (height, width) of the frames of a clip table
     rate:float=3.,            # frames a second of a clip table
     max_frames:int=30,        # at most that many of a clip
-    select:str='last',        # as for `cross_validate`
+    select:str='last',        # as for cross_validate
     seed:int=0,               # fold k is seeded by (seed, k)
-    precision:str='auto',     # see `AutoPrecision`
-) -> pd.DataFrame:            # as from `cross_validate`: a row per frame with columns `fold` and `p_<class>`, none predicted by a network that has seen its patient
+    precision:str='auto',     # see AutoPrecision
+) -> pd.DataFrame:            # as from cross_validate: a row per frame with columns fold and p_<class>, none predicted by a network that has seen its patient
     "Fine-tune a pretrained backbone on all folds but one and predict that one, for each fold."
     policy = f'last {last}' if isinstance(last, int) else last
     model = _classifier(backbone, len(classes))

@@ -90,7 +90,7 @@ def _but(model, words, last_stage=False):
     return [p for p in model.parameters() if id(p) not in frozen]
 
 def freeze(
-    model:nn.Module,          # changed in place: `requires_grad` of every parameter, whatever it was
+    model:nn.Module,          # changed in place: requires_grad of every parameter, whatever it was
     policy:str,               # 'all', 'head', 'last n', 'none frozen', 'bottleneck frozen', 'encoder frozen' or 'all frozen', see above
 ) -> Frozen:                  # what trains and what does not; prints itself
     "Choose by name which parameters train; batch norm of frozen layers stays in the model's mode. ValueError, and nothing changed, where the name does not fit the model."
@@ -139,8 +139,8 @@ class GradualUnfreeze(Callback):
 
 # %% ../nbs/09_transfer.ipynb #c030
 def name_outputs(
-    model:nn.Module,          # gets the attribute `classes`
-    classes,                  # what its outputs mean, in their order, such as `dls.vocab`
+    model:nn.Module,          # gets the attribute classes
+    classes,                  # what its outputs mean, in their order, such as dls.vocab
 ):
     "Write the names of a model's outputs into `model.classes`; ValueError where it has other names, or another order."
     new, old = list(map(str, classes)), list(getattr(model, 'classes', None) or classes)
@@ -155,7 +155,7 @@ class Weights(dict):
     classes = normalize = None
 
 def save_weights(
-    model:nn.Module,          # parameters and buffers are saved, and `model.classes` and `model.normalize` if it has them
+    model:nn.Module,          # parameters and buffers are saved, and model.classes and model.normalize if it has them
     path,                     # a file named .safetensors
 ):
     "Write a model's weights as safetensors, atomically."
@@ -177,7 +177,7 @@ def _load_safetensors(path):
 
 def load_weights(
     path,                     # .safetensors, or a PyTorch file that holds nothing but tensors
-) -> Weights:                 # name -> tensor, on the CPU; `classes` and `normalize` where the file has them
+) -> Weights:                 # name -> tensor, on the CPU; classes and normalize where the file has them
     "Read weights without unpickling code; raises ValueError that names the file."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}")
@@ -200,7 +200,7 @@ class Account:
     differ: list              # in both, with other shapes: (name, source shape, target shape)
     n_loaded: int             # numbers copied
     n_total: int              # numbers in the target
-    fitted: list = field(default_factory=list) # of `loaded`, those whose number of inputs was changed, or that fill a part of the target: (name, source shape, target shape)
+    fitted: list = field(default_factory=list) # of loaded, those whose number of inputs was changed, or that fill a part of the target: (name, source shape, target shape)
     def __str__(self):
         lines = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.left) + len(self.differ)} tensors ({self.n_loaded:,} of {self.n_total:,} numbers)"]
         if self.fitted: lines.append(f"fitted: {_shapes(self.fitted)}")
@@ -274,15 +274,15 @@ def _move(src, dst, words, fit, what):
 
 def copy_encoder(
     src,                      # a classifier, autoencoder, segmenter or backbone; a dictionary of its tensors; or a weights file
-    dst:nn.Module,            # a network with an `encoder` or `backbone`, or a backbone itself; changed in place
+    dst:nn.Module,            # a network with an encoder or backbone, or a backbone itself; changed in place
 ) -> Account:                 # what moved; prints itself
     "Move an encoder's weights and running statistics into another network; ValueError that names the tensors, and nothing changed, where the two differ."
     def fit(i, s, t): return (_gray_inputs(s, t.shape[1]), t) if i == 0 and s.ndim == 4 and s.shape[:1] + s.shape[2:] == t.shape[:1] + t.shape[2:] else None
     return _move(src, dst, ('encoder', 'backbone'), fit, 'encoder')
 
 def copy_decoder(
-    src,                      # an autoencoder or a U-Net of `segmenter`, a dictionary of its tensors, or a weights file
-    dst:nn.Module,            # a U-Net of `segmenter`, or an autoencoder; changed in place
+    src,                      # an autoencoder or a U-Net of segmenter, a dictionary of its tensors, or a weights file
+    dst:nn.Module,            # a U-Net of segmenter, or an autoencoder; changed in place
 ) -> Account:                 # what moved; prints itself
     "Move a decoder; where a U-Net's convolution also sees skip channels, the weights of the upsampled channels move and the others stay as they were."
     def fit(i, s, t): return (s, t[:, :s.shape[1]]) if s.ndim == 4 and s.shape[1] < t.shape[1] and s.shape[:1] + s.shape[2:] == t.shape[:1] + t.shape[2:] else None

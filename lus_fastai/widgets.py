@@ -158,7 +158,7 @@ class ClipBrowser(_Panel):
     "Look through the clips of a table: pick by source, class and patient, scrub and play, masks on top."
     def __init__(self,
         table:pd.DataFrame=None,  # clip table; None makes a small phantom
-        folder=None,              # where that phantom is kept; default `lus_home()/'widgets'`
+        folder=None,              # where that phantom is kept; default lus_home()/'widgets'
         size:tuple=(400, 600),    # frames are shown as large as fits into this height and width, pixels
     ):
         super().__init__(_named(_phantom(folder) if table is None else table), size)
@@ -220,12 +220,12 @@ class Explainer(_Panel):
     "Ask a classifier where it looks: a frame beside its map, for a method and a class, and the probabilities over the clip."
     def __init__(self,
         model:torch.nn.Module,    # gives logits (b, classes)
-        clips=None,               # clip table (frames are sampled as `sample_clip` does) or `FrameStore`; None makes a small phantom
-        classes=None,             # names of the model's outputs, in order; default: `model.classes`
+        clips=None,               # clip table (frames are sampled as sample_clip does) or FrameStore; None makes a small phantom
+        classes=None,             # names of the model's outputs, in order; default: model.classes
         channels:int=None,        # of the model's input, grey copied; by default what its first convolution takes
         size:tuple=(224, 224),    # height and width of the model's input; a store has its own
-        methods:dict=None,        # display name -> function `method(model, x, target)`; default `EXPLAINERS`
-        folder=None,              # where the phantom is kept; default `lus_home()/'widgets'`
+        methods:dict=None,        # display name -> function method(model, x, target); default EXPLAINERS
+        folder=None,              # where the phantom is kept; default lus_home()/'widgets'
     ):
         self.store = clips if isinstance(clips, FrameStore) else None
         table = _phantom(folder) if clips is None else clips if self.store is None else self.store.frames.drop_duplicates('clip')
@@ -309,8 +309,8 @@ class Explainer(_Panel):
 
 # %% ../nbs/18_widgets.ipynb #c027
 def fans_file(
-    path,               # a clip table's CSV file, such as `clips.csv`
-) -> Path:              # `clips.fans.csv` beside it
+    path,               # a clip table's CSV file, such as clips.csv
+) -> Path:              # clips.fans.csv beside it
     "Where the fans of a table are kept."
     return Path(path).with_suffix('.fans.csv')
 
@@ -318,8 +318,8 @@ def _keys(table, path): return [Path(os.path.relpath(p, Path(path).absolute().pa
 
 def read_fans(
     table:pd.DataFrame, # a clip table
-    path,               # its CSV file; the fans are in `fans_file(path)`, which may not exist yet
-) -> pd.DataFrame:      # a copy with columns `fan` (JSON text, '' for none) and `fan_by` ('hand', 'found' or '')
+    path,               # its CSV file; the fans are in fans_file(path), which may not exist yet
+) -> pd.DataFrame:      # a copy with columns fan (JSON text, '' for none) and fan_by ('hand', 'found' or '')
     "Give a clip table the fans that were saved beside it; a row that has none there keeps its own. Raises `TableError` if the file holds something else."
     file, out = fans_file(path), table.copy()
     fan = out['fan'].where(out['fan'].notna(), '').astype(str) if 'fan' in out else pd.Series('', out.index)
@@ -361,9 +361,9 @@ def _start(kind, h, w):
 class FanEditor(_Panel):
     "Correct the fan of a clip by hand: sliders for its geometry, the outline on top of the frame, saved beside the table."
     def __init__(self,
-        table:pd.DataFrame=None,  # clip table, with or without a column `fan`; None makes a small phantom
-        path=None,                # its CSV file, which need not exist; fans are saved to `fans_file(path)`; needed with a table
-        folder=None,              # where the phantom is kept; default `lus_home()/'widgets'`
+        table:pd.DataFrame=None,  # clip table, with or without a column fan; None makes a small phantom
+        path=None,                # its CSV file, which need not exist; fans are saved to fans_file(path); needed with a table
+        folder=None,              # where the phantom is kept; default lus_home()/'widgets'
         size:tuple=(360, 480),    # frames are shown as large as fits into this height and width, pixels
     ):
         if table is None: table, path = _phantom(folder), path or Path(folder or lus_home()/'widgets')/'clips.csv'

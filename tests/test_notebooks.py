@@ -103,7 +103,9 @@ def undocumented(name, f):
     from fastcore.docments import docments
     f = inspect.unwrap(f)
     docs = docments(f, returns=False, args_kwargs=True)
-    return [f'{name}({a}) has no comment beside it' for a in inspect.signature(f).parameters if a not in ('self', 'cls') and not docs.get(a)]
+    arguments = [a for a in inspect.signature(f).parameters if a not in ('self', 'cls')]
+    ticks = [f'the comment beside {name}({a}) has backticks, which show as raw links' for a in arguments if '`' in (docs.get(a) or '')]
+    return ticks + [f'{name}({a}) has no comment beside it' for a in arguments if not docs.get(a)]
 
 @each_module
 def test_exports_are_documented(module):

@@ -145,7 +145,7 @@ def test_wheel_holds_the_package_and_its_data_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split('/')[0] for n in names}
     assert tops == {'lus_fastai', f"lus_fastai-{settings()['version']}.dist-info"}
-    assert not [n for n in names if n.endswith('.ipynb') or '/tests/' in n or '/nbs/' in n or '_modidx' in n]
+    assert not [n for n in names if n.endswith('.ipynb') or '/tests/' in n or '/nbs/' in n]
     shipped = {p.relative_to(ROOT/'data').as_posix() for p in tracked() if p.is_relative_to(ROOT/'data')}
     assert {n.removeprefix('lus_fastai/_data/') for n in names if n.startswith('lus_fastai/_data/')} == shipped
     assert {n.removeprefix('lus_fastai/_results/') for n in names if n.startswith('lus_fastai/_results/')} == {p.name for p in (ROOT/'results').glob('*.json')}
@@ -186,6 +186,27 @@ def test_the_page_of_notebooks_lists_each_with_its_line_and_colab(site):
     repo = cfg['git_url'].split('github.com/')[1]
     for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
         assert f']({p.name})' in page and f"https://colab.research.google.com/github/{repo}/blob/{cfg['branch']}/nbs/{p.name}" in page, p.name
+
+def test_a_documented_name_without_markdown_is_a_fault(docs):
+    class Cell:
+        cell_type, source = 'code', 'show_doc(overlay)'
+        def __init__(self, *outputs): self.outputs = outputs
+        def get(self, name, default=None): return getattr(self, name, default)
+    failed = Cell(dict(output_type='error', ename='TypeError', evalue='ambiguous\narray'))
+    assert docs._undocumented(failed)[0] == 'show_doc(overlay)' and docs._told(failed) == 'TypeError: ambiguous array'
+    assert docs._undocumented(Cell()) and docs._undocumented(Cell(dict(data={'text/markdown': '### overlay'}))) is None
+
+def test_nbdev_finds_every_name_and_its_page():
+    "The entry point that documentation links by, and the index behind it."
+    from importlib.metadata import entry_points
+    point = next(e for e in entry_points(group='nbdev') if e.name == 'lus_fastai')
+    known = point.load()['syms']
+    assert set(known) == {f'lus_fastai.{m}' for m in MODULES}
+    for name, index in known.items():
+        module = import_module(name)
+        own = [getattr(module, n) for n in module.__all__ if getattr(getattr(module, n), '__module__', None) == name]
+        named = {f'{name}.{o.__name__}' for o in own if hasattr(o, '__name__')}
+        assert named and named <= set(index), f'run nbdev-export: {sorted(named - set(index))}'
 
 def test_nbdev_processes_every_notebook():
     out = fresh("import sys; sys.path.insert(0, 'tools'); import docs; print('\\n'.join(docs.process()))")

@@ -199,21 +199,32 @@ def check(
         faults.append('README.md is not what nbs/index.ipynb gives: run `make docs`')
     return faults
 
+def _undocumented(cell):
+    "The `show_doc` call of a cell that gave no Markdown, or None."
+    call = re.search(r'^show_doc\(.*\)', cell.source, re.M) if cell.cell_type == 'code' else None
+    return None if call and any('text/markdown' in o.get('data', {}) for o in cell.get('outputs', [])) else call
+
+def _told(cell):
+    "What a cell's outputs say of an error, in one line."
+    errors = [f"{o['ename']}: {o['evalue']}" for o in cell.get('outputs', []) if o.get('output_type') == 'error']
+    return ' '.join('; '.join(errors).split()) or 'no output'
+
 def process(
     root:Path=root, # the project's folder
 )->list:            # sentences, one a notebook that nbdev could not process
-    "nbdev's own processing of each notebook, documentation of every exported name included, as Quarto would be given them."
+    "nbdev's own processing of each notebook, as Quarto would be given them; a `show_doc` cell without Markdown is a fault too, since its coloured traceback stalls Pandoc."
     from fastcore.nbio import read_nb
     from nbdev.processors import FilterDefaults
     os.chdir(root)
     os.environ['IN_TEST'] = '1'
     faults = []
-    for p in sorted((root/'nbs').glob('*.ipynb')):
+    for p in sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(root).parts)):
         nb, told = read_nb(p), io.StringIO()
         try:
             with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told): FilterDefaults()(nb)
             front = yaml.safe_load(nb.cells[0].source.strip().strip('-')) if nb.cells[0].cell_type == 'raw' else {}
             if not front.get('title'): faults.append(f'{p.name}: nbdev finds no title in it')
+            faults += [f'{p.name}: {shown[0]} has no documentation: {_told(c)}' for c in nb.cells if (shown := _undocumented(c))]
         except Exception as e:
             why = f' ({type(e.__cause__).__name__}: {e.__cause__})' if e.__cause__ else ''
             faults.append(f'{p.name}: nbdev could not process it: {" ".join(str(e).split())}{why}')

@@ -42,7 +42,7 @@ from ..report import plot_roc, results_json, results_table, training_card
 @dataclass(frozen=True)
 class Net:
     "A backbone, and the sizes at which it is trained."
-    name:str                  # as for `covidnet`
+    name:str                  # as for covidnet
     size:int                  # height and width of its frames
     epochs:int
     crop:bool=True            # trained once more on frames cut down to the fan
@@ -66,10 +66,10 @@ PAPER = AroraSettings(nets=(Net('vgg16', 224, 20), Net('resnet18', 224, 20)), ra
 
 # %% ../../nbs/22_papers.arora.ipynb #c008
 def clip_table(
-    data:str='phantom',              # 'phantom', or 'pocus' for the convex clips under `LUS_DATA`
+    data:str='phantom',              # 'phantom', or 'pocus' for the convex clips under LUS_DATA
     settings:AroraSettings=DEFAULT,  # sizes
-    home=None,                       # where clips are kept; default `lus_home()`
-    folder=None,                     # for 'pocus': the folder of real data; default `LUS_DATA`
+    home=None,                       # where clips are kept; default lus_home()
+    folder=None,                     # for 'pocus': the folder of real data; default LUS_DATA
 ) -> pd.DataFrame:                   # clip table
     "Convex clips and stills of three classes (Arora 2020 leaves linear probes out)."
     home, s = Path(home or lus_home()), settings
@@ -87,8 +87,8 @@ def frame_store(
     table:pd.DataFrame,              # clip table
     size:int,                        # height and width of the frames, aspect ignored as in the paper
     settings:AroraSettings=DEFAULT,  # sampling
-    home=None,                       # default `lus_home()`
-    prepare=None,                    # as for `FrameStore.build`
+    home=None,                       # default lus_home()
+    prepare=None,                    # as for FrameStore.build
 ) -> FrameStore:                     # its frames
     "Frames at `rate` a second, at most `max_frames` of a clip."
     name = hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
@@ -117,7 +117,7 @@ def pocovid_folds(
 
 def protocol_folds(
     frames:pd.DataFrame,             # frame table
-    protocol:str,                    # a name from `PROTOCOLS`
+    protocol:str,                    # a name from PROTOCOLS
     settings:AroraSettings=DEFAULT,  # number of folds, seed
 ) -> pd.Series:                      # fold per row
     "The folds of a protocol; those of 'patient' are proved to be disjoint."
@@ -131,7 +131,7 @@ def protocol_folds(
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
 def learner(
-    dls,                      # from `frame_dls`
+    dls,                      # from frame_dls
     net:Net,                  # which backbone
 ) -> Learner:                 # with Adam and cross-entropy
     "Covid-Net for the classes of the data, one grey channel."
@@ -143,7 +143,7 @@ def classify(
     path,                            # folder of the run
     protocol:str='patient',          # 'patient' or 'file'
     settings:AroraSettings=DEFAULT,  # sizes
-    frames:pd.DataFrame=None,        # rows of the store's frame table, perhaps with other labels (see `ask`); default: all
+    frames:pd.DataFrame=None,        # rows of the store's frame table, perhaps with other labels (see ask); default: all
     classes=CLASSES,                 # their labels
 ) -> pd.DataFrame:                   # out-of-fold probabilities, a row per frame
     "Train and cross-validate one network on all folds (Arora 2020, section 3; the paper trained one fold)."
@@ -155,7 +155,7 @@ def classify(
 def run_folder(
     settings:AroraSettings,          # sizes
     data:str,                        # 'phantom' or 'pocus'
-    home=None,                       # default `lus_home()`
+    home=None,                       # default lus_home()
 ) -> Path:                           # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
     key = {k: v for k, v in {**asdict(settings), 'nets': None}.items() if k != 'external_frames'}     # another choice of networks shares the runs
@@ -176,7 +176,7 @@ def theirs(
 
 # %% ../../nbs/22_papers.arora.ipynb #c021
 def fold_model(
-    path,                     # folder of a `classify` run
+    path,                     # folder of a classify run
     net:Net,                  # its backbone
     fold:int,                 # which fold's network
     classes=CLASSES,          # those that it was trained for, in order
@@ -192,11 +192,11 @@ def _batches(store, rows, bs=64):
 
 def held_out(
     function,                 # function (model, x (b, 1, h, w)) -> (b, ...) array or tensor
-    path,                     # folder of a `classify` run
+    path,                     # folder of a classify run
     net:Net,                  # its backbone
     store:FrameStore,         # its frames
     oof:pd.DataFrame,         # its out-of-fold table, or some rows of it
-) -> np.ndarray:              # (rows, ...), in the order of `oof`
+) -> np.ndarray:              # (rows, ...), in the order of oof
     "Apply a function to every frame with the network that has not seen it."
     parts, order = [], []
     for fold, group in progress(list(oof.groupby('fold'))):
@@ -209,14 +209,14 @@ def held_out(
 def external_table(
     data:str,                        # 'phantom' or 'pocus'
     settings:AroraSettings=DEFAULT,  # sizes
-    home=None,                       # default `lus_home()`
+    home=None,                       # default lus_home()
 ):                                   # clip table, or None where there is no external set
     "Patients that are in no fold: another phantom's, or COVID-BLUES with `LUS_DATA` (whose labels are 'covid' and 'negative')."
     if data == 'phantom': return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=max(6, settings.patients // 3)), home)
     return index('blues', real_data()) if (real_data()/'blues').is_dir() else None
 
 def ensemble(
-    path,                     # folder of a `classify` run
+    path,                     # folder of a classify run
     net:Net,                  # its backbone
     store:FrameStore,         # frames of patients that are in none of its folds
     classes=CLASSES,          # what the networks were trained for
@@ -235,20 +235,20 @@ def ensemble(
 def against_rest(
     preds:pd.DataFrame,       # predictions, with labels that the networks may not know
     label:str='covid',        # the class that is asked for
-) -> pd.DataFrame:            # labels `label` and 'other', columns p_<label> and p_other
+) -> pd.DataFrame:            # labels label and 'other', columns p_<label> and p_other
     "One class against everything else, for data whose labels say no more than that."
     p = preds[f'p_{label}']
     return preds.drop(columns=[f'p_{c}' for c in pred_classes(preds)]).assign(**{'label': np.where(preds['label'] == label, label, 'other'), f'p_{label}': p, 'p_other': 1 - p})
 
 # %% ../../nbs/22_papers.arora.ipynb #c028
 def uncertainty(
-    path,                     # folder of a `classify` run
+    path,                     # folder of a classify run
     net:Net,                  # its backbone
     store:FrameStore,         # its frames
     oof:pd.DataFrame,         # its out-of-fold table
     how:str='augment',        # 'augment', or 'dropout' for a network that has it
     n:int=10,                 # passes
-) -> pd.DataFrame:            # the table with a column `confidence`, 0..1
+) -> pd.DataFrame:            # the table with a column confidence, 0..1
     "POCOVID-Net's confidence of each held-out frame."
     if how not in ('augment', 'dropout'): raise ValueError(f"how is 'augment' or 'dropout', not {how!r}")
     def turned(x): return torch.Tensor(AroraAugment()(TensorFrame(x), split_idx=0))
@@ -258,9 +258,9 @@ def uncertainty(
 
 # %% ../../nbs/22_papers.arora.ipynb #c031
 def fan_masks(
-    table:pd.DataFrame,       # clip table with a column `fan` (see `add_fans`); clips without a fan are left out
+    table:pd.DataFrame,       # clip table with a column fan (see add_fans); clips without a fan are left out
     size:int,                 # height and width of the store's frames
-    prepare=None,             # what the store's frames went through, such as `fan_crop`
+    prepare=None,             # what the store's frames went through, such as fan_crop
 ) -> dict:                    # clip -> (size, size) bool
     "Each clip's fan as a mask on the store's frames."
     def mask(row):
@@ -272,19 +272,19 @@ def fan_masks(
 
 def frame_masks(
     store:FrameStore,         # its frames
-    fans:dict,                # clip -> mask, from `fan_masks`
+    fans:dict,                # clip -> mask, from fan_masks
 ) -> np.ndarray:              # (frames, h, w) bool; all of the picture where no fan is known
     "The fan of every frame of a store."
     whole = np.ones(store.size, bool)
     return np.stack([fans.get(c, whole) for c in store.frames['clip']])
 
 def attention(
-    path,                     # folder of a `classify` run
+    path,                     # folder of a classify run
     net:Net,                  # its backbone
     store:FrameStore,         # its frames
     oof:pd.DataFrame,         # its out-of-fold table
-    fans:dict,                # clip -> mask, from `fan_masks`; frames of other clips are left out
-) -> pd.DataFrame:            # rows of `oof` with columns `heat` (share of |Grad-CAM| inside the fan) and `area` (share of the picture)
+    fans:dict,                # clip -> mask, from fan_masks; frames of other clips are left out
+) -> pd.DataFrame:            # rows of oof with columns heat (share of |Grad-CAM| inside the fan) and area (share of the picture)
     "Where the networks look in frames that they have not seen."
     oof = oof[oof['clip'].isin(fans)]
     maps = held_out(grad_cam, path, net, store, oof)
@@ -292,7 +292,7 @@ def attention(
     return oof.assign(heat=np.asarray(heat_in_fan(torch.from_numpy(maps), torch.from_numpy(masks))), area=masks.mean((1, 2)))
 
 def mean_over_patients(
-    table:pd.DataFrame,       # with a column `patient`
+    table:pd.DataFrame,       # with a column patient
     column:str,               # numbers
     n_boot:int=1000,          # resamples of patients
     seed:int=0,               # of the resampling
@@ -308,7 +308,7 @@ QUESTIONS = {'healthy against diseased': dict(regular='healthy', covid='diseased
 
 def ask(
     frames:pd.DataFrame,      # frame table
-    question:str,             # a name from `QUESTIONS`
+    question:str,             # a name from QUESTIONS
 ) -> pd.DataFrame:            # the rows that the question is about, with its labels
     "Relabel a frame table for a binary question."
     if question not in QUESTIONS: raise ValueError(f"question is one of {list(QUESTIONS)}, not {question!r}")
@@ -350,7 +350,7 @@ RUNS = {**PROTOCOLS, _CROPPED: 'honest, on frames cut down to the fan and black 
 def score_cells(
     oof:pd.DataFrame,         # out-of-fold table
     net:Net,                  # its backbone
-    protocol:str,             # a name from `RUNS`; the paper's numbers stand beside 'file' only
+    protocol:str,             # a name from RUNS; the paper's numbers stand beside 'file' only
 ) -> list:                    # of cells
     "Accuracy by frame, clip and patient (mean probability and majority of the frames); precision, recall, F1 and AUC of each class; calibration error."
     majority = evaluate(oof, levels=('clip', 'patient'), how='majority')
@@ -364,7 +364,7 @@ def score_cells(
     return cells + [cell('classification', net.name, 'ECE', ece(oof), protocol=protocol)]
 
 def external_cells(
-    tables:dict,              # from `ensemble`
+    tables:dict,              # from ensemble
     net:Net,                  # its backbone
 ) -> list:                    # of cells
     "The fold networks one by one and together, on patients in no fold: AUC of COVID-19 by patient, and accuracy where the labels allow it."
@@ -382,8 +382,8 @@ def reproduce(
     data:str='phantom',              # 'phantom' or 'pocus'
     quick:bool=False,                # small, for a demonstration
     out='results',                   # folder for the JSON file and the report
-    home=None,                       # where stores and checkpoints are kept; default `lus_home()`
-    settings:AroraSettings=None,     # default: `DEFAULT` or `QUICK`
+    home=None,                       # where stores and checkpoints are kept; default lus_home()
+    settings:AroraSettings=None,     # default: DEFAULT or QUICK
 ) -> Path:                           # the report
     "Arora 2020 end to end: each network honest and as in the paper, calibration, uncertainty, an external set, and where the networks look."
     s, home = settings or (QUICK if quick else DEFAULT), Path(home or lus_home())
@@ -469,11 +469,11 @@ def leak_table(
 
 def arora_report(
     path,                     # of the HTML file
-    results:dict,             # from `results_json`
+    results:dict,             # from results_json
     settings:AroraSettings,   # sizes
     stores:dict,              # net -> FrameStore
     oofs:dict,                # (net, name of the run) -> out-of-fold table
-    looks:dict,               # (net, name of the run) -> table of `attention`
+    looks:dict,               # (net, name of the run) -> table of attention
 ) -> Path:                    # the file
     "Accuracy under each protocol, confusion, ROC, precision-recall, calibration, abstention, attention, settings and versions, in one file."
     cells, s, net = results['cells'], settings, settings.nets[-1]

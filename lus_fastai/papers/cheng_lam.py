@@ -42,7 +42,7 @@ class ChengSettings:
     vunet_epochs:tuple=(1, 1, 2)    # likewise; a step costs eighteen times as much
     lrs:tuple=(3e-4, 3e-4, 3e-4)    # Adam, of each
     loss:str='bce+dice'       # or 'dice', the paper's: soft Dice alone, whose gradient vanishes once everything is called background
-    recipes:tuple=None        # names in `RECIPES`; default: all
+    recipes:tuple=None        # names in RECIPES; default: all
     seed:int=0
 
 DEFAULT = ChengSettings()
@@ -55,7 +55,7 @@ class Recipe:
     "How one network is made and trained."
     net:str='xunet'           # 'xunet' or 'vunet'
     start:str='shapes'        # 'none', or 'shapes': trained on salient shapes first (of V-Unet the encoder, and only where ImageNet's cannot be had)
-    frozen:str='none frozen'  # in fine-tuning, a policy of `freeze`: also 'bottleneck frozen' and 'encoder frozen'
+    frozen:str='none frozen'  # in fine-tuning, a policy of freeze: also 'bottleneck frozen' and 'encoder frozen'
     images:int=400            # 200: as they are; 400: these and their mirrored copies; 600: 300 and theirs
     bn:bool=False             # batch norm
     adaptive:bool=False       # halve the learning rate where the training loss stops falling
@@ -81,7 +81,7 @@ THEIRS_FIXED = {'X-Unet': (.8299, .8279), 'V-Unet': (.8632, .8603)}          # h
 
 # %% ../../nbs/21_papers.cheng_lam.ipynb #c010
 def target_set(
-    data:str='phantom',              # 'phantom' for ribs, or 'real' for the lesions of BUSI under `LUS_DATA`
+    data:str='phantom',              # 'phantom' for ribs, or 'real' for the lesions of BUSI under LUS_DATA
     settings:ChengSettings=DEFAULT,  # sizes
 ) -> MaskSet:                        # 300 pictures (or as many as there are) of one class, in an order that mixes the patients
     "What is to be outlined."
@@ -94,7 +94,7 @@ def target_set(
 
 def mirrored(
     pictures:MaskSet,                # any
-) -> MaskSet:                        # twice as many: the pictures, then their copies; the column `frame` tells them apart
+) -> MaskSet:                        # twice as many: the pictures, then their copies; the column frame tells them apart
     "Pictures and their mirrored copies, as separate samples (Cheng & Lam 2021)."
     both = pd.concat([pictures.table.assign(frame=i) for i in (0, 1)], ignore_index=True)
     both['clip'] = both['clip'].astype(str) + '#' + np.tile(np.arange(len(pictures)), 2).astype(str)
@@ -102,7 +102,7 @@ def mirrored(
 
 def recipe_set(
     recipe:Recipe,                   # how many pictures, mirrored or not, despeckled or not
-    pictures:MaskSet,                # from `target_set`
+    pictures:MaskSet,                # from target_set
 ) -> MaskSet:                        # what the recipe trains and tests on
     "The images of a recipe."
     chosen = pictures[:300 if recipe.images == 600 else 200]
@@ -115,8 +115,8 @@ PROTOCOLS = dict(
     image="the authors': pictures and mirrored copies dealt at random, so that most pictures of a test fold have their copy in training; the epoch that is best on the test fold counts")
 
 def protocol_folds(
-    images:MaskSet,                  # from `recipe_set`
-    protocol:str,                    # a name from `PROTOCOLS`
+    images:MaskSet,                  # from recipe_set
+    protocol:str,                    # a name from PROTOCOLS
     settings:ChengSettings=DEFAULT,  # number of folds, seed
 ) -> pd.Series:                      # fold per row
     "The folds of a protocol; those of 'patient' are proved to be disjoint."
@@ -128,8 +128,8 @@ def protocol_folds(
     return folds
 
 def copies_across(
-    images:MaskSet,                  # from `recipe_set`
-    folds:pd.Series,                 # from `protocol_folds`
+    images:MaskSet,                  # from recipe_set
+    folds:pd.Series,                 # from protocol_folds
 ) -> float:                          # share, 0..1
     "How many images have their own mirrored copy in another fold, that is in training when they are tested."
     spread = folds.groupby(images.table['clip']).transform('nunique')
@@ -139,7 +139,7 @@ def copies_across(
 def run_folder(
     settings:ChengSettings,          # sizes
     data:str,                        # 'phantom', 'real', or 'shapes' for what both start from
-    home=None,                       # default `lus_home()`
+    home=None,                       # default lus_home()
 ) -> Path:                           # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
     key = {k: v for k, v in asdict(settings).items() if k != 'recipes'}
@@ -171,11 +171,11 @@ def _train_loss(learn): return learn.loss_log.history[-1]['train_loss']
 
 def run_recipe(
     recipe:Recipe,                   # what to train
-    images:MaskSet,                  # from `recipe_set`
-    folds:pd.Series,                 # from `protocol_folds`
-    path,                            # from `run_folder`
-    start=None,                      # weights to start from, as from `pretrain` or `vunet_start`; default: none
-    protocol:str='patient',          # a name from `PROTOCOLS`
+    images:MaskSet,                  # from recipe_set
+    folds:pd.Series,                 # from protocol_folds
+    path,                            # from run_folder
+    start=None,                      # weights to start from, as from pretrain or vunet_start; default: none
+    protocol:str='patient',          # a name from PROTOCOLS
     settings:ChengSettings=DEFAULT,  # sizes
 ) -> tuple:                          # out-of-fold probabilities (n, 1, h, w), and the folder with fold0, fold1, ...
     "Train a recipe on every fold but one and predict that one, for each fold."
@@ -202,9 +202,9 @@ def run_recipe(
 # %% ../../nbs/21_papers.cheng_lam.ipynb #c019
 def vunet_start(
     recipe:Recipe,                   # with net='vunet'
-    path,                            # folder of `pretrain`
+    path,                            # folder of pretrain
     settings:ChengSettings=DEFAULT,  # sizes
-) -> tuple:                          # what `copy_encoder` takes, and its name: 'ImageNet' or 'salient shapes'
+) -> tuple:                          # what copy_encoder takes, and its name: 'ImageNet' or 'salient shapes'
     "VGG16 as ImageNet left it, or, where that cannot be had, the encoder of a V-Unet that has learnt salient shapes."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                      # the name says what it became
@@ -225,7 +225,7 @@ def score_cells(
     prob,                            # out-of-fold probabilities
     images:MaskSet,                  # what they are of
     folds:pd.Series,                 # and their folds
-    protocol:str,                    # a name from `PROTOCOLS`
+    protocol:str,                    # a name from PROTOCOLS
 ) -> list:                           # of cells
     "Their Dice, averaged over folds, and every score per image with its interval."
     numbers = np.asarray(folds)
@@ -237,8 +237,8 @@ def score_cells(
 
 def fixed_eighty(
     recipe:Recipe,                   # its network
-    images:MaskSet,                  # from `recipe_set`
-    folder,                          # from `run_recipe`
+    images:MaskSet,                  # from recipe_set
+    folder,                          # from run_recipe
     settings:ChengSettings=DEFAULT,  # sizes
 ) -> list:                           # soft Dice per fold
     "Score every fold's network on the same 80 images, most of which it was trained on (the paper's headline)."
@@ -254,8 +254,8 @@ def reproduce(
     data:str='phantom',              # 'phantom' or 'real'
     quick:bool=False,                # small, for a demonstration
     out='results',                   # folder for the JSON file and the report
-    home=None,                       # where checkpoints are kept; default `lus_home()`
-    settings:ChengSettings=None,     # default: `DEFAULT` or `QUICK`
+    home=None,                       # where checkpoints are kept; default lus_home()
+    settings:ChengSettings=None,     # default: DEFAULT or QUICK
 ) -> Path:                           # the report
     "Cheng & Lam 2021 end to end: salient shapes, transfer, fine-tuning, what is frozen, how many images, the leak."
     s, home = settings or (QUICK if quick else DEFAULT), Path(home or lus_home())
@@ -283,7 +283,7 @@ def reproduce(
 def dice_table(
     cells:list,                      # of a run
     column:str='dice',               # of the table of folds
-) -> pd.DataFrame:                   # label, group, value, low, high, theirs, as `plot_comparison` wants it
+) -> pd.DataFrame:                   # label, group, value, low, high, theirs, as plot_comparison wants it
     "One score of every recipe under both protocols."
     t = results_table(cells)
     rows = t[(t.table == 'folds') & (t.column == column)]
@@ -295,7 +295,7 @@ def dice_table(
 
 def cheng_report(
     path,                            # of the HTML file
-    results:dict,                    # from `results_json`
+    results:dict,                    # from results_json
     settings:ChengSettings,          # sizes
 ) -> Path:                           # the file
     "Dice of every recipe, the other scores, the leak, settings and versions, in one file."

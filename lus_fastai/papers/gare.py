@@ -43,8 +43,8 @@ class GareSettings:
     bs:int=4                  # batch size
     lr:float=1e-3             # Adam; the peak, if the schedule is one cycle
     loss:str='ce'             # of the segmenter: 'ce' as in the paper, or 'dice-ce' with class weights
-    schedule:str='plateau'    # 'plateau' or 'one-cycle', as for `cross_validate`
-    precision:str='auto'      # 'auto', 'bf16' or 'fp32', see `AutoPrecision`
+    schedule:str='plateau'    # 'plateau' or 'one-cycle', as for cross_validate
+    precision:str='auto'      # 'auto', 'bf16' or 'fp32', see AutoPrecision
     folds:int=3
     seg_patients:int=36       # phantom patients with pixel labels
     seg_frames:int=6          # frames of each
@@ -70,7 +70,7 @@ PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epo
 # %% ../../nbs/20_papers.gare.ipynb #c010
 def labelled_frames(
     settings:GareSettings=DEFAULT,   # sizes
-    home=None,                       # where clips and frames are kept; default `lus_home()`
+    home=None,                       # where clips and frames are kept; default lus_home()
 ) -> FrameStore:                     # with dense masks
     "The phantom patients with pixel labels: stand-ins for the paper's Semantic Lung set."
     home, s = Path(home or lus_home()), settings
@@ -79,7 +79,7 @@ def labelled_frames(
     return FrameStore.build(table, home/'stores'/name, size=s.size, max_frames=s.seg_frames)
 
 def data_name(
-    data,                            # as for `clips_to_classify`
+    data,                            # as for clips_to_classify
 ) -> str:                            # 'phantom', 'pocus', or 'own-' and a hash of the table
     "What files and folders of some data are called; ValueError for data that the reproduction cannot take."
     if isinstance(data, pd.DataFrame):
@@ -89,10 +89,10 @@ def data_name(
     return data
 
 def clips_to_classify(
-    data='phantom',                  # 'phantom', 'pocus' for the convex clips under `LUS_DATA`, or a clip table of your own
+    data='phantom',                  # 'phantom', 'pocus' for the convex clips under LUS_DATA, or a clip table of your own
     settings:GareSettings=DEFAULT,   # sizes
-    home=None,                       # as for `labelled_frames`
-    folder=None,                     # for 'pocus': the folder of real data; default `LUS_DATA`
+    home=None,                       # as for labelled_frames
+    folder=None,                     # for 'pocus': the folder of real data; default LUS_DATA
 ) -> FrameStore:                     # frames with one of three labels, or with those of your own clips
     "The clips that get a diagnosis: phantom patients, all convex POCUS clips and stills of three classes, or a clip table."
     home, s, name = Path(home or lus_home()), settings, data_name(data)
@@ -121,7 +121,7 @@ PROTOCOLS = dict(
           'test fold picks the epoch')
 
 def describe(
-    protocol:str,                    # a name from `PROTOCOLS`
+    protocol:str,                    # a name from PROTOCOLS
     settings:GareSettings=DEFAULT,   # its schedule
 ) -> str:                            # for results and report
     "A protocol in words, and what sets the learning rate."
@@ -131,7 +131,7 @@ def describe(
 
 def protocol_folds(
     frames:pd.DataFrame,             # frame table
-    protocol:str,                    # a name from `PROTOCOLS`
+    protocol:str,                    # a name from PROTOCOLS
     settings:GareSettings=DEFAULT,   # number of folds, seed
 ) -> pd.Series:                      # fold per row
     "The folds of a protocol; those of 'patient' are proved to be disjoint."
@@ -172,7 +172,7 @@ def segment(
 
 # %% ../../nbs/20_papers.gare.ipynb #c019b
 def best_fold(
-    path,                            # folder of a finished `segment`
+    path,                            # folder of a finished segment
 ) -> Path:                           # the weights of one fold
     "The weights of the fold that scored best at its selected epoch: they seed the classifier."
     last = fold_history(path).groupby('fold').score.last()
@@ -180,7 +180,7 @@ def best_fold(
 
 def classes_of(
     store:FrameStore,                # clips to classify
-) -> tuple:                          # label names, sorted: `CLASSES` for the phantom and POCUS
+) -> tuple:                          # label names, sorted: CLASSES for the phantom and POCUS
     "The classes of some clips: whatever their labels are."
     return tuple(sorted(store.frames['label'].unique()))
 
@@ -209,7 +209,7 @@ def classify(
 def look_up(
     store:FrameStore,                # labelled frames
     folds:pd.Series,                 # fold per row of its frame table
-) -> pd.DataFrame:                   # as from `classify`, with probabilities of 0 and 1
+) -> pd.DataFrame:                   # as from classify, with probabilities of 0 and 1
     "The label of the most similar frame of the other folds; every fourth row and column are compared."
     frames, number = store.frames, torch.tensor(folds.to_numpy())
     pixels = torch.from_numpy(store.images[frames.row.to_numpy()][:, ::4, ::4].copy()).flatten(1).float()
@@ -233,9 +233,9 @@ def _cells(scores, columns, table, row, protocol, theirs):
     return [cell(table, row, c, v, (lo, hi), theirs=theirs.get(c), protocol=protocol) for c, v, lo, hi in zip(columns, scores.value, scores.low, scores.high)]
 
 def segmentation_cells(
-    oof:pd.DataFrame,                # from `segment`
+    oof:pd.DataFrame,                # from segment
     labels:str,                      # 'dense' or 'sparse'
-    protocol:str,                    # a name from `PROTOCOLS`
+    protocol:str,                    # a name from PROTOCOLS
 ) -> list:                           # of cells
     "Pixel accuracy, mean IoU and IoU of each code; dense predictions by their own codes and merged to sparse ones (Gare 2021, Table 1)."
     def cells(table, row, theirs, names, merge=None):
@@ -246,9 +246,9 @@ def segmentation_cells(
     return cells('segmentation', 'dense, scored as sparse', THEIRS_SEGMENTATION, SPARSE, DENSE_TO_SPARSE) + cells('dense codes', 'dense', THEIRS_DENSE, DENSE)
 
 def classification_cells(
-    oof:pd.DataFrame,                # from `classify`
+    oof:pd.DataFrame,                # from classify
     row:str,                         # where the weights came from: 'dense', 'sparse' or 'none'
-    protocol:str,                    # a name from `PROTOCOLS`
+    protocol:str,                    # a name from PROTOCOLS
     table:str='classification',      # name of the table
 ) -> list:                           # of cells
     "Accuracy, precision, recall and F1 by frame as in the paper's Table 2; accuracy and balanced accuracy by clip and patient beside."
@@ -260,7 +260,7 @@ def classification_cells(
 # %% ../../nbs/20_papers.gare.ipynb #c030
 def run_folder(
     settings:GareSettings,           # sizes
-    home=None,                       # default `lus_home()`
+    home=None,                       # default lus_home()
 ) -> Path:                           # one folder per settings
     "Where the runs of some settings keep their checkpoints."
     return Path(home or lus_home())/'gare'/hashlib.sha256(repr(settings).encode()).hexdigest()[:10]
@@ -269,8 +269,8 @@ def reproduce(
     data='phantom',                  # what is classified: 'phantom', 'pocus', or a clip table of your own
     quick:bool=False,                # the demo's sizes and fewer protocols
     out='results',                   # folder for the JSON file and the report
-    home=None,                       # where stores and checkpoints are kept; default `lus_home()`
-    settings:GareSettings=None,      # default: `DEFAULT`, or `QUICK` and `QUICK_REAL`
+    home=None,                       # where stores and checkpoints are kept; default lus_home()
+    settings:GareSettings=None,      # default: DEFAULT, or QUICK and QUICK_REAL
 ) -> Path:                           # the report
     "Gare 2021 end to end: segmentation, reverse transfer, honest and leaky, ours beside theirs."
     run = data_name(data)
@@ -323,7 +323,7 @@ def reproduce(
 def held_out_masks(
     store:FrameStore,                # with masks
     folds:pd.Series,                 # fold per row of its frame table
-    path,                            # folder of the `segment` run
+    path,                            # folder of the segment run
     settings:GareSettings,           # its sizes
     n:int=5,                         # frames, from different patients of the first fold
 ) -> tuple:                          # (frames, true masks, predicted masks), each (n, h, w)
@@ -464,11 +464,11 @@ def _data(r, clips):
 # %% ../../nbs/20_papers.gare.ipynb #c032f
 def gare_report(
     path,                            # of the HTML file
-    results:dict,                    # from `results_json`
+    results:dict,                    # from results_json
     labelled:FrameStore,             # phantom frames with masks
     clips:FrameStore,                # what was classified
-    segmented:dict,                  # (labels, protocol) -> table of `segment`
-    classified:dict,                 # (start, protocol) -> table of `classify`
+    segmented:dict,                  # (labels, protocol) -> table of segment
+    classified:dict,                 # (start, protocol) -> table of classify
     runs,                            # folder of the runs
     settings:GareSettings,           # sizes
 ) -> Path:                           # the file

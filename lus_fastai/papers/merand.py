@@ -49,10 +49,10 @@ class MerandSettings:
     "Sizes of one run of the reproduction; the defaults are what one thread finishes in about five hours."
     backbones:tuple=('resnet50', 'resnext50', 'vgg16', 'tf_efficientnet_lite0')   # for the main rows: U-Net, encoder moved; the last is not the paper's, but its ImageNet weights come as a package
     matrix:tuple=('resnet50', 'resnext50', 'vgg16')      # backbones that also get DeepLabv3, and both halves of the autoencoder
-    rows:tuple=TABLE3              # names in `PRETRAININGS`
+    rows:tuple=TABLE3              # names in PRETRAININGS
     starts:tuple=('random', 'imagenet')   # initial weights of the backbone; ImageNet's column is left out where they cannot be had
-    beside:tuple=('SimCLR, boxes',)   # further names in `PRETRAININGS` for the backbones of `matrix`: 'autoencoder', 'SimCLR, boxes'
-    disjoint:tuple=('none', 'autoencoder, boxes')   # rows of `matrix` that are also trained with a validation by other patients
+    beside:tuple=('SimCLR, boxes',)   # further names in PRETRAININGS for the backbones of matrix: 'autoencoder', 'SimCLR, boxes'
+    disjoint:tuple=('none', 'autoencoder, boxes')   # rows of matrix that are also trained with a validation by other patients
     seeds:tuple=(1, 2)             # runs of the target step
     size:int=64                    # height and width of all pictures
     bs:int=8                       # pictures a batch
@@ -95,7 +95,7 @@ def keep_apart(
     return best[1]
 
 def box_targets(
-    set:MaskSet,              # pictures with filled boxes; classes typical, indeterminate, atypical, as from `chest_box_set` or `siim_set`
+    set:MaskSet,              # pictures with filled boxes; classes typical, indeterminate, atypical, as from chest_box_set or siim_set
 ) -> MaskSet:                 # the same pictures; classes background, typical, indeterminate, atypical, exactly one a pixel
     "Filled boxes as a map of four classes (Merand 2021, section on preprocessing); where boxes overlap, the later class wins."
     later = np.cumsum(set.masks[:, ::-1], 1)[:, ::-1] > 1                          # a class after this one is here too
@@ -107,7 +107,7 @@ class Parts:
     "The pictures of each step, and those that are kept apart; raises LeakError when a patient is in two of them."
     first:MaskSet             # first step; its masks are not used
     labels:np.ndarray         # (n, 14) 0 and 1: its observations
-    boxes:MaskSet             # second step, from `box_targets`
+    boxes:MaskSet             # second step, from box_targets
     target:MaskSet            # to train on, 13 classes
     test:MaskSet              # kept apart until a run is over
     def __post_init__(self):
@@ -117,7 +117,7 @@ class Parts:
 
 # %% ../../nbs/24_papers.merand.ipynb #c011
 def learning_parts(
-    data:str='phantom',                # target: 'phantom', or 'real' for CCXS under `LUS_DATA`
+    data:str='phantom',                # target: 'phantom', or 'real' for CCXS under LUS_DATA
     settings:MerandSettings=DEFAULT,   # sizes
 ) -> Parts:                            # four sets, no patient in two
     "The pictures of all steps; raises ValueError where data is neither name, or LUS_DATA is not set."
@@ -140,8 +140,8 @@ def learning_parts(
 @dataclass(frozen=True)
 class Way:
     "One cell of Table 3."
-    backbone:str              # 'vgg16', 'resnet50', 'resnext50', or another of `segmenter`
-    row:str='none'            # a name in `PRETRAININGS`
+    backbone:str              # 'vgg16', 'resnet50', 'resnext50', or another of segmenter
+    row:str='none'            # a name in PRETRAININGS
     arch:str='unet'           # 'unet' or 'deeplabv3'
     moved:str='encoder'       # 'encoder', or 'both' halves of an autoencoder, into U-Net only
     start:str='random'        # initial weights of the backbone: 'random' or 'imagenet'
@@ -161,7 +161,7 @@ class Way:
 
 def ways(
     settings:MerandSettings=DEFAULT,   # which
-) -> list:                             # of `Way`, most telling first
+) -> list:                             # of Way, most telling first
     "The cells of Table 3 that some settings ask for."
     s = settings
     out = [Way(b, r, start=start) for start in s.starts for rows in (s.rows[:3], s.rows[3:]) for b in s.backbones for r in rows]
@@ -202,7 +202,7 @@ def theirs(
 
 # %% ../../nbs/24_papers.merand.ipynb #c019
 def patient_shares(
-    table:pd.DataFrame,       # with a column `patient`
+    table:pd.DataFrame,       # with a column patient
     shares=(.7, .15, .15),    # of the pictures
     seed:int=0,               # of the order of patients
 ) -> np.ndarray:              # (n,) number of the share of each row
@@ -247,7 +247,7 @@ def _backbone(way):
 def first_step(
     way:Way,                           # its backbone, first step and start
     parts:Parts,                       # pictures and labels
-    path,                              # from `run_folder`
+    path,                              # from run_folder
     settings:MerandSettings=DEFAULT,   # sizes
 ) -> Path:                             # the weights: of the classifier, the autoencoder or the backbone
     "Train the first step; a finished one is left as it is."
@@ -271,7 +271,7 @@ def first_step(
 def first_score(
     way:Way,                           # with a first step other than SimCLR
     parts:Parts,                       # pictures and labels
-    path,                              # from `run_folder`
+    path,                              # from run_folder
     settings:MerandSettings=DEFAULT,   # sizes
 ) -> tuple:                            # (name of the score, value, low, high) over pictures of patients that were neither trained on nor validated on
     "Exact match of the 14 observations, or squared error of the drawn picture, with an interval over patients."
@@ -290,7 +290,7 @@ class BoxLoss(nn.Module):
 
 def started(
     way:Way,                  # what moves into it
-    path,                     # from `run_folder`; the first step is done there
+    path,                     # from run_folder; the first step is done there
     n_out:int,                # classes
 ) -> nn.Module:               # a segmenter
     "A segmenter as it is after the first step."
@@ -302,7 +302,7 @@ def started(
 def box_step(
     way:Way,                           # with boxes
     parts:Parts,                       # pictures and boxes
-    path,                              # from `run_folder`
+    path,                              # from run_folder
     settings:MerandSettings=DEFAULT,   # sizes
 ) -> Path:                             # the weights of the segmenter
     "Train a segmenter on boxes; the epoch with the lowest loss on other patients counts. A finished one is left as it is."
@@ -315,7 +315,7 @@ def box_step(
 
 def before_target(
     way:Way,                  # what was learned before; those steps are done
-    path,                     # from `run_folder`
+    path,                     # from run_folder
     n_out:int,                # classes of the target
 ) -> nn.Module:               # a segmenter
     "A segmenter as it starts into the target: all but its last layer from the boxes, or what the first step left."
@@ -341,7 +341,7 @@ def target_run(
     way:Way,                           # what is learned before
     seed:int,                          # of weights, batches and rotation
     parts:Parts,                       # pictures
-    path,                              # from `run_folder`
+    path,                              # from run_folder
     settings:MerandSettings=DEFAULT,   # sizes
     disjoint:bool=False,               # validate by other patients
 ) -> Path:                             # test.npz: for each protocol the probabilities (n, k, h, w) float16 of the pictures kept apart
@@ -368,7 +368,7 @@ def target_run(
 
 # %% ../../nbs/24_papers.merand.ipynb #c030
 def run_scores(
-    confusions:np.ndarray,    # (runs, n, k, 2, 2) pixels of each run, picture and class, from `mask_confusions`
+    confusions:np.ndarray,    # (runs, n, k, 2, 2) pixels of each run, picture and class, from mask_confusions
     patients,                 # n names
     n_boot:int=1000,          # resamples of patients
     seed:int=0,               # of the resampling
@@ -390,7 +390,7 @@ def run_scores(
 def run_folder(
     settings:MerandSettings,           # sizes
     data:str,                          # 'phantom' or 'real'
-    home=None,                         # default `lus_home()`
+    home=None,                         # default lus_home()
 ) -> Path:                             # one folder per sizes and data; which cells are asked for does not matter
     "Where the runs of some settings keep their checkpoints."
     key = {k: v for k, v in asdict(settings).items() if k not in ('backbones', 'matrix', 'rows', 'starts', 'beside', 'disjoint', 'seeds')}
@@ -400,10 +400,10 @@ def way_cells(
     way:Way,                           # which cell of Table 3
     seeds,                             # of the runs that are over
     parts:Parts,                       # for the truth of the test
-    path,                              # from `run_folder`
+    path,                              # from run_folder
     settings:MerandSettings=DEFAULT,   # sizes
     disjoint:bool=False,               # the run validated by other patients
-) -> list:                             # of `cell`s
+) -> list:                             # of cells
     "mIoU, spread, IoU of each class, and the loss on the test beside the loss that the protocol watched."
     files, cells = [target_run(way, seed, parts, path, settings, disjoint) for seed in seeds], []
     prob = [dict(np.load(f)) for f in files]
@@ -424,8 +424,8 @@ def reproduce(
     data:str='phantom',                # 'phantom' or 'real'
     quick:bool=False,                  # small, for a demonstration
     out='results',                     # folder for the JSON file and the report
-    home=None,                         # where checkpoints are kept; default `lus_home()`
-    settings:MerandSettings=None,      # default: `DEFAULT` or `QUICK`
+    home=None,                         # where checkpoints are kept; default lus_home()
+    settings:MerandSettings=None,      # default: DEFAULT or QUICK
 ) -> Path:                             # the report
     "Merand 2021 end to end: first steps, boxes, target, both protocols."
     s = settings or (QUICK if quick else DEFAULT)
@@ -456,10 +456,10 @@ def reproduce(
 
 # %% ../../nbs/24_papers.merand.ipynb #c035
 def ways_table(
-    results:dict,             # from `results_json`
+    results:dict,             # from results_json
     backbone:str,             # which
-    column:str='U-Net encoder',   # a name in `COLUMNS`
-) -> pd.DataFrame:            # label, group, value, low, high, theirs, as `plot_comparison` wants it
+    column:str='U-Net encoder',   # a name in COLUMNS
+) -> pd.DataFrame:            # label, group, value, low, high, theirs, as plot_comparison wants it
     "mIoU of every pretraining under every protocol."
     t = results_table(results)
     t = t[(t.table == backbone) & (t.column == column)]
@@ -467,7 +467,7 @@ def ways_table(
 
 def merand_report(
     path,                     # of the HTML file
-    results:dict,             # from `results_json`
+    results:dict,             # from results_json
     settings:MerandSettings,  # sizes
 ) -> Path:                    # the file
     "Table 3, spreads, classes, what the rotation's validation is worth, first steps, settings and versions, in one file."

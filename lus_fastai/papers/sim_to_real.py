@@ -76,8 +76,8 @@ def polar_phantom(
     size:tuple=(96, 32),     # depths and beams, at least 16 each
     frames:int=2,            # of each clip
     seed:int=0,              # another seed, other patients
-    varied:bool=True,        # `vary` the patients; False: as `draw_patient` gives them
-) -> MaskSet:                # n*frames frames with masks of `LINES`; table with patient, label, clip, frame, and a_lines, b_lines: 1 where the clip shows any, n_blines
+    varied:bool=True,        # vary the patients; False: as draw_patient gives them
+) -> MaskSet:                # n*frames frames with masks of LINES; table with patient, label, clip, frame, and a_lines, b_lines: 1 where the clip shows any, n_blines
     "Simulated frames with rows of depth and columns of beams."
     images, masks, rows = [], [], []
     for i in progress(range(n), desc='phantom'):
@@ -195,8 +195,8 @@ class LineLoss(SoftDiceLoss):
 
 # %% ../../nbs/25_papers.sim_to_real.ipynb #c020
 def line_areas(
-    prob:np.ndarray,         # (clips, frames, 3, depths, beams) probabilities or masks of `LINES`
-) -> pd.DataFrame:           # a row per clip, shares 0..1: of each of `LINES` in the unrolled fan; 'B-lines below', in the deepest fifth of the frame with most; 'A-lines steady', pixels above .5 in the median frame
+    prob:np.ndarray,         # (clips, frames, 3, depths, beams) probabilities or masks of LINES
+) -> pd.DataFrame:           # a row per clip, shares 0..1: of each of LINES in the unrolled fan; 'B-lines below', in the deepest fifth of the frame with most; 'A-lines steady', pixels above .5 in the median frame
     "How much of the fan each kind of line takes in a clip; raises ValueError for another shape."
     if np.ndim(prob) != 5 or np.shape(prob)[2] != len(LINES): raise ValueError(f"prob is (clips, frames, {len(LINES)}, depths, beams), got {np.shape(prob)}")
     prob = np.asarray(prob, np.float32)
@@ -206,9 +206,9 @@ def line_areas(
     return out
 
 def predict_lines(
-    model:nn.Module,         # a `LineNet`
+    model:nn.Module,         # a LineNet
     frames:np.ndarray,       # (clips, frames, depths, beams) uint8
-) -> pd.DataFrame:           # from `line_areas`
+) -> pd.DataFrame:           # from line_areas
     "Areas of A-lines, B-lines and pleura in unrolled clips."
     return pd.concat([line_areas(predict_masks(model, x, bs=16)[None]) for x in frames], ignore_index=True)
 
@@ -217,7 +217,7 @@ PLAIN = 'brightness below', 'share below', 'streaks', 'repeats'
 
 def plain_scores(
     frames:np.ndarray,       # (clips, frames, depths, beams) uint8, unrolled
-) -> pd.DataFrame:           # a row per clip, a column per name in `PLAIN`: means over its frames
+) -> pd.DataFrame:           # a row per clip, a column per name in PLAIN: means over its frames
     "Scores of a clip without learning."
     n, k, h, w = frames.shape
     x = torch.from_numpy(frames.reshape(n*k, 1, h, w)).float()/255
@@ -254,7 +254,7 @@ def spearman(
     return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else float('nan')
 
 def patient_interval(
-    statistic,               # function of two arrays, such as `auc`
+    statistic,               # function of two arrays, such as auc
     x,                       # a value per clip
     y,                       # a value per clip
     patients,                # whose clip
@@ -275,7 +275,7 @@ _ROWS = {'b_lines': {'network': ('B-lines below', 1), 'network, whole area': ('B
          'severity': {'network': ('B-lines below', 1), 'network, whole area': ('B-line', 1), 'network, A-lines': ('A-lines steady', 1), 'brightness below': ('brightness below', 1), 'share below': ('share below', 1), 'streaks': ('streaks', 1)}}
 
 def agreement(
-    scores:pd.DataFrame,     # a row per clip: columns of `line_areas` and `plain_scores`, and '<finding>, taught' or ', probed' from `taught_scores` and `probed_scores`
+    scores:pd.DataFrame,     # a row per clip: columns of line_areas and plain_scores, and '<finding>, taught' or ', probed' from taught_scores and probed_scores
     table:pd.DataFrame,      # the same rows: patient, and what experts said: a_lines, b_lines (0 or 1), severity, as far as there; NaN rows are left out
     n_boot:int=1000,         # resamples
 ) -> pd.DataFrame:           # finding, score, metric, value, low, high, clips, positive, patients
@@ -331,23 +331,23 @@ def _training_set(s, home):
     with np.load(path) as f: return MaskSet(f['images'], f['masks'], LINES, pd.read_csv(io.StringIO(str(f['table'])), dtype=dict(patient=str, clip=str)))
 
 def fit_lines(
-    set:MaskSet,                         # from `polar_phantom`
+    set:MaskSet,                         # from polar_phantom
     path,                                # folder of the run; resumes
     settings:SimSettings=SimSettings(),  # sizes
-) -> tuple:                              # `LineNet`, history
+) -> tuple:                              # LineNet, history
     "Train on simulated frames made rough; one patient in ten is kept for the validation loss."
     s, clip = settings, pd.factorize(set.table['patient'])[0]
     rates = lambda: [ParamScheduler({'lr': combined_cos(.25, s.lr/10, s.lr, s.lr/1000)})]
     return fit_masks(partial(LineNet, s.width), set, clip % 10 != 9, clip % 10 == 9, path, s.epochs, s.lr, LineLoss(), bs=s.bs, batch_tfms=[Roughen()], cbs=rates, seed=s.seed, notes=False)
 
 def reproduce(
-    data:str='phantom',           # 'phantom', or 'real' for COVID-BLUES under `LUS_DATA`
+    data:str='phantom',           # 'phantom', or 'real' for COVID-BLUES under LUS_DATA
     quick:bool=False,             # small, for a demonstration
     test:bool=True,               # with 'real': False while you tune, so that the patients kept for the end stay unseen
     out='results',                # folder for the JSON file and the report
-    home=None,                    # where the simulated set and the network are kept; default `lus_home()`
-    settings:SimSettings=None,    # default: `SimSettings()` or `QUICK`
-    folder=None,                  # of real data; default `LUS_DATA`
+    home=None,                    # where the simulated set and the network are kept; default lus_home()
+    settings:SimSettings=None,    # default: SimSettings() or QUICK
+    folder=None,                  # of real data; default LUS_DATA
 ) -> Path:                        # the report
     "Train on the phantom, score clips, and write numbers and report."
     if data not in ('phantom', 'real'): raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
@@ -396,7 +396,7 @@ def reproduce(
 _SAID = dict(b_lines='B-lines', a_lines='A-lines', severity='severity')
 
 def plot_agreement(
-    results:dict,            # from `results_json`
+    results:dict,            # from results_json
     table:str,               # such as 'B-lines, AUC'
 ):                           # matplotlib Figure
     "Scores of one table with intervals, a colour per group of patients."
@@ -407,7 +407,7 @@ def plot_agreement(
 
 def sim_report(
     path,                    # of the HTML file
-    results:dict,            # from `results_json`
+    results:dict,            # from results_json
     skipped:list=(),         # (path, reason) of clips that could not be read
 ) -> Path:                   # the file
     "Numbers, figures and settings in one file, without pictures of patients."
@@ -475,9 +475,9 @@ def taught_scores(
 FINE = 192, 192              # depths and beams for a network that knows photographs
 
 def clip_features(
-    frames:np.ndarray,       # (clips, frames, depths, beams) uint8, unrolled, of `FINE` for example
+    frames:np.ndarray,       # (clips, frames, depths, beams) uint8, unrolled, of FINE for example
     path=None,               # .npz file to keep them in; resumes
-):                           # (clips, 1280) float32, means over frames; None where ImageNet's weights cannot be had (extra `[imagenet]`)
+):                           # (clips, 1280) float32, means over frames; None where ImageNet's weights cannot be had (extra [imagenet])
     "What a network that knows nothing but photographs makes of clips."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                      # that it would start from scratch: here it does not start at all
@@ -487,7 +487,7 @@ def clip_features(
     return features(net, frames.reshape(-1, *frames.shape[2:]), layer='1.global_pool', channels=3, path=path).reshape(*frames.shape[:2], -1).mean(1)
 
 def probed_scores(
-    x:np.ndarray,            # (clips, d) such as from `clip_features`
+    x:np.ndarray,            # (clips, d) such as from clip_features
     table:pd.DataFrame,      # a row per clip: patient, and the finding, 0 or 1
     finding:str,             # 'a_lines' or 'b_lines'
     folds:int=5,             # by patient

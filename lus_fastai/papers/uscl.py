@@ -46,13 +46,13 @@ DETECTED = ('random', 'supervised', 'SimCLR', 'USCL')                           
 @dataclass(frozen=True)
 class UsclSettings:
     "Sizes of one run of the reproduction; the defaults are what two cores finish in a few hours."
-    backbone:str='resnet18'   # as for `create_backbone`
+    backbone:str='resnet18'   # as for create_backbone
     size:int=64               # height and width of the frames
     rate:float=3.             # frames a second (Chen 2021, section 4)
     max_frames:int=8          # of a clip
     bs:int=32                 # clips a batch
     epochs:int=15             # of pretraining; an epoch draws as many items as there are clips
-    lr:float=3e-4             # Adam, constant for `warm` epochs, then cosine
+    lr:float=3e-4             # Adam, constant for warm epochs, then cosine
     folds:int=3               # by patient
     tune_epochs:int=12        # of fine-tuning
     tune_lr:float=.01         # Adam, cosine
@@ -73,10 +73,10 @@ PAPER = UsclSettings(size=224, max_frames=100, epochs=300, folds=5, tune_epochs=
 
 # %% ../../nbs/23_papers.uscl.ipynb #c008
 def clip_table(
-    data:str='phantom',              # 'phantom', or 'real' for POCUS and COVID-BLUES under `LUS_DATA`
+    data:str='phantom',              # 'phantom', or 'real' for POCUS and COVID-BLUES under LUS_DATA
     settings:UsclSettings=DEFAULT,   # sizes
-    home=None,                       # where clips are kept; default `lus_home()`
-) -> pd.DataFrame:                   # clip table with a column `downstream`: True where the clip has one of the three classes and takes part in the folds
+    home=None,                       # where clips are kept; default lus_home()
+) -> pd.DataFrame:                   # clip table with a column downstream: True where the clip has one of the three classes and takes part in the folds
     "Labelled clips of the downstream task, and clips without label from elsewhere."
     home, s = Path(home or lus_home()), settings
     if data == 'phantom':
@@ -93,14 +93,14 @@ def clip_table(
 def frame_store(
     table:pd.DataFrame,              # clip table
     settings:UsclSettings=DEFAULT,   # sampling
-    home=None,                       # default `lus_home()`
+    home=None,                       # default lus_home()
 ) -> FrameStore:                     # its frames
     "Frames at `rate` a second, at most `max_frames` of a clip."
     s, name = settings, hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
     return FrameStore.build(table, Path(home or lus_home())/'stores'/f'uscl-{name}-{s.size}-{s.rate:g}-{s.max_frames}', size=(s.size, s.size), rate=s.rate, max_frames=s.max_frames)
 
 def downstream_folds(
-    frames:pd.DataFrame,             # frame table with the column `downstream`
+    frames:pd.DataFrame,             # frame table with the column downstream
     settings:UsclSettings=DEFAULT,   # number of folds, seed
 ) -> pd.Series:                      # fold per row; -1 for clips from elsewhere
     "Folds of the downstream clips by patient."
@@ -109,9 +109,9 @@ def downstream_folds(
 
 def outside_fold(
     frames:pd.DataFrame,             # frame table
-    folds:pd.Series,                 # from `downstream_folds`
+    folds:pd.Series,                 # from downstream_folds
     fold:int,                        # the test fold
-) -> pd.DataFrame:                   # the rows that may be pretrained on; labels only where `downstream`
+) -> pd.DataFrame:                   # the rows that may be pretrained on; labels only where downstream
     "Everything but the test fold's patients, wherever else they turn up; proved."
     held_out = frames[folds == fold]
     rest = frames[(folds != fold) & ~frames['patient'].isin(held_out['patient'])]
@@ -153,18 +153,18 @@ THEIRS = {'ImageNet': .842, 'SimCLR': .875, 'negative assignment': .908, 'mixing
 def run_folder(
     settings:UsclSettings,           # sizes
     data:str,                        # 'phantom' or 'real'
-    home=None,                       # default `lus_home()`
+    home=None,                       # default lus_home()
 ) -> Path:                           # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
     key = {k: v for k, v in asdict(settings).items() if k not in ('label_rates', 'detect_epochs', 'detect_size', 'detect_width', 'tune_epochs', 'tune_lr', 'compared', 'ablated', 'detected')}
     return Path(home or lus_home())/'uscl'/f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
 
 def pretrain_fold(
-    method:str,                      # a name in `METHODS`
+    method:str,                      # a name in METHODS
     store:FrameStore,                # all frames
-    folds:pd.Series,                 # from `downstream_folds`
+    folds:pd.Series,                 # from downstream_folds
     fold:int,                        # the test fold, which is not seen
-    path,                            # from `run_folder`
+    path,                            # from run_folder
     settings:UsclSettings=DEFAULT,   # sizes
     label_rate:float=1.,             # share of labelled clips that keep their label
 ) -> Path:                           # folder with backbone.safetensors and history.csv
@@ -187,9 +187,9 @@ class CropFlip(RandTransform):
     def encodes(self, x:TensorImage): return retain_type(self.augment(torch.Tensor(x)), x)
 
 def weights_of(
-    start:str,                       # 'random', 'random, all layers', 'ImageNet', or a pretraining in `path`, such as 'USCL'
+    start:str,                       # 'random', 'random, all layers', 'ImageNet', or a pretraining in path, such as 'USCL'
     fold:int,                        # the test fold
-    path,                            # from `run_folder`
+    path,                            # from run_folder
     settings:UsclSettings=DEFAULT,   # backbone
 ):                                   # the backbone
     "A backbone as it starts into a fold."
@@ -198,10 +198,10 @@ def weights_of(
     return create_backbone(settings.backbone, weights=Path(path)/start.replace(' ', '-')/f'fold{fold}'/'backbone.safetensors')
 
 def tune(
-    start:str,                       # as for `weights_of`
+    start:str,                       # as for weights_of
     store:FrameStore,                # all frames
-    folds:pd.Series,                 # from `downstream_folds`
-    path,                            # from `run_folder`
+    folds:pd.Series,                 # from downstream_folds
+    path,                            # from run_folder
     settings:UsclSettings=DEFAULT,   # sizes
 ) -> dict:                           # 'last' and 'best' -> out-of-fold table: the last epoch, and the one that was best on the test fold
     "Fine-tune a start on every fold but one, predict that one, for each fold (Chen 2021, section 4)."
@@ -219,7 +219,7 @@ def tune(
 
 # %% ../../nbs/23_papers.uscl.ipynb #c022
 def downstream_fans(
-    table:pd.DataFrame,              # clip table with the column `downstream`
+    table:pd.DataFrame,              # clip table with the column downstream
     settings:UsclSettings=DEFAULT,   # size of the frames
 ) -> dict:                           # clip -> (size, size) bool, True inside the fan; clips without a fan are missing
     "The fan of every downstream clip, on the store's frames."
@@ -227,9 +227,9 @@ def downstream_fans(
     return arora.fan_masks(table.assign(fan=found.reindex(table.index, fill_value='')), settings.size)
 
 def tuned_model(
-    start:str,                       # as for `weights_of`
+    start:str,                       # as for weights_of
     fold:int,                        # whose network
-    path,                            # from `run_folder`
+    path,                            # from run_folder
     settings:UsclSettings=DEFAULT,   # sizes
 ):                                   # the network in evaluation mode
     "The network that `tune` left for a fold: of the epoch that was best on the test fold, the authors' choice."
@@ -242,13 +242,13 @@ def tuned_model(
     return model.eval()
 
 def attention(
-    start:str,                       # as for `weights_of`
+    start:str,                       # as for weights_of
     store:FrameStore,                # all frames
-    folds:pd.Series,                 # from `downstream_folds`
-    fans:dict,                       # from `downstream_fans`; frames of other clips are left out
-    path,                            # from `run_folder`
+    folds:pd.Series,                 # from downstream_folds
+    fans:dict,                       # from downstream_fans; frames of other clips are left out
+    path,                            # from run_folder
     settings:UsclSettings=DEFAULT,   # sizes
-) -> pd.DataFrame:                   # frame table with columns `heat` (share of |Grad-CAM| inside the fan) and `area` (of the picture)
+) -> pd.DataFrame:                   # frame table with columns heat (share of |Grad-CAM| inside the fan) and area (of the picture)
     "Grad-CAM of every held-out frame, summed up."
     parts, own = [], store.frames[store.frames['downstream'] & store.frames['clip'].isin(fans)]
     for fold, group in own.groupby(folds[own.index]):
@@ -262,7 +262,7 @@ def attention(
 def detect_items(
     data:str,                        # 'phantom' or 'real'
     settings:UsclSettings=DEFAULT,   # sizes
-    home=None,                       # default `lus_home()`
+    home=None,                       # default lus_home()
 ) -> DetectItems:                    # pictures and objects
     "Lesions of BUSI, or B-lines and consolidations of phantom clips that no backbone was pretrained on."
     s = settings
@@ -271,9 +271,9 @@ def detect_items(
 
 def detection_cells(
     data:str,                        # 'phantom' or 'real'
-    path,                            # from `run_folder`
+    path,                            # from run_folder
     settings:UsclSettings=DEFAULT,   # sizes
-    home=None,                       # default `lus_home()`
+    home=None,                       # default lus_home()
     protocols:dict=None,             # the results' protocols, to which 'detection' is added
 ) -> list:                           # of cells
     "Train a detector from each start (of the pretrained the backbones of fold 0) and test it on a third of the patients."
@@ -297,7 +297,7 @@ PROTOCOLS = dict(last='honest: pretraining and fine-tuning outside the test fold
                  best="the authors': the same runs, but in each fold the epoch that is best on the test fold counts")
 
 def score_cells(
-    tuned:dict,                      # from `tune`
+    tuned:dict,                      # from tune
     start:str,                       # its name
     table:str='comparison',          # name of the table
 ) -> list:                           # of cells
@@ -312,19 +312,19 @@ def score_cells(
 
 def label_curve(
     store:FrameStore,                # all frames
-    folds:pd.Series,                 # from `downstream_folds`
-    path,                            # from `run_folder`
+    folds:pd.Series,                 # from downstream_folds
+    path,                            # from run_folder
     settings:UsclSettings=DEFAULT,   # sizes
-) -> dict:                           # label rate -> what `tune` gives
+) -> dict:                           # label rate -> what tune gives
     "USCL pretrained with fewer labelled clips (Chen 2021, section 4: 1 % and more)."
     for rate in settings.label_rates:
         for fold in range(settings.folds): pretrain_fold('USCL', store, folds, fold, path, settings, rate)
     return {**{rate: tune(f'USCL-{rate:g}', store, folds, path, settings) for rate in settings.label_rates}, 1.: tune('USCL', store, folds, path, settings)}
 
 def save_backbone(
-    start:str,                       # as for `weights_of`
-    results:dict,                    # from `results_json`
-    path,                            # from `run_folder`
+    start:str,                       # as for weights_of
+    results:dict,                    # from results_json
+    path,                            # from run_folder
     folder,                          # where the two files go
     fold:int=0,                      # which fold's pretraining; its test patients are in none of its clips
     settings:UsclSettings=DEFAULT,   # sizes
@@ -347,8 +347,8 @@ def reproduce(
     data:str='phantom',              # 'phantom' or 'real'
     quick:bool=False,                # small, for a demonstration
     out='results',                   # folder for the JSON file, the report and the best backbone
-    home=None,                       # where stores and checkpoints are kept; default `lus_home()`
-    settings:UsclSettings=None,      # default: `DEFAULT` or `QUICK`
+    home=None,                       # where stores and checkpoints are kept; default lus_home()
+    settings:UsclSettings=None,      # default: DEFAULT or QUICK
 ) -> Path:                           # the report; None in all but the main one of several processes
     "Chen 2021 end to end: pretraining, fine-tuning, ablation, labels, where it looks, detection."
     s, home = settings or (QUICK if quick else DEFAULT), Path(home or lus_home())
@@ -388,17 +388,17 @@ def reproduce(
     return uscl_report(Path(out)/f'{name}.html', results, s)
 
 def best_start(
-    results:dict,                    # from `results_json`
-) -> str:                            # a name in `METHODS`
+    results:dict,                    # from results_json
+) -> str:                            # a name in METHODS
     "The pretraining with the highest frame accuracy at the last epoch, by patient."
     t = results_table(results)
     return t[(t.table == 'comparison') & (t.protocol == 'last') & (t.column == 'accuracy') & t.row.isin(METHODS)].set_index('row').ours.idxmax()
 
 # %% ../../nbs/23_papers.uscl.ipynb #c030
 def comparison_table(
-    results:dict,                    # from `results_json`
+    results:dict,                    # from results_json
     table:str='comparison',          # 'comparison' or 'labels'
-) -> pd.DataFrame:                   # label, group, value, low, high, theirs, as `plot_comparison` wants it; the paper's numbers only beside those of a real run
+) -> pd.DataFrame:                   # label, group, value, low, high, theirs, as plot_comparison wants it; the paper's numbers only beside those of a real run
     "Frame accuracy of every start under both protocols."
     t = results_table(results)
     rows = t[(t.table == table) & (t.column == 'accuracy')]
@@ -406,7 +406,7 @@ def comparison_table(
 
 def uscl_report(
     path,                            # of the HTML file
-    results:dict,                    # from `results_json`
+    results:dict,                    # from results_json
     settings:UsclSettings,           # sizes
 ) -> Path:                           # the file
     "Comparison, ablation, similarity conflict, labels, attention, detection, settings and versions, in one file."
