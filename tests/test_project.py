@@ -196,11 +196,11 @@ def test_a_documented_name_without_markdown_is_a_fault(docs):
     assert docs._undocumented(failed)[0] == 'show_doc(overlay)' and docs._told(failed) == 'TypeError: ambiguous array'
     assert docs._undocumented(Cell()) and docs._undocumented(Cell(dict(data={'text/markdown': '### overlay'}))) is None
 
-def test_nbdev_finds_every_name_and_its_page():
-    "The entry point that documentation links by, and the index behind it."
-    from importlib.metadata import entry_points
-    point = next(e for e in entry_points(group='nbdev') if e.name == 'lus_fastai')
-    known = point.load()['syms']
+def test_nbdev_finds_every_name_and_its_page(installed):
+    "The entry point of an installed wheel, by which documentation links, and the index behind it."
+    points = [e for d in distributions(path=[str(installed)]) for e in d.entry_points if e.group == 'nbdev']
+    assert [(e.name, e.value) for e in points] == [('lus_fastai', 'lus_fastai._modidx:d')] and (installed/'lus_fastai/_modidx.py').is_file()
+    known = points[0].load()['syms']
     assert set(known) == {f'lus_fastai.{m}' for m in MODULES}
     for name, index in known.items():
         module = import_module(name)
@@ -258,6 +258,11 @@ def test_make_installs_once(tmp_path):
     assert 'pip install' not in plan() and 'pytest' in plan()
     os.utime(folder/'.venv/.installed', (0, 0))
     assert 'pip install' in plan()
+
+def test_the_demo_installs_no_development_tools(tmp_path):
+    folder = copy_of(tmp_path, 'Makefile', 'setup.py', 'settings.ini', 'pyproject.toml')
+    plan = subprocess.run(['make', '-n', 'demo'], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert 'pip install' in plan and '-e .\n' in plan and '[dev]' not in plan and 'lus_demo' in plan
 
 @pytest.mark.parametrize('closing,tests,plain', [('3 passed, 1 skipped in 0.12s', 0, 0), ('1 failed, 2 passed in 61.20s (0:01:01)', 1, 0), ('3 passed in 0.12s', 0, 1)])
 def test_ci_ends_with_the_closing_line_and_its_verdict(tmp_path, closing, tests, plain):
