@@ -45,7 +45,7 @@ def phantom():
         table = phantom_dataset(folder, patients=6, clips=2, n=6, size=(96, 96), seed=3, workers=1)
         store = FrameStore.build(table, Path(folder)/'store', size=(64, 64), rate=8, max_frames=4, workers=1)
         clips = [digest(read_clip(p).frames) for p in table.path]
-        rows = table.drop(columns=['path', 'mask']).astype(str).to_numpy().tolist()
+        rows = table.drop(columns=['path', 'mask', 'findings']).astype(str).to_numpy().tolist()
         folds = patient_folds(store.frames, 3, seed=1)
         return dict(clips=clips, rows=rows, images=digest(store.images[:]), masks=digest(store.masks[:]),
                     folds=folds.tolist(), leaky=leaky_folds(store.frames, 3, by='clip', seed=1).tolist(),
