@@ -49,7 +49,7 @@ def boxes_from_masks(
 @dataclass(repr=False, eq=False)
 class DetectItems:
     "Pictures and the masks of their objects; `items[i]` is what the network trains on."
-    table:pd.DataFrame        # a row per picture, numbered from 0: at least label and patient, so that patient_folds can deal them
+    table:pd.DataFrame        # a row per picture, numbered from 0: at least the columns label and patient, so that patient_folds can deal them
     images:list               # (h, w) uint8 each
     masks:list                # (n, h, w) bool each, n from 0
     labels:list               # (n,) int each, 1 for the first of names; 0 is the network's background
@@ -288,7 +288,7 @@ def mask_rcnn(
     anchors:tuple=(32, 64, 128, 256, 512), # side of the anchor boxes on each of the five scales, the root of their area, in pixels of the scaled picture
     ratios:tuple=(.5, 1., 2.),# their heights over their widths; fit_anchors finds both
     width:int=256,            # channels of the pyramid and of the mask head; the box head has four times as many
-    **kwargs,                 # as for torchvision's MaskRCNN; **FEW_OBJECTS saves most of the time where a picture has few objects
+    **kwargs,                 # as for torchvision's MaskRCNN; FEW_OBJECTS saves most of the time where a picture has few objects
 ) -> nn.Module:               # its account says what was loaded, None for a module's own weights or a random start
     "Mask R-CNN with a feature pyramid (Chen 2021): 30,906,715 parameters with the defaults, 30,749,211 of them trainable."
     if trainable not in ('paper', 'heads', 'all'): raise ValueError(f"trainable is 'paper', 'heads' or 'all', not {trainable!r}")

@@ -54,7 +54,7 @@ def interval_text(
     low=None,         # lower end of the interval; NaN or None for no interval
     high=None,        # upper end
     digits:int=3,     # after the point
-) -> str:             # such as 0.849 [0.801, 0.894]
+) -> str:             # such as '0.849 [0.801, 0.894]'
     "A number with its interval."
     known = [x is not None and not pd.isna(x) for x in (value, low, high)]
     if not known[0]: return '–'
@@ -472,7 +472,7 @@ def limits_note(
 # %% ../nbs/17_report.ipynb #c034e
 def chance_text(
     labels,               # the true label of each frame, clip or patient that was scored
-) -> str:                 # such as a random guess: 0.333, always covid: 0.600
+) -> str:                 # such as 'a random guess: 0.333, always covid: 0.600'
     "What guessing gets: each class as often as any other, and always the most frequent one."
     share = pd.Series(list(labels)).value_counts(normalize=True)
     if not len(share): raise ValueError("no labels, so nothing to guess")
@@ -586,7 +586,7 @@ def versions() -> dict:       # name -> version, and the platform
 
 def device_name(
     device=None,              # torch device or its name; None is the GPU if there is one
-) -> str:                     # such as cuda: NVIDIA H200 or cpu: x86_64, 2 threads
+) -> str:                     # such as 'cuda: NVIDIA H200' or 'cpu: x86_64, 2 threads'
     "What computed."
     device = torch.device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cuda': return f'cuda: {torch.cuda.get_device_name(device)}'

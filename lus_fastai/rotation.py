@@ -207,7 +207,7 @@ def fit_rotation(
     build,                    # function () -> network that gives logits (b, k, h, w); called with the generators seeded
     set:MaskSet,              # every image of it is trained on and validated on: keep test images out of it
     path,                     # folder for checkpoint, weights and history
-    epochs:int=100,           # at most, of parts runs each
+    epochs:int=100,           # at most, each of as many runs as there are parts
     lr:float=1e-4,            # at the start
     loss=None,                # function of logits and masks; default: BCEDiceLoss()
     *,
