@@ -9,8 +9,8 @@ os.environ['OMP_NUM_THREADS'] = '1'
 from dataclasses import replace
 import numpy as np, torch
 from skimage.restoration import denoise_wavelet
-from lus_fastai.phantom import draw_patient, phantom_clip
-from lus_fastai.despeckling import despeckle
+from lus_fastai.synth.phantom import draw_patient, phantom_clip
+from lus_fastai.data.despeckling import despeckle
 
 torch.set_num_threads(1)
 n, side = (int(a) for a in (sys.argv[1:] + ['32', '256'][len(sys.argv) - 1:]))

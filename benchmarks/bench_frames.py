@@ -5,9 +5,9 @@ import numpy as np, pandas as pd
 from PIL import Image
 from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, IndexSplitter, PILImageBW
 from common import compare
-from lus_fastai.clips import FrameStore
-from lus_fastai.data import frame_dls
-from lus_fastai.phantom import phantom_dataset
+from lus_fastai.data.store import FrameStore
+from lus_fastai.data.loaders import frame_dls
+from lus_fastai.synth.phantom import phantom_dataset
 
 with tempfile.TemporaryDirectory() as tmp:
     tmp = Path(tmp)

@@ -3,8 +3,8 @@ import argparse, warnings
 import numpy as np, torch
 from torchvision.models import resnet18
 from common import compare
-from lus_fastai.explain import explain_clip
-from lus_fastai.phantom import draw_patient, phantom_clip
+from lus_fastai.explain.attribution import explain_clip
+from lus_fastai.synth.phantom import draw_patient, phantom_clip
 warnings.simplefilter('ignore')
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

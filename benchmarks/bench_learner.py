@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 from common import compare
-from lus_fastai.clips import FrameStore
+from lus_fastai.data.store import FrameStore
 from lus_fastai.core import DENSE
-from lus_fastai.data import frame_dls
-from lus_fastai.models import unet
-from lus_fastai.phantom import phantom_dataset
-from lus_fastai.training import AutoPrecision, EpochSeed, FoldLog, PixelCounts, PlateauLR
+from lus_fastai.data.loaders import frame_dls
+from lus_fastai.models.unet import unet
+from lus_fastai.synth.phantom import phantom_dataset
+from lus_fastai.train.cross_validation import AutoPrecision, EpochSeed, FoldLog, PixelCounts, PlateauLR
 
 with tempfile.TemporaryDirectory() as tmp:
     store = FrameStore.build(phantom_dataset(f'{tmp}/phantom', patients=12, clips=1, size=(128, 128)), f'{tmp}/store', size=(128, 128), max_frames=8)

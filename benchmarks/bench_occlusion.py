@@ -4,8 +4,8 @@ import torch
 from captum.attr import Occlusion
 from torchvision.models import resnet18, vgg16
 from common import compare
-from lus_fastai.explain import occlusion
-from lus_fastai.phantom import draw_patient, phantom_clip
+from lus_fastai.explain.attribution import occlusion
+from lus_fastai.synth.phantom import draw_patient, phantom_clip
 
 args = argparse.ArgumentParser(description=__doc__)
 args.add_argument('--frames', type=int, default=1, help='of one clip')

@@ -5,9 +5,9 @@ import numpy as np, torch
 from PIL import Image
 from torchvision import transforms as T
 from common import compare
-from lus_fastai.clips import FrameStore
-from lus_fastai.contrastive import pair_dls
-from lus_fastai.phantom import phantom_dataset
+from lus_fastai.data.store import FrameStore
+from lus_fastai.train.contrastive import pair_dls
+from lus_fastai.synth.phantom import phantom_dataset
 
 class Pairs(torch.utils.data.Dataset):
     "What one writes first: open three files of a clip, blend them, transform each view."

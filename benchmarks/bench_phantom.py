@@ -1,7 +1,7 @@
 "Phantom frames a second on one core at 256x256, masks included."
 import os, time
 if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from lus_fastai.phantom import draw_patient, phantom_clip
+from lus_fastai.synth.phantom import draw_patient, phantom_clip
 
 rates = []
 for seed in range(9):

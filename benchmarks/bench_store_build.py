@@ -3,8 +3,8 @@ import os, shutil, tempfile
 from pathlib import Path
 import av, pandas as pd
 from common import compare
-from lus_fastai.clips import FrameStore
-from lus_fastai.phantom import phantom_dataset
+from lus_fastai.data.store import FrameStore
+from lus_fastai.synth.phantom import phantom_dataset
 
 with tempfile.TemporaryDirectory() as tmp:
     tmp, data = Path(tmp), os.environ.get('LUS_DATA')

@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from common import compare
-from lus_fastai.embed import tsne_map
+from lus_fastai.explain.embeddings import tsne_map
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument('--points', type=int, default=5000)

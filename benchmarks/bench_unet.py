@@ -7,10 +7,10 @@ from monai.networks.nets import BasicUNet
 import segmentation_models_pytorch as smp
 from common import compare
 from lus_fastai.core import seed_all
-from lus_fastai.models import xunet
-from lus_fastai.rotation import predict_masks
-from lus_fastai.training import autocast_for, has_bf16
-from lus_fastai.transfer import freeze, param_count
+from lus_fastai.models.unet import xunet
+from lus_fastai.train.segmentation import predict_masks
+from lus_fastai.train.cross_validation import autocast_for, has_bf16
+from lus_fastai.models.transfer import freeze, param_count
 
 SIZE, BATCH, REPEATS = (int(os.environ.get(k, v)) for k, v in (('SIZE', 128), ('BATCH', 4), ('REPEATS', 5)))
 device = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -3,9 +3,9 @@ import subprocess, sys
 import torch
 from torch import nn
 from common import compare
-from lus_fastai.contrastive import ContrastiveNet, USCL
-from lus_fastai.models import create_backbone
-from lus_fastai.training import autocast_for
+from lus_fastai.train.contrastive import ContrastiveNet, USCL
+from lus_fastai.models.unet import create_backbone
+from lus_fastai.train.cross_validation import autocast_for
 
 def batch(b):
     x = torch.rand(b, 2, 1, 96, 96, generator=torch.Generator().manual_seed(0))

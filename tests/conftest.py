@@ -54,13 +54,13 @@ def installed(wheel, tmp_path_factory):
 @pytest.fixture(scope='session')
 def phantom_table(tmp_path_factory):
     "Clip table of six phantom patients, two short clips each, 96x96."
-    from lus_fastai.phantom import phantom_dataset
+    from lus_fastai.synth.phantom import phantom_dataset
     return phantom_dataset(tmp_path_factory.mktemp('phantom'), patients=6, clips=2, n=6, size=(96, 96), seed=0, workers=1)
 
 @pytest.fixture(scope='session')
 def phantom_store(phantom_table, tmp_path_factory):
     "Frame store of `phantom_table` at 64x64, masks included."
-    from lus_fastai.clips import FrameStore
+    from lus_fastai.data.store import FrameStore
     return FrameStore.build(phantom_table, tmp_path_factory.mktemp('store')/'store', size=(64, 64), rate=8, max_frames=4, workers=1)
 
 @pytest.fixture(scope='session')

@@ -4,8 +4,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from fastai.vision.all import Callback
-from lus_fastai.clips import FrameStore
-from lus_fastai import contrastive as C, semisup as S
+from lus_fastai.data.store import FrameStore
+from lus_fastai.train import contrastive as C
+from lus_fastai.train import semi_supervised as S
 
 torch.set_num_threads(1)
 

@@ -3,9 +3,9 @@ import json, os, sys
 from pathlib import Path
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
-from lus_fastai import training
+from lus_fastai.train import cross_validation as training
 from lus_fastai.papers import uscl
-from lus_fastai.transfer import copy_weights
+from lus_fastai.models.transfer import copy_weights
 
 TINY = uscl.UsclSettings(lr=1e-4, max_frames=2, bs=8, epochs=2, folds=2, tune_epochs=1, patients=6, label_rates=(), compared=('SimCLR', 'USCL'), ablated=(), detected=())
 

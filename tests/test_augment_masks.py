@@ -3,9 +3,9 @@ import numpy as np, pytest, torch
 from fastai.vision.all import TensorImage, TensorMask
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import affine_transform, gaussian_filter
-from lus_fastai.augment import *
+from lus_fastai.data.augment import MaskAugment, keras_theta, gaussian_blur_each, ChengAugment, MerandAugment
 from lus_fastai.core import seed_all
-from lus_fastai.data import TensorMasks
+from lus_fastai.data.loaders import TensorMasks
 
 few = settings(max_examples=15, deadline=None)
 def pair(x, masks): return TensorImage(torch.as_tensor(x, dtype=torch.float32)), TensorMask(torch.as_tensor(masks))

@@ -2,12 +2,12 @@
 import pickle, subprocess, sys, types
 from copy import deepcopy
 import numpy as np, pytest, torch
-from lus_fastai import models
-from lus_fastai.contrastive import ContrastiveNet
+from lus_fastai.models.unet import unet as models
+from lus_fastai.train.contrastive import ContrastiveNet
 from lus_fastai.core import frozen_eval
-from lus_fastai.detect import mask_rcnn
-from lus_fastai.models import BackboneClassifier, Scale, covidnet, create_backbone, gray_stem, scale_for
-from lus_fastai.transfer import load_weights, save_weights
+from lus_fastai.train.detection import mask_rcnn
+from lus_fastai.models.unet import BackboneClassifier, Scale, covidnet, create_backbone, gray_stem, scale_for
+from lus_fastai.models.transfer import load_weights, save_weights
 
 COLOURS = (.485, .456, .406), (.229, .224, .225)
 LITE = (.5,)*3, (.5,)*3
@@ -78,7 +78,7 @@ def test_scaling_travels_with_the_network(imagenet, scaling, tmp_path):
 
 def test_an_exported_learner_keeps_it(imagenet, phantom_store, tmp_path):
     from fastai.vision.all import CrossEntropyLossFlat, Learner
-    from lus_fastai.data import frame_dls
+    from lus_fastai.data.loaders import frame_dls
     imagenet(COLOURS)
     f = phantom_store.frames
     learn = Learner(frame_dls(phantom_store, f[:8], f[8:16], device='cpu'), BackboneClassifier(create_backbone('resnet18', 1, 'imagenet')), loss_func=CrossEntropyLossFlat())
@@ -86,7 +86,7 @@ def test_an_exported_learner_keeps_it(imagenet, phantom_store, tmp_path):
     learn.export(tmp_path/'l.pkl')
     code = f"""
 from fastai.vision.all import load_learner
-from lus_fastai.clips import FrameStore
+from lus_fastai.data.store import FrameStore
 learn = load_learner({str(tmp_path/'l.pkl')!r})
 with learn.no_bar(): print(*learn.predict(FrameStore({str(phantom_store.folder)!r})[0])[2].tolist())
 """

@@ -4,10 +4,10 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import example, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
-from lus_fastai import calibration as C
-from lus_fastai import metrics as M
+from lus_fastai.stats import calibration as C
+from lus_fastai.stats import classification as M
 from lus_fastai.core import CLASSES, TableError
-from lus_fastai.folds import LeakError
+from lus_fastai.data.folds import LeakError
 
 COLS = ['p_' + c for c in CLASSES]
 

@@ -2,10 +2,10 @@
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
 from lus_fastai.core import MaskSet
-from lus_fastai.folds import LeakError, assert_disjoint
+from lus_fastai.data.folds import LeakError, assert_disjoint
 from lus_fastai.papers import cheng_lam
 from lus_fastai.report import read_results, results_table
-from lus_fastai.transfer import load_weights
+from lus_fastai.models.transfer import load_weights
 
 TINY = cheng_lam.ChengSettings(size=32, width=4, shapes=30, xunet_epochs=(1, 0, 1), vunet_epochs=(1, 1, 1), recipes=('X-Unet, random start', 'X-Unet'))
 

@@ -4,17 +4,18 @@ from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 from torch import nn
-from lus_fastai import calibration as C, metrics as M
+from lus_fastai.stats import calibration as C
+from lus_fastai.stats import classification as M
 from lus_fastai.core import CLASSES, DENSE, SPARSE, TableError
-from lus_fastai.data import frame_dls
-from lus_fastai.distrust import deletion_insertion
-from lus_fastai.explain import EXPLAINERS, explain_clip, seg_target, saliency
-from lus_fastai.folds import patient_folds
-from lus_fastai.imagine import maximise_class, show_imagined
-from lus_fastai.models import create_backbone, seg_to_cls, unet
+from lus_fastai.data.loaders import frame_dls
+from lus_fastai.explain.sanity_checks import deletion_insertion
+from lus_fastai.explain.attribution import EXPLAINERS, explain_clip, seg_target, saliency
+from lus_fastai.data.folds import patient_folds
+from lus_fastai.explain.feature_visualization import maximise_class, show_imagined
+from lus_fastai.models.unet import create_backbone, seg_to_cls, unet
 from lus_fastai.report import plot_confusion
-from lus_fastai.training import (ClassProbs, PixelCounts, cross_validate, fine_tune, fine_tune_learner, last_epoch, predict_table)
-from lus_fastai.transfer import copy_weights, load_weights, name_outputs, save_weights
+from lus_fastai.train.cross_validation import ClassProbs, PixelCounts, cross_validate, fine_tune, fine_tune_learner, last_epoch, predict_table
+from lus_fastai.models.transfer import copy_weights, load_weights, name_outputs, save_weights
 from lus_fastai.widgets import Explainer
 
 SWAPPED = CLASSES[::-1]

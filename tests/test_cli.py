@@ -88,9 +88,9 @@ def test_a_data_name_that_does_not_fit_the_paper_is_a_mistake(tmp_path, monkeypa
 
 def test_errors_of_ours_keep_their_traceback(tmp_path):
     done = command(tmp_path, 'lus_audit', 'x', before='''
-        import lus_fastai.core, lus_fastai.folds
+        import lus_fastai.core, lus_fastai.data.folds
         def broken(*args): raise KeyError('ours')
-        lus_fastai.folds.audit, lus_fastai.core.read_table = broken, str
+        lus_fastai.data.folds.audit, lus_fastai.core.read_table = broken, str
     ''')
     assert done.returncode == 1 and 'Traceback' in done.stderr and "KeyError: 'ours'" in done.stderr
 
@@ -119,7 +119,7 @@ def test_a_second_demo_names_the_process_that_runs_the_first(tmp_path):
 
 def own_clips(folder, patients=6):
     "Phantom clips of two classes as somebody might file them: the label in the folder, the patient in the name."
-    from lus_fastai.phantom import draw_patient, phantom_clip, write_video
+    from lus_fastai.synth.phantom import draw_patient, phantom_clip, write_video
     for i in range(patients):
         label, name = (('regular', 'well'), ('covid', 'ill'))[i % 2]
         (folder/name).mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def test_a_demo_needs_something_to_tell_apart(tmp_path):
 def test_audit_and_data_list(tmp_path):
     listed = command(tmp_path, 'lus_data')
     assert listed.returncode == 0 and 'pocus' in listed.stdout and 'blues' in listed.stdout
-    from lus_fastai.phantom import phantom_dataset
+    from lus_fastai.synth.phantom import phantom_dataset
     phantom_dataset(tmp_path/'phantom', patients=6, clips=2, n=4, size=(48, 48), workers=1)
     told = command(tmp_path, 'lus_audit', str(tmp_path/'phantom/clips.csv'), '--folds', '2')
     assert told.returncode == 0 and 'Patients in more than one fold: none' in told.stdout, told.stdout + told.stderr

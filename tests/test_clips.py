@@ -6,10 +6,10 @@ from pathlib import Path
 import av, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from lus_fastai import clips
-from lus_fastai.clips import Clip, ClipError, FrameStore, frame_times, function_key, read_clip, sample_clip, sample_times
+from lus_fastai.data import store as clips
+from lus_fastai.data.store import Clip, ClipError, FrameStore, frame_times, function_key, read_clip, sample_clip, sample_times
 from lus_fastai.core import TableError
-from lus_fastai.phantom import write_video
+from lus_fastai.synth.phantom import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
@@ -523,7 +523,7 @@ def test_an_edited_prepare_decodes_again(tmp_path, count):
 
 def test_the_same_function_has_the_same_key_everywhere(tmp_path):
     (tmp_path/'mine.py').write_text("NAMES = {'a', 'b', 'c'}\ndef prepare(frames, row, outside=0):\n    return frames if row['kind'] in {'video', 'image', 'x'} else len(NAMES)\n")
-    code = "import functools, mine; from lus_fastai.clips import function_key as k; from lus_fastai.preprocess import fan_crop; "
+    code = "import functools, mine; from lus_fastai.data.store import function_key as k; from lus_fastai.preprocess import fan_crop; "
     code += "print(k(mine.prepare), k(functools.partial(mine.prepare, outside={1: [2., None]})), k(fan_crop))"
     def keys(seed):
         env = {**os.environ, 'PYTHONHASHSEED': str(seed), 'PYTHONPATH': os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])}
@@ -626,7 +626,7 @@ def test_interrupted_while_writing_the_old_store_stays_whole(tmp_path, monkeypat
 
 SCRIPT = '''
 import sys, time, resource, signal, pandas as pd
-from lus_fastai import clips
+from lus_fastai.data import store as clips
 def main(csv, folder, pause, limit):
     if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     real = clips._clip

@@ -3,10 +3,10 @@ import math, warnings
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F, torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from lus_fastai.clips import FrameStore
-from lus_fastai.contrastive import *
+from lus_fastai.data.store import FrameStore
+from lus_fastai.train.contrastive import beta_half, draw_triplets, mix_triplets, USCLAugment, label_budget, PairItems, pair_dls, ContrastiveNet, nt_xent, info_nce, soft_cross_entropy, alignment, uniformity, knn_accuracy, SimCLR, USCL, Supervised, MoCo, pair_learner, pretrain
 from lus_fastai.core import TableError
-from lus_fastai.models import create_backbone
+from lus_fastai.models.unet import create_backbone
 
 class Tiny(nn.Module):
     "A backbone of 8 features, with batch norm or without."

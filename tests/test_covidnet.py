@@ -4,10 +4,10 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from lus_fastai import training
+from lus_fastai.train import cross_validation as training
 from lus_fastai.core import CLASSES, frozen_eval
-from lus_fastai.models import covidnet, gray_stem
-from lus_fastai.transfer import param_count, save_weights
+from lus_fastai.models.unet import covidnet, gray_stem
+from lus_fastai.models.transfer import param_count, save_weights
 
 RESNET = dict(trainable=2_394_371, frozen=8_815_168, total=11_209_539)
 

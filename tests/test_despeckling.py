@@ -4,9 +4,9 @@ import numpy as np, pytest, pywt, torch
 from hypothesis import given, settings, strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.restoration import denoise_wavelet
-from lus_fastai.phantom import draw_patient, phantom_clip
-from lus_fastai.despeckling import DESPECKLE, contrast_to_noise, despeckle, psnr, speckle_index, ssim
-from lus_fastai import despeckling as module
+from lus_fastai.synth.phantom import draw_patient, phantom_clip
+from lus_fastai.data.despeckling import DESPECKLE, contrast_to_noise, despeckle, psnr, speckle_index, ssim
+from lus_fastai.data import despeckling as module
 
 each_method = pytest.mark.parametrize('method', DESPECKLE)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from lus_fastai.core import TableError, seed_all
-from lus_fastai.detect import *
-from lus_fastai.detect import _coco
-from lus_fastai.models import BackboneClassifier, create_backbone
-from lus_fastai.training import fit_resumable
-from lus_fastai.transfer import param_count, save_weights
+from lus_fastai.train.detection import boxes_from_masks, DetectItems, busi_items, phantom_items, flip_target, detect_dls, chen_split, FEW_OBJECTS, fit_anchors, mask_rcnn, detection_losses, detection_ap, WarmSteps, detect_learner, predict_detections, DetectLog, train_detector, load_detections
+from lus_fastai.train.detection import _coco
+from lus_fastai.models.unet import BackboneClassifier, create_backbone
+from lus_fastai.train.cross_validation import fit_resumable
+from lus_fastai.models.transfer import param_count, save_weights
 
 TINY = dict(channels=1, size=(64, 64), width=32, anchors=(8, 16, 32, 48, 64), **{**FEW_OBJECTS, 'box_batch_size_per_image': 16, 'rpn_post_nms_top_n_train': 50, 'rpn_post_nms_top_n_test': 20, 'box_detections_per_img': 5})
 
@@ -185,7 +185,7 @@ def test_interval_resamples_patients():
     pd.testing.assert_frame_equal(a, b)
     assert (a['patients'] == 4).all() and (a['low'] <= a['value'] + 1e-9).mean() > .8 and (a['high'] >= a['value'] - 1e-9).mean() > .8
     draws = np.random.default_rng(0).multinomial(4, [.25]*4, size=3)                 # one draw, taken literally: pictures repeated
-    from lus_fastai.detect import _matches, _weighted_ap
+    from lus_fastai.train.detection import _matches, _weighted_ap
     truth, found = [dict(t, labels=np.ones(len(t['labels']), int)) for t in truth], [dict(f, labels=np.ones(len(f['labels']), int), scores=np.arange(len(f['labels'])) * 100. + i) for i, f in enumerate(found)]
     got = _weighted_ap(*next(_matches([_coco(t) for t in truth], [_coco(f) for f in found], ('a',), 'box')), draws[:, who].astype(float)).mean(0)
     for d, ap in zip(draws, got):
@@ -263,7 +263,7 @@ def test_the_optimiser_is_torchs_sgd_and_the_rate_warms_and_steps():
 def test_resumes_bit_for_bit(tmp_path):
     items, args = made(), dict(epochs=2, trainable='all', device='cpu', **TINY)
     whole = train_detector(None, items, [0, 1, 2, 3], [4, 5], tmp_path/'whole', **args)
-    import lus_fastai.detect as detect
+    import lus_fastai.train.detection as detect
     class Stop(Exception): pass
     end = DetectLog.end_epoch
     def stop(self): end(self); self.stop = self.epoch == 1 and (_ for _ in ()).throw(Stop('here'))

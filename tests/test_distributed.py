@@ -2,7 +2,7 @@
 import importlib.util, json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from lus_fastai import contrastive as C
+from lus_fastai.train import contrastive as C
 
 WORKER = Path(__file__).with_name('distributed_worker.py')
 spec = importlib.util.spec_from_file_location('distributed_worker', WORKER)

@@ -2,9 +2,8 @@
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from lus_fastai.core import CLASSES, TableError
-from lus_fastai.distrust import (deletion_insertion, edge_map, heat_in_fan, heat_table, only_inside, only_outside, outside_fan_check, pointing_game, predict_source,
-                                 randomisation_check, randomise_layers, rank_correlation, show_deletion, small_learner, structural_similarity)
-from lus_fastai.preprocess import Fan
+from lus_fastai.explain.sanity_checks import deletion_insertion, edge_map, heat_in_fan, heat_table, only_inside, only_outside, outside_fan_check, pointing_game, predict_source, randomisation_check, randomise_layers, rank_correlation, show_deletion, small_learner, structural_similarity
+from lus_fastai.data.fan import Fan
 
 def net():
     with torch.random.fork_rng():

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from lus_fastai import embed
+from lus_fastai.explain import embeddings as embed
 from lus_fastai.core import TableError
-from lus_fastai.data import frame_dls
-from lus_fastai.embed import _cells, features, pca_map, place, plot_embedding, plot_purity, plot_thumbnails, purity, tsne_map
+from lus_fastai.data.loaders import frame_dls
+from lus_fastai.explain.embeddings import _cells, features, pca_map, place, plot_embedding, plot_purity, plot_thumbnails, purity, tsne_map
 
 def net(c_in=1, seed=0, inplace=True):
     "A convolution, and a head like Covid-Net's: linear, batch norm, ReLU in place, dropout, linear."
@@ -145,7 +145,7 @@ def test_cache_is_used_for_the_same_work_only(phantom_store, tmp_path):
     features(other, s, s.frames[:4], path=file); assert theirs == [4, 4]               # buffers count as weights
 
 def test_cache_knows_its_store(phantom_table, phantom_store, tmp_path):
-    from lus_fastai.clips import FrameStore
+    from lus_fastai.data.store import FrameStore
     model, file = net(), tmp_path/'f.npz'
     a = features(model, phantom_store, phantom_store.frames[:4], path=file)
     small = FrameStore.build(phantom_table[:2], tmp_path/'store', size=(48, 48), rate=8, max_frames=4, workers=0)
@@ -166,8 +166,8 @@ def test_a_process_killed_while_it_saves_leaves_the_old_file_or_none(phantom_sto
     code = f"""
 import os, sys, numpy as np
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from lus_fastai import embed
-from lus_fastai.clips import FrameStore
+from lus_fastai.explain import embeddings as embed
+from lus_fastai.data.store import FrameStore
 from test_embed import net
 def half(f, **arrays):
     f.write(b'PK' + bytes(5000))
@@ -188,7 +188,7 @@ embed.features(net(), FrameStore({str(phantom_store.folder)!r}), path={str(tmp_p
         (tmp_path/'f.npz').unlink()
 
 def test_another_scaling_is_another_model(phantom_store, tmp_path):
-    from lus_fastai.models import Scale
+    from lus_fastai.models.unet import Scale
     def scaled(mean):
         torch.manual_seed(0)
         model = nn.Sequential(Scale([mean], [.25]), nn.Conv2d(1, 2, 1))

@@ -3,11 +3,11 @@ import copy, math, warnings
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from lus_fastai import explain as E
-from lus_fastai.clips import read_clip
+from lus_fastai.explain import attribution as E
+from lus_fastai.data.store import read_clip
 from lus_fastai.core import frozen_eval
-from lus_fastai.explain import *
-from lus_fastai.models import seg_to_cls, unet
+from lus_fastai.explain.attribution import seg_target, saliency, smooth_grad, integrated_gradients, OCCLUSION_ARORA, occlusion, cam_layer, grad_cam, cam, EXPLAINERS, explain_clip, map_rgb, show_map, show_maps, write_map_video
+from lus_fastai.models.unet import seg_to_cls, unet
 
 METHODS = pytest.mark.parametrize('method', list(EXPLAINERS))
 FEW = {'smooth-grad': dict(n=3), 'integrated gradients': dict(steps=4), 'occlusion': dict(size=9, stride=6)}

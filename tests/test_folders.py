@@ -2,10 +2,10 @@
 import os, warnings
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from lus_fastai.clips import ClipError
+from lus_fastai.data.store import ClipError
 from lus_fastai.core import TableError, write_table
-from lus_fastai.folders import *
-from lus_fastai.phantom import write_video
+from lus_fastai.data.folders import clip_kind, index_folder, read_folder
+from lus_fastai.synth.phantom import write_video
 from test_clips import dicom
 
 def frames(n, seed=0): return np.random.default_rng(seed).integers(0, 256, (n, 32, 32)).astype(np.uint8)

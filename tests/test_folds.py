@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from lus_fastai.core import TableError, check_table
-from lus_fastai.folds import *
+from lus_fastai.data.folds import patient_folds, LeakError, assert_disjoint, leaky_folds, split_hash, frame_hash, hamming, near_duplicates, audit
 
 def clips(patients, seed=0, classes='abc', most=5, p=None):
     "A made-up clip table; patients have 1..most clips of one class."

@@ -1,8 +1,8 @@
 "Imagined pictures and inverted features: known answers, traces left behind, and bad input."
 import numpy as np, pytest, torch
 from torch import nn
-from lus_fastai.imagine import invert_features, maximise_class, show_imagined, show_inversions
-from lus_fastai.models import unet
+from lus_fastai.explain.feature_visualization import invert_features, maximise_class, show_imagined, show_inversions
+from lus_fastai.models.unet import unet
 
 PLAIN = dict(channels=1, decay=0, jitter=0, blur=0)
 

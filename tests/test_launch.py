@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from lus_fastai.papers import uscl
 from lus_fastai.report import read_results
-from lus_fastai.transfer import load_weights
+from lus_fastai.models.transfer import load_weights
 sys.path.insert(0, str(Path(__file__).parent))
 import launch_worker
 

@@ -4,13 +4,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import (ClassificationInterpretation, CrossEntropyLossFlat, Learner, SegmentationInterpretation)
 from PIL import Image
-from lus_fastai.clips import ClipError, FrameStore, open_store, store_rows
-from lus_fastai.contrastive import pair_dls
+from lus_fastai.data.store import ClipError, FrameStore, open_store, store_rows
+from lus_fastai.train.contrastive import pair_dls
 from lus_fastai.core import CLASSES, DENSE, MaskSet, TableError
-from lus_fastai.data import ReadFrame, TensorDense, TensorFrame, as_frame, frame_dls, mask_dls
-from lus_fastai.distrust import only_outside
-from lus_fastai.embed import features
-from lus_fastai.folds import audit
+from lus_fastai.data.loaders import ReadFrame, TensorDense, TensorFrame, as_frame, frame_dls, mask_dls
+from lus_fastai.explain.sanity_checks import only_outside
+from lus_fastai.explain.embeddings import features
+from lus_fastai.data.folds import audit
 from torch import nn
 
 def darker(frames, row, outside=0): return frames // 2
@@ -174,7 +174,7 @@ def test_an_exported_learner_predicts_in_a_fresh_process_even_without_its_store(
             import json, sys
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             from fastai.vision.all import load_learner
-            from lus_fastai.clips import FrameStore
+            from lus_fastai.data.store import FrameStore
             learn, b = load_learner({str(tmp_path/f'{target}.pkl')!r}), FrameStore({str(b.folder)!r})
             with learn.no_bar(): print(json.dumps([learn.predict(x)[2].tolist() for x in (b[2], b.frames.iloc[3])]))
             try:

@@ -3,12 +3,12 @@ import os, subprocess, sys
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Learner, OptimWrapper, SegmentationInterpretation
-from lus_fastai.clips import FrameStore
+from lus_fastai.data.store import FrameStore
 from lus_fastai.core import CLASSES, DENSE
-from lus_fastai.data import frame_dls
-from lus_fastai.losses import DiceCELoss, class_weights, code_counts
-from lus_fastai.models import unet
-from lus_fastai.phantom import phantom_dataset
+from lus_fastai.data.loaders import frame_dls
+from lus_fastai.train.losses import DiceCELoss, class_weights, code_counts
+from lus_fastai.models.unet import unet
+from lus_fastai.synth.phantom import phantom_dataset
 
 def logits_and_codes(classes=4, seed=0, shape=(3, 9, 7)):
     g = torch.Generator().manual_seed(seed)

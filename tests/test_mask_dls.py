@@ -2,7 +2,7 @@
 import warnings
 import numpy as np, pandas as pd, pytest, torch
 from lus_fastai.core import MaskSet
-from lus_fastai.data import *
+from lus_fastai.data.loaders import TensorMasks, class_color, absent_classes, mask_dls
 
 def made(n=7, k=3, size=(20, 24), seed=0):
     rng = np.random.default_rng(seed)

@@ -2,11 +2,11 @@
 import json
 import numpy as np, pandas as pd, pytest, torch
 from lus_fastai.core import MaskSet
-from lus_fastai.folds import LeakError
+from lus_fastai.data.folds import LeakError
 from lus_fastai.papers import merand
 from lus_fastai.papers.merand import Way
 from lus_fastai.report import read_results
-from lus_fastai.rotation import LossLog
+from lus_fastai.train.segmentation import LossLog
 
 pytestmark = pytest.mark.filterwarnings('ignore:no pixel of')          # so few pictures lack classes
 TINY = merand.MerandSettings(backbones=('test_resnet',), matrix=('test_resnet',), rows=('autoencoder, boxes',), starts=('random',), beside=('SimCLR, boxes', 'classifier'), disjoint=('none',), seeds=(1,), size=32,

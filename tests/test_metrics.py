@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn import metrics as sk
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Datasets, ItemGetter, Learner, TensorImage, TensorMask, ReduceLROnPlateau
-from lus_fastai import metrics as M
+from lus_fastai.stats import classification as M
 from lus_fastai.core import CLASSES, DENSE, DENSE_TO_SPARSE, SPARSE, TableError, dense_to_sparse
 
 codes = arrays(np.int64, 60, elements=st.integers(0, 3))

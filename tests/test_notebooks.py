@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
 MODULES = sorted(p for p in (ROOT/'lus_fastai').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py') and p != ROOT/'lus_fastai/all.py')
-each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
 each_module = pytest.mark.parametrize('module', MODULES, ids=lambda p: '.'.join(p.relative_to(ROOT/'lus_fastai').with_suffix('').parts))
 
 def load(path): return json.loads(path.read_text(encoding='utf-8'))
@@ -61,7 +61,7 @@ def test_notebook_is_clean(path, tmp_path, monkeypatch):
     copy = tmp_path/path.name
     shutil.copy(path, copy)
     nbdev_clean.__wrapped__(fname=str(copy))
-    assert copy.read_text(encoding='utf-8') == path.read_text(encoding='utf-8'), f'run nbdev-clean --fname nbs/{path.name}'
+    assert copy.read_text(encoding='utf-8') == path.read_text(encoding='utf-8'), f'run nbdev-clean --fname {path.relative_to(ROOT)}'
 
 @each_notebook
 def test_notebook_is_readable(path):

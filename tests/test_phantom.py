@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from lus_fastai import phantom
+from lus_fastai.synth import phantom
 from lus_fastai.core import CLASSES, check_table, read_table
-from lus_fastai.phantom import BeamGrid, draw_patient, log_compress, phantom_clip, phantom_dataset, speckle, write_video
+from lus_fastai.synth.phantom import BeamGrid, draw_patient, log_compress, phantom_clip, phantom_dataset, speckle, write_video
 
 def plain(label='regular', probe='linear', seed=3, **change):
     "A patient without ribs, edges or disease; nothing smoothed."

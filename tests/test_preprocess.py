@@ -3,9 +3,9 @@ import json, subprocess, sys, warnings
 import numpy as np, pandas as pd, pytest, torch
 import scipy.ndimage as ndi
 from hypothesis import given, settings, strategies as st
-from lus_fastai.clips import sample_clip
-from lus_fastai.phantom import draw_patient, phantom_clip
-from lus_fastai.preprocess import Fan, FanError, add_fans, burn_in, crop_to_fan, fan_crop, find_fan, find_overlays, from_polar, remove_overlays, to_polar
+from lus_fastai.data.store import sample_clip
+from lus_fastai.synth.phantom import draw_patient, phantom_clip
+from lus_fastai.data.fan import Fan, FanError, add_fans, burn_in, crop_to_fan, fan_crop, find_fan, find_overlays, from_polar, remove_overlays, to_polar
 
 def overlap(fan, truth): return (fan.mask() & truth).sum()/(fan.mask() | truth).sum()
 
@@ -125,7 +125,7 @@ def test_crop_of_tensors_and_stacks():
     with pytest.raises(FanError, match='lies outside its picture'): Fan('linear', (20, 30), 40, 50, 5, 25).box()
 
 def test_module_is_light():
-    code = "import sys, lus_fastai.preprocess; print([m for m in ('fastai', 'torchvision', 'matplotlib', 'skimage', 'scipy') if m in sys.modules])"
+    code = "import sys, lus_fastai.data.fan; print([m for m in ('fastai', 'torchvision', 'matplotlib', 'skimage', 'scipy') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 def test_real_clips(real_data):
@@ -139,7 +139,7 @@ def test_real_clips(real_data):
         if (~inside).mean() > .05: assert most[inside].mean() > 2*most[~inside].mean()
 
 def test_store_cut_to_the_fan_fills_frames_with_black_and_masks_with_background(phantom_table, tmp_path):
-    from lus_fastai.clips import FrameStore
+    from lus_fastai.data.store import FrameStore
     from lus_fastai.core import DENSE
     table = add_fans(phantom_table[phantom_table.probe == 'convex'].head(2), workers=1)
     whole = FrameStore.build(table, tmp_path/'whole', size=(96, 96), max_frames=2, workers=0)

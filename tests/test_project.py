@@ -8,7 +8,7 @@ from conftest import ROOT, tracked
 
 MODULES = ['.'.join(p.relative_to(ROOT/'lus_fastai').with_suffix('').parts) for p in sorted((ROOT/'lus_fastai').rglob('*.py'))
            if p.name not in ('__init__.py', '_modidx.py', 'all.py')]
-LIGHT = ('core', 'phantom', 'sources', 'clips', 'folds') # importing one of these imports no fastai
+LIGHT = ('core', 'synth.phantom', 'data.sources', 'data.store', 'data.folds') # importing one of these imports no fastai
 
 def settings():
     parser = configparser.ConfigParser(delimiters=['='], interpolation=None)
@@ -21,12 +21,36 @@ def fresh(code, cwd=ROOT, **env):
     assert r.returncode == 0, r.stderr
     return r.stdout.strip()
 
+def reading_order(separator='.'):
+    "The notebooks of the sidebar, from the first to the last, by module."
+    names = re.findall(r'- nbs/(\S+)\.ipynb', (ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    return [n.replace('/', separator) for n in names if n != 'index']
+
 # imports and names
+
+def imported_from(notebook):
+    "The modules of ours that the cells of a notebook import from."
+    cells = json.loads((ROOT/'nbs'/notebook).read_text(encoding='utf-8'))['cells']
+    code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    code = '\n'.join(line for line in code.splitlines() if not re.match(r'\s*[%!]', line))
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        else: names = [node.module] + [f'{node.module}.{a.name}' for a in node.names]
+        found |= {n.removeprefix('lus_fastai.') for n in names if n.startswith('lus_fastai.')}
+    return found & set(MODULES)
+
+@pytest.mark.parametrize('name', reading_order())
+def test_a_notebook_imports_only_from_notebooks_before_it(name):
+    before = reading_order()[:reading_order().index(name)]
+    later = imported_from(name.replace('.', '/') + '.ipynb') - set(before)
+    assert not later, f'{name} stands before {sorted(later)} in the sidebar of _quarto.yml'
 
 @pytest.mark.parametrize('name', LIGHT)
 def test_light_modules_do_not_import_fastai(name):
-    assert fresh(f"import sys; from lus_fastai import {name}; print(sorted(m for m in ('fastai', 'torchvision', 'matplotlib.pyplot', 'av', 'pydicom', "
-                 f"'seaborn', 'sklearn', 'lus_fastai.all') if m in sys.modules), {name}.__name__)") == f'[] lus_fastai.{name}'
+    assert fresh(f"import sys, lus_fastai.{name} as it; print(sorted(m for m in ('fastai', 'torchvision', 'matplotlib.pyplot', 'av', 'pydicom', "
+                 f"'seaborn', 'sklearn', 'lus_fastai.all') if m in sys.modules), it.__name__)") == f'[] lus_fastai.{name}'
 
 def test_importing_the_package_imports_nothing_else():
     assert fresh("import sys, lus_fastai; print([m for m in ('torch', 'numpy', 'fastai') if m in sys.modules], lus_fastai.__version__)") == f"[] {settings()['version']}"
@@ -41,7 +65,7 @@ exec('from lus_fastai import *', ours)
 import lus_fastai, lus_fastai.all
 print(json.dumps(dict(fastai=sorted(k for k in before if k[0] != '_'), ours=sorted(k for k in ours if k != '__builtins__'), all=sorted(lus_fastai.all.__all__),
     same=all(ours[k] is getattr(lus_fastai.all, k) for k in ours if k != '__builtins__'), twice=len(lus_fastai.__all__) - len(set(lus_fastai.__all__)))))'''))
-    public = {n for m in MODULES if '.' not in m for n in import_module(f'lus_fastai.{m}').__all__} | {m.split('.')[1] for m in MODULES if '.' in m} # a paper is a module
+    public = {n for m in MODULES if not m.startswith('papers.') for n in import_module(f'lus_fastai.{m}').__all__} | {m.split('.')[1] for m in MODULES if m.startswith('papers.')} # a paper is a module
     assert set(got['ours']) == set(got['all']) == (set(got['fastai']) - {'models'}) | public
     assert got['same'] and not got['twice']
 
@@ -50,8 +74,8 @@ def test_the_star_import_warns_of_nothing():
     assert r.returncode == 0 and not r.stdout and 'Warning' not in r.stderr, r.stderr           # on a new machine matplotlib says there that it looks for fonts
 
 def test_attributes_on_demand():
-    assert fresh("import lus_fastai; print(lus_fastai.unet.__module__, lus_fastai.transfer.__name__, lus_fastai.Learner.__name__, hasattr(lus_fastai, 'nonsense'), "
-                 "hasattr(lus_fastai, '_hidden'))") == 'lus_fastai.models lus_fastai.transfer Learner False False'
+    assert fresh("import lus_fastai; print(lus_fastai.unet.__module__, lus_fastai.models.transfer.__name__, lus_fastai.Learner.__name__, hasattr(lus_fastai, 'nonsense'), "
+                 "hasattr(lus_fastai, '_hidden'))") == 'lus_fastai.models.unet lus_fastai.models.transfer Learner False False'
 
 def test_names_shared_with_fastai_are_known():
     import fastai.vision.all as fastai_all
@@ -69,13 +93,13 @@ def test_no_name_stands_for_two_things():
         for n in module.__all__: where.setdefault(n, {})[id(getattr(module, n))] = m
     twice = {n: list(o.values()) for n, o in where.items() if len(o) > 1}
     assert not twice, f'exported by several modules, and not the same: {twice}'
-    parts = {p for m in MODULES for p in m.split('.')}
+    parts = {m.split('.')[0] for m in MODULES}
     assert not parts & set(where), f'{parts & set(where)} would hide modules of that name'
 
 def test_all_lists_every_module():
     listed = re.findall(r'^from lus_fastai\.(\S+) import \*', (ROOT/'lus_fastai/all.py').read_text(encoding='utf-8'), re.M)
-    papers = re.findall(r'^from lus_fastai\.papers import (\w+)$', (ROOT/'lus_fastai/all.py').read_text(encoding='utf-8'), re.M)
-    assert sorted(listed + [f'papers.{p}' for p in papers]) == sorted(MODULES)
+    papers = re.search(r'^from lus_fastai\.papers import ([\w, ]+?) *(#|$)', (ROOT/'lus_fastai/all.py').read_text(encoding='utf-8'), re.M)[1].split(', ')
+    assert listed + [f'papers.{p}' for p in papers] == [m for m in reading_order() if m in MODULES] and set(reading_order()) >= set(MODULES)
 
 def test_what_is_imported_is_required():
     comes_with_fastai = {'torch', 'torchvision', 'numpy', 'pandas', 'matplotlib', 'sklearn', 'scipy', 'PIL', 'fastcore', 'fastprogress', 'requests', 'yaml', 'IPython', 'fastai'}
@@ -91,7 +115,7 @@ def test_what_is_imported_is_required():
             for n in names: used.setdefault(n.split('.')[0], m)
     missing = {n: m for n, m in used.items() if n not in sys.stdlib_module_names | comes_with_fastai | {'lus_fastai', 'huggingface_hub'} and not packages.get(n, {n}) & (required | asked_for)} # timm brings huggingface_hub
     assert not missing, f'imported but not in settings.ini: {missing}'
-    by_name = (ROOT/'lus_fastai/models.py').read_text(encoding='utf-8')    # packages of weights are looked up by name
+    by_name = (ROOT/'lus_fastai/models/unet.py').read_text(encoding='utf-8')    # packages of weights are looked up by name
     unused = {d for d in (required | asked_for) - {d for n in used for d in packages.get(n, {n})} if f"'{d}'" not in by_name}
     assert not unused, f'required in settings.ini but imported nowhere: {unused}'
 
@@ -156,7 +180,7 @@ def test_wheel_holds_the_package_and_its_data_only(wheel):
     assert {'dev', 'distributed', 'docs', 'imagenet', 'widgets'} == set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) and re.search(r'^Requires-Python: >=3\.10$', meta, re.M)
 
 def test_installed_wheel_works_elsewhere(installed, tmp_path):
-    out = fresh("import lus_fastai; from lus_fastai.sources import manifest; from lus_fastai.report import read_results; "
+    out = fresh("import lus_fastai; from lus_fastai.data.sources import manifest; from lus_fastai.report import read_results; "
                 "print(lus_fastai.__version__, lus_fastai.__file__, len(manifest('pocus')) > 100, read_results('gare-pocus')['data'])", cwd=tmp_path, PYTHONPATH=str(installed))
     assert out == f"{settings()['version']} {installed/'lus_fastai/__init__.py'} True pocus"
 
@@ -184,8 +208,8 @@ def test_site_is_sound(site, docs): assert docs.check(site) == []
 def test_the_page_of_notebooks_lists_each_with_its_line_and_colab(site):
     page, cfg = (site/'nbs/notebooks.qmd').read_text(encoding='utf-8'), settings()
     repo = cfg['git_url'].split('github.com/')[1]
-    for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
-        assert f']({p.name})' in page and f"https://colab.research.google.com/github/{repo}/blob/{cfg['branch']}/nbs/{p.name}" in page, p.name
+    for name in reading_order('/'):
+        assert f']({name}.ipynb)' in page and f"https://colab.research.google.com/github/{repo}/blob/{cfg['branch']}/nbs/{name}.ipynb" in page, name
 
 def test_a_documented_name_without_markdown_is_a_fault(docs):
     class Cell:
@@ -213,16 +237,16 @@ def test_nbdev_processes_every_notebook():
     assert out == '', out
 
 def test_site_check_names_what_is_wrong(site, docs):
-    (site/'nbs/00_core.ipynb').rename(site/'nbs/99_lost.ipynb')
-    lost = json.loads((site/'nbs/99_lost.ipynb').read_text(encoding='utf-8'))
+    (site/'nbs/core.ipynb').rename(site/'nbs/lost.ipynb')
+    lost = json.loads((site/'nbs/lost.ipynb').read_text(encoding='utf-8'))
     lost['cells'] += [dict(cell_type='markdown', source='see [there](nowhere.ipynb), `[not](this)`, [or](https://example.org)'),
                       dict(cell_type='raw', source='---\na: [1\n---')]
     lost['cells'][0]['source'] = 'no title'
-    (site/'nbs/99_lost.ipynb').write_text(json.dumps(lost), encoding='utf-8')
+    (site/'nbs/lost.ipynb').write_text(json.dumps(lost), encoding='utf-8')
     (site/'README.md').write_text('old', encoding='utf-8')
     faults = '\n'.join(docs.check(site))
-    for what in ('sidebar names nbs/00_core.ipynb, which does not exist', '99_lost.ipynb is not in the sidebar', 'links to nowhere.ipynb', 'front matter',
-                 '99_lost.ipynb: the first cell', 'README.md is not what nbs/index.ipynb gives'): assert what in faults, what
+    for what in ('sidebar names nbs/core.ipynb, which does not exist', 'lost.ipynb is not in the sidebar', 'links to nowhere.ipynb', 'front matter',
+                 'lost.ipynb: the first cell', 'README.md is not what nbs/index.ipynb gives'): assert what in faults, what
     assert 'this' not in faults.replace('this machine', '') and 'example.org' not in faults
     (site/'nbs/_quarto.yml').write_text('a: [1', encoding='utf-8')
     assert docs.check(site)[0].startswith('nbs/_quarto.yml:')

@@ -195,7 +195,7 @@ def line(ax, start): return next(l for l in ax.lines if l.get_label().startswith
 
 
 def test_roc_bands_stand_under_their_class():
-    from lus_fastai.metrics import roc, roc_bands
+    from lus_fastai.stats.classification import roc, roc_bands
     curves, areas = roc(made_up(), n_boot=20)
     bands = roc_bands(made_up(), points=11, n_boot=20)
     plain, banded = R.plot_roc(curves, areas).axes[0], R.plot_roc(curves, areas, bands=bands).axes[0]
@@ -208,7 +208,7 @@ def test_roc_bands_stand_under_their_class():
 
 
 def test_precision_recall_is_a_staircase_with_chance():
-    from lus_fastai.metrics import pr_curve
+    from lus_fastai.stats.classification import pr_curve
     curves, areas = pr_curve(made_up(), n_boot=20)
     fig = R.plot_pr(curves, areas, 'title'); ax = fig.axes[0]
     a = line(ax, 'a ')
@@ -219,7 +219,7 @@ def test_precision_recall_is_a_staircase_with_chance():
 
 
 def test_reliability_draws_only_bins_with_rows():
-    from lus_fastai.calibration import reliability
+    from lus_fastai.stats.calibration import reliability
     r = reliability(made_up(), n_boot=20)
     one, two = R.plot_reliability(r), R.plot_reliability({'before': r, 'after': r.assign(n=r.n.where(r.n > 2, 0))})
     ax, below = one.axes
@@ -233,7 +233,7 @@ def test_reliability_draws_only_bins_with_rows():
 
 
 def test_abstention_beside_random():
-    from lus_fastai.calibration import abstention
+    from lus_fastai.stats.calibration import abstention
     preds = made_up().assign(blind=0.)
     named = {'largest probability': abstention(preds, n_boot=20)[0], 'always the same': abstention(preds, 'blind', n_boot=20)[0]}
     fig = R.plot_abstention(named); ax = fig.axes[0]
@@ -243,8 +243,8 @@ def test_abstention_beside_random():
 
 
 def test_curves_go_into_a_page():
-    from lus_fastai.calibration import abstention, reliability
-    from lus_fastai.metrics import pr_curve, roc, roc_bands
+    from lus_fastai.stats.calibration import abstention, reliability
+    from lus_fastai.stats.classification import pr_curve, roc, roc_bands
     preds, before = made_up(), dict(mpl.rcParams)
     out, title = R.Report('t'), '<b> & "'
     for f in (R.plot_roc(*roc(preds, 5), title, roc_bands(preds, 11, 5)), R.plot_pr(*pr_curve(preds, 5), title), R.plot_reliability({title: reliability(preds, n_boot=5)}, title), R.plot_abstention({title: abstention(preds, n_boot=5)[0]}, title)): out.figure(f, title)

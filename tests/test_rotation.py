@@ -3,17 +3,17 @@ import json, os, signal, subprocess, sys, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from lus_fastai.transfer import load_weights
+from lus_fastai.models.transfer import load_weights
 
 SETUP = '''
 import os, signal, sys
 import numpy as np, pandas as pd, torch
 from fastai.vision.all import Callback
-from lus_fastai.augment import MerandAugment
-from lus_fastai.core import *
-from lus_fastai.models import unet
-from lus_fastai.overlap import *
-from lus_fastai.rotation import *
+from lus_fastai.data.augment import MerandAugment
+from lus_fastai.core import seed_all
+from lus_fastai.models.unet import unet
+from lus_fastai.stats.segmentation import SoftDiceLoss
+from lus_fastai.train.segmentation import rotation_parts, Rotation, fit_masks, predict_masks, kfold_masks, fit_rotation
 torch.set_num_threads(1)
 
 def made(n=9, size=32):

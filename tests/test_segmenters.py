@@ -5,8 +5,8 @@ from fastai.callback.core import Callback
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from lus_fastai.core import frozen_eval, seed_all
-from lus_fastai.models import (BackboneClassifier, LoneBatchNorm, autoencoder, create_backbone, keras_init, segmenter, unet, vunet, xunet)
-from lus_fastai.transfer import GradualUnfreeze, copy_decoder, copy_encoder, freeze, load_weights, param_count, save_weights, stages
+from lus_fastai.models.unet import BackboneClassifier, LoneBatchNorm, autoencoder, create_backbone, keras_init, segmenter, unet, vunet, xunet
+from lus_fastai.models.transfer import GradualUnfreeze, copy_decoder, copy_encoder, freeze, load_weights, param_count, save_weights, stages
 
 TRUNKS = dict(vgg16=14_714_688, resnet50=23_508_032, resnext50=22_979_904)
 
@@ -124,7 +124,7 @@ def test_bad_names_and_weights_that_cannot_be_had(monkeypatch):
     with pytest.raises(ValueError, match='no unet over'): segmenter('unet', 'vit_tiny_patch16_224')
     with pytest.raises(ValueError, match='no deeplabv3 over'): segmenter('deeplabv3', 'vit_tiny_patch16_224')
     def none(name, names): raise ConnectionError('no network')
-    monkeypatch.setattr('lus_fastai.models._imagenet', none)
+    monkeypatch.setattr('lus_fastai.models.unet._imagenet', none)
     with pytest.warns(UserWarning, match='starts from scratch'): net = segmenter('unet', 'resnet18', weights='imagenet')
     assert net.head[0].out_channels == 13
 

@@ -4,9 +4,9 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.vision.all import Callback, CancelFitException
 from hypothesis import given, settings, strategies as st
-from lus_fastai.contrastive import ContrastiveNet, PairMethod, USCLAugment, pair_dls, pair_learner, pretrain
-from lus_fastai.semisup import *
-from lus_fastai.semisup import SemiSup
+from lus_fastai.train.contrastive import ContrastiveNet, PairMethod, USCLAugment, pair_dls, pair_learner, pretrain
+from lus_fastai.train.semi_supervised import ramp_up, consistency, SemiSup, PiModel, unbiased, TemporalEnsembling, pseudo_labels, FixMatch, WeakAugment, StrongAugment
+from lus_fastai.train.semi_supervised import SemiSup
 
 def backbone(seed=0):
     with torch.random.fork_rng():

@@ -2,14 +2,14 @@
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import TensorImage, TensorMask
 from hypothesis import given, settings, strategies as st
-from lus_fastai import training
+from lus_fastai.train import cross_validation as training
 from lus_fastai.core import MaskSet
-from lus_fastai.models import create_backbone
-from lus_fastai.phantom import draw_patient, phantom_clip, write_video
-from lus_fastai.preprocess import FanError, from_polar
+from lus_fastai.models.unet import create_backbone
+from lus_fastai.synth.phantom import draw_patient, phantom_clip, write_video
+from lus_fastai.data.fan import FanError, from_polar
 from lus_fastai.report import read_results
 from lus_fastai.papers import sim_to_real
-from lus_fastai.papers.sim_to_real import *
+from lus_fastai.papers.sim_to_real import phantom_fan, vary, LINES, polar_phantom, common_fan, polar_clips, Roughen, contrast_channels, LineNet, line_areas, plain_scores, auc, spearman, patient_interval, agreement, tuning_patients, SimSettings, reproduce, plot_agreement, taught_scores, clip_features, probed_scores
 
 @pytest.fixture(scope='module')
 def frames(): return polar_phantom(4, (48, 24), 2, seed=3)

@@ -4,8 +4,9 @@ from pathlib import Path
 from urllib.parse import unquote
 import numpy as np, pandas as pd, pytest
 from lus_fastai.core import CLIP_COLUMNS, TableError
-from lus_fastai.sources import *
-from lus_fastai import core, sources
+from lus_fastai.data.sources import pocus_name, blues_name, Source, SOURCES, sources_table, manifest, index, FetchError, verify, fetch, extract
+from lus_fastai import core
+from lus_fastai.data import sources
 
 CONTENT = {'clips/a.mp4': os.urandom(300_000), 'clips/b (1)+2.mp4': os.urandom(70_000), 'meta.csv': b'x,y\n1,2\n', 'empty.txt': b''}
 git = lambda b: hashlib.sha1(b'blob %d\0' % len(b) + b).hexdigest()

@@ -1,12 +1,11 @@
 "CCXS, XPIE, CheXpert and SIIM-FISABIO-RSNA in small made folders of their original layouts, and their mask sets."
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from lus_fastai.clips import ClipError
+from lus_fastai.data.store import ClipError
 from lus_fastai.core import TableError
-from lus_fastai.folds import patient_folds
-from lus_fastai.sources import (SOURCES, busi_set, by_hand, ccxs_patient, ccxs_set, chexpert_labels, exact_match, fetch, index, manifest, mask_paths, mask_picture, siim_boxes, siim_set, sources_table, verify,
-                                xpie_set)
-from lus_fastai.standins import CHEST, CHEXPERT
+from lus_fastai.data.folds import patient_folds
+from lus_fastai.data.sources import SOURCES, busi_set, by_hand, ccxs_patient, ccxs_set, chexpert_labels, exact_match, fetch, index, manifest, mask_paths, mask_picture, siim_boxes, siim_set, sources_table, verify, xpie_set
+from lus_fastai.synth.radiographs import CHEST, CHEXPERT
 
 def picture(seed, shape=(60, 80)): return np.asarray(Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8), dtype=np.uint8)).resize(shape[::-1], Image.NEAREST))
 def save(path, x, **kw): path.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(x).save(path, **kw); return path

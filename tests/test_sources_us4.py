@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from lus_fastai.clips import ClipError, FrameStore, read_clip
+from lus_fastai.data.store import ClipError, FrameStore, read_clip
 from lus_fastai.core import CLIP_COLUMNS, TableError, read_table, write_table
-from lus_fastai.folds import patient_folds
-from lus_fastai.sources import *
-from lus_fastai import sources
+from lus_fastai.data.folds import patient_folds
+from lus_fastai.data.sources import duplicate_groups, lesion_paths, us4_rows, pack_sequence, SOURCES, sources_table, manifest, index, verify, fetch
+from lus_fastai.data import sources
 
 def texture(seed, size=(64, 80)): return np.kron(np.random.default_rng(seed).integers(0, 200, (8, 8)), np.ones((size[0]//8, size[1]//8))).astype(np.uint8)
 def save(path, x, **how): path.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(x).save(path, **how); return path

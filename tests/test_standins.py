@@ -2,7 +2,7 @@
 import time
 import numpy as np, pandas as pd, pytest
 from lus_fastai.core import MaskSet
-from lus_fastai.standins import (CATEGORIES, CHEST, CHEXPERT, box_set, boxes_of, chest_box_set, chest_boxes, chest_labels, chest_phantom, fill_boxes, rib_masks, salient_shapes)
+from lus_fastai.synth.radiographs import CATEGORIES, CHEST, CHEXPERT, box_set, boxes_of, chest_box_set, chest_boxes, chest_labels, chest_phantom, fill_boxes, rib_masks, salient_shapes
 
 def small(masks, names): return MaskSet(np.zeros((len(masks), *masks.shape[2:]), np.uint8), masks, names, pd.DataFrame(dict(patient=['p']*len(masks))))
 

@@ -2,21 +2,21 @@
 import copy, json, os, shutil, signal, subprocess, sys, textwrap
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from lus_fastai import training
+from lus_fastai.train import cross_validation as training
 
 SETUP = '''
 import os, signal, sys
 import numpy as np, pandas as pd, torch
 from functools import partial
 from fastai.vision.all import Learner, OptimWrapper, CrossEntropyLossFlat, Callback
-from lus_fastai.core import *
-from lus_fastai.clips import FrameStore
-from lus_fastai.data import *
-from lus_fastai.augment import GareAugment
-from lus_fastai.models import *
-from lus_fastai.folds import patient_folds
-from lus_fastai.training import *
-from lus_fastai.transfer import copy_weights, load_weights, split_rates, stages
+from lus_fastai.core import CLASSES, seed_all
+from lus_fastai.data.store import FrameStore
+from lus_fastai.data.loaders import frame_dls
+from lus_fastai.data.augment import GareAugment
+from lus_fastai.models.unet import unet, seg_to_cls, create_backbone, BackboneClassifier
+from lus_fastai.data.folds import patient_folds
+from lus_fastai.train.cross_validation import AutoPrecision, EpochEnd, PlateauLR, CosineLR, OneCycleLR, EpochSeed, Checkpoint, fit_resumable, ClassProbs, cross_validate, last_epoch, fold_history, fine_tune_learner, fine_tune
+from lus_fastai.models.transfer import copy_weights, load_weights, split_rates, stages
 torch.set_num_threads(1)
 
 def setup(folder):
@@ -273,7 +273,7 @@ def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made,
                 print('training', flush=True)
                 import time; time.sleep(60)
         def slow(dls): return build(dls)
-        import lus_fastai.training as T
+        import lus_fastai.train.cross_validation as T
         T.AutoPrecision = lambda precision: Slow()
         cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(tmp_path/'run')!r})
     '''
@@ -453,7 +453,7 @@ def test_backbone_classifier_reads_the_weights_and_gives_the_same_logits(phantom
 def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, tuned, tmp_path):
     torch.save(backbone.state_dict(), tmp_path/'backbone.pt')
     code = f'''
-        import lus_fastai.training as training
+        import lus_fastai.train.cross_validation as training
         made = training.fine_tune_learner
         store = FrameStore({str(phantom_store.folder)!r})
         folds = patient_folds(store.frames, 2)

@@ -3,8 +3,8 @@ import copy, warnings
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from lus_fastai.models import BackboneClassifier, covidnet, create_backbone, seg_to_cls, unet
-from lus_fastai.transfer import copy_weights, freeze, param_count, split_rates, stages
+from lus_fastai.models.unet import BackboneClassifier, covidnet, create_backbone, seg_to_cls, unet
+from lus_fastai.models.transfer import copy_weights, freeze, param_count, split_rates, stages
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 TIMM = ('mobilenetv3_small_050', 'convnext_atto', 'vit_tiny_patch16_224', 'regnetx_002', 'densenet121', 'vgg11')

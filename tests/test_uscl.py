@@ -1,6 +1,6 @@
 "The reproduction of Chen 2021 end to end on a tiny phantom: resumable, and nothing of a test fold is ever pretrained on."
 import numpy as np, pandas as pd, pytest
-from lus_fastai.folds import LeakError
+from lus_fastai.data.folds import LeakError
 from lus_fastai.papers import uscl
 from lus_fastai.report import read_results
 
@@ -31,7 +31,7 @@ def test_the_released_backbone_loads_and_has_its_card(run):
     card = weights.with_suffix('.md').read_text()
     results = read_results(run[1].with_suffix('.json'))
     assert results['protocols']['last']['split_hash'] in card and weights.name in card and str(run[0]) not in card
-    from lus_fastai.models import create_backbone
+    from lus_fastai.models.unet import create_backbone
     assert create_backbone('resnet18', weights=weights).pretrained
 
 def test_a_second_run_trains_nothing(run):

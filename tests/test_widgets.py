@@ -5,10 +5,10 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from lus_fastai import widgets as W
 from lus_fastai.core import CLASSES, DENSE, DENSE_COLORS, TableError, overlay, write_table
-from lus_fastai.clips import read_clip, sample_clip
-from lus_fastai.explain import EXPLAINERS, explain_clip
-from lus_fastai.phantom import phantom_dataset
-from lus_fastai.preprocess import Fan, find_fan
+from lus_fastai.data.store import read_clip, sample_clip
+from lus_fastai.explain.attribution import EXPLAINERS, explain_clip
+from lus_fastai.synth.phantom import phantom_dataset
+from lus_fastai.data.fan import Fan, find_fan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,7 +109,7 @@ def test_broken_mask_leaves_the_frame(phantom_table, tmp_path):
     assert b.status.value == '' and b.masks.disabled
 
 def test_stills_and_long_clips(phantom_table, tmp_path):
-    from lus_fastai.phantom import write_video
+    from lus_fastai.synth.phantom import write_video
     Image.fromarray(np.arange(64*64, dtype=np.uint8).reshape(64, 64)).save(tmp_path/'still.png')
     n = W._MOST*2 + 30
     write_video(tmp_path/'long.mp4', np.arange(n)[:, None, None].astype(np.uint8)//2 + np.zeros((1, 32, 48), np.uint8), 30)

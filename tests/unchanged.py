@@ -20,16 +20,16 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner
-from lus_fastai import training
-from lus_fastai.clips import FrameStore, read_clip
+from lus_fastai.train import cross_validation as training
+from lus_fastai.data.store import FrameStore, read_clip
 from lus_fastai.core import CLASSES, seed_all
-from lus_fastai.data import frame_dls
-from lus_fastai.detect import mask_rcnn
-from lus_fastai.folds import leaky_folds, patient_folds, split_hash
-from lus_fastai.metrics import evaluate, evaluate_seg, roc
-from lus_fastai.models import covidnet, create_backbone, segmenter, unet, vunet, xunet
-from lus_fastai.phantom import phantom_dataset
-from lus_fastai.training import ClassProbs, cross_validate
+from lus_fastai.data.loaders import frame_dls
+from lus_fastai.train.detection import mask_rcnn
+from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
+from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
+from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
+from lus_fastai.synth.phantom import phantom_dataset
+from lus_fastai.train.cross_validation import ClassProbs, cross_validate
 
 PAPERS = 'gare', 'cheng_lam', 'arora', 'uscl', 'merand', 'sim_to_real'
 TOLERANCE = 1e-6

@@ -176,23 +176,21 @@ def check(
     notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(nbs).parts))
     faults += [f'_quarto.yml: nbs/{p.relative_to(nbs).as_posix()} is not in the sidebar, so no reader finds it'
                for p in notebooks if p.relative_to(nbs).as_posix() not in sidebar]
-    shared = [p for p in sidebar if p[:1].isdigit()]
-    if shared != sorted(shared): faults.append('_quarto.yml: the sidebar is not in the order of the notebooks')
     for p in notebooks:
         cells = _cells(p)
         first = _join(cells[0]['source']) if cells and cells[0]['cell_type'] == 'markdown' else ''
-        if not re.match(r'# \S.*\n(?:\s*\n)?> \S.*', first): faults.append(f'{p.name}: the first cell is not "# title" with a "> line" under it')
+        if not re.match(r'# \S.*\n(?:\s*\n)?> \S.*', first): faults.append(f'{p.relative_to(nbs)}: the first cell is not "# title" with a "> line" under it')
         for i, c in enumerate(cells):
             src = _join(c['source'])
             if c['cell_type'] == 'raw' and src.strip().startswith('---'):
                 try: yaml.safe_load(src.strip().strip('-'))
-                except yaml.YAMLError as e: faults.append(f'{p.name}: cell {i}: front matter: {e}')
+                except yaml.YAMLError as e: faults.append(f'{p.relative_to(nbs)}: cell {i}: front matter: {e}')
             if c['cell_type'] != 'markdown': continue
             for part in _split_fences(src)[::2]:
                 for m in _link.finditer(re.sub(r'`[^`\n]*`', '', part)):
                     target = m[2].split('#')[0].split('?')[0]
                     if target and not _away.match(m[2]) and not (p.parent/target).exists():
-                        faults.append(f'{p.name}: cell {i}: links to {m[2]}, which does not exist')
+                        faults.append(f'{p.relative_to(nbs)}: cell {i}: links to {m[2]}, which does not exist')
     made_readme = readme(root)
     if 'data:image' in made_readme: faults.append('README.md would embed a picture: save it under nbs/images and link to it')
     if not (root/'README.md').is_file() or (root/'README.md').read_text(encoding='utf-8') != made_readme:
@@ -223,11 +221,11 @@ def process(
         try:
             with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told): FilterDefaults()(nb)
             front = yaml.safe_load(nb.cells[0].source.strip().strip('-')) if nb.cells[0].cell_type == 'raw' else {}
-            if not front.get('title'): faults.append(f'{p.name}: nbdev finds no title in it')
+            if not front.get('title'): faults.append(f'{p.relative_to(nbs)}: nbdev finds no title in it')
             faults += [f'{p.name}: {shown[0]} has no documentation: {_told(c)}' for c in nb.cells if (shown := _undocumented(c))]
         except Exception as e:
             why = f' ({type(e.__cause__).__name__}: {e.__cause__})' if e.__cause__ else ''
-            faults.append(f'{p.name}: nbdev could not process it: {" ".join(str(e).split())}{why}')
+            faults.append(f'{p.relative_to(nbs)}: nbdev could not process it: {" ".join(str(e).split())}{why}')
     return faults
 
 def render(

@@ -1,0 +1,1 @@
+"What networks look at, and why not to believe it at once."

@@ -1,0 +1,1 @@
+"Scores with intervals over patients: classification, segmentation, calibration."

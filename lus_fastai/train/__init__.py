@@ -1,0 +1,1 @@
+"How networks learn: losses, cross-validation, masks, contrast, semi-supervision, detection."
