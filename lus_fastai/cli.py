@@ -8,11 +8,18 @@ Docs: https://lus-fastai.github.io/lus_fastai/cli.html.md"""
 __all__ = ['DEMO_TIME', 'lus_demo', 'lus_repro', 'lus_audit', 'lus_data']
 
 # %% ../nbs/cli.ipynb #c003
-import contextlib, importlib, os, pkgutil, sys, time, warnings
+import contextlib
+import importlib
+import os
+import pkgutil
+import sys
+import time
+import warnings
 from pathlib import Path
+
 from fastcore.script import call_parse, is_cli
 
-# %% ../nbs/cli.ipynb #c006
+# %% ../nbs/cli.ipynb #c006-1
 def _mistake(e):
     "The message for an error that a user can put right; None for one of ours."
     if isinstance(e, OSError) and e.strerror:
@@ -20,10 +27,12 @@ def _mistake(e):
     ours = not isinstance(e, (ValueError, OSError)) and type(e).__name__ != 'FetchError'
     return None if ours else str(e)
 
+
 def _end(status, message):
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(status)
 
+# %% ../nbs/cli.ipynb #c006
 @contextlib.contextmanager
 def _command(kept):
     "In a terminal, end with a message: for mistakes with status 2, for interrupts with 130 and `kept()`."
@@ -31,10 +40,13 @@ def _command(kept):
         yield
         return
     warnings.formatwarning = lambda message, *args, **kwargs: f'warning: {message}\n'
-    try: yield
-    except KeyboardInterrupt: _end(130, f'interrupted: {kept()}')
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(130, f'interrupted: {kept()}')
     except Exception as e:
-        if (message := _mistake(e)) is None: raise
+        if (message := _mistake(e)) is None:
+            raise
         _end(2, f'error: {message}')
 
 # %% ../nbs/cli.ipynb #kept
@@ -49,16 +61,20 @@ def _kept(runs):
 def _alone(runs):
     "Keep the folder `runs` for this process; ValueError that names the process which has it."
     runs.mkdir(parents=True, exist_ok=True)
-    with open(runs/'demo.lock', 'a+') as f:
+    with open(runs / 'demo.lock', 'a+') as f:
         try:
             import fcntl
+
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass                            # Windows
+        except ImportError:
+            pass  # Windows
         except OSError:
             f.seek(0)
-            raise ValueError(f"process {f.read() or '(unknown)'} is running the demo in {runs}: wait until "
-                             "it ends (the results will be there at once), "
-                             "or set LUS_HOME to another folder to run a second one") from None
+            raise ValueError(
+                f"process {f.read() or '(unknown)'} is running the demo in {runs}: wait until "
+                "it ends (the results will be there at once), "
+                "or set LUS_HOME to another folder to run a second one"
+            ) from None
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
@@ -70,42 +86,50 @@ def _clips_of(folder, label, patient):
     from lus_fastai.core import real_data
     from lus_fastai.data.folders import read_folder
     from lus_fastai.data.sources import find_source
+
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"--data names {folder}, which is not a folder")
     folder = real_data() if folder is None else Path(folder).resolve()
     public = folder is None or find_source('pocus', folder) is not None
-    if not public: return read_folder(folder, label, patient)
+    if not public:
+        return read_folder(folder, label, patient)
     if label or patient:
         what = 'the phantom' if folder is None else 'POCUS'
         raise ValueError(f"--label and --patient are for a folder of your own clips, and this is {what}")
-    if folder is None: return 'phantom'
+    if folder is None:
+        return 'phantom'
     os.environ['LUS_DATA'] = str(folder)
     return 'pocus'
 
 # %% ../nbs/cli.ipynb #demo-time
 DEMO_TIME = 'about 4 minutes on two cores (7 minutes of CPU time)'  # on the phantom, without bfloat16
 
-def _cpu(): return sum(os.times()[:4])                      # this process and its children, user and system
+
+def _cpu():
+    return sum(os.times()[:4])  # this process and its children, user and system
+
 
 def _reproduction(paper):
     "The module of a paper; ValueError that lists them."
     folder = importlib.import_module('lus_fastai.papers').__path__
     there = sorted(m.name for m in pkgutil.iter_modules(folder))
-    if paper not in there: raise ValueError(f"no reproduction named {paper!r}; there is: {', '.join(there)}")
+    if paper not in there:
+        raise ValueError(f"no reproduction named {paper!r}; there is: {', '.join(there)}")
     return importlib.import_module(f'lus_fastai.papers.{paper}')
 
 # %% ../nbs/cli.ipynb #demo
 @call_parse
 def lus_demo(
-    data:str=None,            # a folder of your own clips, or with pocus/; default: LUS_DATA, or the phantom
-    label:str=None,           # own clips: 'folder', a pattern or a .csv file; default: clips.csv, or 'folder'
-    patient:str=None,         # own clips: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
-    out:str='report',         # folder for the report and the results
+    data: str = None,  # a folder of your own clips, or with pocus/; default: LUS_DATA, or the phantom
+    label: str = None,  # own clips: 'folder', a pattern or a .csv file; default: clips.csv, or 'folder'
+    patient: str = None,  # own clips: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
+    out: str = 'report',  # folder for the report and the results
 ):
     "Segmentation, reverse transfer and the leak, end to end: on the phantom, on POCUS, or on your own clips."
     runs = None
     with _command(lambda: _kept(runs) if runs else 'nothing had begun.'):
         from lus_fastai.core import duration
+
         gare, start = _reproduction('gare'), (time.perf_counter(), _cpu())
         clips = _clips_of(data, label, patient)
         phantom = gare.data_name(clips) == 'phantom'
@@ -113,66 +137,80 @@ def lus_demo(
         print(f"the demo takes {DEMO_TIME} on the phantom{other}", flush=True)
         settings = gare.QUICK if phantom else gare.QUICK_REAL
         runs = gare.run_folder(settings)
-        with _alone(runs): report = gare.reproduce(clips, quick=True, out=out, settings=settings)
+        with _alone(runs):
+            report = gare.reproduce(clips, quick=True, out=out, settings=settings)
         print(f"took {duration(time.perf_counter() - start[0])}, {duration(_cpu() - start[1])} of CPU time")
         print(f"report: {report}")
 
 # %% ../nbs/cli.ipynb #repro
 @call_parse
 def lus_repro(
-    paper:str,                # its module: gare, cheng_lam, arora, uscl, merand, or our own sim_to_real
-    data:str='phantom',       # 'phantom', or of LUS_DATA: 'pocus' for gare and arora, 'real' for the others
-    quick:bool=False,         # smaller, as in the demo
-    out:str='results',        # folder for <paper>-<data>.json and the report
+    paper: str,  # its module: gare, cheng_lam, arora, uscl, merand, or our own sim_to_real
+    data: str = 'phantom',  # 'phantom', or of LUS_DATA: 'pocus' for gare and arora, 'real' for the others
+    quick: bool = False,  # smaller, as in the demo
+    out: str = 'results',  # folder for <paper>-<data>.json and the report
 ):
     "Reproduce a paper: its protocol and an honest one, ours beside theirs."
+
     def kept():
         from lus_fastai.core import lus_home
-        return _kept(lus_home()/paper)
+
+        return _kept(lus_home() / paper)
+
     with _command(kept):
         report = _reproduction(paper).reproduce(data, quick=quick, out=out)
-        if report: print(f"report: {report}")               # of several processes the main one writes it
+        if report:
+            print(f"report: {report}")  # of several processes the main one writes it
 
-# %% ../nbs/cli.ipynb #audit
+# %% ../nbs/cli.ipynb #audit-1
 def _table_of(name, label, patient):
     "A clip table by the name of a source, of a folder, or of a CSV file."
     from lus_fastai.core import read_table, real_data
     from lus_fastai.data.folders import read_folder
     from lus_fastai.data.sources import SOURCES, index
-    if name not in SOURCES and Path(name).is_dir(): return read_folder(name, label, patient)
+
+    if name not in SOURCES and Path(name).is_dir():
+        return read_folder(name, label, patient)
     if label or patient:
         raise ValueError(f"--label and --patient are for a folder of clips, and {name} is none")
-    if name not in SOURCES: return read_table(name)
+    if name not in SOURCES:
+        return read_table(name)
     if real_data() is None:
-        raise ValueError(f"set LUS_DATA to the folder that holds {name}/, or name a folder of clips or a "
-                         "CSV file")
+        raise ValueError(
+            f"set LUS_DATA to the folder that holds {name}/, or name a folder of clips or a CSV file"
+        )
     return index(name, real_data())
 
+# %% ../nbs/cli.ipynb #audit
 @call_parse
 def lus_audit(
-    table:str,                # a folder of clips, a clip table (CSV), or a source of LUS_DATA, such as pocus
-    folds:int=0,              # also split into this many patient folds and look across them
-    label:str=None,           # a folder's: 'folder', a pattern, a .csv file; default: clips.csv, or 'folder'
-    patient:str=None,         # a folder's: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
+    table: str,  # a folder of clips, a clip table (CSV), or a source of LUS_DATA, such as pocus
+    folds: int = 0,  # also split into this many patient folds and look across them
+    label: str = None,  # a folder's: 'folder', a pattern, a .csv file; default: clips.csv, or 'folder'
+    patient: str = None,  # a folder's: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
 ):
     "Who is in a folder or table, by label, source and probe, and what gives a label away."
     with _command(lambda: 'nothing was changed.'):
         from lus_fastai.data.folds import audit, patient_folds
+
         clips = _table_of(table, label, patient)
         print(audit(clips, patient_folds(clips, folds) if folds else None))
 
 # %% ../nbs/cli.ipynb #data-command
 @call_parse(pos=['name'])
 def lus_data(
-    name:str=None,            # a source; without it, the sources are listed
-    folder:str=None,          # where to put it; default: LUS_DATA or the package's cache
+    name: str = None,  # a source; without it, the sources are listed
+    folder: str = None,  # where to put it; default: LUS_DATA or the package's cache
 ):
     "List the registered data sets, or fetch one: resumed, verified, file by file."
     with _command(lambda: 'what has come is kept. The same command fetches the rest.'):
         from lus_fastai.data.sources import SOURCES, fetch, index
+
         if name is None:
-            for s in SOURCES.values(): print(f"{s.name}: {s.title} ({s.licence})")
+            for s in SOURCES.values():
+                print(f"{s.name}: {s.title} ({s.licence})")
             return
-        if name not in SOURCES: raise ValueError(f"no source named {name!r}; there is: {', '.join(SOURCES)}")
+        if name not in SOURCES:
+            raise ValueError(f"no source named {name!r}; there is: {', '.join(SOURCES)}")
         where = fetch(name, folder)
         print(f"{len(index(name, where))} clips and stills in {where}")

@@ -11,180 +11,271 @@ __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPA
            'real_data', 'progress', 'duration', 'StageLog']
 
 # %% ../nbs/core.ipynb #c003
-import contextlib, json, os, random, sys, tempfile, time
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 
 # %% ../nbs/core.ipynb #c006
 CLASSES = ('covid', 'pneumonia', 'regular')
-DENSE = ('A-line', 'B-line', 'healthy pleura', 'unhealthy pleura', 'healthy region', 'unhealthy region', 'background')
+DENSE = (
+    'A-line',
+    'B-line',
+    'healthy pleura',
+    'unhealthy pleura',
+    'healthy region',
+    'unhealthy region',
+    'background',
+)
 SPARSE = ('A-line', 'B-line', 'pleura', 'background')
 DENSE_TO_SPARSE = (0, 1, 2, 2, 3, 3, 3)
 
 # %% ../nbs/core.ipynb #c008
-DENSE_COLORS = np.array([(86, 180, 233), (213, 94, 0), (240, 228, 66), (204, 121, 167), (0, 158, 115), (25, 60, 160), (0, 0, 0)], np.uint8)
+DENSE_COLORS = np.array(
+    [(86, 180, 233), (213, 94, 0), (240, 228, 66), (204, 121, 167), (0, 158, 115), (25, 60, 160), (0, 0, 0)],
+    np.uint8,
+)
 SPARSE_COLORS = DENSE_COLORS[[0, 1, 2, 6]]
 
 # %% ../nbs/core.ipynb #c013
 def dense_to_sparse(
-    x,                # dense codes 0..6 (any integer array or tensor), or probabilities with 7 entries along dim
-    dim:int=1,        # the class axis, used for probabilities only
-):                    # sparse codes of the same shape and type, or probabilities with 4 entries along dim
+    x,  # dense codes 0..6 (any integer array or tensor), or probabilities with 7 entries along dim
+    dim: int = 1,  # the class axis, used for probabilities only
+):  # sparse codes of the same shape and type, or probabilities with 4 entries along dim
     "Merge dense labels into sparse ones: codes by look-up, probabilities by summing the merged classes (Gare 2021, section 2.1)."
     tensor = torch.is_tensor(x)
     floating = x.is_floating_point() if tensor else np.issubdtype(np.asarray(x).dtype, np.floating)
     if floating:
-        if x.shape[dim] != len(DENSE): raise ValueError(f"probabilities need {len(DENSE)} classes along dim {dim}, got shape {tuple(x.shape)}")
+        if x.shape[dim] != len(DENSE):
+            raise ValueError(
+                f"probabilities need {len(DENSE)} classes along dim {dim}, got shape {tuple(x.shape)}"
+            )
         parts = [[i for i, s in enumerate(DENSE_TO_SPARSE) if s == k] for k in range(len(SPARSE))]
-        if tensor: return torch.stack([x.index_select(dim, torch.tensor(p, device=x.device)).sum(dim) for p in parts], dim)
+        if tensor:
+            return torch.stack(
+                [x.index_select(dim, torch.tensor(p, device=x.device)).sum(dim) for p in parts], dim
+            )
         return np.stack([np.take(x, p, dim).sum(dim) for p in parts], dim)
-    if not tensor: x = np.asarray(x)
+    if not tensor:
+        x = np.asarray(x)
     if 0 not in x.shape and (x.min() < 0 or x.max() >= len(DENSE)):
-        raise ValueError(f"dense codes are 0..{len(DENSE)-1}, got {int(x.min())}..{int(x.max())}")
-    if tensor: return torch.tensor(DENSE_TO_SPARSE, dtype=x.dtype, device=x.device)[x.long()]
+        raise ValueError(f"dense codes are 0..{len(DENSE) - 1}, got {int(x.min())}..{int(x.max())}")
+    if tensor:
+        return torch.tensor(DENSE_TO_SPARSE, dtype=x.dtype, device=x.device)[x.long()]
     return np.array(DENSE_TO_SPARSE, x.dtype)[x]
 
-# %% ../nbs/core.ipynb #c017
+# %% ../nbs/core.ipynb #c017-1
 def mask_rgb(
-    mask,                     # integer codes, any shape; 255 means "no label" and is drawn grey
-    colors:np.ndarray=None,   # (n, 3) uint8, a colour per code; default: DENSE_COLORS
-) -> np.ndarray:              # mask.shape + (3,) uint8
+    mask,  # integer codes, any shape; 255 means "no label" and is drawn grey
+    colors: np.ndarray = None,  # (n, 3) uint8, a colour per code; default: DENSE_COLORS
+) -> np.ndarray:  # mask.shape + (3,) uint8
     "Paint integer codes with their colours."
     colors = DENSE_COLORS if colors is None else colors
     table = np.full((256, 3), 128, np.uint8)
-    table[:len(colors)] = colors
+    table[: len(colors)] = colors
     return table[np.asarray(mask).astype(np.uint8)]
 
+# %% ../nbs/core.ipynb #c017
 def overlay(
-    frame,                    # (h, w) uint8 grey
-    mask,                     # (h, w) integer codes; the last colour's code is background
-    colors:np.ndarray=None,   # (n, 3) uint8, a colour per code; default: DENSE_COLORS
-    alpha:float=.45,          # opacity of the tint, 0..1
-) -> np.ndarray:              # (h, w, 3) uint8
+    frame,  # (h, w) uint8 grey
+    mask,  # (h, w) integer codes; the last colour's code is background
+    colors: np.ndarray = None,  # (n, 3) uint8, a colour per code; default: DENSE_COLORS
+    alpha: float = 0.45,  # opacity of the tint, 0..1
+) -> np.ndarray:  # (h, w, 3) uint8
     "A grey frame tinted by its mask, background left as it is."
     frame, mask = np.asarray(frame), np.asarray(mask)
     colors = DENSE_COLORS if colors is None else colors
-    if frame.shape != mask.shape: raise ValueError(f"frame {frame.shape} and mask {mask.shape} differ in size")
+    if frame.shape != mask.shape:
+        raise ValueError(f"frame {frame.shape} and mask {mask.shape} differ in size")
     rgb = np.repeat(frame[..., None], 3, -1).astype(np.float32)
     tinted = (mask < len(colors) - 1)[..., None] * np.float32(alpha)
     return (rgb * (1 - tinted) + mask_rgb(mask, colors) * tinted).round().astype(np.uint8)
 
 # %% ../nbs/core.ipynb #files
 def file_keys(
-    paths,                    # paths of files, which need not exist; anything else gets None
-) -> list:                    # a key per path, the same for two paths of one file
+    paths,  # paths of files, which need not exist; anything else gets None
+) -> list:  # a key per path, the same for two paths of one file
     "Which file each path leads to, whether by another spelling, a symbolic link or a hard link."
+
     def key(path):
-        if not isinstance(path, (str, os.PathLike)): return None
+        if not isinstance(path, (str, os.PathLike)):
+            return None
         try:
             s = os.stat(path)
-        except (OSError, ValueError): return os.path.realpath(path) if str(path).strip() else None
+        except (OSError, ValueError):
+            return os.path.realpath(path) if str(path).strip() else None
         return (s.st_dev, s.st_ino) if s.st_ino else os.path.realpath(path)
+
     return [key(p) for p in paths]
 
-# %% ../nbs/core.ipynb #c021
+# %% ../nbs/core.ipynb #c021-1
 CLIP_COLUMNS = ('path', 'kind', 'label', 'patient', 'source', 'probe')
+
 
 class TableError(ValueError):
     "A clip table that cannot be used; the message names rows and columns."
 
-def _rows(index): return ', '.join(map(str, index[:5])) + (f' and {len(index)-5} more' if len(index) > 5 else '')
 
+def _rows(index):
+    return ', '.join(map(str, index[:5])) + (f' and {len(index) - 5} more' if len(index) > 5 else '')
+
+# %% ../nbs/core.ipynb #c021-2
 def _twice(table):
     "A list of one sentence about rows whose file an earlier row has, or of none."
     keys = pd.Series(file_keys(table['path']), dtype=object)
     double = np.flatnonzero((keys.duplicated() & keys.notna()).to_numpy())
-    if not len(double): return []
+    if not len(double):
+        return []
     again, first = double[0], keys.tolist().index(keys[double[0]])
     rows, paths = table.index, table['path'].tolist()
-    return [f"column 'path' names a file twice in row(s) {_rows(rows[double])}: "
-            f"row {rows[again]} ({paths[again]}) is the file of row {rows[first]} ({paths[first]})"]
+    return [
+        f"column 'path' names a file twice in row(s) {_rows(rows[double])}: "
+        f"row {rows[again]} ({paths[again]}) is the file of row {rows[first]} ({paths[first]})"
+    ]
 
+# %% ../nbs/core.ipynb #c021
 def check_table(
-    table:pd.DataFrame,       # a clip table
-    exists:bool=True,         # also look whether every file is there
-) -> pd.DataFrame:            # the same table
+    table: pd.DataFrame,  # a clip table
+    exists: bool = True,  # also look whether every file is there
+) -> pd.DataFrame:  # the same table
     "Check a clip table; raises `TableError` that names every wrong row and column at once."
-    if not isinstance(table, pd.DataFrame): raise TableError(f"a clip table is a pandas DataFrame, not {type(table).__name__}")
+    if not isinstance(table, pd.DataFrame):
+        raise TableError(f"a clip table is a pandas DataFrame, not {type(table).__name__}")
     missing = [c for c in CLIP_COLUMNS if c not in table]
-    if missing: raise TableError(f"missing column(s) {missing}; a clip table has {list(CLIP_COLUMNS)}, this one {list(table.columns)}")
-    if not len(table): raise TableError("the clip table is empty: is the folder right, or did a filter drop every row?")
+    if missing:
+        raise TableError(
+            f"missing column(s) {missing}; a clip table has {list(CLIP_COLUMNS)}, this one {list(table.columns)}"
+        )
+    if not len(table):
+        raise TableError("the clip table is empty: is the folder right, or did a filter drop every row?")
     wrong = []
     for c in CLIP_COLUMNS:
         empty = table.index[table[c].isna() | (table[c].astype(str).str.strip() == '')]
-        if len(empty): wrong.append(f"column '{c}' is empty in row(s) {_rows(empty)}")
+        if len(empty):
+            wrong.append(f"column '{c}' is empty in row(s) {_rows(empty)}")
     kinds = table.index[~table['kind'].isin(['video', 'image']) & table['kind'].notna()]
-    if len(kinds): wrong.append(f"column 'kind' must be 'video' or 'image' in row(s) {_rows(kinds)}")
+    if len(kinds):
+        wrong.append(f"column 'kind' must be 'video' or 'image' in row(s) {_rows(kinds)}")
     wrong += _twice(table)
     for c in ('path', 'mask') if exists else ():
-        if c not in table: continue
-        gone = [(i, p) for i, p in table[c].items() if isinstance(p, (str, os.PathLike)) and str(p).strip() and not os.path.isfile(p)]
-        if gone: wrong.append(f"column '{c}': no such file in row(s) {_rows([i for i, _ in gone])}, first: {gone[0][1]}")
-    if wrong: raise TableError('; '.join(wrong))
+        if c not in table:
+            continue
+        gone = [
+            (i, p)
+            for i, p in table[c].items()
+            if isinstance(p, (str, os.PathLike)) and str(p).strip() and not os.path.isfile(p)
+        ]
+        if gone:
+            wrong.append(
+                f"column '{c}': no such file in row(s) {_rows([i for i, _ in gone])}, first: {gone[0][1]}"
+            )
+    if wrong:
+        raise TableError('; '.join(wrong))
     return table
 
 # %% ../nbs/core.ipynb #c026
 def clip_ids(
-    table:pd.DataFrame,       # a clip table
-) -> pd.Series:               # a name per row, same index
+    table: pd.DataFrame,  # a clip table
+) -> pd.Series:  # a name per row, same index
     "Portable clip names: each path relative to the deepest folder common to all, with forward slashes."
     paths = [Path(os.path.abspath(p)) for p in table['path']]
-    if not paths: return pd.Series([], index=table.index, dtype=object, name='clip')
+    if not paths:
+        return pd.Series([], index=table.index, dtype=object, name='clip')
     top = os.path.commonpath([p.parent for p in paths])
-    return pd.Series([Path(os.path.relpath(p, top)).as_posix() for p in paths], index=table.index, name='clip')
+    return pd.Series(
+        [Path(os.path.relpath(p, top)).as_posix() for p in paths], index=table.index, name='clip'
+    )
 
-# %% ../nbs/core.ipynb #c029
+# %% ../nbs/core.ipynb #c029-1
 def write_table(
-    table:pd.DataFrame,       # a clip table with absolute paths
-    csv,                      # where to write it; paths become relative to its folder
+    table: pd.DataFrame,  # a clip table with absolute paths
+    csv,  # where to write it; paths become relative to its folder
 ):
     "Write a clip table as CSV, its paths relative to the file's own folder."
     csv, out = Path(csv), table.copy()
     for c in ('path', 'mask', 'findings'):
-        if c in out: out[c] = [Path(os.path.relpath(p, csv.parent)).as_posix() if isinstance(p, (str, os.PathLike)) else p for p in out[c]]
-    with atomic_path(csv) as tmp: out.to_csv(tmp, index=False)
+        if c in out:
+            out[c] = [
+                Path(os.path.relpath(p, csv.parent)).as_posix() if isinstance(p, (str, os.PathLike)) else p
+                for p in out[c]
+            ]
+    with atomic_path(csv) as tmp:
+        out.to_csv(tmp, index=False)
 
+# %% ../nbs/core.ipynb #c029
 def read_table(
-    csv,                      # a CSV file written by write_table, or by hand
-) -> pd.DataFrame:            # clip table with absolute paths, checked but for the files' existence
+    csv,  # a CSV file written by write_table, or by hand
+) -> pd.DataFrame:  # clip table with absolute paths, checked but for the files' existence
     "Read a clip table; relative paths count from the file's own folder."
     csv = Path(csv)
-    try: table = pd.read_csv(csv, dtype={c: str for c in CLIP_COLUMNS})
-    except pd.errors.EmptyDataError: raise TableError(f"{csv} is empty") from None
+    try:
+        table = pd.read_csv(csv, dtype={c: str for c in CLIP_COLUMNS})
+    except pd.errors.EmptyDataError:
+        raise TableError(f"{csv} is empty") from None
     for c in ('path', 'mask', 'findings'):
-        if c in table: table[c] = [os.path.join(os.path.abspath(csv.parent), p) if isinstance(p, str) else p for p in table[c]]
+        if c in table:
+            table[c] = [
+                os.path.join(os.path.abspath(csv.parent), p) if isinstance(p, str) else p for p in table[c]
+            ]
     return check_table(table, exists=False)
 
 # %% ../nbs/core.ipynb #c031
 @dataclass
 class MaskSet:
     "Pictures, a mask per class, and whose they are; raises ValueError that names what does not fit."
-    images:np.ndarray         # (n, h, w) uint8, grey
-    masks:np.ndarray          # (n, k, h, w) bool, or whole numbers 0 and 1; classes may overlap
-    names:tuple               # of the k classes
-    table:pd.DataFrame        # n rows, with a column patient; numbered anew from 0
+
+    images: np.ndarray  # (n, h, w) uint8, grey
+    masks: np.ndarray  # (n, k, h, w) bool, or whole numbers 0 and 1; classes may overlap
+    names: tuple  # of the k classes
+    table: pd.DataFrame  # n rows, with a column patient; numbered anew from 0
 
     def __post_init__(self):
         self.names, self.masks = tuple(self.names), np.asarray(self.masks)
-        if self.images.dtype != np.uint8 or self.images.ndim != 3: raise ValueError(f"images are (n, h, w) uint8, got {self.images.shape} {self.images.dtype}")
+        if self.images.dtype != np.uint8 or self.images.ndim != 3:
+            raise ValueError(f"images are (n, h, w) uint8, got {self.images.shape} {self.images.dtype}")
         n, h, w = self.images.shape
-        if self.masks.shape != (n, len(self.names), h, w): raise ValueError(f"masks of {n} images of {h}x{w} and {len(self.names)} classes should be {(n, len(self.names), h, w)}, got {self.masks.shape}")
+        if self.masks.shape != (n, len(self.names), h, w):
+            raise ValueError(
+                f"masks of {n} images of {h}x{w} and {len(self.names)} classes should be {(n, len(self.names), h, w)}, got {self.masks.shape}"
+            )
         if self.masks.dtype != bool:
             wrong = np.flatnonzero([((m != 0) & (m != 1)).any() for m in self.masks])
-            if len(wrong): raise ValueError(f"masks hold 0 and 1, those of row(s) {_rows(wrong)} also other values up to {self.masks[wrong].max()}: if they are 0 and 255, give `masks > 127`")
+            if len(wrong):
+                raise ValueError(
+                    f"masks hold 0 and 1, those of row(s) {_rows(wrong)} also other values up to {self.masks[wrong].max()}: if they are 0 and 255, give `masks > 127`"
+                )
             self.masks = self.masks.astype(bool)
-        if len(self.table) != n or 'patient' not in self.table: raise ValueError(f"the table of {n} images needs {n} rows and a column 'patient', got {len(self.table)} rows and {list(self.table.columns)}")
+        if len(self.table) != n or 'patient' not in self.table:
+            raise ValueError(
+                f"the table of {n} images needs {n} rows and a column 'patient', got {len(self.table)} rows and {list(self.table.columns)}"
+            )
         self.table = self.table.reset_index(drop=True)
 
-    def __len__(self): return len(self.images)
-    def __getitem__(self, rows): return MaskSet(self.images[rows], self.masks[rows], self.names, self.table[rows] if np.asarray(rows).dtype == bool else self.table.iloc[rows])
+    def __len__(self):
+        return len(self.images)
 
-# %% ../nbs/core.ipynb #c035
+    def __getitem__(self, rows):
+        return MaskSet(
+            self.images[rows],
+            self.masks[rows],
+            self.names,
+            self.table[rows] if np.asarray(rows).dtype == bool else self.table.iloc[rows],
+        )
+
+# %% ../nbs/core.ipynb #c035-1
 @contextlib.contextmanager
 def atomic_path(
-    path,                     # the file that should appear, whole, at the end
-):                            # yields a temporary path in the same folder to write to
+    path,  # the file that should appear, whole, at the end
+):  # yields a temporary path in the same folder to write to
     "Write a file whole or not at all: a temporary file beside it, flushed to disk and renamed when the block ends well."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,121 +283,158 @@ def atomic_path(
     os.close(fd)
     try:
         yield Path(tmp)
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-        umask = os.umask(0); os.umask(umask)
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
         os.chmod(tmp, 0o666 & ~umask)
         os.replace(tmp, path)
     except BaseException:
-        with contextlib.suppress(OSError): os.unlink(tmp)
+        with contextlib.suppress(OSError):
+            os.unlink(tmp)
         raise
 
+# %% ../nbs/core.ipynb #c035
 def write_json(
-    path,                     # target file
-    obj,                      # anything JSON can hold; NaN is refused
+    path,  # target file
+    obj,  # anything JSON can hold; NaN is refused
 ):
     "Write JSON atomically, indented and with a final newline."
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(text + '\n', encoding='utf-8')
 
 # %% ../nbs/core.ipynb #lock-b
 @contextlib.contextmanager
 def folder_lock(
-    folder,                   # is made where it is missing; the lock is the file .lock in it
-    wait:bool=False,          # wait until the other process is done, instead of raising BlockingIOError
+    folder,  # is made where it is missing; the lock is the file .lock in it
+    wait: bool = False,  # wait until the other process is done, instead of raising BlockingIOError
 ):
     "One process at a time in a folder, as long as the block runs."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'.lock', 'a') as f:
+    with open(folder / '.lock', 'a') as f:
         try:
             import fcntl
+
             fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass  # Windows
+        except ImportError:
+            pass  # Windows
         except BlockingIOError as e:
-            raise BlockingIOError(e.errno, f"another process works in {folder}: wait until it is done, or choose another folder") from None
+            raise BlockingIOError(
+                e.errno, f"another process works in {folder}: wait until it is done, or choose another folder"
+            ) from None
         yield
 
-# %% ../nbs/core.ipynb #c039
+# %% ../nbs/core.ipynb #c039-1
 def seed_all(
-    seed:int,                 # any non-negative integer
+    seed: int,  # any non-negative integer
 ):
     "Seed Python, NumPy and PyTorch (CPU and every GPU)."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
+# %% ../nbs/core.ipynb #c039
 @contextlib.contextmanager
 def frozen_eval(
-    model:torch.nn.Module,    # any module
-):                            # yields the model in evaluation mode
+    model: torch.nn.Module,  # any module
+):  # yields the model in evaluation mode
     "Evaluation mode inside the block; afterwards every submodule is back in the mode that it had."
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    try: yield model
+    try:
+        yield model
     finally:
-        for m, mode in modes: m.training = mode
+        for m, mode in modes:
+            m.training = mode
 
-# %% ../nbs/core.ipynb #c043
-def lus_home() -> Path:       # the folder, which may not exist yet
+# %% ../nbs/core.ipynb #c043-1
+def lus_home() -> Path:  # the folder, which may not exist yet
     "Where the package keeps what it can make again: `LUS_HOME`, or `~/.cache/lus_fastai`."
-    return Path(os.environ.get('LUS_HOME') or Path.home()/'.cache'/'lus_fastai').expanduser()
+    return Path(os.environ.get('LUS_HOME') or Path.home() / '.cache' / 'lus_fastai').expanduser()
+
 
 def shipped(
-    folder:str,               # 'data' or 'results'
-) -> Path:                    # inside an installed package, beside it in a clone
+    folder: str,  # 'data' or 'results'
+) -> Path:  # inside an installed package, beside it in a clone
     "The folder of what ships with the package: manifests and sample clips, or the results of the reproductions."
     here = Path(__file__).resolve().parent
-    return next((p for p in (here/f'_{folder}', here.parent/folder) if p.is_dir()), here/f'_{folder}')
+    return next((p for p in (here / f'_{folder}', here.parent / folder) if p.is_dir()), here / f'_{folder}')
 
-def real_data():              # Path or None
+# %% ../nbs/core.ipynb #c043-2
+def real_data():  # Path or None
     "The folder of real clips that `LUS_DATA` names, or None; raises FileNotFoundError when it names no folder."
-    if not os.environ.get('LUS_DATA'): return None
+    if not os.environ.get('LUS_DATA'):
+        return None
     path = Path(os.environ['LUS_DATA']).expanduser()
-    if not path.is_dir(): raise FileNotFoundError(f"LUS_DATA names {path}, which is not a folder")
+    if not path.is_dir():
+        raise FileNotFoundError(f"LUS_DATA names {path}, which is not a folder")
     return path
 
+# %% ../nbs/core.ipynb #c043-3
 def _in_notebook():
-    return 'ipykernel' in sys.modules and 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
+    return (
+        'ipykernel' in sys.modules
+        and 'IPython' in sys.modules
+        and sys.modules['IPython'].get_ipython() is not None
+    )
+
 
 def _watched():
     "Whether somebody looks on: a notebook or a terminal, not a file."
     return _in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()
 
+# %% ../nbs/core.ipynb #c043
 def progress(
-    items,                    # any iterable
-    total:int=None,           # how many there are, when items has no length
-    desc:str='',              # a word beside the bar
-):                            # the same items, one by one
+    items,  # any iterable
+    total: int = None,  # how many there are, when items has no length
+    desc: str = '',  # a word beside the bar
+):  # the same items, one by one
     "A progress bar over `items` on a terminal or in a notebook; silent when the output goes to a file."
     if not _watched():
         yield from items
         return
     from fastprogress.fastprogress import progress_bar
+
     bar = progress_bar(items, total=total if total is not None else len(items), leave=False)
-    if desc: bar.comment = desc
+    if desc:
+        bar.comment = desc
     yield from bar
 
-# %% ../nbs/core.ipynb #stages
+# %% ../nbs/core.ipynb #stages-1
 def duration(
-    seconds:float,            # at least 0
-) -> str:                     # such as '38 s', '4 min 12 s' or '1 h 5 min'
+    seconds: float,  # at least 0
+) -> str:  # such as '38 s', '4 min 12 s' or '1 h 5 min'
     "A length of time in words, to two units."
     s = round(seconds)
-    if s < 60: return f'{s} s'
-    return f'{s//60} min {s%60} s' if s < 3600 else f'{s//3600} h {s%3600//60} min'
+    if s < 60:
+        return f'{s} s'
+    return f'{s // 60} min {s % 60} s' if s < 3600 else f'{s // 3600} h {s % 3600 // 60} min'
 
+# %% ../nbs/core.ipynb #stages
 class StageLog:
     "Numbers the stages of a run and prints how long each took."
-    def __init__(self,
-        n:int,                # how many stages there will be
-    ): self.n, self.k, self.title, self.start = n, 0, None, time.perf_counter()
-    def __call__(self,
-        title:str,            # of the stage that begins
+
+    def __init__(
+        self,
+        n: int,  # how many stages there will be
+    ):
+        self.n, self.k, self.title, self.start = n, 0, None, time.perf_counter()
+
+    def __call__(
+        self,
+        title: str,  # of the stage that begins
     ):
         "End the stage that runs, and begin this one."
         self.done()
         self.k, self.title, self.start = self.k + 1, title, time.perf_counter()
-        if _watched(): print(f'{self.k}/{self.n} {title} ...', flush=True)
+        if _watched():
+            print(f'{self.k}/{self.n} {title} ...', flush=True)
+
     def done(self):
         "End the stage that runs, if one does."
         took = duration(time.perf_counter() - self.start)
-        if self.title: print(f'{self.k}/{self.n} {self.title}: {took}', flush=True)
+        if self.title:
+            print(f'{self.k}/{self.n} {self.title}: {took}', flush=True)
         self.title = None

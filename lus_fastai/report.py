@@ -11,283 +11,499 @@ __all__ = ['PAPERS', 'GLOSSARY', 'interval_text', 'plot_confusion', 'plot_roc', 
            'read_results', 'results_table', 'model_card']
 
 # %% ../nbs/report.ipynb #c005
-import base64, contextlib, hashlib, html, io, json, math, platform, re
+import base64
+import contextlib
+import hashlib
+import html
+import io
+import json
+import math
+import platform
+import re
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from fastcore.basics import patch
-from .core import DENSE, DENSE_COLORS, atomic_path, mask_rgb, overlay, shipped, write_json
 
-# %% ../nbs/report.ipynb #c008
+import numpy as np
+import pandas as pd
+import torch
+from fastcore.basics import patch
+
+from .core import DENSE, DENSE_COLORS, atomic_path, overlay, shipped, write_json
+
+# %% ../nbs/report.ipynb #c008-1
 _INK = '#16191d'
 _PALETTE = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
 _MARKERS = 'osD^vP'
-PAPERS = 'paper, own data'               # what a paper's number is called beside ours
-_RC = {'font.size': 10, 'axes.titlesize': 11, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .8, 'axes.axisbelow': True, 'grid.color': _INK, 'grid.alpha': .14,
-       'grid.linewidth': .8, 'legend.frameon': False, 'legend.fontsize': 9, 'figure.dpi': 80, 'svg.fonttype': 'none', 'svg.hashsalt': 'lus_fastai', 'lines.linewidth': 1.8,
-       **{k: _INK for k in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color')}}
+PAPERS = 'paper, own data'  # what a paper's number is called beside ours
+_RC = {
+    'font.size': 10,
+    'axes.titlesize': 11,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.linewidth': 0.8,
+    'axes.axisbelow': True,
+    'grid.color': _INK,
+    'grid.alpha': 0.14,
+    'grid.linewidth': 0.8,
+    'legend.frameon': False,
+    'legend.fontsize': 9,
+    'figure.dpi': 80,
+    'svg.fonttype': 'none',
+    'svg.hashsalt': 'lus_fastai',
+    'lines.linewidth': 1.8,
+    **{k: _INK for k in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color')},
+}
+
 
 def _savefig(fig, **kw):
     import matplotlib as mpl
+
     out = io.BytesIO()
-    with mpl.rc_context({k: _RC[k] for k in ('svg.fonttype', 'svg.hashsalt')}): fig.savefig(out, **kw)
+    with mpl.rc_context({k: _RC[k] for k in ('svg.fonttype', 'svg.hashsalt')}):
+        fig.savefig(out, **kw)
     return out.getvalue()
 
+# %% ../nbs/report.ipynb #c008-2
 @cache
 def _figure_type():
     from matplotlib.figure import Figure
+
     class Shown(Figure):
         "A figure that shows itself in a notebook, outside of pyplot's list of open figures."
-        def _repr_png_(self): return _savefig(self, format='png', facecolor='white')
+
+        def _repr_png_(self):
+            return _savefig(self, format='png', facecolor='white')
+
     return Shown
 
+# %% ../nbs/report.ipynb #c008-3
 @contextlib.contextmanager
 def _canvas(width, height):
     import matplotlib as mpl
-    with mpl.rc_context(_RC): yield _figure_type()(figsize=(width, height), layout='constrained')
 
-def _columns(names, width): return max(1, min(len(names), int(width/(.6 + .083*max(map(len, names))))))     # of a legend under a figure that many inches wide
+    with mpl.rc_context(_RC):
+        yield _figure_type()(figsize=(width, height), layout='constrained')
 
+
+def _columns(names, width):
+    return max(
+        1, min(len(names), int(width / (0.6 + 0.083 * max(map(len, names)))))
+    )  # of a legend under a figure that many inches wide
+
+# %% ../nbs/report.ipynb #c008
 def interval_text(
-    value,            # a number; NaN or None gives a dash
-    low=None,         # lower end of the interval; NaN or None for no interval
-    high=None,        # upper end
-    digits:int=3,     # after the point
-) -> str:             # such as '0.849 [0.801, 0.894]'
+    value,  # a number; NaN or None gives a dash
+    low=None,  # lower end of the interval; NaN or None for no interval
+    high=None,  # upper end
+    digits: int = 3,  # after the point
+) -> str:  # such as '0.849 [0.801, 0.894]'
     "A number with its interval."
     known = [x is not None and not pd.isna(x) for x in (value, low, high)]
-    if not known[0]: return '–'
+    if not known[0]:
+        return '–'
     return f'{value:.{digits}f}' + (f' [{low:.{digits}f}, {high:.{digits}f}]' if all(known) else '')
 
 # %% ../nbs/report.ipynb #c011
 def plot_confusion(
-    cm,                   # prediction table, or what vote returns; or (n, n) counts, rows true
-    names=None,           # n class names for counts; a table has its own
-    title:str='',         # above the figure
-):                        # matplotlib Figure
+    cm,  # prediction table, or what vote returns; or (n, n) counts, rows true
+    names=None,  # n class names for counts; a table has its own
+    title: str = '',  # above the figure
+):  # matplotlib Figure
     "A confusion matrix, coloured by the share of each row, with counts."
     from matplotlib.patches import Rectangle
-    from lus_fastai.stats.classification import total_confusion                   # here, because it is not as light as this module
+
+    from lus_fastai.stats.classification import (
+        total_confusion,
+    )  # here, because it is not as light as this module
+
     cm, names = total_confusion(cm, names)
-    share, n = cm/np.maximum(cm.sum(1, keepdims=True), 1), len(names)
-    with _canvas(1.5 + .85*n, 1 + .75*n) as fig:
+    share, n = cm / np.maximum(cm.sum(1, keepdims=True), 1), len(names)
+    with _canvas(1.5 + 0.85 * n, 1 + 0.75 * n) as fig:
         ax = fig.add_subplot()
         for i in range(n):
             for j in range(n):
-                dark, size = share[i, j] > .5, 10 if cm.max() < 1e6 else 8
-                ax.add_patch(Rectangle((j - .48, i - .48), .96, .96, facecolor=_PALETTE[0], alpha=.04 + .96*share[i, j], lw=0))
+                dark, size = share[i, j] > 0.5, 10 if cm.max() < 1e6 else 8
+                ax.add_patch(
+                    Rectangle(
+                        (j - 0.48, i - 0.48),
+                        0.96,
+                        0.96,
+                        facecolor=_PALETTE[0],
+                        alpha=0.04 + 0.96 * share[i, j],
+                        lw=0,
+                    )
+                )
                 color = 'white' if dark else _INK
-                ax.text(j, i - .1, f'{int(cm[i, j])}', ha='center', va='center', color=color, size=size, weight='bold' if i == j else 'normal')
-                ax.text(j, i + .25, f'{share[i, j]:.0%}', ha='center', va='center', color=color, size=8)
-        ax.set(xlim=(-.5, n - .5), ylim=(n - .5, -.5), aspect='equal', xlabel='predicted', ylabel='true', title=title)
-        ax.set_xticks(range(n), names, rotation=35 if n > 4 else 0, ha='right' if n > 4 else 'center'); ax.set_yticks(range(n), names)
-        ax.spines[:].set_visible(False); ax.tick_params(length=0)
+                ax.text(
+                    j,
+                    i - 0.1,
+                    f'{int(cm[i, j])}',
+                    ha='center',
+                    va='center',
+                    color=color,
+                    size=size,
+                    weight='bold' if i == j else 'normal',
+                )
+                ax.text(j, i + 0.25, f'{share[i, j]:.0%}', ha='center', va='center', color=color, size=8)
+        ax.set(
+            xlim=(-0.5, n - 0.5),
+            ylim=(n - 0.5, -0.5),
+            aspect='equal',
+            xlabel='predicted',
+            ylabel='true',
+            title=title,
+        )
+        ax.set_xticks(range(n), names, rotation=35 if n > 4 else 0, ha='right' if n > 4 else 'center')
+        ax.set_yticks(range(n), names)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
     return fig
 
-# %% ../nbs/report.ipynb #c015
-_MEANS = {'micro': (':', .9), 'macro': ('--', .9)}
+# %% ../nbs/report.ipynb #c015-1
+_MEANS = {'micro': (':', 0.9), 'macro': ('--', 0.9)}
+
 
 def _class_curves(ax, curves, area, x, y, **kw):
     "Draw a line per class, the means dashed in ink; gives the colour of each class."
-    colors = {c: _INK if c in _MEANS else _PALETTE[k % len(_PALETTE)] for k, c in enumerate(dict.fromkeys(curves['class']))}
+    colors = {
+        c: _INK if c in _MEANS else _PALETTE[k % len(_PALETTE)]
+        for k, c in enumerate(dict.fromkeys(curves['class']))
+    }
     for name, g in curves.groupby('class', sort=False):
         dash, alpha = _MEANS.get(name, ('-', 1))
-        ax.plot(g[x], g[y], dash, alpha=alpha, color=colors[name], label=f'{name} {interval_text(*area.loc[name], 2)}', **kw)
-    ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect='equal'); ax.grid()
+        ax.plot(
+            g[x],
+            g[y],
+            dash,
+            alpha=alpha,
+            color=colors[name],
+            label=f'{name} {interval_text(*area.loc[name], 2)}',
+            **kw,
+        )
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal')
+    ax.grid()
     return colors
 
+# %% ../nbs/report.ipynb #c015-2
 def plot_roc(
-    curves:pd.DataFrame,      # first result of metrics.roc: class, fpr, tpr
-    areas:pd.DataFrame,       # second result: class, auc, low, high
-    title:str='',             # above the figure
-    bands:pd.DataFrame=None,  # result of metrics.roc_bands: class, fpr, low, high
-):                            # matplotlib Figure
+    curves: pd.DataFrame,  # first result of metrics.roc: class, fpr, tpr
+    areas: pd.DataFrame,  # second result: class, auc, low, high
+    title: str = '',  # above the figure
+    bands: pd.DataFrame = None,  # result of metrics.roc_bands: class, fpr, low, high
+):  # matplotlib Figure
     "One-against-rest ROC curves, with micro and macro means dashed, areas in the legend, and bands of the classes."
     with _canvas(4.6, 4.4) as fig:
         ax = fig.add_subplot()
-        ax.plot([0, 1], [0, 1], color=_INK, alpha=.3, lw=1)
+        ax.plot([0, 1], [0, 1], color=_INK, alpha=0.3, lw=1)
         colors = _class_curves(ax, curves, areas.set_index('class')[['auc', 'low', 'high']], 'fpr', 'tpr')
         for name, g in () if bands is None else bands.groupby('class', sort=False):
-            if name not in _MEANS: ax.fill_between(g.fpr, g.low, g.high, color=colors[name], alpha=.15, lw=0)
+            if name not in _MEANS:
+                ax.fill_between(g.fpr, g.low, g.high, color=colors[name], alpha=0.15, lw=0)
         ax.set(xlabel='1 − specificity', ylabel='sensitivity', title=title)
         ax.legend(title='area under the curve', loc='lower right', title_fontsize=9, alignment='left')
     return fig
 
+# %% ../nbs/report.ipynb #c015
 def plot_pr(
-    curves:pd.DataFrame,      # first result of metrics.pr_curve: class, recall, precision
-    areas:pd.DataFrame,       # second result: class, ap, low, high, chance
-    title:str='',             # above the figure
-):                            # matplotlib Figure
+    curves: pd.DataFrame,  # first result of metrics.pr_curve: class, recall, precision
+    areas: pd.DataFrame,  # second result: class, ap, low, high, chance
+    title: str = '',  # above the figure
+):  # matplotlib Figure
     "One-against-rest precision-recall staircases, with micro and macro means dashed, average precisions below, and ticks at chance."
     area = areas.set_index('class')
     with _canvas(4.6, 5.3) as fig:
         ax = fig.add_subplot()
-        colors = _class_curves(ax, curves, area[['ap', 'low', 'high']], 'recall', 'precision', drawstyle='steps-pre')
-        for name, color in colors.items(): ax.plot([.975, 1.01], [area.chance[name]]*2, color=color, lw=2.5, alpha=.9)
+        colors = _class_curves(
+            ax, curves, area[['ap', 'low', 'high']], 'recall', 'precision', drawstyle='steps-pre'
+        )
+        for name, color in colors.items():
+            ax.plot([0.975, 1.01], [area.chance[name]] * 2, color=color, lw=2.5, alpha=0.9)
         ax.set(xlabel='recall', ylabel='precision', title=title)
-        fig.legend(title='average precision', loc='outside lower center', ncols=2, title_fontsize=9, alignment='left')
+        fig.legend(
+            title='average precision', loc='outside lower center', ncols=2, title_fontsize=9, alignment='left'
+        )
     return fig
 
-# %% ../nbs/report.ipynb #c020
+# %% ../nbs/report.ipynb #c020-1
 def _named(tables, what):
     tables = tables if isinstance(tables, dict) else {'': tables}
-    if not tables: raise ValueError(f"nothing to draw: give at least one {what}")
-    return [(*item, _PALETTE[k % len(_PALETTE)], _MARKERS[k % len(_MARKERS)]) for k, item in enumerate(tables.items())]
+    if not tables:
+        raise ValueError(f"nothing to draw: give at least one {what}")
+    return [
+        (*item, _PALETTE[k % len(_PALETTE)], _MARKERS[k % len(_MARKERS)])
+        for k, item in enumerate(tables.items())
+    ]
 
+# %% ../nbs/report.ipynb #c020-2
 def plot_reliability(
-    tables,                   # result of calibration.reliability, or a dictionary of name -> result
-    title:str='',             # above the figure
-):                            # matplotlib Figure
+    tables,  # result of calibration.reliability, or a dictionary of name -> result
+    title: str = '',  # above the figure
+):  # matplotlib Figure
     "Accuracy against confidence in each bin, with intervals over patients, and below it the share of rows in the bins."
     items = _named(tables, 'table of bins')
     ncols = _columns([name for name, *_ in items], 4.6)
-    with _canvas(4.6, 5.4 + .2*math.ceil(len(items)/ncols)*bool(items[0][0])) as fig:
+    with _canvas(4.6, 5.4 + 0.2 * math.ceil(len(items) / ncols) * bool(items[0][0])) as fig:
         ax, below = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        ax.plot([0, 1], [0, 1], color=_INK, alpha=.3, lw=1)
+        ax.plot([0, 1], [0, 1], color=_INK, alpha=0.3, lw=1)
         for k, (name, t, color, marker) in enumerate(items):
             t = t[t.n > 0]
-            ax.vlines(t.confidence, t.low, t.high, color=color, lw=2.2, alpha=.5)
+            ax.vlines(t.confidence, t.low, t.high, color=color, lw=2.2, alpha=0.5)
             ax.plot(t.confidence, t.accuracy, '-', color=color, lw=1.2, marker=marker, ms=6, label=name)
-            width = (t.to - t.above)/len(items)*.86
-            below.bar((t.above + t.to)/2 + (k - (len(items) - 1)/2)*width, t.n/t.n.sum(), width, color=color)
-        ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.01), ylabel='accuracy', title=title); ax.grid(); below.grid(axis='y')
-        below.set(xlabel='confidence', ylabel='rows'); below.yaxis.set_major_formatter(lambda y, _: f'{y:.0%}')
-        if items[0][0]: fig.legend(loc='outside lower center', ncols=ncols)
+            width = (t.to - t.above) / len(items) * 0.86
+            below.bar(
+                (t.above + t.to) / 2 + (k - (len(items) - 1) / 2) * width, t.n / t.n.sum(), width, color=color
+            )
+        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), ylabel='accuracy', title=title)
+        ax.grid()
+        below.grid(axis='y')
+        below.set(xlabel='confidence', ylabel='rows')
+        below.yaxis.set_major_formatter(lambda y, _: f'{y:.0%}')
+        if items[0][0]:
+            fig.legend(loc='outside lower center', ncols=ncols)
     return fig
 
+# %% ../nbs/report.ipynb #c020
 def plot_abstention(
-    curves,                   # first result of calibration.abstention, or a dictionary of name -> first result
-    title:str='',             # above the figure
-):                            # matplotlib Figure
+    curves,  # first result of calibration.abstention, or a dictionary of name -> first result
+    title: str = '',  # above the figure
+):  # matplotlib Figure
     "Accuracy of what is answered at each coverage, with bands over patients, beside random abstention."
     items = _named(curves, 'abstention curve')
     names = [name for name, *_ in items if name] + ['at random']
-    with _canvas(5.2, 3.6 + .2*math.ceil(len(names)/_columns(names, 5.2))) as fig:
+    with _canvas(5.2, 3.6 + 0.2 * math.ceil(len(names) / _columns(names, 5.2))) as fig:
         ax = fig.add_subplot()
         for k, (name, c, color, _) in enumerate(items):
-            ax.fill_between(c.coverage, c.low, c.high, color=color, alpha=.15, lw=0)
+            ax.fill_between(c.coverage, c.low, c.high, color=color, alpha=0.15, lw=0)
             ax.plot(c.coverage, c.accuracy, ('-', '-.', ':')[k % 3], color=color, label=name)
-        for level in dict.fromkeys(c.random.iloc[0] for _, c, *_ in items): ax.axhline(level, color=_INK, alpha=.6, ls='--', lw=1.2, label='at random' if level == items[0][1].random.iloc[0] else None)
-        ax.set(xlim=(0, 1.01), xlabel='coverage: share of rows that are answered', ylabel='accuracy of the answers', title=title); ax.grid()
+        for level in dict.fromkeys(c.random.iloc[0] for _, c, *_ in items):
+            ax.axhline(
+                level,
+                color=_INK,
+                alpha=0.6,
+                ls='--',
+                lw=1.2,
+                label='at random' if level == items[0][1].random.iloc[0] else None,
+            )
+        ax.set(
+            xlim=(0, 1.01),
+            xlabel='coverage: share of rows that are answered',
+            ylabel='accuracy of the answers',
+            title=title,
+        )
+        ax.grid()
         fig.legend(loc='outside lower center', ncols=_columns(names, 5.2))
     return fig
 
-# %% ../nbs/report.ipynb #c024
+# %% ../nbs/report.ipynb #c024-1
 def plot_comparison(
-    df:pd.DataFrame,          # a row per dot: value, low, high (NaN: no interval), the columns named below, and perhaps theirs
-    label:str='label',        # column that names the rows of the figure
-    group:str=None,           # column whose values are drawn in different colours
-    xlabel:str='',            # what the value is
-    title:str='',             # above the figure
-    xlim=None,                # (low, high) of the axis; by default from the data
-):                            # matplotlib Figure
+    df: pd.DataFrame,  # a row per dot: value, low, high (NaN: no interval), the columns named below, and perhaps theirs
+    label: str = 'label',  # column that names the rows of the figure
+    group: str = None,  # column whose values are drawn in different colours
+    xlabel: str = '',  # what the value is
+    title: str = '',  # above the figure
+    xlim=None,  # (low, high) of the axis; by default from the data
+):  # matplotlib Figure
     "Dots with intervals, a row per label, a colour per group; open diamonds are the paper's."
     missing = [c for c in ('value', 'low', 'high', label) + ((group,) if group else ()) if c not in df]
-    if missing: raise ValueError(f"missing column(s) {missing} for a comparison; there is {list(df.columns)}")
+    if missing:
+        raise ValueError(f"missing column(s) {missing} for a comparison; there is {list(df.columns)}")
     labels, groups = list(dict.fromkeys(df[label])), list(dict.fromkeys(df[group])) if group else [None]
-    step, at = .62/len(groups), []
+    step, at = 0.62 / len(groups), []
     ncols = _columns([str(g) for g in groups] + [PAPERS], 5.2)
-    with _canvas(5.2, .9 + .2*math.ceil((len(groups) + 1)/ncols) + (.26 + .2*len(groups))*len(labels)) as fig:
+    with _canvas(
+        5.2, 0.9 + 0.2 * math.ceil((len(groups) + 1) / ncols) + (0.26 + 0.2 * len(groups)) * len(labels)
+    ) as fig:
         ax = fig.add_subplot()
         for k, g in enumerate(groups):
             rows = df[df[group] == g] if group else df
-            y = np.array([labels.index(l) for l in rows[label]]) + (k - (len(groups) - 1)/2)*step
+            y = np.array([labels.index(l) for l in rows[label]]) + (k - (len(groups) - 1) / 2) * step
             color, value = _PALETTE[k % len(_PALETTE)], rows['value'].to_numpy(float)
-            ax.hlines(y, rows['low'].to_numpy(float), rows['high'].to_numpy(float), color=color, lw=2.2, alpha=.65)
-            ax.plot(value, y, _MARKERS[k % len(_MARKERS)], color=color, ms=6.5, label=None if g is None else str(g))
-            at.append(rows[[label]].assign(y=y, theirs=rows['theirs'].to_numpy(float) if 'theirs' in df else np.nan))
-        paper = pd.concat(at).dropna(subset='theirs').groupby([label, 'theirs'], sort=False)['y'].mean().reset_index()
-        if len(paper): ax.plot(paper['theirs'], paper['y'], 'D', mfc='none', mec=_INK, mew=1.3, ms=8,
-                               label=PAPERS)
-        ax.set(ylim=(len(labels) - .45, -.55), xlabel=xlabel, title=title); ax.set_yticks(range(len(labels)), [str(l) for l in labels])
-        if xlim: ax.set_xlim(*xlim)
-        ax.grid(axis='x'); ax.spines['left'].set_visible(False); ax.tick_params(axis='y', length=0)
-        if ax.get_legend_handles_labels()[0]: fig.legend(loc='outside lower center', ncols=ncols)
+            ax.hlines(
+                y, rows['low'].to_numpy(float), rows['high'].to_numpy(float), color=color, lw=2.2, alpha=0.65
+            )
+            ax.plot(
+                value,
+                y,
+                _MARKERS[k % len(_MARKERS)],
+                color=color,
+                ms=6.5,
+                label=None if g is None else str(g),
+            )
+            at.append(
+                rows[[label]].assign(y=y, theirs=rows['theirs'].to_numpy(float) if 'theirs' in df else np.nan)
+            )
+        paper = (
+            pd.concat(at)
+            .dropna(subset='theirs')
+            .groupby([label, 'theirs'], sort=False)['y']
+            .mean()
+            .reset_index()
+        )
+        if len(paper):
+            ax.plot(paper['theirs'], paper['y'], 'D', mfc='none', mec=_INK, mew=1.3, ms=8, label=PAPERS)
+        ax.set(ylim=(len(labels) - 0.45, -0.55), xlabel=xlabel, title=title)
+        ax.set_yticks(range(len(labels)), [str(l) for l in labels])
+        if xlim:
+            ax.set_xlim(*xlim)
+        ax.grid(axis='x')
+        ax.spines['left'].set_visible(False)
+        ax.tick_params(axis='y', length=0)
+        if ax.get_legend_handles_labels()[0]:
+            fig.legend(loc='outside lower center', ncols=ncols)
     return fig
 
+# %% ../nbs/report.ipynb #c024
 def plot_iou(
-    table:pd.DataFrame,       # result of metrics.evaluate_seg; several of them with a column model to compare
-    title:str='',             # above the figure
-):                            # matplotlib Figure
+    table: pd.DataFrame,  # result of metrics.evaluate_seg; several of them with a column model to compare
+    title: str = '',  # above the figure
+):  # matplotlib Figure
     "IoU of each class and their mean, with intervals; a colour per `model`."
     rows = table[table['metric'].isin(['iou', 'mean_iou'])]
-    return plot_comparison(rows.assign(label=rows['class'].replace('all', 'mean')), group='model' if 'model' in table else None, xlabel='IoU', title=title, xlim=(-.02, 1.02))
+    return plot_comparison(
+        rows.assign(label=rows['class'].replace('all', 'mean')),
+        group='model' if 'model' in table else None,
+        xlabel='IoU',
+        title=title,
+        xlim=(-0.02, 1.02),
+    )
 
 # %% ../nbs/report.ipynb #c028
 def plot_masks(
-    frames,                   # (n, h, w) uint8 grey; n is the number of columns, 3 to 6 look best
-    truth=None,               # (n, h, w) codes, or None when nobody knows
-    pred=None,                # (n, h, w) codes, or None
-    colors:np.ndarray=None,   # (k, 3) uint8, the last code is background; default: DENSE_COLORS
-    names=DENSE,              # k names
-    titles=None,              # n short texts above the columns
-):                            # matplotlib Figure
+    frames,  # (n, h, w) uint8 grey; n is the number of columns, 3 to 6 look best
+    truth=None,  # (n, h, w) codes, or None when nobody knows
+    pred=None,  # (n, h, w) codes, or None
+    colors: np.ndarray = None,  # (k, 3) uint8, the last code is background; default: DENSE_COLORS
+    names=DENSE,  # k names
+    titles=None,  # n short texts above the columns
+):  # matplotlib Figure
     "Frames, and under each its true and its predicted mask."
     from matplotlib.patches import Patch
+
     frames = np.asarray(frames)
     colors = DENSE_COLORS if colors is None else colors
-    rows = [('frame', None)] + [(name, np.asarray(m)) for name, m in (('truth', truth), ('prediction', pred)) if m is not None]
+    rows = [('frame', None)] + [
+        (name, np.asarray(m)) for name, m in (('truth', truth), ('prediction', pred)) if m is not None
+    ]
     wrong = [(name, m.shape) for name, m in rows[1:] if m.shape != frames.shape]
-    if wrong or frames.ndim != 3: raise ValueError(f"frames are (n, h, w) and masks alike, got {frames.shape} and {wrong}")
+    if wrong or frames.ndim != 3:
+        raise ValueError(f"frames are (n, h, w) and masks alike, got {frames.shape} and {wrong}")
     n, (h, w) = len(frames), frames.shape[1:]
     used = sorted(set().union(*(np.unique(m).tolist() for _, m in rows[1:])) & set(range(len(names) - 1)))
-    width = max(3., .35 + 1.75*n)
+    width = max(3.0, 0.35 + 1.75 * n)
     ncols = _columns([names[k] for k in used], width) if used else 1
-    with _canvas(width, (1.75*h/w)*len(rows) + .2 + .2*math.ceil(len(used)/ncols) + (.25 if titles is not None else 0)) as fig:
+    with _canvas(
+        width,
+        (1.75 * h / w) * len(rows)
+        + 0.2
+        + 0.2 * math.ceil(len(used) / ncols)
+        + (0.25 if titles is not None else 0),
+    ) as fig:
         axs = fig.subplots(len(rows), n, squeeze=False)
         for (name, mask), line in zip(rows, axs):
             for i, ax in enumerate(line):
-                ax.imshow(np.repeat(frames[i][..., None], 3, -1) if mask is None else overlay(frames[i], mask[i], colors), interpolation='none')
-                ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_visible(False)
+                ax.imshow(
+                    np.repeat(frames[i][..., None], 3, -1)
+                    if mask is None
+                    else overlay(frames[i], mask[i], colors),
+                    interpolation='none',
+                )
+                ax.set_xticks([])
+                ax.set_yticks([])
+                ax.spines[:].set_visible(False)
             line[0].set_ylabel(name)
         if titles is not None:
-            for ax, t in zip(axs[0], titles): ax.set_title(t, size=9)
-        if used: fig.legend(handles=[Patch(facecolor=np.array(colors[k])/255, edgecolor=_INK, lw=.5, label=names[k]) for k in used], loc='outside lower center', ncols=ncols)
+            for ax, t in zip(axs[0], titles):
+                ax.set_title(t, size=9)
+        if used:
+            fig.legend(
+                handles=[
+                    Patch(facecolor=np.array(colors[k]) / 255, edgecolor=_INK, lw=0.5, label=names[k])
+                    for k in used
+                ],
+                loc='outside lower center',
+                ncols=ncols,
+            )
     return fig
 
-# %% ../nbs/report.ipynb #c032
-def _data_uri(kind, raw): return f'data:image/{kind};base64,{base64.b64encode(raw).decode()}'
+# %% ../nbs/report.ipynb #c032-1
+def _data_uri(kind, raw):
+    return f'data:image/{kind};base64,{base64.b64encode(raw).decode()}'
+
 
 def _webp(match):
     from PIL import Image
-    raw = base64.b64decode(re.sub(r'\s', '', match[1])); out = io.BytesIO()
+
+    raw = base64.b64decode(re.sub(r'\s', '', match[1]))
+    out = io.BytesIO()
     Image.open(io.BytesIO(raw)).save(out, 'webp', quality=88)
     return _data_uri('webp', out.getvalue()) if out.tell() < len(raw) else _data_uri('png', raw)
 
+# %% ../nbs/report.ipynb #c032-2
 def _figure_html(fig, number, alt, limit=2_000_000):
     svg = _savefig(fig, format='svg', transparent=True).decode()
     ours = _INK in svg
-    if not ours: svg = _savefig(fig, format='svg').decode()
+    if not ours:
+        svg = _savefig(fig, format='svg').decode()
     svg = re.sub(r'data:image/png;base64,([A-Za-z0-9+/=\s]+)', _webp, svg)
-    width, label = fig.get_size_inches()[0]*96, html.escape(alt, quote=True)
-    size = f'style="max-width:{width:.0f}px;min-width:{min(width, max(300, .6*width)):.0f}px"'
+    width, label = fig.get_size_inches()[0] * 96, html.escape(alt, quote=True)
+    size = f'style="max-width:{width:.0f}px;min-width:{min(width, max(300, 0.6 * width)):.0f}px"'
     if len(svg) > limit:
         return f'<img class="fig white" {size} alt="{label}" src="{_data_uri("png", _savefig(fig, format="png", dpi=150, facecolor="white"))}">'
-    svg = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>', '', svg[svg.index('<svg'):], flags=re.S)
+    svg = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>', '', svg[svg.index('<svg') :], flags=re.S)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else '', svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', lambda m: f'{m[0]}f{number}-', svg)
-    svg = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', lambda m: f'<svg class="fig{"" if ours else " white"}" {size} viewBox="{m[1]}" role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
+    svg = re.sub(
+        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>',
+        lambda m: (
+            f'<svg class="fig{"" if ours else " white"}" {size} viewBox="{m[1]}" role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        ),
+        svg,
+        count=1,
+    )
     return svg.replace(_INK, 'currentColor').strip()
 
+# %% ../nbs/report.ipynb #c032-3
 def _cell(x, digits):
-    if x is None or x is pd.NA or isinstance(x, (float, np.floating)) and math.isnan(x): return '–'
-    if isinstance(x, (float, np.floating)): return f'{x:.{digits}f}'
+    if x is None or x is pd.NA or isinstance(x, (float, np.floating)) and math.isnan(x):
+        return '–'
+    if isinstance(x, (float, np.floating)):
+        return f'{x:.{digits}f}'
     first, *rest = html.escape(str(x)).split('\n')
     return first + ''.join(f'<small>{r}</small>' for r in rest)
 
+# %% ../nbs/report.ipynb #c032-4
 def _flatten(settings, above=''):
-    return {k2: v2 for k, v in settings.items() for k2, v2 in (_flatten(v, f'{above}{k}.') if isinstance(v, dict) and v else {f'{above}{k}': v}).items()}
+    return {
+        k2: v2
+        for k, v in settings.items()
+        for k2, v2 in (
+            _flatten(v, f'{above}{k}.') if isinstance(v, dict) and v else {f'{above}{k}': v}
+        ).items()
+    }
 
+# %% ../nbs/report.ipynb #c032
 def _table_html(df, number, caption, digits):
     heads = 0 if isinstance(df.index, pd.RangeIndex) and df.index.name is None else df.index.nlevels
-    if heads: df = df.reset_index(allow_duplicates=True)
+    if heads:
+        df = df.reset_index(allow_duplicates=True)
     text = [[_cell(x, digits) for x in df.iloc[:, k]] for k in range(df.shape[1])]
     numeric = [k >= heads and all(re.match(r'[-−]?\.?\d|–$', t) for t in col) for k, col in enumerate(text)]
     kind = [' class="num"' if n else '' for n in numeric]
-    head = ''.join(f'<th scope="col"{k}>{_cell(" · ".join(map(str, c)) if isinstance(c, tuple) else str(c), digits)}</th>' for c, k in zip(df.columns, kind))
-    rows = ''.join('<tr>' + ''.join(f'<th scope="row"{k}>{t}</th>' if j < heads else f'<td{k}>{t}</td>' for j, (t, k) in enumerate(zip(row, kind))) + '</tr>\n' for row in zip(*text))
+    head = ''.join(
+        f'<th scope="col"{k}>{_cell(" · ".join(map(str, c)) if isinstance(c, tuple) else str(c), digits)}</th>'
+        for c, k in zip(df.columns, kind)
+    )
+    rows = ''.join(
+        '<tr>'
+        + ''.join(
+            f'<th scope="row"{k}>{t}</th>' if j < heads else f'<td{k}>{t}</td>'
+            for j, (t, k) in enumerate(zip(row, kind))
+        )
+        + '</tr>\n'
+        for row in zip(*text)
+    )
     return f"""<div class="tab"><p class="cap" id="t{number}"><b class="no">Table {number}.</b> {html.escape(caption)}</p>
 <div class="scroll" role="region" tabindex="0" aria-labelledby="t{number}"><table aria-labelledby="t{number}"><thead><tr>{head}</tr></thead>
 <tbody>{rows}</tbody></table></div></div>"""
@@ -348,82 +564,154 @@ footer{border-top:1px solid var(--line);margin-top:2rem;padding:1rem 0 2.5rem;co
 .scroll,.wide{overflow:visible}.fig{min-width:0!important;max-height:22cm}figure{background:none}}
 """
 
+
 class Report:
     "A report that is one HTML file: sections with text, figures, tables and numbers, in the order in which they are added."
-    def __init__(self,
-        title:str,            # heading of the page
-        subtitle:str='',      # one or two sentences under it
+
+    def __init__(
+        self,
+        title: str,  # heading of the page
+        subtitle: str = '',  # one or two sentences under it
     ):
         self.title, self.subtitle, self.blocks, self.sections = title, subtitle, [], []
         self.figures = self.tables = 0
-    def _add(self, block): self.blocks.append(block); return self
-    def section(self,
-        title:str,            # heading; appears in the navigation
-        text:str='',          # plain text; an empty line starts a new paragraph
-    ):                        # the report, so that calls can be chained
+
+    def _add(self, block):
+        self.blocks.append(block)
+        return self
+
+    def section(
+        self,
+        title: str,  # heading; appears in the navigation
+        text: str = '',  # plain text; an empty line starts a new paragraph
+    ):  # the report, so that calls can be chained
         "Begin a section."
         slug = re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-') or 'section'
         slug = f's{len(self.sections) + 1}-{slug}'
-        self._add(('</section>\n' if self.sections else '') + f'<section id="{slug}" aria-labelledby="h-{slug}"><h2 id="h-{slug}">{html.escape(title)}</h2>')
+        self._add(
+            ('</section>\n' if self.sections else '')
+            + f'<section id="{slug}" aria-labelledby="h-{slug}"><h2 id="h-{slug}">{html.escape(title)}</h2>'
+        )
         self.sections.append((slug, title))
         return self.text(text)
-    def text(self,
-        text:str,             # plain text; an empty line starts a new paragraph
-    ):                        # the report
+
+    def text(
+        self,
+        text: str,  # plain text; an empty line starts a new paragraph
+    ):  # the report
         "Add paragraphs."
-        return self._add('\n'.join(f'<p>{html.escape(" ".join(p.split()))}</p>' for p in re.split(r'\n\s*\n', text) if p.strip()))
-    def figure(self,
-        fig,                  # matplotlib Figure
-        caption:str,          # plain text; also what a screen reader says
-    ):                        # the report
+        return self._add(
+            '\n'.join(
+                f'<p>{html.escape(" ".join(p.split()))}</p>' for p in re.split(r'\n\s*\n', text) if p.strip()
+            )
+        )
+
+    def figure(
+        self,
+        fig,  # matplotlib Figure
+        caption: str,  # plain text; also what a screen reader says
+    ):  # the report
         "Add a figure."
-        if not hasattr(fig, 'savefig'): raise TypeError(f"a figure is a matplotlib Figure, not {type(fig).__name__}")
+        if not hasattr(fig, 'savefig'):
+            raise TypeError(f"a figure is a matplotlib Figure, not {type(fig).__name__}")
         self.figures += 1
-        return self._add(f'<figure><div class="wide" tabindex="0">{_figure_html(fig, self.figures, caption)}</div><figcaption><b class="no">Figure {self.figures}.</b> {html.escape(caption)}</figcaption></figure>')
-    def table(self,
-        df:pd.DataFrame,      # any table; an index with a meaning becomes row headers; further lines of a cell are set small
-        caption:str,          # plain text
-        digits:int=3,         # of floating-point numbers, after the point
-    ):                        # the report
+        return self._add(
+            f'<figure><div class="wide" tabindex="0">{_figure_html(fig, self.figures, caption)}</div><figcaption><b class="no">Figure {self.figures}.</b> {html.escape(caption)}</figcaption></figure>'
+        )
+
+    def table(
+        self,
+        df: pd.DataFrame,  # any table; an index with a meaning becomes row headers; further lines of a cell are set small
+        caption: str,  # plain text
+        digits: int = 3,  # of floating-point numbers, after the point
+    ):  # the report
         "Add a table, numbers aligned right."
         self.tables += 1
         return self._add(_table_html(df, self.tables, caption, digits))
-    def numbers(self,
-        numbers:dict,         # what it is -> text; a second line is set small
-    ):                        # the report
+
+    def numbers(
+        self,
+        numbers: dict,  # what it is -> text; a second line is set small
+    ):  # the report
         "Add a row of headline numbers."
-        return self._add('<dl class="numbers">' + ''.join(f'<div><dt>{html.escape(k)}</dt><dd>{_cell(v, 3)}</dd></div>' for k, v in numbers.items()) + '</dl>')
-    def settings(self,
-        settings:dict,        # name -> value; nested dictionaries are written as a.b
-        caption:str,          # plain text
-    ):                        # the report
+        return self._add(
+            '<dl class="numbers">'
+            + ''.join(
+                f'<div><dt>{html.escape(k)}</dt><dd>{_cell(v, 3)}</dd></div>' for k, v in numbers.items()
+            )
+            + '</dl>'
+        )
+
+    def settings(
+        self,
+        settings: dict,  # name -> value; nested dictionaries are written as a.b
+        caption: str,  # plain text
+    ):  # the report
         "Add settings or versions, a row each."
         flat = _flatten(_plain(settings))
-        rows = pd.DataFrame({'value': [x if isinstance(x, str) else json.dumps(x, default=str, ensure_ascii=False) for x in flat.values()]}, index=pd.Index(flat, name='setting', dtype=object))
+        rows = pd.DataFrame(
+            {
+                'value': [
+                    x if isinstance(x, str) else json.dumps(x, default=str, ensure_ascii=False)
+                    for x in flat.values()
+                ]
+            },
+            index=pd.Index(flat, name='setting', dtype=object),
+        )
         self.tables += 1
-        return self._add('<div class="settings">' + _table_html(rows, self.tables, caption, 3).replace(' class="num"', '') + '</div>')
-    def provenance(self,
-        results:dict,         # from results_json
-        settings:dict,        # of the run, name -> value
-    ):                        # the report
+        return self._add(
+            '<div class="settings">'
+            + _table_html(rows, self.tables, caption, 3).replace(' class="num"', '')
+            + '</div>'
+        )
+
+    def provenance(
+        self,
+        results: dict,  # from results_json
+        settings: dict,  # of the run, name -> value
+    ):  # the report
         "Add what it takes to run it again: command, settings, hashes of the splits, versions, device, hours and seeds."
-        self.section('Settings and versions', f'Command: {results["command"]}').settings(settings, 'Settings.')
+        self.section('Settings and versions', f'Command: {results["command"]}').settings(
+            settings, 'Settings.'
+        )
         self.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
-        return self.settings({**results['versions'], 'device': results['device'], 'training hours': round(results['hours'], 3), 'seeds': results['seeds']}, 'Versions and device.')
-    def cells(self,
-        cells,                # list of cells, or a results dictionary
-        caption:str='',       # plain text, before the name of each table
-        digits:int=3,         # after the point
-    ):                        # the report
+        return self.settings(
+            {
+                **results['versions'],
+                'device': results['device'],
+                'training hours': round(results['hours'], 3),
+                'seeds': results['seeds'],
+            },
+            'Versions and device.',
+        )
+
+    def cells(
+        self,
+        cells,  # list of cells, or a results dictionary
+        caption: str = '',  # plain text, before the name of each table
+        digits: int = 3,  # after the point
+    ):  # the report
         "Add a table per protocol and table name: ours, its interval, and the paper's on its own data."
         long = results_table(cells)
         for (protocol, name), part in long.groupby(['protocol', 'table'], sort=False):
-            said = [interval_text(r.ours, r.low, r.high, digits).replace(' [',
-                '\n[') + ('' if pd.isna(r.theirs) else f'\n{PAPERS} {r.theirs:.{digits}f}') for r in part.itertuples()]
-            wide = part.assign(said=said).pivot(index='row', columns='column', values='said').loc[list(dict.fromkeys(part['row'])), list(dict.fromkeys(part['column']))]
-            self.table(wide.rename_axis(index='', columns=None).fillna('–'), ' '.join(x for x in (caption, f'{name}; protocol: {protocol}.') if x), digits)
+            said = [
+                interval_text(r.ours, r.low, r.high, digits).replace(' [', '\n[')
+                + ('' if pd.isna(r.theirs) else f'\n{PAPERS} {r.theirs:.{digits}f}')
+                for r in part.itertuples()
+            ]
+            wide = (
+                part.assign(said=said)
+                .pivot(index='row', columns='column', values='said')
+                .loc[list(dict.fromkeys(part['row'])), list(dict.fromkeys(part['column']))]
+            )
+            self.table(
+                wide.rename_axis(index='', columns=None).fillna('–'),
+                ' '.join(x for x in (caption, f'{name}; protocol: {protocol}.') if x),
+                digits,
+            )
         return self
-    def html(self) -> str:    # the whole page
+
+    def html(self) -> str:  # the whole page
         "The page as text."
         nav = ''.join(f'<li><a href="#{s}">{html.escape(t)}</a></li>' for s, t in self.sections)
         policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -440,120 +728,134 @@ class Report:
 <footer>Written by lus_fastai. Not a medical device.
 This page is one file: it loads nothing and runs no script.</footer></div></body></html>
 """
-    def save(self,
-        path,                 # an .html file; its folder is made when it is missing
-    ) -> Path:                # the same
+
+    def save(
+        self,
+        path,  # an .html file; its folder is made when it is missing
+    ) -> Path:  # the same
         "Write the page, whole or not at all."
-        with atomic_path(path) as tmp: tmp.write_text(self.html(), encoding='utf-8')
+        with atomic_path(path) as tmp:
+            tmp.write_text(self.html(), encoding='utf-8')
         return Path(path)
 
-# %% ../nbs/report.ipynb #c034b
+# %% ../nbs/report.ipynb #c034b-1
 @patch
-def summary(self:Report,
-    done:str,             # what was done, on which data
-    result:str,           # what came out
-    limits:str,           # what it does not mean
-):                        # the report
+def summary(
+    self: Report,
+    done: str,  # what was done, on which data
+    result: str,  # what came out
+    limits: str,  # what it does not mean
+):  # the report
     "Add the three sentences with which a report begins."
     said = {'What was done.': done, 'What came out.': result, 'What it does not mean.': limits}
     empty = [k for k, v in said.items() if not v.strip()]
-    if empty: raise ValueError(f"a summary says all three things, but nothing under {empty}")
+    if empty:
+        raise ValueError(f"a summary says all three things, but nothing under {empty}")
     lines = (f'<li><b>{k}</b> {html.escape(" ".join(v.split()))}</li>' for k, v in said.items())
     return self._add(f'<ol class="said">{"".join(lines)}</ol>')
 
+# %% ../nbs/report.ipynb #c034b
 def limits_note(
-    data:str,             # of the results: 'phantom', or a name of real data
-) -> str:                 # two sentences
+    data: str,  # of the results: 'phantom', or a name of real data
+) -> str:  # two sentences
     "What no result of this package means."
     simulated = 'The images are simulated, so nothing here says how such a network does on patients.'
     few = 'These are few patients from few sources, so nothing here says how such a network does elsewhere.'
     return f"{simulated if data == 'phantom' else few} No number is fit for a diagnosis."
 
-# %% ../nbs/report.ipynb #c034e
+# %% ../nbs/report.ipynb #c034e-1
 def chance_text(
-    labels,               # the true label of each frame, clip or patient that was scored
-) -> str:                 # such as 'a random guess: 0.333, always covid: 0.600'
+    labels,  # the true label of each frame, clip or patient that was scored
+) -> str:  # such as 'a random guess: 0.333, always covid: 0.600'
     "What guessing gets: each class as often as any other, and always the most frequent one."
     share = pd.Series(list(labels)).value_counts(normalize=True)
-    if not len(share): raise ValueError("no labels, so nothing to guess")
-    text = f'a random guess: {1/len(share):.3f}'
+    if not len(share):
+        raise ValueError("no labels, so nothing to guess")
+    text = f'a random guess: {1 / len(share):.3f}'
     return text if share.nunique() == 1 else f'{text}, always {share.index[0]}: {share.iloc[0]:.3f}'
 
+# %% ../nbs/report.ipynb #c034e-2
 def score_text(
-    score,                # (value, low, high); low and high are NaN where there is no interval
-) -> str:                 # for Report.numbers
+    score,  # (value, low, high); low and high are NaN where there is no interval
+) -> str:  # for Report.numbers
     "A headline number with its interval on the next line."
     value, low, high = score
     return f'{value:.3f}' if pd.isna(low) else f'{value:.3f}\n95 % interval {low:.3f} to {high:.3f}'
 
+# %% ../nbs/report.ipynb #c034e-3
 def headline(
-    unit:str,             # what was counted: 'frames', 'clips' or 'patients'
-    folds:str,            # how folds were made: 'by patient', 'by frame'
-    score,                # (value, low, high) of the accuracy
-    labels,               # the true label of each of these units
-    who:str='',           # which network
-) -> dict:                # for Report.numbers
+    unit: str,  # what was counted: 'frames', 'clips' or 'patients'
+    folds: str,  # how folds were made: 'by patient', 'by frame'
+    score,  # (value, low, high) of the accuracy
+    labels,  # the true label of each of these units
+    who: str = '',  # which network
+) -> dict:  # for Report.numbers
     "An accuracy that says what was counted and how folds were made, with its interval and chance level."
     if unit not in ('frames', 'clips', 'patients'):
         raise ValueError(f"unit is 'frames', 'clips' or 'patients', not {unit!r}")
     name = f'{unit} right, folds {folds}' + (f' ({who})' if who else '')
     return {name: f'{score_text(score)}\n{chance_text(labels)}'}
 
+# %% ../nbs/report.ipynb #c034e
 def training_card(
-    results:dict,         # from results_json
-) -> dict:                # for Report.numbers
+    results: dict,  # from results_json
+) -> dict:  # for Report.numbers
     "How long training took, and on what."
-    return {'time in training': f"{results['hours']*60:.0f} min\n{results['device']}"}
+    return {'time in training': f"{results['hours'] * 60:.0f} min\n{results['device']}"}
 
 # %% ../nbs/report.ipynb #c034h
 GLOSSARY = {
     'A-line': 'a bright line below the pleura and parallel to it, an echo of the pleura: a sign of air',
     'B-line': 'a bright ray from the pleura down to the edge of the image: a sign of fluid or thickened '
-              'tissue in the lung',
+    'tissue in the lung',
     'fan': 'the part of the image that the probe sees; around it there is only the frame of the display',
     'mask': 'an image of labels, one for each pixel',
     'dense codes': 'each pixel has one of seven labels: ' + ', '.join(DENSE),
     'sparse codes': 'only A-lines, B-lines and the pleura are labelled; all else is background',
     'IoU': 'intersection over union: the pixels that are in both masks, over those that are in either; 1 is '
-           'perfect, 0 is no overlap',
+    'perfect, 0 is no overlap',
     'Dice': 'twice the pixels that are in both masks, over the sum of the two areas; 1 is perfect, 0 is no '
-            'overlap',
+    'overlap',
     'start': 'the weights that a network has before it is trained here: pretrained on something else, or '
-             'random',
+    'random',
     'fold': 'one part of the data; a network trained on all other parts predicts it, and so for each part in '
-            'turn',
+    'turn',
     'folds by patient': 'all that is of one patient is in one fold, so no network is tested on a patient '
-                        'whom it has seen',
+    'whom it has seen',
     'leaky': 'of folds: images of one patient are among those trained on and among those tested on, which '
-             'makes scores too good',
+    'makes scores too good',
     'frame, clip, patient': 'an image of a video; a video; a person, often with several videos. A score of '
-                            'clips or patients takes the mean over their frames',
+    'clips or patients takes the mean over their frames',
     'interval': 'the middle 95 % of the scores when patients are drawn again with replacement: how much '
-                'depends on who happened to be there',
+    'depends on who happened to be there',
     'last epoch, best epoch': 'the network at the end of training, or when it scored best; the best on the '
-                              'test fold is chosen by the test, and too good',
+    'test fold is chosen by the test, and too good',
     'balanced accuracy': 'the share that is right within each class, averaged over classes; a rare class '
-                         'counts as much as a frequent one',
+    'counts as much as a frequent one',
     'ROC, AUC': 'how many of a class are found against how many others are called so, over all thresholds; '
-                'the area below the curve is 1 at best, 0.5 for a guess',
+    'the area below the curve is 1 at best, 0.5 for a guess',
     'AP': 'average precision: the area under the curve of precision against recall; 1 is perfect',
     'linear probe': 'one layer trained on top of a network whose weights stay as they are',
-    'phantom': 'simulated clips, in which the tissue of each pixel is known; no patient was examined'}
+    'phantom': 'simulated clips, in which the tissue of each pixel is known; no patient was examined',
+}
+
 
 @patch
-def glossary(self:Report,
-    words,                # keys of GLOSSARY
-):                        # the report
+def glossary(
+    self: Report,
+    words,  # keys of GLOSSARY
+):  # the report
     "Add a section that explains words."
     unknown = [w for w in words if w not in GLOSSARY]
-    if unknown: raise ValueError(f"no explanation of {unknown}; GLOSSARY has {list(GLOSSARY)}")
+    if unknown:
+        raise ValueError(f"no explanation of {unknown}; GLOSSARY has {list(GLOSSARY)}")
     lines = ''.join(f'<dt>{html.escape(w)}</dt><dd>{html.escape(GLOSSARY[w])}.</dd>' for w in words)
     return self.section('Words')._add(f'<dl class="words">{lines}</dl>')
 
 # %% ../nbs/report.ipynb #c034k
 def papers_note(
-    data:str,             # of the results: 'phantom', or a name of real data
-) -> str:                 # a sentence; in a report of the phantom, that ours are simulated
+    data: str,  # of the results: 'phantom', or a name of real data
+) -> str:  # a sentence; in a report of the phantom, that ours are simulated
     "What a paper's numbers beside ours can be compared with."
     if data == 'phantom':
         return 'Numbers of the paper are of its own real images, ours of simulated ones: not to be compared.'
@@ -561,183 +863,340 @@ def papers_note(
 
 # %% ../nbs/report.ipynb #c036
 def wide_scores(
-    scores:pd.DataFrame,      # result of metrics.evaluate or evaluate_seg
-    rows:str='level',         # column whose values become rows
-    columns:str='metric',     # column whose values become columns
-    digits:int=3,             # after the point
-) -> pd.DataFrame:            # text cells, the interval on a second line
+    scores: pd.DataFrame,  # result of metrics.evaluate or evaluate_seg
+    rows: str = 'level',  # column whose values become rows
+    columns: str = 'metric',  # column whose values become columns
+    digits: int = 3,  # after the point
+) -> pd.DataFrame:  # text cells, the interval on a second line
     "A long table of scores as a wide one for people; raises ValueError when two scores fall into one cell."
     double = scores[scores.duplicated([rows, columns], keep=False)]
-    if len(double): raise ValueError(f"{len(double)} scores share a cell, e.g. {rows}={double[rows].iloc[0]!r}, {columns}={double[columns].iloc[0]!r}: filter the table first")
+    if len(double):
+        raise ValueError(
+            f"{len(double)} scores share a cell, e.g. {rows}={double[rows].iloc[0]!r}, {columns}={double[columns].iloc[0]!r}: filter the table first"
+        )
     said = [interval_text(r.value, r.low, r.high, digits).replace(' [', '\n[') for r in scores.itertuples()]
     wide = scores.assign(said=said).pivot(index=rows, columns=columns, values='said')
-    return wide.loc[list(dict.fromkeys(scores[rows])), list(dict.fromkeys(scores[columns]))].rename(columns=lambda c: str(c).replace('_', ' ')).rename_axis(columns=None).fillna('–')
+    return (
+        wide.loc[list(dict.fromkeys(scores[rows])), list(dict.fromkeys(scores[columns]))]
+        .rename(columns=lambda c: str(c).replace('_', ' '))
+        .rename_axis(columns=None)
+        .fillna('–')
+    )
 
-# %% ../nbs/report.ipynb #c039
-def versions() -> dict:       # name -> version, and the platform
+# %% ../nbs/report.ipynb #c039-1
+def versions() -> dict:  # name -> version, and the platform
     "Versions of Python and of the packages that make the numbers; no path and no host name."
     out = {'python': platform.python_version()}
     for name in ('torch', 'torchvision', 'fastai', 'lus_fastai', 'numpy'):
-        with contextlib.suppress(metadata.PackageNotFoundError): out[name] = metadata.version(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            out[name] = metadata.version(name)
     if 'lus_fastai' not in out:
         import lus_fastai
+
         out['lus_fastai'] = lus_fastai.__version__
     return {**out, 'platform': f'{platform.system()} {platform.machine()}'}
 
+# %% ../nbs/report.ipynb #c039
 def device_name(
-    device=None,              # torch device or its name; None is the GPU if there is one
-) -> str:                     # such as 'cuda: NVIDIA H200' or 'cpu: x86_64, 2 threads'
+    device=None,  # torch device or its name; None is the GPU if there is one
+) -> str:  # such as 'cuda: NVIDIA H200' or 'cpu: x86_64, 2 threads'
     "What computed."
     device = torch.device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
-    if device.type == 'cuda': return f'cuda: {torch.cuda.get_device_name(device)}'
-    return f'cpu: {platform.machine()}, {torch.get_num_threads()} threads' if device.type == 'cpu' else device.type
+    if device.type == 'cuda':
+        return f'cuda: {torch.cuda.get_device_name(device)}'
+    return (
+        f'cpu: {platform.machine()}, {torch.get_num_threads()} threads'
+        if device.type == 'cpu'
+        else device.type
+    )
 
-# %% ../nbs/report.ipynb #c041
+# %% ../nbs/report.ipynb #c041-1
 _RESULT_KEYS = ('paper', 'data', 'versions', 'device', 'hours', 'command', 'seeds', 'protocols', 'cells')
 _CELL_KEYS = ('protocol', 'table', 'row', 'column', 'ours', 'interval', 'theirs')
 
+
 def _plain(x):
-    if isinstance(x, dict): return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple, np.ndarray, pd.Series)): return [_plain(v) for v in (x.tolist() if isinstance(x, np.ndarray) else x)]
-    if torch.is_tensor(x) or isinstance(x, np.generic): x = x.item()
+    if isinstance(x, dict):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray, pd.Series)):
+        return [_plain(v) for v in (x.tolist() if isinstance(x, np.ndarray) else x)]
+    if torch.is_tensor(x) or isinstance(x, np.generic):
+        x = x.item()
     return None if x is pd.NA or isinstance(x, float) and not math.isfinite(x) else x
 
+# %% ../nbs/report.ipynb #c041-2
 def _no_folders(text):
     "Of absolute paths only the last part; addresses on the web stay."
-    return re.sub(r'''\b((?!file:)[a-z]+://\S+)|(?<![\w.~<)\]-])(?:file://)?(?:~?/(?:[^\s/'"]*/)*|\b[A-Za-z]:\\\\?(?:[^\s\\'"]+\\)*)(?=[^\s/'"])''', lambda m: m[1] or '', text)
+    return re.sub(
+        r'''\b((?!file:)[a-z]+://\S+)|(?<![\w.~<)\]-])(?:file://)?(?:~?/(?:[^\s/'"]*/)*|\b[A-Za-z]:\\\\?(?:[^\s\\'"]+\\)*)(?=[^\s/'"])''',
+        lambda m: m[1] or '',
+        text,
+    )
 
+# %% ../nbs/report.ipynb #c041-3
 def cell(
-    table:str,                # which of the paper's tables, by a short name
-    row:str,                  # its row
-    column:str,               # its column
-    ours,                     # our number; NaN is written as null
-    interval=None,            # (low, high), or None
-    theirs=None,              # the paper's number, or None
+    table: str,  # which of the paper's tables, by a short name
+    row: str,  # its row
+    column: str,  # its column
+    ours,  # our number; NaN is written as null
+    interval=None,  # (low, high), or None
+    theirs=None,  # the paper's number, or None
     *,
-    protocol:str,             # a name in protocols
-) -> dict:                    # plain numbers only
+    protocol: str,  # a name in protocols
+) -> dict:  # plain numbers only
     "One number of a reproduction, beside the paper's."
     interval = _plain(interval)
-    if interval is not None: interval = None if None in interval else interval
-    return dict(protocol=protocol, table=table, row=row, column=column, ours=_plain(ours), interval=interval, theirs=_plain(theirs))
+    if interval is not None:
+        interval = None if None in interval else interval
+    return dict(
+        protocol=protocol,
+        table=table,
+        row=row,
+        column=column,
+        ours=_plain(ours),
+        interval=interval,
+        theirs=_plain(theirs),
+    )
 
+# %% ../nbs/report.ipynb #c041-4
 def _check_results(results, where='results'):
-    def stop(why): raise ValueError(f"{where}: {why}")
-    if not isinstance(results, dict): stop(f"a dictionary is needed, not {type(results).__name__}")
+    def stop(why):
+        raise ValueError(f"{where}: {why}")
+
+    if not isinstance(results, dict):
+        stop(f"a dictionary is needed, not {type(results).__name__}")
     missing = [k for k in _RESULT_KEYS if k not in results]
-    if missing: stop(f"missing {missing}; results have {list(_RESULT_KEYS)}")
-    empty = [k for k in ('paper', 'data', 'device', 'command') if not isinstance(results[k], str) or not results[k]]
-    if empty: stop(f"{empty} must be text")
-    if not isinstance(results['hours'], (int, float)) or results['hours'] < 0: stop(f"hours is a number from 0, got {results['hours']!r}")
-    if not isinstance(results['seeds'], list) or not results['seeds']: stop("seeds is a list with at least one seed")
-    if not results['protocols']: stop("protocols is empty: describe at least one, {name: {'split_hash': ..., 'description': ...}}")
+    if missing:
+        stop(f"missing {missing}; results have {list(_RESULT_KEYS)}")
+    empty = [
+        k for k in ('paper', 'data', 'device', 'command') if not isinstance(results[k], str) or not results[k]
+    ]
+    if empty:
+        stop(f"{empty} must be text")
+    if not isinstance(results['hours'], (int, float)) or results['hours'] < 0:
+        stop(f"hours is a number from 0, got {results['hours']!r}")
+    if not isinstance(results['seeds'], list) or not results['seeds']:
+        stop("seeds is a list with at least one seed")
+    if not results['protocols']:
+        stop("protocols is empty: describe at least one, {name: {'split_hash': ..., 'description': ...}}")
     for name, p in results['protocols'].items():
-        if not isinstance(p, dict) or {'split_hash', 'description'} - set(p): stop(f"protocol {name!r} needs split_hash and description")
+        if not isinstance(p, dict) or {'split_hash', 'description'} - set(p):
+            stop(f"protocol {name!r} needs split_hash and description")
     seen = set()
     for i, c in enumerate(results['cells']):
         missing = [k for k in _CELL_KEYS if k not in c]
-        if missing: stop(f"cell {i} misses {missing}")
-        if c['protocol'] not in results['protocols']: stop(f"cell {i} names protocol {c['protocol']!r}, there is {list(results['protocols'])}")
+        if missing:
+            stop(f"cell {i} misses {missing}")
+        if c['protocol'] not in results['protocols']:
+            stop(f"cell {i} names protocol {c['protocol']!r}, there is {list(results['protocols'])}")
         key = tuple(c[k] for k in _CELL_KEYS[:4])
-        if key in seen: stop(f"cell {i} repeats {key}")
+        if key in seen:
+            stop(f"cell {i} repeats {key}")
         seen.add(key)
         for k in ('ours', 'theirs'):
-            if c[k] is not None and (isinstance(c[k], bool) or not isinstance(c[k], (int, float))): stop(f"cell {i}: {k} is a number or null, got {c[k]!r}")
+            if c[k] is not None and (isinstance(c[k], bool) or not isinstance(c[k], (int, float))):
+                stop(f"cell {i}: {k} is a number or null, got {c[k]!r}")
         low_high = c['interval']
-        if low_high is not None and (not isinstance(low_high, list) or len(low_high) != 2 or not low_high[0] <= low_high[1]): stop(f"cell {i}: the interval is [low, high] or null, got {low_high!r}")
+        if low_high is not None and (
+            not isinstance(low_high, list) or len(low_high) != 2 or not low_high[0] <= low_high[1]
+        ):
+            stop(f"cell {i}: the interval is [low, high] or null, got {low_high!r}")
     return results
 
+# %% ../nbs/report.ipynb #c041-5
 def results_json(
-    path,                     # such as results/gare-phantom.json
+    path,  # such as results/gare-phantom.json
     *,
-    paper:str,                # which paper
-    data:str,                 # which data set
-    protocols:dict,           # name -> {'split_hash': ..., 'description': ...}, and what else should be known
-    seeds:list,               # every seed that was used
-    cells:list,               # made by cell
-    hours:float,              # wall time
-    command:str,              # what was typed; of absolute paths only the last part is kept
-    device:str=None,          # by default device_name()
-) -> dict:                    # what was written
+    paper: str,  # which paper
+    data: str,  # which data set
+    protocols: dict,  # name -> {'split_hash': ..., 'description': ...}, and what else should be known
+    seeds: list,  # every seed that was used
+    cells: list,  # made by cell
+    hours: float,  # wall time
+    command: str,  # what was typed; of absolute paths only the last part is kept
+    device: str = None,  # by default device_name()
+) -> dict:  # what was written
     "Check results and write them as JSON, atomically; NaN becomes null, anything missing or contradictory raises ValueError."
-    results = dict(paper=paper, data=data, versions=versions(), device=device or device_name(), hours=round(float(hours), 4), command=_no_folders(command), seeds=list(seeds), protocols=protocols, cells=cells)
+    results = dict(
+        paper=paper,
+        data=data,
+        versions=versions(),
+        device=device or device_name(),
+        hours=round(float(hours), 4),
+        command=_no_folders(command),
+        seeds=list(seeds),
+        protocols=protocols,
+        cells=cells,
+    )
     results = _check_results(_plain(results), str(path))
     write_json(path, results)
     return results
 
+# %% ../nbs/report.ipynb #c041-6
 def read_results(
-    path,                     # a file written by results_json, or the name of one that ships with the package, such as 'gare-pocus'
-) -> dict:                    # checked
+    path,  # a file written by results_json, or the name of one that ships with the package, such as 'gare-pocus'
+) -> dict:  # checked
     "Read results back; raises ValueError that names the file when something is missing, FileNotFoundError that lists the names there are."
     if isinstance(path, str) and not Path(path).suffix:
         there = {f.stem: f for f in sorted(shipped('results').glob('*.json'))}
-        if path not in there: raise FileNotFoundError(f"no results named {path!r} ship with the package; there is: {', '.join(there)}")
+        if path not in there:
+            raise FileNotFoundError(
+                f"no results named {path!r} ship with the package; there is: {', '.join(there)}"
+            )
         path = there[path]
-    try: return _check_results(json.loads(Path(path).read_text(encoding='utf-8')), str(path))
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is no JSON: {e}") from None
+    try:
+        return _check_results(json.loads(Path(path).read_text(encoding='utf-8')), str(path))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is no JSON: {e}") from None
 
+# %% ../nbs/report.ipynb #c041
 def results_table(
-    results,                  # results dictionary, or a list of cells
-) -> pd.DataFrame:            # protocol, table, row, column, ours, low, high, theirs
+    results,  # results dictionary, or a list of cells
+) -> pd.DataFrame:  # protocol, table, row, column, ours, low, high, theirs
     "Ours beside theirs, a row per cell."
     cells = results['cells'] if isinstance(results, dict) else results
-    rows = [{**{k: c[k] for k in _CELL_KEYS[:5]}, **dict(zip(('low', 'high'), c['interval'] or (None, None))), 'theirs': c['theirs']} for c in cells]
-    table = pd.DataFrame(rows, columns=['protocol', 'table', 'row', 'column', 'ours', 'low', 'high', 'theirs'])
+    rows = [
+        {
+            **{k: c[k] for k in _CELL_KEYS[:5]},
+            **dict(zip(('low', 'high'), c['interval'] or (None, None))),
+            'theirs': c['theirs'],
+        }
+        for c in cells
+    ]
+    table = pd.DataFrame(
+        rows, columns=['protocol', 'table', 'row', 'column', 'ours', 'low', 'high', 'theirs']
+    )
     return table.astype({k: float for k in ('ours', 'low', 'high', 'theirs')})
 
-# %% ../nbs/report.ipynb #c046
-_LICENCES = ('apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'gpl-3.0', 'unknown', 'cc0-1.0', *(f'cc-by{k}-4.0' for k in ('', '-sa', '-nc', '-nd', '-nc-sa', '-nc-nd')))
+# %% ../nbs/report.ipynb #c046-1
+_LICENCES = (
+    'apache-2.0',
+    'mit',
+    'bsd-2-clause',
+    'bsd-3-clause',
+    'gpl-3.0',
+    'unknown',
+    'cc0-1.0',
+    *(f'cc-by{k}-4.0' for k in ('', '-sa', '-nc', '-nd', '-nc-sa', '-nc-nd')),
+)
+
 
 def _weights_facts(path):
     "Digest, size, tensors, parameters and types of a safetensors file; reads its header, and its bytes once."
     from safetensors import safe_open
+
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"weights: there is no file {path}; write it first, by `save_weights`")
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: there is no file {path}; write it first, by `save_weights`")
     try:
-        with safe_open(path, 'pt') as f: tensors = {k: (f.get_slice(k).get_shape(), f.get_slice(k).get_dtype()) for k in f.keys()}
-    except Exception as e: raise ValueError(f"weights: {path} is no safetensors file that can be read ({e}): is it cut short?") from e
+        with safe_open(path, 'pt') as f:
+            tensors = {k: (f.get_slice(k).get_shape(), f.get_slice(k).get_dtype()) for k in f.keys()}
+    except Exception as e:
+        raise ValueError(
+            f"weights: {path} is no safetensors file that can be read ({e}): is it cut short?"
+        ) from e
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        for part in iter(lambda: f.read(1 << 20), b''): digest.update(part)
-    counted = {k: math.prod(shape) for k, (shape, kind) in tensors.items() if 'F' in kind and not k.endswith(('running_mean', 'running_var'))}
-    return digest.hexdigest(), path.stat().st_size, len(tensors), sum(counted.values()), sorted({tensors[k][1] for k in counted})
+        for part in iter(lambda: f.read(1 << 20), b''):
+            digest.update(part)
+    counted = {
+        k: math.prod(shape)
+        for k, (shape, kind) in tensors.items()
+        if 'F' in kind and not k.endswith(('running_mean', 'running_var'))
+    }
+    return (
+        digest.hexdigest(),
+        path.stat().st_size,
+        len(tensors),
+        sum(counted.values()),
+        sorted({tensors[k][1] for k in counted}),
+    )
 
+# %% ../nbs/report.ipynb #c046-2
 def _md_table(heads, rows):
-    tidy = lambda x: ' '.join(str(x).split()).replace('|', '\\|') or '–'
+    def tidy(x):
+        return ' '.join(str(x).split()).replace('|', '\\|') or '–'
+
     return '\n'.join('| ' + ' | '.join(map(tidy, r)) + ' |' for r in (heads, ['---'] * len(heads), *rows))
 
+# %% ../nbs/report.ipynb #c046
 def model_card(
-    path,                     # the card, a file named .md
+    path,  # the card, a file named .md
     *,
-    title:str,                # heading
-    weights,                  # a .safetensors file
-    data:str,                 # what it was trained on
-    licence:str,              # of the weights: a name such as 'Apache-2.0', or a sentence
-    split_hash:str,           # from split_hash: which patients were kept out of training
-    results:dict,             # what was measured -> text, such as {'accuracy': '0.80 [0.70, 0.90]'}; empty where nothing was
-    usage:str,                # code that loads the weights
-    settings:dict,            # of the run; nested dictionaries are written as a.b
-) -> Path:                    # the card
+    title: str,  # heading
+    weights,  # a .safetensors file
+    data: str,  # what it was trained on
+    licence: str,  # of the weights: a name such as 'Apache-2.0', or a sentence
+    split_hash: str,  # from split_hash: which patients were kept out of training
+    results: dict,  # what was measured -> text, such as {'accuracy': '0.80 [0.70, 0.90]'}; empty where nothing was
+    usage: str,  # code that loads the weights
+    settings: dict,  # of the run; nested dictionaries are written as a.b
+) -> Path:  # the card
     "Write a model card for a weights file, atomically; of absolute paths in it only the last part is kept."
     path = Path(path)
-    if path.suffix != '.md': raise ValueError(f"path: a model card is a Markdown file, named .md, not {path.name!r}")
-    empty = [k for k, v in dict(title=title, data=data, licence=licence, split_hash=split_hash, usage=usage).items() if not isinstance(v, str) or not v.strip()]
-    if empty: raise ValueError(f"{empty} must be text: a card without it helps nobody")
+    if path.suffix != '.md':
+        raise ValueError(f"path: a model card is a Markdown file, named .md, not {path.name!r}")
+    empty = [
+        k
+        for k, v in dict(title=title, data=data, licence=licence, split_hash=split_hash, usage=usage).items()
+        if not isinstance(v, str) or not v.strip()
+    ]
+    if empty:
+        raise ValueError(f"{empty} must be text: a card without it helps nobody")
     sha, size, tensors, params, kinds = _weights_facts(weights)
     title, known = ' '.join(title.split()), re.sub(r'\s+', '-', licence.strip().lower())
-    header = [f'license: {known}'] if known in _LICENCES else ['license: other', 'license_name: as-stated-in-the-card']
-    said = lambda x: str(x) if isinstance(x, (str, Path)) else json.dumps(x, default=str, ensure_ascii=False)
+    header = (
+        [f'license: {known}']
+        if known in _LICENCES
+        else ['license: other', 'license_name: as-stated-in-the-card']
+    )
+
+    def said(x):
+        return str(x) if isinstance(x, (str, Path)) else json.dumps(x, default=str, ensure_ascii=False)
+
     fence = '`' * max(3, 1 + max(map(len, re.findall('`+', usage)), default=0))
-    blocks = ['\n'.join(['---', *header, 'library_name: lus_fastai', 'tags:', *(f'- {t}' for t in ('lung-ultrasound', 'medical-imaging', 'pytorch', 'safetensors')), '---']),
-        f'# {title}', '## What it is',
-        _md_table(('weights', Path(weights).name), [('size', f'{size:,} bytes'), ('sha256', f'`{sha}`'), ('parameters', f'{params:,} ({", ".join(kinds)}), in a file of {tensors} tensors'), ('split hash', f'`{split_hash}`')]),
-        '## How to load it', 'Install `lus_fastai`, then, after `from lus_fastai.all import *`:', f'{fence}python\n{usage.strip()}\n{fence}',
-        '## What it was trained on', data.strip(), f'The split hash above names the patients that were kept out of training. Results on other patients of the same data are not results on new patients.',
-        '## Results', _md_table(('measure', 'result'), results.items()) if results else 'Nothing was measured.',
-        '## Intended use, and what it is not', 'Teaching and research on lung ultrasound. It is no medical device: do not use it for diagnosis, triage or any other decision about a patient. It has seen the machines, probes and patients of its training data and may fail on others; '
+    blocks = [
+        '\n'.join(
+            [
+                '---',
+                *header,
+                'library_name: lus_fastai',
+                'tags:',
+                *(f'- {t}' for t in ('lung-ultrasound', 'medical-imaging', 'pytorch', 'safetensors')),
+                '---',
+            ]
+        ),
+        f'# {title}',
+        '## What it is',
+        _md_table(
+            ('weights', Path(weights).name),
+            [
+                ('size', f'{size:,} bytes'),
+                ('sha256', f'`{sha}`'),
+                ('parameters', f'{params:,} ({", ".join(kinds)}), in a file of {tensors} tensors'),
+                ('split hash', f'`{split_hash}`'),
+            ],
+        ),
+        '## How to load it',
+        'Install `lus_fastai`, then, after `from lus_fastai.all import *`:',
+        f'{fence}python\n{usage.strip()}\n{fence}',
+        '## What it was trained on',
+        data.strip(),
+        'The split hash above names the patients that were kept out of training. Results on other patients of the same data are not results on new patients.',
+        '## Results',
+        _md_table(('measure', 'result'), results.items()) if results else 'Nothing was measured.',
+        '## Intended use, and what it is not',
+        'Teaching and research on lung ultrasound. It is no medical device: do not use it for diagnosis, triage or any other decision about a patient. It has seen the machines, probes and patients of its training data and may fail on others; '
         'it can have learned marks of a source (burnt-in text, depth, probe) instead of the lung. Test it on your own patients, split by patient, before you believe it.',
-        '## Licence', licence.strip(),
-        '## Settings', _md_table(('setting', 'value'), [(k, said(v)) for k, v in _flatten(_plain(settings)).items()]) if settings else 'None were given.',
-        '## Versions', _md_table(('package', 'version'), versions().items())]
-    with atomic_path(path) as tmp: tmp.write_text(_no_folders('\n\n'.join(blocks)) + '\n', encoding='utf-8')
+        '## Licence',
+        licence.strip(),
+        '## Settings',
+        _md_table(('setting', 'value'), [(k, said(v)) for k, v in _flatten(_plain(settings)).items()])
+        if settings
+        else 'None were given.',
+        '## Versions',
+        _md_table(('package', 'version'), versions().items()),
+    ]
+    with atomic_path(path) as tmp:
+        tmp.write_text(_no_folders('\n\n'.join(blocks)) + '\n', encoding='utf-8')
     return path

@@ -8,94 +8,182 @@ Docs: https://lus-fastai.github.io/lus_fastai/widgets.html.md"""
 __all__ = ['ClipBrowser', 'Explainer', 'fans_file', 'read_fans', 'FanEditor']
 
 # %% ../nbs/widgets.ipynb #c003
-import contextlib, html, io, json, os
+import contextlib
+import html
+import io
+import json
+import os
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pandas as pd, torch
-from .data.store import ClipError, FrameStore, _masks, sample_clip
-from .core import DENSE, DENSE_COLORS, TableError, atomic_path, check_table, clip_ids, frozen_eval, lus_home, overlay
-from .explain.sanity_checks import heat_in_fan
-from .explain.attribution import EXPLAINERS, map_rgb
-from .synth.phantom import phantom_dataset
-from .data.fan import Fan, FanError, find_fan
-from .models.transfer import name_outputs
 
-# %% ../nbs/widgets.ipynb #c006
+import numpy as np
+import pandas as pd
+import torch
+
+from lus_fastai.core import (
+    DENSE,
+    DENSE_COLORS,
+    TableError,
+    atomic_path,
+    check_table,
+    clip_ids,
+    frozen_eval,
+    lus_home,
+    overlay,
+)
+from .data.fan import Fan, FanError, find_fan
+from .data.store import ClipError, FrameStore, _masks, sample_clip
+from .explain.attribution import EXPLAINERS, map_rgb
+from .explain.sanity_checks import heat_in_fan
+from .models.transfer import name_outputs
+from .synth.phantom import phantom_dataset
+
+# %% ../nbs/widgets.ipynb #c006-1
 def _ipywidgets():
-    try: import ipywidgets
-    except ImportError: raise ImportError("the panels need ipywidgets: pip install lus_fastai[widgets]") from None
+    try:
+        import ipywidgets
+    except ImportError:
+        raise ImportError("the panels need ipywidgets: pip install lus_fastai[widgets]") from None
     return ipywidgets
 
+# %% ../nbs/widgets.ipynb #c006-2
 def _png(x):
     "A grey or colour picture as the bytes of a PNG."
     from PIL import Image
+
     out = io.BytesIO()
     Image.fromarray(x).save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
+# %% ../nbs/widgets.ipynb #c006
 _ERROR, _QUIET = 'var(--jp-error-color1, #b3261e)', 'var(--jp-ui-font-color2, #5a5a5a)'
+
 
 def _legend(names, colors):
     "Colour chips with names, as HTML."
     chip = '<span style="display:inline-flex;align-items:center;margin:0 14px 2px 0"><span style="width:12px;height:12px;border-radius:2px;margin-right:5px;border:1px solid rgba(128,128,128,.6);background:rgb({},{},{})"></span>{}</span>'
-    return '<div style="line-height:1.5">' + ''.join(chip.format(*map(int, c), html.escape(n)) for n, c in zip(names, colors)) + '</div>'
+    return (
+        '<div style="line-height:1.5">'
+        + ''.join(chip.format(*map(int, c), html.escape(n)) for n, c in zip(names, colors))
+        + '</div>'
+    )
 
-# %% ../nbs/widgets.ipynb #c008
+# %% ../nbs/widgets.ipynb #c008-1
 _MOST = 240  # frames of one clip that a panel keeps
 
-def _fit(
-    shape,              # (height, width) of a picture
-    box,                # (height, width) to fit it into
-):                      # (height, width), aspect kept
-    s = min(box[0]/shape[0], box[1]/shape[1])
-    return tuple(max(1, round(x*s)) for x in shape)
 
+def _fit(
+    shape,  # (height, width) of a picture
+    box,  # (height, width) to fit it into
+):  # (height, width), aspect kept
+    s = min(box[0] / shape[0], box[1] / shape[1])
+    return tuple(max(1, round(x * s)) for x in shape)
+
+# %% ../nbs/widgets.ipynb #c008-2
 def _whole(path, box):
     "A clip made to fit into `box`; of a long one at most `_MOST` frames, evenly spread over its time."
-    shape, rate = sample_clip(path, max_frames=1).frames.shape[1:], 1000.
+    shape, rate = sample_clip(path, max_frames=1).frames.shape[1:], 1000.0
     size = _fit(shape, (min(box[0], shape[0]), min(box[1], shape[1])))
-    while len(clip := sample_clip(path, rate, _MOST + 1, size)) > _MOST: rate = min(rate, _MOST/clip.times[-1])/2
+    while len(clip := sample_clip(path, rate, _MOST + 1, size)) > _MOST:
+        rate = min(rate, _MOST / clip.times[-1]) / 2
     return clip, shape
 
+# %% ../nbs/widgets.ipynb #c008
 class _Panel:
     "What the panels share: pickers that narrow one another, a frame slider that plays, a line for messages. A panel says how to `_read` a row and how to `_draw`."
+
     def __init__(self, table, size):
         w = self._w = _ipywidgets()
-        if len(np.shape(size)) != 1 or len(size) != 2 or min(size) < 16: raise ValueError(f"size must be (height, width) of at least 16 pixels, got {size!r}")
-        self.table, self.size, self._kept, self._still = table.reset_index(drop=True), tuple(map(int, size)), OrderedDict(), False
-        def picker(name): return w.Dropdown(description=name, style=dict(description_width='56px'), layout=w.Layout(width='auto', margin='2px'))
+        if len(np.shape(size)) != 1 or len(size) != 2 or min(size) < 16:
+            raise ValueError(f"size must be (height, width) of at least 16 pixels, got {size!r}")
+        self.table, self.size, self._kept, self._still = (
+            table.reset_index(drop=True),
+            tuple(map(int, size)),
+            OrderedDict(),
+            False,
+        )
+
+        def picker(name):
+            return w.Dropdown(
+                description=name,
+                style=dict(description_width='56px'),
+                layout=w.Layout(width='auto', margin='2px'),
+            )
+
         self.source, self.label, self.patient, self.clip = map(picker, ('source', 'class', 'patient', 'clip'))
-        self.frame = w.IntSlider(0, 0, 1, description='frame', readout=False, style=dict(description_width='56px'), layout=w.Layout(flex='1 1 200px', width='auto', min_width='180px'))
-        self.play, self.image = w.Play(value=0, min=0, max=1, layout=w.Layout(flex='0 0 auto')), w.Image(format='png')
+        self.frame = w.IntSlider(
+            0,
+            0,
+            1,
+            description='frame',
+            readout=False,
+            style=dict(description_width='56px'),
+            layout=w.Layout(flex='1 1 200px', width='auto', min_width='180px'),
+        )
+        self.play, self.image = (
+            w.Play(value=0, min=0, max=1, layout=w.Layout(flex='0 0 auto')),
+            w.Image(format='png'),
+        )
         self.where, self.caption, self.status = (w.HTML() for _ in range(3))
         self._link = w.jslink((self.play, 'value'), (self.frame, 'value'))
-        for pick in (self.source, self.label, self.patient): pick.observe(self._fill, 'value')
-        self.clip.observe(self._open, 'value'); self.frame.observe(self._move, 'value')
+        for pick in (self.source, self.label, self.patient):
+            pick.observe(self._fill, 'value')
+        self.clip.observe(self._open, 'value')
+        self.frame.observe(self._move, 'value')
 
     def _row(self, *parts, **layout):
-        return self._w.Box(parts, layout=self._w.Layout(**{**dict(display='flex', flex_flow='row wrap', align_items='center', width='100%'), **layout}))
+        return self._w.Box(
+            parts,
+            layout=self._w.Layout(
+                **{**dict(display='flex', flex_flow='row wrap', align_items='center', width='100%'), **layout}
+            ),
+        )
+
     def _stack(self, *parts):
         w = self._w
         self.status.layout = self.caption.layout = w.Layout(margin='2px', min_height='24px')
-        pickers = w.Box((self.source, self.label, self.patient, self.clip), layout=w.Layout(display='grid', grid_template_columns='repeat(auto-fit, minmax(min(100%, 300px), 1fr))', width='100%'))
+        pickers = w.Box(
+            (self.source, self.label, self.patient, self.clip),
+            layout=w.Layout(
+                display='grid',
+                grid_template_columns='repeat(auto-fit, minmax(min(100%, 300px), 1fr))',
+                width='100%',
+            ),
+        )
         player = self._row(self.play, self.frame, self.where)
-        self.box = w.VBox((pickers, player, *parts, self.status), layout=w.Layout(width='100%', max_width='880px', padding='4px', overflow='hidden'))
+        self.box = w.VBox(
+            (pickers, player, *parts, self.status),
+            layout=w.Layout(width='100%', max_width='880px', padding='4px', overflow='hidden'),
+        )
         self.box.add_class(f'lus-{type(self).__name__.lower()}')
         self._fill()
+
     def _ipython_display_(self):
         from IPython.display import display
+
         display(self.box)
 
     @contextlib.contextmanager
     def _quiet(self):
         "Controls may be set inside the block without being answered."
         self._still = True
-        try: yield
-        finally: self._still = False
+        try:
+            yield
+        finally:
+            self._still = False
+
     def _say(self, text='', kind='info'):
-        style, mark = dict(info=(f'color:{_QUIET}', ''), busy=(f'color:{_QUIET};font-style:italic', '&#8987; '), fault=(f'color:{_ERROR};font-weight:600', '&#9888; '))[kind]
-        self.status.value = f'<div role="status" style="line-height:1.5;white-space:normal;overflow-wrap:anywhere;{style}">{mark}{html.escape(text)}</div>' if text else ''
+        style, mark = dict(
+            info=(f'color:{_QUIET}', ''),
+            busy=(f'color:{_QUIET};font-style:italic', '&#8987; '),
+            fault=(f'color:{_ERROR};font-weight:600', '&#9888; '),
+        )[kind]
+        self.status.value = (
+            f'<div role="status" style="line-height:1.5;white-space:normal;overflow-wrap:anywhere;{style}">{mark}{html.escape(text)}</div>'
+            if text
+            else ''
+        )
 
     def _facts(self):
         row, (h, w) = self.table.loc[self.clip.value], self.shown.shape
@@ -103,27 +191,34 @@ class _Panel:
 
     def _fill(self, change=None):
         "Offer in each picker what the ones before it leave; a choice stays where it is still there."
-        if self._still: return
+        if self._still:
+            return
         rows = self.table
         with self._quiet():
             for pick, column in ((self.source, 'source'), (self.label, 'label'), (self.patient, 'patient')):
                 was, counts = pick.value, rows[column].astype(str).value_counts().sort_index()
                 pick.options = [(f'all ({len(rows)})', ''), *((f'{v} ({n})', v) for v, n in counts.items())]
                 pick.value = was if was in counts.index else ''
-                if pick.value: rows = rows[rows[column].astype(str) == pick.value]
+                if pick.value:
+                    rows = rows[rows[column].astype(str) == pick.value]
             was = self.clip.value
             self.clip.options = [(str(name), int(i)) for i, name in rows['clip'].items()]
             self.clip.value = was if was in rows.index else int(rows.index[0])
-        if self.clip.value != was: self._open()
+        if self.clip.value != was:
+            self._open()
+
     def _open(self, change=None):
         "Decode the clip that is picked, and go to its first frame; what cannot be read is said, and nothing is shown."
-        if self._still: return
+        if self._still:
+            return
         i = self.clip.value
         self._say('reading the clip', 'busy')
         try:
-            if i not in self._kept: self._kept[i] = self._read(self.table.loc[i])
+            if i not in self._kept:
+                self._kept[i] = self._read(self.table.loc[i])
             self._kept.move_to_end(i)
-            while len(self._kept) > 4: self._kept.popitem(last=False)
+            while len(self._kept) > 4:
+                self._kept.popitem(last=False)
             self.shown = self._kept[i]
             self._say(self.shown.note)
         except ClipError as e:
@@ -135,137 +230,295 @@ class _Panel:
             self.frame.value = self.play.value = 0
             self.frame.max = self.play.max = max(n - 1, 1)
             self.frame.disabled = self.play.disabled = n == 1
-            self.play.interval = int(np.clip(1000*step, 40, 1000))
+            self.play.interval = int(np.clip(1000 * step, 40, 1000))
         self._move()
+
     def _move(self, change=None):
-        if self._still: return
+        if self._still:
+            return
         s, k = self.shown, self.frame.value
-        self.where.value = f'<span style="font-variant-numeric:tabular-nums;white-space:nowrap;margin:0 8px">{k + 1} of {len(s.frames)}, {s.times[k]:.2f} s</span>' if s else ''
+        self.where.value = (
+            f'<span style="font-variant-numeric:tabular-nums;white-space:nowrap;margin:0 8px">{k + 1} of {len(s.frames)}, {s.times[k]:.2f} s</span>'
+            if s
+            else ''
+        )
         self.image.layout.display = None if s else 'none'
         self._draw()
 
-# %% ../nbs/widgets.ipynb #c011
+# %% ../nbs/widgets.ipynb #c011-1
 def _phantom(folder):
     "The clips of a panel that was given none: six simulated patients, made once."
-    return phantom_dataset(folder or lus_home()/'widgets', patients=6, clips=2, n=16, size=(192, 256))
+    return phantom_dataset(folder or lus_home() / 'widgets', patients=6, clips=2, n=16, size=(192, 256))
+
 
 def _named(table):
     "The table, checked but for the files' existence, with clip names."
     table = check_table(table, exists=False)
     return table if 'clip' in table else table.assign(clip=clip_ids(table))
 
+# %% ../nbs/widgets.ipynb #c011
 class ClipBrowser(_Panel):
     "Look through the clips of a table: pick by source, class and patient, scrub and play, masks on top."
-    def __init__(self,
-        table:pd.DataFrame=None,  # clip table; None makes a small phantom
-        folder=None,              # where that phantom is kept; default lus_home()/'widgets'
-        size:tuple=(400, 600),    # frames are shown as large as fits into this height and width, pixels
+
+    def __init__(
+        self,
+        table: pd.DataFrame = None,  # clip table; None makes a small phantom
+        folder=None,  # where that phantom is kept; default lus_home()/'widgets'
+        size: tuple = (400, 600),  # frames are shown as large as fits into this height and width, pixels
     ):
         super().__init__(_named(_phantom(folder) if table is None else table), size)
         w = self._w
-        self.masks = w.Checkbox(False, description='masks', indent=False, layout=w.Layout(width='90px', margin='2px 2px 2px 10px'))
-        self.opacity = w.FloatSlider(.45, min=0, max=1, step=.05, description='opacity', readout_format='.2f', style=dict(description_width='56px'), layout=w.Layout(width='280px'))
+        self.masks = w.Checkbox(
+            False, description='masks', indent=False, layout=w.Layout(width='90px', margin='2px 2px 2px 10px')
+        )
+        self.opacity = w.FloatSlider(
+            0.45,
+            min=0,
+            max=1,
+            step=0.05,
+            description='opacity',
+            readout_format='.2f',
+            style=dict(description_width='56px'),
+            layout=w.Layout(width='280px'),
+        )
         self.legend = w.HTML()
-        for control in (self.masks, self.opacity): control.observe(self._move, 'value')
+        for control in (self.masks, self.opacity):
+            control.observe(self._move, 'value')
         self._stack(self.image, self.caption, self._row(self.masks, self.opacity), self.legend)
+
     def _read(self, row):
         clip, shape = _whole(row['path'], self.size)
-        s = SimpleNamespace(frames=clip.frames, times=clip.times, masks=None, fault='', shape=shape, note='' if clip.index[-1] + 1 == len(clip) else f'a long clip: {len(clip)} of its {clip.index[-1] + 1} frames, evenly spread')
+        s = SimpleNamespace(
+            frames=clip.frames,
+            times=clip.times,
+            masks=None,
+            fault='',
+            shape=shape,
+            note=''
+            if clip.index[-1] + 1 == len(clip)
+            else f'a long clip: {len(clip)} of its {clip.index[-1] + 1} frames, evenly spread',
+        )
         if isinstance(row.get('mask'), str) and row['mask'].strip():
-            try: s.masks = _masks(row['mask'], clip.index, shape, clip.frames.shape[1:])
-            except ClipError as e: s.note, s.fault = '', f'mask {e.path} cannot be shown: {e.reason}'
+            try:
+                s.masks = _masks(row['mask'], clip.index, shape, clip.frames.shape[1:])
+            except ClipError as e:
+                s.note, s.fault = '', f'mask {e.path} cannot be shown: {e.reason}'
         return s
+
     def _draw(self):
         s, k = self.shown, self.frame.value
         self.masks.disabled = not s or s.masks is None
         self.opacity.disabled = self.masks.disabled or not self.masks.value
-        if not s: self.caption.value = self.legend.value = ''; return
+        if not s:
+            self.caption.value = self.legend.value = ''
+            return
         on = self.masks.value and s.masks is not None
-        self.image.value = _png(overlay(s.frames[k], s.masks[k], alpha=self.opacity.value) if on else s.frames[k])
-        self.image.layout.width, self.image.layout.max_width = f'{_fit(s.frames.shape[1:], self.size)[1]}px', '100%'
+        self.image.value = _png(
+            overlay(s.frames[k], s.masks[k], alpha=self.opacity.value) if on else s.frames[k]
+        )
+        self.image.layout.width, self.image.layout.max_width = (
+            f'{_fit(s.frames.shape[1:], self.size)[1]}px',
+            '100%',
+        )
         self.caption.value = self._facts()
         codes = np.unique(s.masks) if on else []
-        self.legend.value = _legend(*zip(*[(DENSE[c], DENSE_COLORS[c]) if c < len(DENSE) else ('no label', (128,)*3) for c in codes if c != 6])) if on and (codes != 6).any() else ''
-        if s.fault: self._say(s.fault, 'fault')
+        self.legend.value = (
+            _legend(
+                *zip(
+                    *[
+                        (DENSE[c], DENSE_COLORS[c]) if c < len(DENSE) else ('no label', (128,) * 3)
+                        for c in codes
+                        if c != 6
+                    ]
+                )
+            )
+            if on and (codes != 6).any()
+            else ''
+        )
+        if s.fault:
+            self._say(s.fault, 'fault')
 
-# %% ../nbs/widgets.ipynb #c019
-_LINES = (('#0072b2', '-'), ('#d55e00', '--'), ('#009e73', ':'), ('#cc79a7', '-.'), ('#56b4e9', (0, (5, 1))), ('#e69f00', (0, (1, 1))))
+# %% ../nbs/widgets.ipynb #c019-1
+_LINES = (
+    ('#0072b2', '-'),
+    ('#d55e00', '--'),
+    ('#009e73', ':'),
+    ('#cc79a7', '-.'),
+    ('#56b4e9', (0, (5, 1))),
+    ('#e69f00', (0, (1, 1))),
+)
+
 
 def _curves(times, probs, names):
     "Probabilities over time as a picture, and where to mark a time in it: its column, and the first and last row."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(8.4, 1.9), dpi=100, layout='constrained')
     canvas, ax = FigureCanvasAgg(fig), fig.add_subplot()
     for i, name in enumerate(names):
         color, dash = _LINES[i % len(_LINES)]
         ax.plot(times, probs[:, i], color=color, ls=dash, lw=2, marker='o', ms=3.5, label=name)
-    pad = .03*(times[-1] - times[0]) or .5
-    ax.set(xlim=(times[0] - pad, times[-1] + pad), ylim=(-.04, 1.04), yticks=(0, .5, 1), xlabel='seconds', ylabel='probability')
-    ax.spines[['top', 'right']].set_visible(False); ax.grid(alpha=.2)
+    pad = 0.03 * (times[-1] - times[0]) or 0.5
+    ax.set(
+        xlim=(times[0] - pad, times[-1] + pad),
+        ylim=(-0.04, 1.04),
+        yticks=(0, 0.5, 1),
+        xlabel='seconds',
+        ylabel='probability',
+    )
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.grid(alpha=0.2)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside right center', frameon=False, handlelength=2.6)
     canvas.draw()
-    rgb, (x, y) = np.asarray(canvas.buffer_rgba())[..., :3].copy(), ax.transData.transform([(t, 0) for t in times]).T
+    rgb, (x, _y) = (
+        np.asarray(canvas.buffer_rgba())[..., :3].copy(),
+        ax.transData.transform([(t, 0) for t in times]).T,
+    )
     (_, low), (_, high) = ax.transAxes.transform([(0, 0), (0, 1)])
     return rgb, x.round().astype(int), slice(len(rgb) - round(high), len(rgb) - round(low))
 
+# %% ../nbs/widgets.ipynb #c019-2
 def _fan(row):
     "The fan of a table's row, or None where it has none."
     text = row.get('fan')
-    if not isinstance(text, str) or not text.strip(): return None
-    try: return Fan.from_dict(json.loads(text))
-    except (ValueError, TypeError) as e: raise FanError(f"column 'fan' of {row['path']} holds no fan: {e}") from None
+    if not isinstance(text, str) or not text.strip():
+        return None
+    try:
+        return Fan.from_dict(json.loads(text))
+    except (ValueError, TypeError) as e:
+        raise FanError(f"column 'fan' of {row['path']} holds no fan: {e}") from None
 
+# %% ../nbs/widgets.ipynb #c019
 class Explainer(_Panel):
     "Ask a classifier where it looks: a frame beside its map, for a method and a class, and the probabilities over the clip."
-    def __init__(self,
-        model:torch.nn.Module,    # gives logits (b, classes)
-        clips=None,               # clip table (frames are sampled as sample_clip does) or FrameStore; None makes a small phantom
-        classes=None,             # names of the model's outputs, in order; default: model.classes
-        channels:int=None,        # of the model's input, grey copied; by default what its first convolution takes
-        size:tuple=(224, 224),    # height and width of the model's input; a store has its own
-        methods:dict=None,        # display name -> function method(model, x, target); default EXPLAINERS
-        folder=None,              # where the phantom is kept; default lus_home()/'widgets'
+
+    def __init__(
+        self,
+        model: torch.nn.Module,  # gives logits (b, classes)
+        clips=None,  # clip table (frames are sampled as sample_clip does) or FrameStore; None makes a small phantom
+        classes=None,  # names of the model's outputs, in order; default: model.classes
+        channels: int = None,  # of the model's input, grey copied; by default what its first convolution takes
+        size: tuple = (224, 224),  # height and width of the model's input; a store has its own
+        methods: dict = None,  # display name -> function method(model, x, target); default EXPLAINERS
+        folder=None,  # where the phantom is kept; default lus_home()/'widgets'
     ):
         self.store = clips if isinstance(clips, FrameStore) else None
-        table = _phantom(folder) if clips is None else clips if self.store is None else self.store.frames.drop_duplicates('clip')
+        table = (
+            _phantom(folder)
+            if clips is None
+            else clips
+            if self.store is None
+            else self.store.frames.drop_duplicates('clip')
+        )
         super().__init__(_named(table), size if self.store is None else self.store.size)
-        if classes is not None: name_outputs(model, classes)
-        elif not hasattr(model, 'classes'): raise ValueError("the model does not say what its outputs mean: pass classes=..., in the order of its outputs")
-        w, self.model, self.classes, self.methods = self._w, model, tuple(model.classes), dict(methods or EXPLAINERS)
-        self.channels = channels or next((m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)), 1)
+        if classes is not None:
+            name_outputs(model, classes)
+        elif not hasattr(model, 'classes'):
+            raise ValueError(
+                "the model does not say what its outputs mean: pass classes=..., in the order of its outputs"
+            )
+        w, self.model, self.classes, self.methods = (
+            self._w,
+            model,
+            tuple(model.classes),
+            dict(methods or EXPLAINERS),
+        )
+        self.channels = channels or next(
+            (m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)), 1
+        )
         self._probs, self._maps, self._limits = {}, OrderedDict(), {}
-        def picker(name, options): return w.Dropdown(options=options, description=name, style=dict(description_width='56px'), layout=w.Layout(width='auto', margin='2px'))
+
+        def picker(name, options):
+            return w.Dropdown(
+                options=options,
+                description=name,
+                style=dict(description_width='56px'),
+                layout=w.Layout(width='auto', margin='2px'),
+            )
+
         self.method = picker('method', [(name, name) for name in self.methods])
-        self.target = picker('explain', [('the predicted class', -1), *((name, i) for i, name in enumerate(self.classes))])
-        self.opacity = w.FloatSlider(.7, min=0, max=1, step=.05, description='opacity', readout_format='.2f', style=dict(description_width='56px'), layout=w.Layout(width='auto', margin='2px'))
-        self.map_image, self.curve_image, self.scale, self.verdict = w.Image(format='png'), w.Image(format='png'), w.HTML(), w.HTML()
-        for x in (self.image, self.map_image): x.layout = w.Layout(width='100%', object_fit='contain')
+        self.target = picker(
+            'explain', [('the predicted class', -1), *((name, i) for i, name in enumerate(self.classes))]
+        )
+        self.opacity = w.FloatSlider(
+            0.7,
+            min=0,
+            max=1,
+            step=0.05,
+            description='opacity',
+            readout_format='.2f',
+            style=dict(description_width='56px'),
+            layout=w.Layout(width='auto', margin='2px'),
+        )
+        self.map_image, self.curve_image, self.scale, self.verdict = (
+            w.Image(format='png'),
+            w.Image(format='png'),
+            w.HTML(),
+            w.HTML(),
+        )
+        for x in (self.image, self.map_image):
+            x.layout = w.Layout(width='100%', object_fit='contain')
         self.curve_image.layout = w.Layout(width='100%', max_width='840px')
-        for control in (self.method, self.target, self.opacity): control.observe(self._move, 'value')
-        def column(*parts): return w.VBox(parts, layout=w.Layout(flex='1 1 260px', max_width='420px', margin='2px'))
-        controls = w.Box((self.method, self.target, self.opacity), layout=w.Layout(display='grid', grid_template_columns='repeat(auto-fit, minmax(min(100%, 260px), 1fr))', width='100%'))
-        self._stack(controls, self._row(column(self.image, self.verdict), column(self.map_image, self.scale), align_items='flex-start'), self.curve_image)
+        for control in (self.method, self.target, self.opacity):
+            control.observe(self._move, 'value')
+
+        def column(*parts):
+            return w.VBox(parts, layout=w.Layout(flex='1 1 260px', max_width='420px', margin='2px'))
+
+        controls = w.Box(
+            (self.method, self.target, self.opacity),
+            layout=w.Layout(
+                display='grid',
+                grid_template_columns='repeat(auto-fit, minmax(min(100%, 260px), 1fr))',
+                width='100%',
+            ),
+        )
+        self._stack(
+            controls,
+            self._row(
+                column(self.image, self.verdict), column(self.map_image, self.scale), align_items='flex-start'
+            ),
+            self.curve_image,
+        )
+
     def _read(self, row):
-        if self.store is None: clip = sample_clip(row['path'], size=self.size); frames, times = clip.frames, clip.times
+        if self.store is None:
+            clip = sample_clip(row['path'], size=self.size)
+            frames, times = clip.frames, clip.times
         else:
             at = np.flatnonzero(self.store.frames['clip'] == row['clip'])
             frames, times = self.store[at], self.store.frames['time'].to_numpy()[at]
         return SimpleNamespace(frames=frames, times=times, note='')
+
     def _input(self, frames):
         p = next(self.model.parameters(), torch.zeros(0))
-        return (torch.from_numpy(np.array(frames)).to(p.device)[:, None].to(p.dtype)/255).expand(-1, self.channels, -1, -1)
+        return (torch.from_numpy(np.array(frames)).to(p.device)[:, None].to(p.dtype) / 255).expand(
+            -1, self.channels, -1, -1
+        )
+
     def _probabilities(self):
         "Probabilities (n, classes) of the clip that is open, computed once."
         i = self.clip.value
         if i not in self._probs:
             self._say('asking the network about every frame', 'busy')
-            with frozen_eval(self.model), torch.no_grad(): out = torch.cat([self.model(self._input(self.shown.frames[k:k + 16])) for k in range(0, len(self.shown.frames), 16)])
-            if out.ndim != 2 or out.shape[1] != len(self.classes): raise ValueError(f"the model must give one logit for each of {len(self.classes)} classes {self.classes}, it gives {tuple(out.shape[1:])}: pass classes=...")
-            if not torch.isfinite(out).all(): raise ValueError("the model gives NaN or infinite logits for this clip")
+            with frozen_eval(self.model), torch.no_grad():
+                out = torch.cat(
+                    [
+                        self.model(self._input(self.shown.frames[k : k + 16]))
+                        for k in range(0, len(self.shown.frames), 16)
+                    ]
+                )
+            if out.ndim != 2 or out.shape[1] != len(self.classes):
+                raise ValueError(
+                    f"the model must give one logit for each of {len(self.classes)} classes {self.classes}, it gives {tuple(out.shape[1:])}: pass classes=..."
+                )
+            if not torch.isfinite(out).all():
+                raise ValueError("the model gives NaN or infinite logits for this clip")
             p = out.float().softmax(1).cpu().numpy()
             self._probs[i] = p, _curves(self.shown.times, p, self.classes)
         return self._probs[i]
+
     def _map(self, k, target, fan):
         "The raw map of a frame, computed once."
         key = self.clip.value, k, self.method.value, target
@@ -273,133 +526,247 @@ class Explainer(_Panel):
             self._say(f'computing {self.method.value}', 'busy')
             method = self.methods[self.method.value]
             options = dict(fan=fan) if fan is not None and method is EXPLAINERS['occlusion'] else {}
-            self._maps[key] = method(self.model, self._input(self.shown.frames[k:k + 1]), target, **options)[0].cpu().numpy()
-            if len(self._maps) > 512: self._maps.popitem(last=False)
+            self._maps[key] = (
+                method(self.model, self._input(self.shown.frames[k : k + 1]), target, **options)[0]
+                .cpu()
+                .numpy()
+            )
+            if len(self._maps) > 512:
+                self._maps.popitem(last=False)
         return self._maps[key]
+
     def _draw(self):
         s, k = self.shown, self.frame.value
-        for image in (self.map_image, self.curve_image): image.layout.display = 'none'
+        for image in (self.map_image, self.curve_image):
+            image.layout.display = 'none'
         self.verdict.value = self.scale.value = ''
-        if not s: return
+        if not s:
+            return
         self.image.value = _png(s.frames[k])
         row = self.table.loc[self.clip.value]
         try:
             fan, note = _fan(row), s.note
-            if fan is not None: fan = fan.resize(s.frames.shape[1:]).mask()
+            if fan is not None:
+                fan = fan.resize(s.frames.shape[1:]).mask()
             probs, (curve, columns, rows) = self._probabilities()
             said = int(probs[k].argmax())
             target = said if self.target.value < 0 else self.target.value
             m = self._map(k, target, fan)
-        except (ValueError, RuntimeError) as e: self._say(str(e), 'fault'); return
+        except (ValueError, RuntimeError) as e:
+            self._say(str(e), 'fault')
+            return
         self._say(note)
         key = self.clip.value, self.method.value, target
-        self._limits[key] = limit = max(self._limits.get(key, 0.), float(np.abs(m).max()))
+        self._limits[key] = limit = max(self._limits.get(key, 0.0), float(np.abs(m).max()))
         self.map_image.value = _png(map_rgb(s.frames[k], m, self.opacity.value, limit))
         marked = curve.copy()
-        marked[rows, columns[k] - 1:columns[k] + 1] = (22, 25, 29)
+        marked[rows, columns[k] - 1 : columns[k] + 1] = (22, 25, 29)
         self.curve_image.value = _png(marked)
-        for image in (self.map_image, self.curve_image): image.layout.display = None
-        shares = ' · '.join(f'{"<b>" if i == said else ""}{html.escape(c)} {p:.2f}{"</b>" if i == said else ""}' for i, (c, p) in enumerate(zip(self.classes, probs[k])))
+        for image in (self.map_image, self.curve_image):
+            image.layout.display = None
+        shares = ' · '.join(
+            f'{"<b>" if i == said else ""}{html.escape(c)} {p:.2f}{"</b>" if i == said else ""}'
+            for i, (c, p) in enumerate(zip(self.classes, probs[k]))
+        )
         self.verdict.value = f'<div style="line-height:1.5">labelled <b>{html.escape(str(row["label"]))}</b>; the network says<br>{shares}</div>'
         heat = '' if fan is None or not m.any() else f'<br>{heat_in_fan(m, fan)[0]:.0%} of it inside the fan'
-        colors = ','.join('rgb({},{},{})'.format(*c) for c in map_rgb(np.zeros((1, 17), np.uint8), np.linspace(-1, 1, 17)[None], 1., 1.)[0])
-        self.scale.value = (f'<div style="line-height:1.5">{html.escape(self.method.value)} for <b>{html.escape(self.classes[target])}</b>{heat}'
-                            f'<div style="height:10px;margin-top:3px;border-radius:2px;background:linear-gradient(to right,{colors})"></div>'
-                            f'<div style="display:flex;justify-content:space-between"><span>{-limit:.2g}</span><span>0</span><span>{limit:.2g}</span></div></div>')
+        colors = ','.join(
+            'rgb({},{},{})'.format(*c)
+            for c in map_rgb(np.zeros((1, 17), np.uint8), np.linspace(-1, 1, 17)[None], 1.0, 1.0)[0]
+        )
+        self.scale.value = (
+            f'<div style="line-height:1.5">{html.escape(self.method.value)} for <b>{html.escape(self.classes[target])}</b>{heat}'
+            f'<div style="height:10px;margin-top:3px;border-radius:2px;background:linear-gradient(to right,{colors})"></div>'
+            f'<div style="display:flex;justify-content:space-between"><span>{-limit:.2g}</span><span>0</span><span>{limit:.2g}</span></div></div>'
+        )
 
-# %% ../nbs/widgets.ipynb #c027
+# %% ../nbs/widgets.ipynb #c027-1
 def fans_file(
-    path,               # a clip table's CSV file, such as clips.csv
-) -> Path:              # clips.fans.csv beside it
+    path,  # a clip table's CSV file, such as clips.csv
+) -> Path:  # clips.fans.csv beside it
     "Where the fans of a table are kept."
     return Path(path).with_suffix('.fans.csv')
 
-def _keys(table, path): return [Path(os.path.relpath(p, Path(path).absolute().parent)).as_posix() for p in table['path']]
 
+def _keys(table, path):
+    return [Path(os.path.relpath(p, Path(path).absolute().parent)).as_posix() for p in table['path']]
+
+# %% ../nbs/widgets.ipynb #c027-2
 def read_fans(
-    table:pd.DataFrame, # a clip table
-    path,               # its CSV file; the fans are in fans_file(path), which may not exist yet
-) -> pd.DataFrame:      # a copy with columns fan (JSON text, '' for none) and fan_by ('hand', 'found' or '')
+    table: pd.DataFrame,  # a clip table
+    path,  # its CSV file; the fans are in fans_file(path), which may not exist yet
+) -> pd.DataFrame:  # a copy with columns fan (JSON text, '' for none) and fan_by ('hand', 'found' or '')
     "Give a clip table the fans that were saved beside it; a row that has none there keeps its own. Raises `TableError` if the file holds something else."
     file, out = fans_file(path), table.copy()
     fan = out['fan'].where(out['fan'].notna(), '').astype(str) if 'fan' in out else pd.Series('', out.index)
-    by = out['fan_by'].where(out['fan_by'].notna(), '').astype(str) if 'fan_by' in out else fan.map(lambda f: 'found' if f else '')
+    by = (
+        out['fan_by'].where(out['fan_by'].notna(), '').astype(str)
+        if 'fan_by' in out
+        else fan.map(lambda f: 'found' if f else '')
+    )
     if file.exists():
-        try: saved = pd.read_csv(file, dtype=str, keep_default_na=False).set_index('path')[['fan', 'fan_by']]
-        except (KeyError, ValueError) as e: raise TableError(f"{file} is no table of fans with columns path, fan and fan_by: {e}") from None
+        try:
+            saved = pd.read_csv(file, dtype=str, keep_default_na=False).set_index('path')[['fan', 'fan_by']]
+        except (KeyError, ValueError) as e:
+            raise TableError(f"{file} is no table of fans with columns path, fan and fan_by: {e}") from None
         for name, text in saved['fan'].items():
-            try: Fan.from_dict(json.loads(text))
-            except (ValueError, TypeError) as e: raise TableError(f"{file}: the fan of {name} cannot be read: {e}") from None
+            try:
+                Fan.from_dict(json.loads(text))
+            except (ValueError, TypeError) as e:
+                raise TableError(f"{file}: the fan of {name} cannot be read: {e}") from None
         saved = saved[~saved.index.duplicated(keep='last')]
         keys = _keys(out, path)
         there = [k in saved.index for k in keys]
-        fan, by = (old.mask(there, pd.Series([saved[c].get(k, '') for k in keys], out.index)) for c, old in (('fan', fan), ('fan_by', by)))
+        fan, by = (
+            old.mask(there, pd.Series([saved[c].get(k, '') for k in keys], out.index))
+            for c, old in (('fan', fan), ('fan_by', by))
+        )
     return out.assign(fan=fan, fan_by=by)
 
+# %% ../nbs/widgets.ipynb #c027
 def _write_fan(path, key, text, by):
     "Add one fan to the file, or replace it there."
     file = fans_file(path)
-    saved = pd.read_csv(file, dtype=str, keep_default_na=False) if file.exists() else pd.DataFrame(columns=['path', 'fan', 'fan_by'])
-    saved = pd.concat([saved[saved['path'] != key], pd.DataFrame(dict(path=[key], fan=[text], fan_by=[by]))]).sort_values('path')
-    with atomic_path(file) as tmp: saved.to_csv(tmp, index=False)
+    saved = (
+        pd.read_csv(file, dtype=str, keep_default_na=False)
+        if file.exists()
+        else pd.DataFrame(columns=['path', 'fan', 'fan_by'])
+    )
+    saved = pd.concat(
+        [saved[saved['path'] != key], pd.DataFrame(dict(path=[key], fan=[text], fan_by=[by]))]
+    ).sort_values('path')
+    with atomic_path(file) as tmp:
+        saved.to_csv(tmp, index=False)
 
-# %% ../nbs/widgets.ipynb #c028
+# %% ../nbs/widgets.ipynb #c028-1
 _EDGE = (255, 176, 0)
-_GEOMETRY = dict(convex=dict(near='near arc', far='far arc', left='left angle', right='right angle', x='apex x', y='apex y', aspect='stretch'),
-                 linear=dict(near='top', far='bottom', left='left', right='right', flare='flare'))
+_GEOMETRY = dict(
+    convex=dict(
+        near='near arc',
+        far='far arc',
+        left='left angle',
+        right='right angle',
+        x='apex x',
+        y='apex y',
+        aspect='stretch',
+    ),
+    linear=dict(near='top', far='bottom', left='left', right='right', flare='flare'),
+)
+
 
 def _ranges(kind, h, w):
     "Least and greatest value of each slider, for a picture of that size."
-    if kind == 'linear': return dict(near=(0, h), far=(0, h), left=(-w/2, w), right=(0, 1.5*w), flare=(-w/2, w/2))
-    return dict(near=(0, 2*h), far=(0, 3*h), left=(-89, 89), right=(-89, 89), x=(-w/2, 1.5*w), y=(-2*h, h), aspect=(.5, 2))
+    if kind == 'linear':
+        return dict(near=(0, h), far=(0, h), left=(-w / 2, w), right=(0, 1.5 * w), flare=(-w / 2, w / 2))
+    return dict(
+        near=(0, 2 * h),
+        far=(0, 3 * h),
+        left=(-89, 89),
+        right=(-89, 89),
+        x=(-w / 2, 1.5 * w),
+        y=(-2 * h, h),
+        aspect=(0.5, 2),
+    )
 
+# %% ../nbs/widgets.ipynb #c028-2
 def _start(kind, h, w):
     "Somewhere to begin: most of the picture."
-    if kind == 'linear': return Fan('linear', (h, w), .05*h, .95*h, .1*w, .9*w)
-    return Fan('convex', (h, w), .2*h, 1.1*h, -35, 35, w/2, -.15*h)
+    if kind == 'linear':
+        return Fan('linear', (h, w), 0.05 * h, 0.95 * h, 0.1 * w, 0.9 * w)
+    return Fan('convex', (h, w), 0.2 * h, 1.1 * h, -35, 35, w / 2, -0.15 * h)
 
+# %% ../nbs/widgets.ipynb #c028-3
 class FanEditor(_Panel):
     "Correct the fan of a clip by hand: sliders for its geometry, the outline on top of the frame, saved beside the table."
-    def __init__(self,
-        table:pd.DataFrame=None,  # clip table, with or without a column fan; None makes a small phantom
-        path=None,                # its CSV file, which need not exist; fans are saved to fans_file(path); needed with a table
-        folder=None,              # where the phantom is kept; default lus_home()/'widgets'
-        size:tuple=(360, 480),    # frames are shown as large as fits into this height and width, pixels
+
+    def __init__(
+        self,
+        table: pd.DataFrame = None,  # clip table, with or without a column fan; None makes a small phantom
+        path=None,  # its CSV file, which need not exist; fans are saved to fans_file(path); needed with a table
+        folder=None,  # where the phantom is kept; default lus_home()/'widgets'
+        size: tuple = (360, 480),  # frames are shown as large as fits into this height and width, pixels
     ):
-        if table is None: table, path = _phantom(folder), path or Path(folder or lus_home()/'widgets')/'clips.csv'
-        if path is None: raise ValueError("path is missing: the table's CSV file, beside which the fans are saved")
+        if table is None:
+            table, path = _phantom(folder), path or Path(folder or lus_home() / 'widgets') / 'clips.csv'
+        if path is None:
+            raise ValueError("path is missing: the table's CSV file, beside which the fans are saved")
         super().__init__(read_fans(_named(table), path), size)
         w, self.path, self._edited, self._found = self._w, Path(path), {}, None
-        self.kind = w.ToggleButtons(options=['convex', 'linear'], style=dict(button_width='84px'), layout=w.Layout(width='auto', margin='2px'))
-        self.geometry = {name: w.FloatSlider(0, min=-1, max=1, step=.5, readout_format='.1f', style=dict(description_width='76px'), layout=w.Layout(width='auto', margin='1px'))
-                         for name in ('x', 'y', 'near', 'far', 'left', 'right', 'aspect', 'flare')}
-        def button(name, icon, tip, style=''): return w.Button(description=name, icon=icon, tooltip=tip, button_style=style, layout=w.Layout(width='84px'))
-        self.find, self.revert, self.save = button('find', 'search', 'find the fan again by image analysis'), button('revert', 'undo', 'back to what is saved'), button('save', 'save', 'save beside the table', 'primary')
-        self.find.on_click(self._find); self.revert.on_click(self._revert); self.save.on_click(self._save)
+        self.kind = w.ToggleButtons(
+            options=['convex', 'linear'],
+            style=dict(button_width='84px'),
+            layout=w.Layout(width='auto', margin='2px'),
+        )
+        self.geometry = {
+            name: w.FloatSlider(
+                0,
+                min=-1,
+                max=1,
+                step=0.5,
+                readout_format='.1f',
+                style=dict(description_width='76px'),
+                layout=w.Layout(width='auto', margin='1px'),
+            )
+            for name in ('x', 'y', 'near', 'far', 'left', 'right', 'aspect', 'flare')
+        }
+
+        def button(name, icon, tip, style=''):
+            return w.Button(
+                description=name, icon=icon, tooltip=tip, button_style=style, layout=w.Layout(width='84px')
+            )
+
+        self.find, self.revert, self.save = (
+            button('find', 'search', 'find the fan again by image analysis'),
+            button('revert', 'undo', 'back to what is saved'),
+            button('save', 'save', 'save beside the table', 'primary'),
+        )
+        self.find.on_click(self._find)
+        self.revert.on_click(self._revert)
+        self.save.on_click(self._save)
         self.kind.observe(self._turn, 'value')
-        for slider in self.geometry.values(): slider.observe(self._slide, 'value')
+        for slider in self.geometry.values():
+            slider.observe(self._slide, 'value')
         self.image.layout = w.Layout(width='100%', object_fit='contain')
-        picture = w.VBox((self.image, self.caption), layout=w.Layout(flex='1 1 340px', max_width=f'{self.size[1]}px', margin='2px'))
-        controls = w.VBox((self.kind, *self.geometry.values(), self._row(self.find, self.revert, self.save)), layout=w.Layout(flex='1 1 300px', margin='2px'))
+        picture = w.VBox(
+            (self.image, self.caption),
+            layout=w.Layout(flex='1 1 340px', max_width=f'{self.size[1]}px', margin='2px'),
+        )
+        controls = w.VBox(
+            (self.kind, *self.geometry.values(), self._row(self.find, self.revert, self.save)),
+            layout=w.Layout(flex='1 1 300px', margin='2px'),
+        )
         self._stack(self._row(picture, controls, align_items='flex-start'))
+
     @property
-    def fan(self): return self._edited.get(self.clip.value)  # the fan on the screen, in pixels of the file; None without one
+    def fan(self):
+        return self._edited.get(
+            self.clip.value
+        )  # the fan on the screen, in pixels of the file; None without one
+
     def _read(self, row):
         clip, shape = _whole(row['path'], self.size)
         return SimpleNamespace(frames=clip.frames, times=clip.times, shape=shape, note='')
+
     def _open(self, change=None):
         super()._open(change)
-        if self._still or not self.shown: return
-        if self.fan is None: self._revert()
-        else: self._show(self.fan)
+        if self._still or not self.shown:
+            return
+        if self.fan is None:
+            self._revert()
+        else:
+            self._show(self.fan)
+
     def _look(self):
         "The fan by image analysis; most of the picture, and a message, where none is found."
         self._say('looking for the fan', 'busy')
         s = self.shown
-        try: fan, text = find_fan(s.frames).resize(s.shape), 'found by image analysis, not saved'
-        except FanError as e: fan, text = _start('linear', *s.shape), f'no fan was found ({e}): draw it by hand'
+        try:
+            fan, text = find_fan(s.frames).resize(s.shape), 'found by image analysis, not saved'
+        except FanError as e:
+            fan, text = _start('linear', *s.shape), f'no fan was found ({e}): draw it by hand'
         self._found = fan
         return fan, text
+
     def _show(self, fan, text=None):
         "Take over a fan: sliders, outline, message."
         self._edited[self.clip.value] = fan
@@ -408,58 +775,110 @@ class FanEditor(_Panel):
             self.kind.value = fan.kind
             for name, slider in self.geometry.items():
                 slider.layout.display = None if name in names else 'none'
-                if name not in names: continue
+                if name not in names:
+                    continue
                 value, (low, high) = float(getattr(fan, name)), ranges[name]
-                slider.description, slider.step, slider.readout_format = names[name], *((.01, '.2f') if name == 'aspect' else (.5, '.1f'))
+                slider.description, slider.step, slider.readout_format = (
+                    names[name],
+                    *((0.01, '.2f') if name == 'aspect' else (0.5, '.1f')),
+                )
                 slider.min, slider.max = min(low, value, slider.min), max(high, value)
                 slider.min, slider.value = min(low, value), value
-        self._state(text); self._draw()
+        self._state(text)
+        self._draw()
+
     def _state(self, text=None):
         row = self.table.loc[self.clip.value]
         saved = _same(_fan(row), self.fan)
         self.revert.disabled, self.save.disabled = saved, False
-        self._say(text or (dict(hand='saved, edited by hand', found='saved, found by image analysis')[row['fan_by'] or 'found'] if saved else 'edited, not saved'))
+        self._say(
+            text
+            or (
+                dict(hand='saved, edited by hand', found='saved, found by image analysis')[
+                    row['fan_by'] or 'found'
+                ]
+                if saved
+                else 'edited, not saved'
+            )
+        )
+
     def _revert(self, button=None):
-        if not self.shown: return
-        try: fan = _fan(self.table.loc[self.clip.value])
-        except FanError: fan = None
+        if not self.shown:
+            return
+        try:
+            fan = _fan(self.table.loc[self.clip.value])
+        except FanError:
+            fan = None
         self._show(*((fan.resize(self.shown.shape), None) if fan is not None else self._look()))
+
     def _find(self, button=None):
-        if self.shown: self._show(*self._look())
+        if self.shown:
+            self._show(*self._look())
+
     def _turn(self, change):
-        if self._still or not self.shown: return
+        if self._still or not self.shown:
+            return
         self._show(_start(self.kind.value, *self.shown.shape))
+
     def _slide(self, change):
-        if self._still or not self.shown: return
+        if self._still or not self.shown:
+            return
         old, moved = self.fan, {name: self.geometry[name] for name in _GEOMETRY[self.kind.value]}
-        values = {name: getattr(old, name) if abs(slider.value - getattr(old, name)) <= slider.step/2 else slider.value for name, slider in moved.items()}   # a browser rounds to steps; that is no edit
-        try: fan = Fan(old.kind, old.size, **values)
+        values = {
+            name: getattr(old, name)
+            if abs(slider.value - getattr(old, name)) <= slider.step / 2
+            else slider.value
+            for name, slider in moved.items()
+        }  # a browser rounds to steps; that is no edit
+        try:
+            fan = Fan(old.kind, old.size, **values)
         except FanError as e:
             self.save.disabled = True
-            self._say(str(e).split(', got')[0], 'fault'); return
-        if fan == old and not self.save.disabled: return
+            self._say(str(e).split(', got')[0], 'fault')
+            return
+        if fan == old and not self.save.disabled:
+            return
         self._edited[self.clip.value] = fan
-        self._state(); self._draw()
+        self._state()
+        self._draw()
+
     def _save(self, button=None):
         i = self.clip.value
-        if not self.shown or self.fan is None: return
+        if not self.shown or self.fan is None:
+            return
         text, by = json.dumps(self.fan.to_dict()), 'found' if _same(self._found, self.fan) else 'hand'
-        try: _write_fan(self.path, _keys(self.table.loc[[i]], self.path)[0], text, by)
-        except OSError as e: self._say(f'{fans_file(self.path)} cannot be written: {e.strerror or e}', 'fault'); return
+        try:
+            _write_fan(self.path, _keys(self.table.loc[[i]], self.path)[0], text, by)
+        except OSError as e:
+            self._say(f'{fans_file(self.path)} cannot be written: {e.strerror or e}', 'fault')
+            return
         self.table.loc[i, ['fan', 'fan_by']] = text, by
-        self._state(f'saved to {fans_file(self.path).name}' + (', marked as edited by hand' if by == 'hand' else ''))
+        self._state(
+            f'saved to {fans_file(self.path).name}' + (', marked as edited by hand' if by == 'hand' else '')
+        )
+
     def _draw(self):
         from PIL import Image, ImageDraw
+
         s, fan = self.shown, self.fan
-        for control in (self.kind, *self.geometry.values(), self.find): control.disabled = not s
-        if not s: self.revert.disabled = self.save.disabled = True
-        if not s or fan is None: self.caption.value = ''; return
+        for control in (self.kind, *self.geometry.values(), self.find):
+            control.disabled = not s
+        if not s:
+            self.revert.disabled = self.save.disabled = True
+        if not s or fan is None:
+            self.caption.value = ''
+            return
         size = _fit(s.shape, self.size)
-        fan, x = fan.resize(size), np.array(Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR))
-        im = Image.fromarray(np.repeat(np.where(fan.mask(), x, x//2)[..., None], 3, -1))
+        fan, x = (
+            fan.resize(size),
+            np.array(Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR)),
+        )
+        im = Image.fromarray(np.repeat(np.where(fan.mask(), x, x // 2)[..., None], 3, -1))
         points = [tuple(map(float, p)) for p in fan.outline()]
         ImageDraw.Draw(im).line(points + points[:1], fill=_EDGE, width=3)
         self.image.value = _png(np.asarray(im))
         self.caption.value = self._facts()
 
-def _same(a, b): return a is not None and b is not None and a.to_dict() == b.to_dict()
+# %% ../nbs/widgets.ipynb #c028
+def _same(a, b):
+    return a is not None and b is not None and a.to_dict() == b.to_dict()

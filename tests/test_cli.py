@@ -1,5 +1,14 @@
 "The commands as a person runs them: in a process of their own, from the command line to a report."
-import json, os, re, signal, subprocess, sys, textwrap, time
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
 import pytest
 
 TINY = '''
@@ -9,14 +18,23 @@ TINY = '''
     gare.QUICK, gare.QUICK_REAL = tiny, tiny
 '''
 
+
 def start(tmp_path, name, *args, before='', after='pass', **env):
     "Start a command's entry point as its console script does, between the lines of `before` and `after`."
-    script, ours = tmp_path/f'{name}.py', {'LUS_HOME': str(tmp_path/'home'), 'OMP_NUM_THREADS': '1'}
+    script, ours = tmp_path / f'{name}.py', {'LUS_HOME': str(tmp_path / 'home'), 'OMP_NUM_THREADS': '1'}
     run = f'from lus_fastai.cli import {name}\nif __name__ == "__main__":\n    try: sys.exit({name}())\n    finally: {after}\n'
     script.write_text(f'import sys\n{textwrap.dedent(before)}\n{run}')
     there = {k: v for k, v in os.environ.items() if k != 'LUS_DATA'}
-    return subprocess.Popen([sys.executable, str(script), *args], cwd=tmp_path, env={**there, **ours, **env}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, str(script), *args],
+        cwd=tmp_path,
+        env={**there, **ours, **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
 
 def command(tmp_path, name, *args, timeout=300, **options):
     "Run a command to its end."
@@ -24,33 +42,58 @@ def command(tmp_path, name, *args, timeout=300, **options):
     out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(args, process.returncode, out, err)
 
+
 LONG = TINY.replace('seg_epochs=1', 'seg_epochs=200')
+
 
 def wait_for(process, folder, name):
     "Wait until a file `name` is somewhere below `folder`, while the process runs."
     deadline = time.monotonic() + 200
-    while not list(folder.rglob(name)) and process.poll() is None and time.monotonic() < deadline: time.sleep(.05)
+    while not list(folder.rglob(name)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
 
 def test_the_demo_goes_from_the_command_line_to_a_report_that_needs_nothing_else(tmp_path):
     done = command(tmp_path, 'lus_demo', '--out', 'mine', before=TINY)
     assert done.returncode == 0, done.stderr
-    report = tmp_path/re.search(r'report: (\S+)', done.stdout)[1]
+    report = tmp_path / re.search(r'report: (\S+)', done.stdout)[1]
     html, results = report.read_text(), json.loads(report.with_suffix('.json').read_text())
     assert not re.search(r'<script|(?:src|href)="(?!data:|#)|@import|url\((?!data:|#)', html)
-    for part in ('What the segmenter learnt', 'From segmenter to classifier', 'What a leaky split hides', 'Settings and versions', 'Confusion matrix', 'ROC'): assert part in html, part
-    assert set(results['protocols']) == {'segmentation by patient', 'classification by patient', 'classification by frame'}
-    assert {c['row'] for c in results['cells'] if c['table'] == 'classification'} == {'dense', 'sparse', 'none'}
+    for part in (
+        'What the segmenter learnt',
+        'From segmenter to classifier',
+        'What a leaky split hides',
+        'Settings and versions',
+        'Confusion matrix',
+        'ROC',
+    ):
+        assert part in html, part
+    assert set(results['protocols']) == {
+        'segmentation by patient',
+        'classification by patient',
+        'classification by frame',
+    }
+    assert {c['row'] for c in results['cells'] if c['table'] == 'classification'} == {
+        'dense',
+        'sparse',
+        'none',
+    }
     assert all(p['split_hash'] and p['settings']['width'] == 2 for p in results['protocols'].values())
     assert str(tmp_path) not in html + json.dumps(results)
     again = command(tmp_path, 'lus_demo', '--out', 'mine', before=TINY)
-    assert again.returncode == 0 and json.loads(report.with_suffix('.json').read_text())['cells'] == results['cells']      # everything was there: the same numbers
+    assert (
+        again.returncode == 0
+        and json.loads(report.with_suffix('.json').read_text())['cells'] == results['cells']
+    )  # everything was there: the same numbers
+
 
 def test_the_same_command_takes_real_clips(tmp_path, real_data):
     done = command(tmp_path, 'lus_demo', '--data', str(real_data), before=TINY, timeout=600)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path/'report/gare-pocus-quick.json').read_text())
-    assert results['data'] == 'pocus' and 'pocus' in (tmp_path/'report/gare-pocus-quick.html').read_text()
+    results = json.loads((tmp_path / 'report/gare-pocus-quick.json').read_text())
+    assert results['data'] == 'pocus' and 'pocus' in (tmp_path / 'report/gare-pocus-quick.html').read_text()
     assert any(c['column'] == 'accuracy by patient' and 0 <= c['ours'] <= 1 for c in results['cells'])
+
 
 @pytest.mark.parametrize('name', ['lus_demo', 'lus_repro', 'lus_audit', 'lus_data'])
 def test_help_is_there_before_torch(tmp_path, name):
@@ -59,56 +102,83 @@ def test_help_is_there_before_torch(tmp_path, name):
     assert done.returncode == 0 and done.stdout.startswith('usage: '), done.stderr
     assert 'loaded: []' in done.stdout, done.stdout
 
-@pytest.mark.parametrize('name, args, said', [
-    ('lus_repro', ['gaer'], 'there is: arora, cheng_lam, gare, merand, sim_to_real, uscl'),
-    ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'),
-    ('lus_demo', ['--data', 'nowhere'], 'not a folder'),
-    ('lus_demo', ['--patient', 'file'], 'for a folder of your own clips, and this is the phantom'),
-    ('lus_audit', ['none.csv'], 'none.csv: No such file'),
-    ('lus_audit', ['none.csv', '--label', 'folder'], 'for a folder of clips'),
-    ('lus_audit', ['.', '--patient', 'file'], 'holds no clip'),
-    ('lus_data', ['uscl'], 'there is: ')])
+
+@pytest.mark.parametrize(
+    'name, args, said',
+    [
+        ('lus_repro', ['gaer'], 'there is: arora, cheng_lam, gare, merand, sim_to_real, uscl'),
+        ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'),
+        ('lus_demo', ['--data', 'nowhere'], 'not a folder'),
+        ('lus_demo', ['--patient', 'file'], 'for a folder of your own clips, and this is the phantom'),
+        ('lus_audit', ['none.csv'], 'none.csv: No such file'),
+        ('lus_audit', ['none.csv', '--label', 'folder'], 'for a folder of clips'),
+        ('lus_audit', ['.', '--patient', 'file'], 'holds no clip'),
+        ('lus_data', ['uscl'], 'there is: '),
+    ],
+)
 def test_a_mistake_is_one_line_and_status_2(tmp_path, name, args, said):
     done = command(tmp_path, name, *args)
     assert done.returncode == 2 and done.stderr.startswith('error: ') and said in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
+
 def test_an_unknown_option_is_a_mistake_too(tmp_path):
     done = command(tmp_path, 'lus_demo', '--nonsense')
     assert done.returncode == 2 and 'unrecognized arguments: --nonsense' in done.stderr
 
-names = {'gare': 'pocus', 'arora': 'pocus', 'cheng_lam': 'real', 'uscl': 'real', 'merand': 'real', 'sim_to_real': 'real'}
+
+names = {
+    'gare': 'pocus',
+    'arora': 'pocus',
+    'cheng_lam': 'real',
+    'uscl': 'real',
+    'merand': 'real',
+    'sim_to_real': 'real',
+}
+
 
 @pytest.mark.parametrize('paper', names)
 def test_a_data_name_that_does_not_fit_the_paper_is_a_mistake(tmp_path, monkeypatch, paper):
     from lus_fastai.cli import lus_repro
+
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"^data is 'phantom' or '{names[paper]}', not 'mars'$"): lus_repro(paper, data='mars')
+    with pytest.raises(ValueError, match=f"^data is 'phantom' or '{names[paper]}', not 'mars'$"):
+        lus_repro(paper, data='mars')
     assert not list(tmp_path.iterdir())
 
+
 def test_errors_of_ours_keep_their_traceback(tmp_path):
-    done = command(tmp_path, 'lus_audit', 'x', before='''
+    done = command(
+        tmp_path,
+        'lus_audit',
+        'x',
+        before='''
         import lus_fastai.core, lus_fastai.data.folds
         def broken(*args): raise KeyError('ours')
         lus_fastai.data.folds.audit, lus_fastai.core.read_table = broken, str
-    ''')
+    ''',
+    )
     assert done.returncode == 1 and 'Traceback' in done.stderr and "KeyError: 'ours'" in done.stderr
+
 
 def test_an_interrupt_says_what_is_kept(tmp_path):
     demo = start(tmp_path, 'lus_demo', before=LONG)
-    wait_for(demo, tmp_path/'home', 'checkpoint.pt')
-    os.killpg(demo.pid, signal.SIGINT)                       # as a terminal does: to all processes of the command
+    wait_for(demo, tmp_path / 'home', 'checkpoint.pt')
+    os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     out, err = demo.communicate(timeout=60)
     assert demo.returncode == 130 and 'Traceback' not in err, err
     kept = r'interrupted: \d trained fold\(s\) are kept in \S+gare\S+, and 1 under way up to its last whole epoch\. '
     assert re.fullmatch(kept + r'The same command goes on from there\.', err.splitlines()[-1]), err
     first, second, *_ = out.splitlines()
-    assert first.startswith('the demo takes about ') and re.fullmatch(r'1/8 clips and frames: \d+ s', second), out
+    assert first.startswith('the demo takes about ') and re.fullmatch(
+        r'1/8 clips and frames: \d+ s', second
+    ), out
+
 
 def test_a_second_demo_names_the_process_that_runs_the_first(tmp_path):
     first = start(tmp_path, 'lus_demo', before=LONG)
     try:
-        wait_for(first, tmp_path/'home', 'phantom.json')     # the lock is held before anything is made
+        wait_for(first, tmp_path / 'home', 'phantom.json')  # the lock is held before anything is made
         second = command(tmp_path, 'lus_demo', '--out', 'elsewhere', before=LONG)
         said = rf'error: process {first.pid} is running the demo in \S+: wait until .* or set LUS_HOME to another folder .*\n'
         assert second.returncode == 2 and re.fullmatch(said, second.stderr), second.stderr
@@ -117,50 +187,61 @@ def test_a_second_demo_names_the_process_that_runs_the_first(tmp_path):
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
 
+
 def own_clips(folder, patients=6):
     "Phantom clips of two classes as somebody might file them: the label in the folder, the patient in the name."
     from lus_fastai.synth.phantom import draw_patient, phantom_clip, write_video
+
     for i in range(patients):
         label, name = (('regular', 'well'), ('covid', 'ill'))[i % 2]
-        (folder/name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for j in range(2):
             clip = phantom_clip(draw_patient(i, label, 'convex'), j, 3, (48, 48))
-            write_video(folder/name/f'pat{i}_{j}.mp4', clip.frames, 8)
+            write_video(folder / name / f'pat{i}_{j}.mp4', clip.frames, 8)
     return folder
 
+
 def test_an_audit_takes_a_folder_of_own_clips(tmp_path):
-    (own_clips(tmp_path/'mine')/'notes.txt').touch()
+    (own_clips(tmp_path / 'mine') / 'notes.txt').touch()
     done = command(tmp_path, 'lus_audit', 'mine', '--patient', 'pat([0-9])', '--folds', '3')
     assert done.returncode == 0 and 'Patients in more than one fold: none' in done.stdout, done.stderr
     assert re.match(r'warning: 1 file\(s\) .*notes.txt', done.stderr), done.stderr
 
+
 def test_the_demo_takes_a_folder_of_own_clips(tmp_path):
-    own_clips(tmp_path/'mine')
+    own_clips(tmp_path / 'mine')
     done = command(tmp_path, 'lus_demo', '--data', 'mine')
-    assert done.returncode == 2 and 'whose clips are in' in done.stderr and '--patient' in done.stderr, done.stderr
-    assert not (tmp_path/'report').exists()
+    assert done.returncode == 2 and 'whose clips are in' in done.stderr and '--patient' in done.stderr, (
+        done.stderr
+    )
+    assert not (tmp_path / 'report').exists()
     done = command(tmp_path, 'lus_demo', '--data', 'mine', '--patient', 'pat([0-9])', before=TINY)
     assert done.returncode == 0, done.stderr
     first, *lines = done.stdout.splitlines()
     assert 'on other clips more or less by their number' in first
-    assert [int(x[0]) for x in lines if re.match(r'\d/8 .*: .* s$', x)] == list(range(1, 9))        # a line a stage
+    assert [int(x[0]) for x in lines if re.match(r'\d/8 .*: .* s$', x)] == list(range(1, 9))  # a line a stage
     assert re.fullmatch(r'took .* s, .* s of CPU time', lines[-2])
-    text, html = ((tmp_path/f'report/gare-own-quick.{x}').read_text() for x in ('json', 'html'))
+    text, html = ((tmp_path / f'report/gare-own-quick.{x}').read_text() for x in ('json', 'html'))
     cells = json.loads(text)['cells']
     columns = {c['column'] for c in cells if c['table'] == 'classification'}
     assert {'recall ill', 'recall well'} < columns and 'recall covid' not in columns
     assert all(c['theirs'] is None for c in cells if 'classification' in c['protocol'])
     assert 'your own clips' in html and str(tmp_path) not in html + text
 
+
 def test_a_demo_needs_something_to_tell_apart(tmp_path):
-    own_clips(tmp_path/'mine', patients=1)
+    own_clips(tmp_path / 'mine', patients=1)
     done = command(tmp_path, 'lus_demo', '--data', 'mine', '--patient', 'pat([0-9])', before=TINY)
     assert done.returncode == 2 and "every clip has the label 'well'" in done.stderr
+
 
 def test_audit_and_data_list(tmp_path):
     listed = command(tmp_path, 'lus_data')
     assert listed.returncode == 0 and 'pocus' in listed.stdout and 'blues' in listed.stdout
     from lus_fastai.synth.phantom import phantom_dataset
-    phantom_dataset(tmp_path/'phantom', patients=6, clips=2, n=4, size=(48, 48), workers=1)
-    told = command(tmp_path, 'lus_audit', str(tmp_path/'phantom/clips.csv'), '--folds', '2')
-    assert told.returncode == 0 and 'Patients in more than one fold: none' in told.stdout, told.stdout + told.stderr
+
+    phantom_dataset(tmp_path / 'phantom', patients=6, clips=2, n=4, size=(48, 48), workers=1)
+    told = command(tmp_path, 'lus_audit', str(tmp_path / 'phantom/clips.csv'), '--folds', '2')
+    assert told.returncode == 0 and 'Patients in more than one fold: none' in told.stdout, (
+        told.stdout + told.stderr
+    )

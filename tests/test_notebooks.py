@@ -1,121 +1,213 @@
 "Every notebook: runs in a fresh kernel, gives the module that is there, is clean, and documents what it exports."
-import ast, configparser, difflib, importlib, inspect, json, os, re, shutil
+
+import ast
+import configparser
+import difflib
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-MODULES = sorted(p for p in (ROOT/'lus_fastai').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py') and p != ROOT/'lus_fastai/all.py')
-each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
-each_module = pytest.mark.parametrize('module', MODULES, ids=lambda p: '.'.join(p.relative_to(ROOT/'lus_fastai').with_suffix('').parts))
+NOTEBOOKS = sorted(
+    p
+    for p in (ROOT / 'nbs').rglob('*.ipynb')
+    if not any(part[0] in '._' for part in p.relative_to(ROOT).parts)
+)
+MODULES = sorted(
+    p
+    for p in (ROOT / 'lus_fastai').rglob('*.py')
+    if p.name not in ('__init__.py', '_modidx.py') and p != ROOT / 'lus_fastai/all.py'
+)
+each_notebook = pytest.mark.parametrize(
+    'path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / 'nbs').with_suffix('').as_posix()
+)
+each_module = pytest.mark.parametrize(
+    'module', MODULES, ids=lambda p: '.'.join(p.relative_to(ROOT / 'lus_fastai').with_suffix('').parts)
+)
 
-def load(path): return json.loads(path.read_text(encoding='utf-8'))
-def source(cell): return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
+
+def load(path):
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def source(cell):
+    return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
+
 
 @each_notebook
 def test_notebook_runs(path, tmp_path, installed, monkeypatch, lus_home_folder):
     "As in Colab: alone in an empty folder, beside the wheel."
     import nbformat
     from nbclient import NotebookClient
+
     monkeypatch.setenv('PYTHONPATH', str(installed))
     monkeypatch.setenv('JUPYTER_PLATFORM_DIRS', '1')
     monkeypatch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
-    monkeypatch.delenv('LUS_DATA', raising=False) # the notebooks' default is the phantom
+    monkeypatch.delenv('LUS_DATA', raising=False)  # the notebooks' default is the phantom
     nb = nbformat.read(path, as_version=4)
-    nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M))]
-    NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}).execute()
+    nb.cells = [
+        c
+        for c in nb.cells
+        if not (c.cell_type == 'code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M))
+    ]
+    NotebookClient(
+        nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}
+    ).execute()
+
 
 @pytest.fixture(scope='session')
 def exported(tmp_path_factory):
     "All modules, exported again into an empty folder that has the project's layout."
     from nbdev.export import nb_export
+
     folder = tmp_path_factory.mktemp('exported')
-    shutil.copytree(ROOT/'nbs', folder/'nbs', ignore=shutil.ignore_patterns('.*', '_*'))
-    shutil.copy(ROOT/'pyproject.toml', folder)
+    shutil.copytree(ROOT / 'nbs', folder / 'nbs', ignore=shutil.ignore_patterns('.*', '_*'))
+    shutil.copy(ROOT / 'pyproject.toml', folder)
     here = os.getcwd()
     try:
         os.chdir(folder)
         for p in NOTEBOOKS:
-            if '#| default_exp' in p.read_text(encoding='utf-8'): nb_export(Path('nbs')/p.relative_to(ROOT/'nbs'), 'lus_fastai')
-    finally: os.chdir(here)
-    return folder/'lus_fastai'
+            if '#| default_exp' in p.read_text(encoding='utf-8'):
+                nb_export(Path('nbs') / p.relative_to(ROOT / 'nbs'), 'lus_fastai')
+    finally:
+        os.chdir(here)
+    return folder / 'lus_fastai'
+
 
 @each_module
 def test_module_is_what_its_notebook_exports(module, exported):
-    new = exported/module.relative_to(ROOT/'lus_fastai')
+    new = exported / module.relative_to(ROOT / 'lus_fastai')
     assert new.is_file(), f'no notebook exports {module.name}'
     a, b = module.read_text(encoding='utf-8'), new.read_text(encoding='utf-8')
     notebook = re.search(r'File to edit: (\S+)', b)[1].rstrip('.').split('nbs/')[-1]
-    diff = '\n'.join(list(difflib.unified_diff(a.splitlines(), b.splitlines(), 'module', 'notebook', n=0, lineterm=''))[:20])
-    assert a == b, f'lus_fastai/{module.relative_to(ROOT/"lus_fastai")} and nbs/{notebook} differ: run nbdev-export\n{diff}'
+    diff = '\n'.join(
+        list(difflib.unified_diff(a.splitlines(), b.splitlines(), 'module', 'notebook', n=0, lineterm=''))[
+            :20
+        ]
+    )
+    assert a == b, (
+        f'lus_fastai/{module.relative_to(ROOT / "lus_fastai")} and nbs/{notebook} differ: run nbdev-export\n{diff}'
+    )
+
 
 def test_every_export_has_its_module(exported):
     there = {p.relative_to(exported) for p in exported.rglob('*.py')} - {Path('__init__.py')}
-    missing = sorted(str(p) for p in there if not (ROOT/'lus_fastai'/p).is_file() and p.name != '__init__.py')
+    missing = sorted(
+        str(p) for p in there if not (ROOT / 'lus_fastai' / p).is_file() and p.name != '__init__.py'
+    )
     assert not missing, f'run nbdev-export: {missing}'
+
 
 @each_notebook
 def test_notebook_is_clean(path, tmp_path, monkeypatch):
     from nbdev.clean import nbdev_clean
+
     monkeypatch.chdir(ROOT)
-    copy = tmp_path/path.name
+    copy = tmp_path / path.name
     shutil.copy(path, copy)
     nbdev_clean.__wrapped__(fname=str(copy))
-    assert copy.read_text(encoding='utf-8') == path.read_text(encoding='utf-8'), f'run nbdev-clean --fname {path.relative_to(ROOT)}'
+    assert copy.read_text(encoding='utf-8') == path.read_text(encoding='utf-8'), (
+        f'run nbdev-clean --fname {path.relative_to(ROOT)}'
+    )
+
 
 @each_notebook
 def test_notebook_is_readable(path):
-    assert path.stat().st_size < 1_000_000, f'{path.name} has {path.stat().st_size:,} bytes; under 1 MB keeps it readable'
+    assert path.stat().st_size < 1_000_000, (
+        f'{path.name} has {path.stat().st_size:,} bytes; under 1 MB keeps it readable'
+    )
     nb = load(path)
     first = nb['cells'][0]
-    assert first['cell_type'] == 'markdown' and re.match(r'# \S.*\n\n?> \S.*\Z', source(first).strip()), 'the first cell is "# title", then one "> line"'
+    assert first['cell_type'] == 'markdown' and re.match(r'# \S.*\n\n?> \S.*\Z', source(first).strip()), (
+        'the first cell is "# title", then one "> line"'
+    )
     assert 'skip_exec' not in source(first), 'every notebook runs'
     for i, c in enumerate(nb['cells']):
-        if c['cell_type'] != 'code': continue
+        if c['cell_type'] != 'code':
+            continue
         assert not any(o['output_type'] == 'error' for o in c['outputs']), f'cell {i} holds an error'
-        assert 'Traceback (most recent call last)' not in ''.join(''.join(o.get('text', '')) for o in c['outputs']), f'cell {i} shows a traceback'
-    ran = [c for c in nb['cells'] if c['cell_type'] == 'code' and re.search(r'^(?!\s*#).*\bshow|^\s*print\(', source(c), re.M)]
+        assert 'Traceback (most recent call last)' not in ''.join(
+            ''.join(o.get('text', '')) for o in c['outputs']
+        ), f'cell {i} shows a traceback'
+    ran = [
+        c
+        for c in nb['cells']
+        if c['cell_type'] == 'code' and re.search(r'^(?!\s*#).*\bshow|^\s*print\(', source(c), re.M)
+    ]
     assert not ran or any(c['outputs'] for c in ran), 'the notebook was saved without its outputs'
+
 
 @each_notebook
 def test_all_but_the_installation_in_colab_is_run(path):
     "The one cell that tests leave out installs the package, from where the package says that it lives, and only in Colab."
     config = configparser.ConfigParser(delimiters=['='], interpolation=None)
-    config.read(ROOT/'settings.ini', encoding='utf-8')
-    left_out = [source(c) for c in load(path)['cells'] if c['cell_type'] == 'code' and re.search(r'^#\|\s*eval:\s*false', source(c), re.M)]
+    config.read(ROOT / 'settings.ini', encoding='utf-8')
+    left_out = [
+        source(c)
+        for c in load(path)['cells']
+        if c['cell_type'] == 'code' and re.search(r'^#\|\s*eval:\s*false', source(c), re.M)
+    ]
     command = f"! [ -e /content ] && pip install -Uqq git+{config['DEFAULT']['git_url']}   # in Colab, install the package first"
     assert left_out == ['#| hide\n#| eval: false\n' + command]
+
 
 @each_notebook
 def test_imports_have_their_own_cells(path):
     for i, c in enumerate(load(path)['cells']):
-        if c['cell_type'] != 'code' or re.match(r'\s*[%!]', source(c)): continue
+        if c['cell_type'] != 'code' or re.match(r'\s*[%!]', source(c)):
+            continue
         lines = [line for line in source(c).splitlines() if not re.match(r'\s*[%!]', line)]
         kinds = {isinstance(s, (ast.Import, ast.ImportFrom)) for s in ast.parse('\n'.join(lines)).body}
-        assert len(kinds) < 2, f'cell {i} mixes imports with other code; the documentation runs import cells alone'
+        assert len(kinds) < 2, (
+            f'cell {i} mixes imports with other code; the documentation runs import cells alone'
+        )
+
 
 def exports(module):
     name = '.'.join(module.relative_to(ROOT).with_suffix('').parts)
     m = importlib.import_module(name)
     return [(n, getattr(m, n)) for n in m.__all__ if getattr(getattr(m, n), '__module__', None) == name]
 
+
 def undocumented(name, f):
     from fastcore.docments import docments
+
     f = inspect.unwrap(f)
     docs = docments(f, returns=False, args_kwargs=True)
     arguments = [a for a in inspect.signature(f).parameters if a not in ('self', 'cls')]
-    ticks = [f'the comment beside {name}({a}) has backticks, which show as raw links' for a in arguments if '`' in (docs.get(a) or '')]
+    ticks = [
+        f'the comment beside {name}({a}) has backticks, which show as raw links'
+        for a in arguments
+        if '`' in (docs.get(a) or '')
+    ]
     return ticks + [f'{name}({a}) has no comment beside it' for a in arguments if not docs.get(a)]
+
 
 @each_module
 def test_exports_are_documented(module):
     faults = []
     for name, o in exports(module):
-        if not (inspect.isfunction(inspect.unwrap(o)) if callable(o) and not inspect.isclass(o) else inspect.isclass(o)): continue
+        if not (
+            inspect.isfunction(inspect.unwrap(o))
+            if callable(o) and not inspect.isclass(o)
+            else inspect.isclass(o)
+        ):
+            continue
         doc = inspect.unwrap(o).__doc__ if not inspect.isclass(o) else o.__dict__.get('__doc__')
-        if not doc or not doc.strip(): faults.append(f'{name} has no docstring')
-        elif len(doc.strip().splitlines()) > 1: faults.append(f'the docstring of {name} has more than one line')
-        if inspect.isclass(o) and issubclass(o, BaseException): continue # raised by us, not made by readers
-        if not inspect.isclass(o): faults += undocumented(name, o)
-        elif '__init__' in o.__dict__ and not hasattr(o, '__dataclass_fields__'): faults += undocumented(name, o.__init__)
+        if not doc or not doc.strip():
+            faults.append(f'{name} has no docstring')
+        elif len(doc.strip().splitlines()) > 1:
+            faults.append(f'the docstring of {name} has more than one line')
+        if inspect.isclass(o) and issubclass(o, BaseException):
+            continue  # raised by us, not made by readers
+        if not inspect.isclass(o):
+            faults += undocumented(name, o)
+        elif '__init__' in o.__dict__ and not hasattr(o, '__dataclass_fields__'):
+            faults += undocumented(name, o.__init__)
     assert not faults, '\n'.join([f'{module.name}:', *faults])

@@ -1,8 +1,19 @@
 "The rotation and the folds: what each run sees, resuming after a kill, equal starts, and when to stop."
-import json, os, signal, subprocess, sys, textwrap
-from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
-from hypothesis import given, settings, strategies as st
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from lus_fastai.models.transfer import load_weights
 
 SETUP = '''
@@ -26,132 +37,268 @@ def rotate(path, **kwargs): return fit_rotation(tiny, made(), path, epochs=2, lr
 '''
 exec(SETUP)
 
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 100), st.data())
 def test_parts_are_disjoint_hold_everyone_and_are_equal_or_one_apart(n, data):
-    parts, seed, epoch = data.draw(st.integers(2, n)), data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9))
+    parts, seed, epoch = (
+        data.draw(st.integers(2, n)),
+        data.draw(st.integers(0, 9)),
+        data.draw(st.integers(0, 9)),
+    )
     dealt = rotation_parts(n, parts, seed, epoch)
     assert len(dealt) == parts and sorted(np.concatenate(dealt)) == list(range(n))
     assert {len(p) for p in dealt} <= {n // parts, -(-n // parts)}
     assert all(np.array_equal(a, b) for a, b in zip(dealt, rotation_parts(n, parts, seed, epoch)))
 
+
 def test_the_papers_parts_and_those_that_cannot_be():
     assert [len(p) for p in rotation_parts(90)] == [10] * 9
-    assert len({tuple(rotation_parts(90, epoch=e)[0]) for e in range(5)} | {tuple(rotation_parts(90, seed=1)[0])}) == 6
+    assert (
+        len(
+            {tuple(rotation_parts(90, epoch=e)[0]) for e in range(5)} | {tuple(rotation_parts(90, seed=1)[0])}
+        )
+        == 6
+    )
     for n, parts in ((5, 6), (5, 1)):
-        with pytest.raises(ValueError, match='parts is 2..5'): rotation_parts(n, parts)
+        with pytest.raises(ValueError, match='parts is 2..5'):
+            rotation_parts(n, parts)
+
 
 def test_a_run_trains_on_all_parts_but_its_own():
     seen = []
     rotation = Rotation(None, 10, parts=3, seed=4)
     for run in range(6):
         train, valid = rotation.rows(run)
-        assert sorted([*train, *valid]) == list(range(10)) and np.array_equal(valid, rotation_parts(10, 3, 4, run // 3)[run % 3])
+        assert sorted([*train, *valid]) == list(range(10)) and np.array_equal(
+            valid, rotation_parts(10, 3, 4, run // 3)[run % 3]
+        )
         seen.append(valid)
-    for epoch in (0, 1): assert sorted(np.concatenate(seen[3*epoch:3*epoch+3])) == list(range(10))
+    for epoch in (0, 1):
+        assert sorted(np.concatenate(seen[3 * epoch : 3 * epoch + 3])) == list(range(10))
+
 
 class Seen(Callback):
     "The rows of each run, as its DataLoaders have them."
-    def __init__(self): self.runs = []
-    def before_train(self): self.runs.append([list(dl.dataset.items.row) for dl in self.dls.loaders])
+
+    def __init__(self):
+        self.runs = []
+
+    def before_train(self):
+        self.runs.append([list(dl.dataset.items.row) for dl in self.dls.loaders])
+
 
 def test_a_kill_in_the_second_epoch_then_resumed_is_an_unbroken_run_bit_for_bit(tmp_path):
     seen = Seen()
-    whole, history = rotate(tmp_path/'whole', cbs=lambda: [seen])
-    assert list(history[['epoch', 'run']].itertuples(index=False, name=None)) == [(e, r) for e in (0, 1) for r in (0, 1, 2)]
-    for run, (train, valid) in enumerate(seen.runs): assert [list(r) for r in Rotation(None, 9, 3).rows(run)] == [train, valid]
+    whole, history = rotate(tmp_path / 'whole', cbs=lambda: [seen])
+    assert list(history[['epoch', 'run']].itertuples(index=False, name=None)) == [
+        (e, r) for e in (0, 1) for r in (0, 1, 2)
+    ]
+    for run, (train, valid) in enumerate(seen.runs):
+        assert [list(r) for r in Rotation(None, 9, 3).rows(run)] == [train, valid]
     code = f'''
         class Kill(Callback):
             def before_batch(self):
                 if self.training and self.epoch == 4 and self.iter == 1: os.kill(os.getpid(), signal.SIGKILL)
-        rotate({str(tmp_path/'broken')!r}, cbs=lambda: [Kill()])
+        rotate({str(tmp_path / 'broken')!r}, cbs=lambda: [Kill()])
     '''
-    done = subprocess.run([sys.executable, '-c', SETUP + textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, '-c', SETUP + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        timeout=300,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path/'broken/history.csv').exists()
+    assert not (tmp_path / 'broken/history.csv').exists()
     again = Seen()
-    resumed, history2 = rotate(tmp_path/'broken', cbs=lambda: [again])
-    assert again.runs == seen.runs[4:]                                    # four runs were behind it
+    resumed, history2 = rotate(tmp_path / 'broken', cbs=lambda: [again])
+    assert again.runs == seen.runs[4:]  # four runs were behind it
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
-    pd.testing.assert_frame_equal(history.drop(columns='seconds'), history2.drop(columns='seconds'), check_exact=True)
-    assert sorted(p.name for p in (tmp_path/'broken').iterdir()) == ['.lock', 'history.csv', 'model.safetensors', 'run.json']
+    pd.testing.assert_frame_equal(
+        history.drop(columns='seconds'), history2.drop(columns='seconds'), check_exact=True
+    )
+    assert sorted(p.name for p in (tmp_path / 'broken').iterdir()) == [
+        '.lock',
+        'history.csv',
+        'model.safetensors',
+        'run.json',
+    ]
+
 
 class Told(torch.nn.Module):
     "A loss whose validation values are told beforehand, one per validation batch; training moves the weights."
-    def __init__(self, values): super().__init__(); self.values = iter(values)
-    def __repr__(self): return 'Told()'
-    def forward(self, pred, y): return pred.mean() if torch.is_grad_enabled() else torch.tensor(float(next(self.values)))
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = iter(values)
+
+    def __repr__(self):
+        return 'Told()'
+
+    def forward(self, pred, y):
+        return pred.mean() if torch.is_grad_enabled() else torch.tensor(float(next(self.values)))
+
 
 class Weights(Callback):
     order = 56
-    def __init__(self): self.after = []
-    def after_epoch(self): self.after.append({k: v.clone() for k, v in self.model.state_dict().items()})
+
+    def __init__(self):
+        self.after = []
+
+    def after_epoch(self):
+        self.after.append({k: v.clone() for k, v in self.model.state_dict().items()})
+
 
 def test_early_stopping_looks_at_the_mean_of_the_runs_and_keeps_the_best_epoch(tmp_path):
-    means = [5, 4, 4.5, 3, 3.2, 3.1, 0, 0]                                # patience 2: stops after epoch 5, best is epoch 3
+    means = [5, 4, 4.5, 3, 3.2, 3.1, 0, 0]  # patience 2: stops after epoch 5, best is epoch 3
     for select, kept in (('best', 3), ('last', 5)):
         weights = Weights()
-        model, history = fit_rotation(tiny, made(6), tmp_path/select, epochs=8, lr=1e-3, loss=Told([m + d for m in means for d in (-2, 2)]), parts=2, bs=3, patience=2, select=select, cbs=lambda: [weights], device='cpu')
-        assert len(history) == 12 and history.groupby('epoch').valid_loss.mean().tolist() == pytest.approx(means[:6])
+        model, history = fit_rotation(
+            tiny,
+            made(6),
+            tmp_path / select,
+            epochs=8,
+            lr=1e-3,
+            loss=Told([m + d for m in means for d in (-2, 2)]),
+            parts=2,
+            bs=3,
+            patience=2,
+            select=select,
+            cbs=lambda: [weights],
+            device='cpu',
+        )
+        assert len(history) == 12 and history.groupby('epoch').valid_loss.mean().tolist() == pytest.approx(
+            means[:6]
+        )
         final = weights.after[2 * kept + 1]
         assert all(torch.equal(v.cpu(), final[k].cpu()) for k, v in model.state_dict().items())
+
 
 def test_cut_off_after_the_checkpoint_that_stops_it_no_further_epoch_is_trained(tmp_path):
     class Cut(Callback):
         order = 81
+
         def after_epoch(self):
-            if self.epoch == 3: raise KeyboardInterrupt
+            if self.epoch == 3:
+                raise KeyboardInterrupt
+
     s = made(6)
-    def fit(values, cbs, path='early', patience=2): return fit_masks(tiny, s, range(3), range(3, 6), tmp_path/path, 4 if patience is None else 9, 1e-3, Told(values), patience=patience, bs=3, cbs=cbs, device='cpu')
-    with pytest.raises(KeyboardInterrupt): fit([2, 1, 1.5, 1.5, 0], lambda: [Cut()])
+
+    def fit(values, cbs, path='early', patience=2):
+        return fit_masks(
+            tiny,
+            s,
+            range(3),
+            range(3, 6),
+            tmp_path / path,
+            4 if patience is None else 9,
+            1e-3,
+            Told(values),
+            patience=patience,
+            bs=3,
+            cbs=cbs,
+            device='cpu',
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        fit([2, 1, 1.5, 1.5, 0], lambda: [Cut()])
     assert fit([], None)[1].valid_loss.tolist() == [2, 1, 1.5, 1.5]
-    with pytest.raises(KeyboardInterrupt): fit([4, 3, 2, 1], lambda: [Cut()], 'end', None)   # the last epoch of all
+    with pytest.raises(KeyboardInterrupt):
+        fit([4, 3, 2, 1], lambda: [Cut()], 'end', None)  # the last epoch of all
     assert fit([], None, 'end', None)[1].valid_loss.tolist() == [4, 3, 2, 1]
+
 
 def test_folds_start_from_equal_weights_and_predict_what_they_have_not_seen(tmp_path):
     s, numbers = made(), []
     folds = np.arange(9) // 2 % 3
-    def build(k): numbers.append(k); return tiny()
-    p = kfold_masks(build, s, folds, tmp_path/'k', epochs=2, lr=3e-3, bs=3, device='cpu')
+
+    def build(k):
+        numbers.append(k)
+        return tiny()
+
+    p = kfold_masks(build, s, folds, tmp_path / 'k', epochs=2, lr=3e-3, bs=3, device='cpu')
     assert p.shape == s.masks.shape and p.dtype == np.float16 and numbers == [0, 1, 2]
-    runs = [json.loads((tmp_path/f'k/fold{k}/run.json').read_text()) for k in range(3)]
+    runs = [json.loads((tmp_path / f'k/fold{k}/run.json').read_text()) for k in range(3)]
     assert len({r['start'] for r in runs}) == 1 and [r['seed'] for r in runs] == [0, 1, 2]
     for k in range(3):
         model = tiny()
-        model.load_state_dict(load_weights(tmp_path/f'k/fold{k}/model.safetensors'))
+        model.load_state_dict(load_weights(tmp_path / f'k/fold{k}/model.safetensors'))
         np.testing.assert_array_equal(predict_masks(model, s.images[folds == k]), p[folds == k])
-    np.testing.assert_array_equal(kfold_masks(build, s, folds, tmp_path/'k', epochs=2, lr=3e-3, bs=3, device='cpu'), p)   # read, not trained again
+    np.testing.assert_array_equal(
+        kfold_masks(build, s, folds, tmp_path / 'k', epochs=2, lr=3e-3, bs=3, device='cpu'), p
+    )  # read, not trained again
+
 
 def test_same_seed_same_network_another_seed_another(tmp_path):
     s = made()
-    a, b, c = (fit_masks(tiny, s, range(6), range(6, 9), tmp_path/name, 1, 3e-3, bs=3, seed=seed, batch_tfms=[MerandAugment()], device='cpu')[0].state_dict() for name, seed in (('a', 1), ('b', 1), ('c', 2)))
+    a, b, c = (
+        fit_masks(
+            tiny,
+            s,
+            range(6),
+            range(6, 9),
+            tmp_path / name,
+            1,
+            3e-3,
+            bs=3,
+            seed=seed,
+            batch_tfms=[MerandAugment()],
+            device='cpu',
+        )[0].state_dict()
+        for name, seed in (('a', 1), ('b', 1), ('c', 2))
+    )
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+
 
 def test_frozen_layers_stay_and_only_the_rest_is_trained(tmp_path):
     def build():
         model = tiny()
-        for p in list(model.parameters())[:4]: p.requires_grad_(False)
+        for p in list(model.parameters())[:4]:
+            p.requires_grad_(False)
         return model
-    seed_all(0); start = [p.detach().clone() for p in build().parameters()]
-    model, _ = fit_masks(build, made(), range(6), range(6, 9), tmp_path/'f', 1, 3e-3, bs=3, device='cpu')
+
+    seed_all(0)
+    start = [p.detach().clone() for p in build().parameters()]
+    model, _ = fit_masks(build, made(), range(6), range(6, 9), tmp_path / 'f', 1, 3e-3, bs=3, device='cpu')
     same = [torch.equal(a, b) for a, b in zip(start, model.parameters())]
     assert all(same[:4]) and not any(same[4:])
 
+
 def test_a_folder_belongs_to_one_run_and_bad_arguments_are_named(tmp_path):
     s = made()
-    fit = lambda **kw: fit_masks(tiny, s, range(6), range(6, 9), tmp_path/'x', **{**dict(epochs=1, bs=3, device='cpu'), **kw})
+
+    def fit(**kw):
+        return fit_masks(
+            tiny, s, range(6), range(6, 9), tmp_path / 'x', **{**dict(epochs=1, bs=3, device='cpu'), **kw}
+        )
+
     fit()
     for kw in (dict(lr=1e-3), dict(seed=1), dict(loss=SoftDiceLoss()), dict(batch_tfms=[MerandAugment()])):
-        with pytest.raises(ValueError, match='holds another run'): fit(**kw)
-    for kw, message in ((dict(select='inner'), "'last' or 'best'"), (dict(schedule='step'), "'constant', 'plateau' or 'cosine'"), (dict(epochs=0), 'at least 1')):
-        with pytest.raises(ValueError, match=message): fit(**kw)
-    with pytest.raises(ValueError, match='one number per image, 9'): kfold_masks(lambda k: tiny(), s, [0, 1], tmp_path/'k')
-    with pytest.raises(ValueError, match='at least two folds'): kfold_masks(lambda k: tiny(), s, [1] * 9, tmp_path/'k')
-    with pytest.raises(ValueError, match='parts is 2..9'): fit_rotation(tiny, s, tmp_path/'r', parts=10)
-    with pytest.raises(ValueError, match='epoch 0 is nan'): fit_masks(tiny, s, range(6), range(6, 9), tmp_path/'n', 2, loss=Told([float('nan')]), bs=3, device='cpu')
+        with pytest.raises(ValueError, match='holds another run'):
+            fit(**kw)
+    for kw, message in (
+        (dict(select='inner'), "'last' or 'best'"),
+        (dict(schedule='step'), "'constant', 'plateau' or 'cosine'"),
+        (dict(epochs=0), 'at least 1'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(**kw)
+    with pytest.raises(ValueError, match='one number per image, 9'):
+        kfold_masks(lambda k: tiny(), s, [0, 1], tmp_path / 'k')
+    with pytest.raises(ValueError, match='at least two folds'):
+        kfold_masks(lambda k: tiny(), s, [1] * 9, tmp_path / 'k')
+    with pytest.raises(ValueError, match='parts is 2..9'):
+        fit_rotation(tiny, s, tmp_path / 'r', parts=10)
+    with pytest.raises(ValueError, match='epoch 0 is nan'):
+        fit_masks(
+            tiny, s, range(6), range(6, 9), tmp_path / 'n', 2, loss=Told([float('nan')]), bs=3, device='cpu'
+        )
+
 
 def test_a_class_that_a_fold_lacks_is_named_with_the_fold(tmp_path):
     s = made()
     s.masks[3:, 1] = False
-    with pytest.warns(UserWarning) as said: kfold_masks(lambda k: tiny(), s, np.arange(9) // 3 % 2, tmp_path/'k', epochs=1, bs=3, device='cpu')
+    with pytest.warns(UserWarning) as said:
+        kfold_masks(lambda k: tiny(), s, np.arange(9) // 3 % 2, tmp_path / 'k', epochs=1, bs=3, device='cpu')
     assert "no pixel of 'band' in the held-out images of fold 1" in [str(w.message) for w in said]

@@ -1,7 +1,20 @@
 "Training under faults: killed processes, full disks, interrupts, and learners that travel between processes; schedules and fine-tuning."
-import copy, json, os, shutil, signal, subprocess, sys, textwrap
-import numpy as np, pandas as pd, pytest, torch
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from PIL import Image
+
 from lus_fastai.train import cross_validation as training
 
 SETUP = '''
@@ -38,63 +51,141 @@ def kill_in(learn, frames, batch):
 '''
 exec(SETUP)
 
+
 def stills(folder, patients=9, size=(32, 32)):
     "A folder of small noise pictures, one class brighter than the next, and its clip table."
     rng, rows = np.random.default_rng(0), []
     for p in range(patients):
         for i in range(3):
-            path = folder/f'p{p}_{i}.png'
+            path = folder / f'p{p}_{i}.png'
             Image.fromarray((rng.random(size) * (80 + 70 * (p % 3))).astype(np.uint8)).save(path)
-            rows.append(dict(path=str(path), kind='image', label=CLASSES[p % 3], patient=f'p{p}', source='made', probe='convex'))
+            rows.append(
+                dict(
+                    path=str(path),
+                    kind='image',
+                    label=CLASSES[p % 3],
+                    patient=f'p{p}',
+                    source='made',
+                    probe='convex',
+                )
+            )
     return pd.DataFrame(rows)
+
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp('made')
-    (folder/'pictures').mkdir()
-    FrameStore.build(stills(folder/'pictures'), folder/'store', size=(32, 32), workers=0)
+    (folder / 'pictures').mkdir()
+    FrameStore.build(stills(folder / 'pictures'), folder / 'store', size=(32, 32), workers=0)
     return folder
 
+
 def run(folder, code, **env):
-    return subprocess.run([sys.executable, '-c', SETUP + 'from pathlib import Path\nfolder = Path(sys.argv[1])\n' + textwrap.dedent(code), str(folder)],
-                          capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+    return subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            SETUP + 'from pathlib import Path\nfolder = Path(sys.argv[1])\n' + textwrap.dedent(code),
+            str(folder),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        timeout=300,
+    )
+
 
 def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp_path):
     frames, folds, data, build = setup(made)
-    whole = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=3, path=tmp_path/'whole', select='best', patience=1)
+    whole = cross_validate(
+        build,
+        frames,
+        folds,
+        data=data,
+        collect=ClassProbs(),
+        epochs=3,
+        path=tmp_path / 'whole',
+        select='best',
+        patience=1,
+    )
     code = f'''
         frames, folds, data, build = setup(folder)
         def killed(dls): return kill_in(build(dls), frames[folds == 1], len(dls.train) + 3)
-        cross_validate(killed, frames, folds, data=data, collect=ClassProbs(), epochs=3, path={str(tmp_path/'broken')!r}, select='best', patience=1)
+        cross_validate(killed, frames, folds, data=data, collect=ClassProbs(), epochs=3, path={str(tmp_path / 'broken')!r}, select='best', patience=1)
     '''
     assert run(made, code).returncode == -signal.SIGKILL
-    assert (tmp_path/'broken/fold0/predictions.pt').exists() and not (tmp_path/'broken/fold1/predictions.pt').exists()
-    assert Checkpoint(tmp_path/'broken/fold1/checkpoint.pt').epochs_done() == 1
-    resumed = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=3, path=tmp_path/'broken', select='best', patience=1)
+    assert (tmp_path / 'broken/fold0/predictions.pt').exists() and not (
+        tmp_path / 'broken/fold1/predictions.pt'
+    ).exists()
+    assert Checkpoint(tmp_path / 'broken/fold1/checkpoint.pt').epochs_done() == 1
+    resumed = cross_validate(
+        build,
+        frames,
+        folds,
+        data=data,
+        collect=ClassProbs(),
+        epochs=3,
+        path=tmp_path / 'broken',
+        select='best',
+        patience=1,
+    )
     pd.testing.assert_frame_equal(whole, resumed, check_exact=True)
-    pd.testing.assert_frame_equal(*(fold_history(tmp_path/name).drop(columns='seconds') for name in ('whole', 'broken')), check_exact=True)
+    pd.testing.assert_frame_equal(
+        *(fold_history(tmp_path / name).drop(columns='seconds') for name in ('whole', 'broken')),
+        check_exact=True,
+    )
+
 
 @pytest.mark.parametrize('select', ['last', 'inner', 'best'])
 def test_cut_off_between_the_last_checkpoint_and_the_predictions(made, tmp_path, select, monkeypatch):
     frames, folds, data, build = setup(made)
-    def cv(name): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=2, path=tmp_path/name, select=select)
-    def stop(*args): raise KeyboardInterrupt
+
+    def cv(name):
+        return cross_validate(
+            build,
+            frames,
+            folds,
+            data=data,
+            collect=ClassProbs(),
+            epochs=2,
+            path=tmp_path / name,
+            select=select,
+        )
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(training, '_check_history', stop)
-        with pytest.raises(KeyboardInterrupt): cv('cut')
-    assert Checkpoint(tmp_path/'cut/fold0/checkpoint.pt').epochs_done() == 2 and not (tmp_path/'cut/fold0/predictions.pt').exists()
+        with pytest.raises(KeyboardInterrupt):
+            cv('cut')
+    assert (
+        Checkpoint(tmp_path / 'cut/fold0/checkpoint.pt').epochs_done() == 2
+        and not (tmp_path / 'cut/fold0/predictions.pt').exists()
+    )
     pd.testing.assert_frame_equal(cv('cut'), cv('whole'), check_exact=True)
-    pd.testing.assert_frame_equal(last_epoch(frames, folds, tmp_path/'cut'), last_epoch(frames, folds, tmp_path/'whole'), check_exact=True)
-    pd.testing.assert_frame_equal(*(fold_history(tmp_path/n).drop(columns='seconds') for n in ('cut', 'whole')), check_exact=True)
+    pd.testing.assert_frame_equal(
+        last_epoch(frames, folds, tmp_path / 'cut'),
+        last_epoch(frames, folds, tmp_path / 'whole'),
+        check_exact=True,
+    )
+    pd.testing.assert_frame_equal(
+        *(fold_history(tmp_path / n).drop(columns='seconds') for n in ('cut', 'whole')), check_exact=True
+    )
+
 
 def test_a_fit_without_an_epoch_left_gives_the_trained_weights(made, tmp_path):
     frames, folds, data, build = setup(made)
+
     def fit():
         learn = build(data(frames[folds != 0], frames[folds == 0]))
-        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 1, 1e-3, tmp_path/'c.pt')
+        with learn.no_bar(), learn.no_logging():
+            fit_resumable(learn, 1, 1e-3, tmp_path / 'c.pt')
         return learn.model.state_dict()
+
     first, again = fit(), fit()
     assert all(torch.equal(first[k], again[k]) for k in first)
+
 
 def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(made, tmp_path):
     "The limit on a file's size stands for the full disk: the kernel refuses the write in the same place."
@@ -102,7 +193,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(mad
         import resource
         frames, folds, data, build = setup(folder)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        path = Path({str(tmp_path/'c.pt')!r})
+        path = Path({str(tmp_path / 'c.pt')!r})
         class Fill(Callback):
             def before_epoch(self):
                 if self.epoch == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, resource.RLIM_INFINITY))
@@ -110,56 +201,77 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(mad
         with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 4, 1e-3, path, cbs=[Fill()])
     '''
     done = run(made, code)
-    assert done.returncode != 0 and 'checkpoint of epoch 3 could not be written' in done.stderr and 'run again to resume' in done.stderr
-    assert Checkpoint(tmp_path/'c.pt').epochs_done() == 2
+    assert (
+        done.returncode != 0
+        and 'checkpoint of epoch 3 could not be written' in done.stderr
+        and 'run again to resume' in done.stderr
+    )
+    assert Checkpoint(tmp_path / 'c.pt').epochs_done() == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'c.pt']
+
 
 def test_a_checkpoint_that_is_cut_short_is_named(made, tmp_path):
     frames, folds, data, build = setup(made)
-    (tmp_path/'c.pt').write_bytes(b'PK\x03\x04 cut')
+    (tmp_path / 'c.pt').write_bytes(b'PK\x03\x04 cut')
     learn = build(data(frames[folds != 0], frames[folds == 0]))
-    with pytest.raises(ValueError, match='c.pt is no checkpoint'): fit_resumable(learn, 1, 1e-3, tmp_path/'c.pt')
+    with pytest.raises(ValueError, match='c.pt is no checkpoint'):
+        fit_resumable(learn, 1, 1e-3, tmp_path / 'c.pt')
+
 
 def test_fastais_own_optimiser_resumes_too(made, tmp_path):
     frames, folds, data, _ = setup(made)
+
     def fit(path, epochs):
         seed_all(0)
-        learn = Learner(data(frames[folds != 0], frames[folds == 0]), seg_to_cls(unet(4, width=2)), loss_func=CrossEntropyLossFlat())
-        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, 1e-3, path)
+        learn = Learner(
+            data(frames[folds != 0], frames[folds == 0]),
+            seg_to_cls(unet(4, width=2)),
+            loss_func=CrossEntropyLossFlat(),
+        )
+        with learn.no_bar(), learn.no_logging():
+            fit_resumable(learn, epochs, 1e-3, path)
         return learn.model.state_dict()
-    whole = fit(tmp_path/'whole.pt', 3)
-    fit(tmp_path/'parts.pt', 1)
-    parts = fit(tmp_path/'parts.pt', 3)
+
+    whole = fit(tmp_path / 'whole.pt', 3)
+    fit(tmp_path / 'parts.pt', 1)
+    parts = fit(tmp_path / 'parts.pt', 3)
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
 
 def test_an_interrupt_and_a_second_fit_leave_no_hooks(made):
     frames, folds, data, build = setup(made)
+
     class Interrupt(Callback):
-        def after_pred(self): raise KeyboardInterrupt
+        def after_pred(self):
+            raise KeyboardInterrupt
+
     learn = build(data(frames[folds != 0], frames[folds == 0]))
     learn.add_cb(AutoPrecision())
     with learn.no_bar(), learn.no_logging():
-        with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(1, cbs=Interrupt())
         learn.fit(1)
     assert len(learn.model._forward_hooks) == len(learn.model._forward_pre_hooks) == 0
     assert not torch.is_autocast_enabled('cpu')
 
+
 def test_callbacks_survive_lr_find_get_preds_validate_and_summary(made, tmp_path):
     frames, folds, data, build = setup(made)
     learn = build(data(frames[folds != 0], frames[folds == 0]))
-    learn.path = tmp_path                          # lr_find writes there
-    plateau, cosine = PlateauLR(lambda l: 1., patience=0), CosineLR()
-    checkpoint = Checkpoint(tmp_path/'c.pt', [plateau])
+    learn.path = tmp_path  # lr_find writes there
+    plateau, cosine = PlateauLR(lambda l: 1.0, patience=0), CosineLR()
+    checkpoint = Checkpoint(tmp_path / 'c.pt', [plateau])
     learn.add_cbs([AutoPrecision(), EpochSeed(1), plateau, checkpoint, cosine])
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=5, show_plot=False)
-        assert not (tmp_path/'c.pt').exists() and plateau.wait == 0
+        assert not (tmp_path / 'c.pt').exists() and plateau.wait == 0
         learn.summary()
         learn.validate()
         preds, targs = learn.get_preds()
-        assert preds.shape == (int((folds == 0).sum()), 3) and not (tmp_path/'c.pt').exists()
+        assert preds.shape == (int((folds == 0).sum()), 3) and not (tmp_path / 'c.pt').exists()
         learn.fit(1)
     assert checkpoint.epochs_done() == 1
+
 
 def test_an_exported_learner_predicts_the_same_in_a_fresh_process(made, tmp_path):
     frames, folds, data, build = setup(made)
@@ -167,10 +279,10 @@ def test_an_exported_learner_predicts_the_same_in_a_fresh_process(made, tmp_path
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, cbs=AutoPrecision('fp32'))
         here = learn.get_preds(dl=learn.dls.test_dl(frames[folds == 0].drop(columns='label')))[0]
-    learn.export(tmp_path/'learner.pkl')
+    learn.export(tmp_path / 'learner.pkl')
     code = f'''
         from fastai.vision.all import load_learner
-        learn = load_learner({str(tmp_path/'learner.pkl')!r})
+        learn = load_learner({str(tmp_path / 'learner.pkl')!r})
         frames, folds, *_ = setup(folder)
         with learn.no_bar(): preds = learn.get_preds(dl=learn.dls.test_dl(frames[folds == 0].drop(columns='label')))[0]
         print(preds.tolist())
@@ -179,67 +291,141 @@ def test_an_exported_learner_predicts_the_same_in_a_fresh_process(made, tmp_path
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(json.loads(done.stdout.strip().splitlines()[-1]), here.tolist(), atol=1e-6)
 
+
 def test_same_seed_same_result_and_another_seed_another(made, tmp_path):
     frames, folds, data, build = setup(made)
-    one, two, other = (cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/name, seed=s) for name, s in (('a', 3), ('b', 3), ('c', 4)))
+    one, two, other = (
+        cross_validate(
+            build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path / name, seed=s
+        )
+        for name, s in (('a', 3), ('b', 3), ('c', 4))
+    )
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     assert not np.allclose(one.p_covid, other.p_covid)
+
 
 def test_the_inner_choice_never_sees_the_held_out_patients(made, tmp_path):
     frames, folds, data, build = setup(made)
     seen = []
+
     def watched(train, valid):
         seen.append((set(train.patient), set(valid.patient)))
         return data(train, valid)
-    cross_validate(build, frames, folds, data=watched, collect=ClassProbs(), epochs=1, path=tmp_path/'inner', select='inner')
-    assert len(seen) == 4                                  # the first fold's also for the claim
+
+    cross_validate(
+        build,
+        frames,
+        folds,
+        data=watched,
+        collect=ClassProbs(),
+        epochs=1,
+        path=tmp_path / 'inner',
+        select='inner',
+    )
+    assert len(seen) == 4  # the first fold's also for the claim
     for k, (train, valid) in zip([0, 0, 1, 2], seen):
         held_out = set(frames[folds == k].patient)
         assert train and valid and not train & valid and not (train | valid) & held_out
 
-@pytest.mark.parametrize('change, message', [(dict(select='test'), "select is 'last'"), (dict(epochs=0), 'at least 1'), (dict(schedule='step'), "schedule is 'plateau', 'cosine' or 'one-cycle'")])
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(select='test'), "select is 'last'"),
+        (dict(epochs=0), 'at least 1'),
+        (dict(schedule='step'), "schedule is 'plateau', 'cosine' or 'one-cycle'"),
+    ],
+)
 def test_wrong_arguments_are_named(made, tmp_path, change, message):
     frames, folds, data, build = setup(made)
-    with pytest.raises(ValueError, match=message): cross_validate(build, frames, folds, **{**dict(data=data, collect=ClassProbs(), epochs=1, path=tmp_path), **change})
-    with pytest.raises(ValueError, match='at least two folds'): cross_validate(build, frames, folds * 0, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        cross_validate(
+            build,
+            frames,
+            folds,
+            **{**dict(data=data, collect=ClassProbs(), epochs=1, path=tmp_path), **change},
+        )
+    with pytest.raises(ValueError, match='at least two folds'):
+        cross_validate(build, frames, folds * 0, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+
 
 # never the wrong run
 
+
 def made_with(dls, width=2, opt=torch.optim.Adam, weight=None, **options):
-    return Learner(dls, seg_to_cls(unet(4, width=width)), loss_func=CrossEntropyLossFlat(weight=weight), opt_func=partial(OptimWrapper, opt=opt, **options))
+    return Learner(
+        dls,
+        seg_to_cls(unet(4, width=width)),
+        loss_func=CrossEntropyLossFlat(weight=weight),
+        opt_func=partial(OptimWrapper, opt=opt, **options),
+    )
+
+
 def frozen(dls):
     learn = made_with(dls)
-    for p in list(learn.model.parameters())[:4]: p.requires_grad_(False)
+    for p in list(learn.model.parameters())[:4]:
+        p.requires_grad_(False)
     return learn
-CHANGES = {'network ': partial(made_with, width=3), 'optimiser .*Adam.* -> .*SGD': partial(made_with, opt=torch.optim.SGD), 'optimiser .* -> .*eps=0.001': partial(made_with, eps=1e-3),
-           'loss ': partial(made_with, weight=torch.tensor([1., 2, 3])), 'trains ': frozen}
+
+
+CHANGES = {
+    'network ': partial(made_with, width=3),
+    'optimiser .*Adam.* -> .*SGD': partial(made_with, opt=torch.optim.SGD),
+    'optimiser .* -> .*eps=0.001': partial(made_with, eps=1e-3),
+    'loss ': partial(made_with, weight=torch.tensor([1.0, 2, 3])),
+    'trains ': frozen,
+}
+
 
 @pytest.fixture(scope='module')
 def finished(made, tmp_path_factory):
     frames, folds, data, build = setup(made)
     folder = tmp_path_factory.mktemp('finished')
-    return folder, cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=folder)
+    return folder, cross_validate(
+        build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=folder
+    )
+
 
 @pytest.mark.parametrize('what', CHANGES)
 def test_another_network_optimiser_or_loss_is_not_answered_by_a_finished_run(made, finished, what):
     frames, folds, data, _ = setup(made)
     with pytest.raises(ValueError, match=f'holds another run \\(.*{what}'):
-        cross_validate(CHANGES[what], frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0])
+        cross_validate(
+            CHANGES[what], frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0]
+        )
+
 
 def test_other_batches_labels_or_pixels_are_not_answered_by_a_finished_run(made, finished, tmp_path):
     frames, folds, data, build = setup(made)
-    store = FrameStore(made/'store')
-    def run(data, frames=frames): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0])
-    with pytest.raises(ValueError, match='bs 4 -> 3'): run(lambda a, b: frame_dls(store, a, b, bs=3, batch_tfms=[GareAugment()]))
-    with pytest.raises(ValueError, match=r'\(transforms .*GareAugment'): run(lambda a, b: frame_dls(store, a, b, bs=4))
+    store = FrameStore(made / 'store')
+
+    def run(data, frames=frames):
+        return cross_validate(
+            build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0]
+        )
+
+    with pytest.raises(ValueError, match='bs 4 -> 3'):
+        run(lambda a, b: frame_dls(store, a, b, bs=3, batch_tfms=[GareAugment()]))
+    with pytest.raises(ValueError, match=r'\(transforms .*GareAugment'):
+        run(lambda a, b: frame_dls(store, a, b, bs=4))
     labels = frames.label.copy()
     labels.iloc[[0, -1]] = labels.iloc[[-1, 0]].to_numpy()
-    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'): run(data, frames.assign(label=labels))
+    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'):
+        run(data, frames.assign(label=labels))
+
     class Inverted:
         folder, masks, frames = store.folder, None, store.frames
         images = 255 - np.asarray(store.images)
-        def __len__(self): return len(self.images)
-    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'): run(lambda a, b: frame_dls(Inverted(), a, b, bs=4, batch_tfms=[GareAugment()]), frames.drop(columns='store'))
+
+        def __len__(self):
+            return len(self.images)
+
+    with pytest.raises(ValueError, match=r'\(frames \w+ -> \w+\)'):
+        run(
+            lambda a, b: frame_dls(Inverted(), a, b, bs=4, batch_tfms=[GareAugment()]),
+            frames.drop(columns='store'),
+        )
+
 
 def test_the_same_code_in_another_process_makes_the_same_claim(made, finished):
     code = f'''
@@ -252,18 +438,24 @@ def test_the_same_code_in_another_process_makes_the_same_claim(made, finished):
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.strip().splitlines()[-1]) == pytest.approx(float(finished[1].p_covid.sum()))
 
+
 def test_other_weights_at_the_start_are_another_run_and_drawn_ones_are_not(made, tmp_path):
     frames, folds, data, _ = setup(made)
     start = seg_to_cls(unet(4, width=2)).state_dict()
+
     def run(weights):
         def build(dls):
             learn = made_with(dls)
             learn.model.load_state_dict({k: v for k, v in weights.items() if 'bottleneck' in k}, strict=False)
             return learn
+
         return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+
     first = run(start)
     pd.testing.assert_frame_equal(run(start), first, check_exact=True)
-    with pytest.raises(ValueError, match=r'\(loaded \w+ -> \w+\)'): run({k: v + 1 for k, v in start.items()})
+    with pytest.raises(ValueError, match=r'\(loaded \w+ -> \w+\)'):
+        run({k: v + 1 for k, v in start.items()})
+
 
 def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made, tmp_path):
     code = f'''
@@ -275,183 +467,310 @@ def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made,
         def slow(dls): return build(dls)
         import lus_fastai.train.cross_validation as T
         T.AutoPrecision = lambda precision: Slow()
-        cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(tmp_path/'run')!r})
+        cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(tmp_path / 'run')!r})
     '''
-    first = subprocess.Popen([sys.executable, '-c', SETUP + 'from pathlib import Path\nfolder = Path(sys.argv[1])\n' + textwrap.dedent(code), str(made)], stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            SETUP + 'from pathlib import Path\nfolder = Path(sys.argv[1])\n' + textwrap.dedent(code),
+            str(made),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert first.stdout.readline() == 'training\n'
         frames, folds, data, build = setup(made)
-        def here(): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'run')
-        with pytest.raises(BlockingIOError, match='another process works in .*run: wait until it is done'): here()
-        assert not list((tmp_path/'run').rglob('checkpoint.pt'))
+
+        def here():
+            return cross_validate(
+                build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path / 'run'
+            )
+
+        with pytest.raises(BlockingIOError, match='another process works in .*run: wait until it is done'):
+            here()
+        assert not list((tmp_path / 'run').rglob('checkpoint.pt'))
     finally:
         first.kill()
         first.wait()
-    whole = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'whole')
+    whole = cross_validate(
+        build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path / 'whole'
+    )
     pd.testing.assert_frame_equal(here(), whole, check_exact=True)
+
 
 def test_a_checkpoint_of_another_epoch_is_never_skipped_in_silence(made, tmp_path, monkeypatch):
     frames, folds, data, build = setup(made)
-    def learner(): return build(data(frames[folds != 0], frames[folds == 0]))
+
+    def learner():
+        return build(data(frames[folds != 0], frames[folds == 0]))
+
     def fit(learn, epochs):
-        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, 1e-3, tmp_path/'c.pt')
+        with learn.no_bar(), learn.no_logging():
+            fit_resumable(learn, epochs, 1e-3, tmp_path / 'c.pt')
+
     fit(learner(), 3)
-    with pytest.raises(ValueError, match='has 3 epochs behind it, this fit goes on after 2'): fit(learner(), 2)
-    monkeypatch.setattr(Checkpoint, 'epochs_done', lambda self: 2)           # as if another process had gone on since it was asked
-    with pytest.raises(ValueError, match='has 3 epochs behind it, this fit goes on after 2'): fit(learner(), 4)
-    (tmp_path/'c.pt').unlink()
-    with pytest.raises(ValueError, match='has 0 epochs behind it, this fit goes on after 2'): fit(learner(), 4)
+    with pytest.raises(ValueError, match='has 3 epochs behind it, this fit goes on after 2'):
+        fit(learner(), 2)
+    monkeypatch.setattr(
+        Checkpoint, 'epochs_done', lambda self: 2
+    )  # as if another process had gone on since it was asked
+    with pytest.raises(ValueError, match='has 3 epochs behind it, this fit goes on after 2'):
+        fit(learner(), 4)
+    (tmp_path / 'c.pt').unlink()
+    with pytest.raises(ValueError, match='has 0 epochs behind it, this fit goes on after 2'):
+        fit(learner(), 4)
+
 
 def test_predictions_after_a_fit_leave_the_weights_alone(made, tmp_path):
     frames, folds, data, build = setup(made)
     learn = build(data(frames[folds != 0], frames[folds == 0]))
-    learn.add_cb(Checkpoint(tmp_path/'c.pt'))
+    learn.add_cb(Checkpoint(tmp_path / 'c.pt'))
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
-        with torch.no_grad(): list(learn.model.parameters())[-2].fill_(7)
+        with torch.no_grad():
+            list(learn.model.parameters())[-2].fill_(7)
         learn.get_preds()
     assert any((p == 7).all() for p in learn.model.parameters())
 
+
 def test_a_history_with_a_gap_is_not_read(made, finished, tmp_path):
     frames, folds, data, build = setup(made)
-    shutil.copytree(finished[0], tmp_path/'run')
-    (tmp_path/'run/fold1/history.csv').write_text('fold,epoch\n')
-    for read in (lambda: cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path/'run'), lambda: last_epoch(frames, folds, tmp_path/'run')):
-        with pytest.raises(ValueError, match=r'fold1 has a history of the epochs \[\], not of all 1'): read()
-    with pytest.raises(ValueError, match='other frames or folds'): last_epoch(frames, (folds + 1) % 3, finished[0])
+    shutil.copytree(finished[0], tmp_path / 'run')
+    (tmp_path / 'run/fold1/history.csv').write_text('fold,epoch\n')
+    for read in (
+        lambda: cross_validate(
+            build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path / 'run'
+        ),
+        lambda: last_epoch(frames, folds, tmp_path / 'run'),
+    ):
+        with pytest.raises(ValueError, match=r'fold1 has a history of the epochs \[\], not of all 1'):
+            read()
+    with pytest.raises(ValueError, match='other frames or folds'):
+        last_epoch(frames, (folds + 1) % 3, finished[0])
+
 
 @pytest.mark.parametrize('part', ['training', 'validation', 'logits'])
 def test_an_epoch_that_is_no_number_names_fold_and_epoch_and_leaves_the_one_before(made, tmp_path, part):
     frames, folds, data, build = setup(made)
+
     class Blow(Callback):
         order = 1
+
         def after_pred(self):
-            if self.epoch == 2 and self.training and part == 'training': self.learn.pred = self.pred * float('nan')
-            if self.epoch == 2 and not self.training and part == 'logits': self.learn.pred = self.pred * float('nan')
+            if self.epoch == 2 and self.training and part == 'training':
+                self.learn.pred = self.pred * float('nan')
+            if self.epoch == 2 and not self.training and part == 'logits':
+                self.learn.pred = self.pred * float('nan')
+
         def after_loss(self):
-            if self.epoch == 2 and not self.training and part == 'validation': self.learn.loss = self.loss * float('inf')
-    def broken(dls): return [learn := build(dls), learn.add_cb(Blow())][0]
-    message = r'fold0, epoch 2: the network gives NaN' if part == 'logits' else f'fold0: the {part} loss of epoch 2 is (nan|inf)'
-    for again in range(2):
+            if self.epoch == 2 and not self.training and part == 'validation':
+                self.learn.loss = self.loss * float('inf')
+
+    def broken(dls):
+        return [learn := build(dls), learn.add_cb(Blow())][0]
+
+    message = (
+        r'fold0, epoch 2: the network gives NaN'
+        if part == 'logits'
+        else f'fold0: the {part} loss of epoch 2 is (nan|inf)'
+    )
+    for _again in range(2):
         with pytest.raises(ValueError, match=message):
-            cross_validate(broken, frames, folds, data=data, collect=ClassProbs(), epochs=4, path=tmp_path, select='best')
-        assert Checkpoint(tmp_path/'fold0/checkpoint.pt').epochs_done() == 2 and not (tmp_path/'fold0/predictions.pt').exists()
-    assert all(v.isfinite().all() for v in load_weights(tmp_path/'fold0/model.safetensors').values())
+            cross_validate(
+                broken, frames, folds, data=data, collect=ClassProbs(), epochs=4, path=tmp_path, select='best'
+            )
+        assert (
+            Checkpoint(tmp_path / 'fold0/checkpoint.pt').epochs_done() == 2
+            and not (tmp_path / 'fold0/predictions.pt').exists()
+        )
+    assert all(v.isfinite().all() for v in load_weights(tmp_path / 'fold0/model.safetensors').values())
+
 
 # schedules
+
 
 @pytest.mark.parametrize('warm', [0, 2, 10])
 def test_the_cosine_is_torchs_own_stepped_after_each_epoch_from_warm_on(made, warm):
     frames, folds, data, build = setup(made)
     rates, epochs = [], 6
+
     class Rates(EpochEnd):
-        def end_epoch(self): rates.append(self.opt.hypers[0]['lr'])
+        def end_epoch(self):
+            rates.append(self.opt.hypers[0]['lr'])
+
     learn = build(data(frames[:2], frames[2:4]))
     with learn.no_bar(), learn.no_logging():
-        learn.fit(epochs, .1, cbs=[CosineLR(warm), Rates()])
-        assert rates[0] == .1
-        learn.fit(1, .2, cbs=[CosineLR(warm), Rates()])                     # a second fit starts from its own rate
-    opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], .1)
+        learn.fit(epochs, 0.1, cbs=[CosineLR(warm), Rates()])
+        assert rates[0] == 0.1
+        learn.fit(1, 0.2, cbs=[CosineLR(warm), Rates()])  # a second fit starts from its own rate
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
     schedule, expected = torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(1, epochs - warm)), []
     for epoch in range(epochs):
         expected.append(opt.param_groups[0]['lr'])
         opt.step()
-        if epoch >= warm: schedule.step()
-    assert rates == pytest.approx(expected + [.2])
+        if epoch >= warm:
+            schedule.step()
+    assert rates == pytest.approx(expected + [0.2])
+
 
 def test_the_cosine_bends_each_groups_own_rate_and_a_resumed_fit_is_on_the_right_one(made, tmp_path):
     frames, folds, data, _ = setup(made)
+
     def fit(path, stop=None):
         class Stop(Callback):
             def before_epoch(self):
-                if self.epoch == stop: raise KeyboardInterrupt
+                if self.epoch == stop:
+                    raise KeyboardInterrupt
+
         seed_all(0)
         rates, net = [], seg_to_cls(unet(4, width=2))
+
         class Rates(EpochEnd):
-            def end_epoch(self): rates.append([h['lr'] for h in self.opt.hypers])
-        learn = Learner(data(frames[folds != 0], frames[folds == 0]), net, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), splitter=stages)
+            def end_epoch(self):
+                rates.append([h['lr'] for h in self.opt.hypers])
+
+        learn = Learner(
+            data(frames[folds != 0], frames[folds == 0]),
+            net,
+            loss_func=CrossEntropyLossFlat(),
+            opt_func=partial(OptimWrapper, opt=torch.optim.Adam),
+            splitter=stages,
+        )
         with learn.no_bar(), learn.no_logging():
-            try: fit_resumable(learn, 4, [g['lr'] for g in split_rates(net, .1, .5)], path, cbs=[CosineLR(1), Rates(), Stop()])
-            except KeyboardInterrupt: pass
+            try:
+                fit_resumable(
+                    learn,
+                    4,
+                    [g['lr'] for g in split_rates(net, 0.1, 0.5)],
+                    path,
+                    cbs=[CosineLR(1), Rates(), Stop()],
+                )
+            except KeyboardInterrupt:
+                pass
         return rates, learn.model.state_dict()
-    whole, weights = fit(tmp_path/'whole.pt')
-    first, _ = fit(tmp_path/'parts.pt', stop=2)
-    second, resumed = fit(tmp_path/'parts.pt')
+
+    whole, weights = fit(tmp_path / 'whole.pt')
+    first, _ = fit(tmp_path / 'parts.pt', stop=2)
+    second, resumed = fit(tmp_path / 'parts.pt')
     assert len(first) == len(second) == 2 and first + second == whole
-    assert np.allclose(np.array(whole) / np.array(whole[0]), np.array([1, 1, .75, .25])[:, None])
-    assert whole[0][-1] == .1 and whole[0][-2] == .05
+    assert np.allclose(np.array(whole) / np.array(whole[0]), np.array([1, 1, 0.75, 0.25])[:, None])
+    assert whole[0][-1] == 0.1 and whole[0][-2] == 0.05
     assert all(torch.equal(weights[k], resumed[k]) for k in weights)
 
-def test_one_cycle_resumed_in_the_middle_of_an_epoch_equals_an_unbroken_fit_and_rests_in_lr_find(made, tmp_path):
+
+def test_one_cycle_resumed_in_the_middle_of_an_epoch_equals_an_unbroken_fit_and_rests_in_lr_find(
+    made, tmp_path
+):
     frames, folds, data, build = setup(made)
+
     class Stop(Callback):
         def before_batch(self):
-            if self.training and self.epoch == 2 and self.iter == 1: raise KeyboardInterrupt
+            if self.training and self.epoch == 2 and self.iter == 1:
+                raise KeyboardInterrupt
+
     def fit(path, *cbs):
         seed_all(0)
         learn = build(data(frames[folds != 0], frames[folds == 0]))
-        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 4, .01, path, cbs=[OneCycleLR(), *cbs])
+        with learn.no_bar(), learn.no_logging():
+            fit_resumable(learn, 4, 0.01, path, cbs=[OneCycleLR(), *cbs])
         return learn.model.state_dict()
-    whole = fit(tmp_path/'whole.pt')
-    with pytest.raises(KeyboardInterrupt): fit(tmp_path/'parts.pt', Stop())
-    resumed = fit(tmp_path/'parts.pt')
+
+    whole = fit(tmp_path / 'whole.pt')
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / 'parts.pt', Stop())
+    resumed = fit(tmp_path / 'parts.pt')
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     learn = build(data(frames[folds != 0], frames[folds == 0]))
-    learn.path = tmp_path                          # lr_find writes there
+    learn.path = tmp_path  # lr_find writes there
     learn.add_cb(OneCycleLR())
-    with learn.no_bar(), learn.no_logging(): learn.lr_find(1e-6, 1e-2, num_it=5, show_plot=False)
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(1e-6, 1e-2, num_it=5, show_plot=False)
     assert np.all(np.diff(learn.recorder.lrs) > 0)
+
 
 def test_folders_of_before_there_was_a_schedule_are_accepted_as_plateau_and_refused_as_cosine(made, tmp_path):
     frames, folds, data, build = setup(made)
-    def run(**more): return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path, **more)
-    first, claim = run(), json.loads((tmp_path/'run.json').read_text())
+
+    def run(**more):
+        return cross_validate(
+            build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path, **more
+        )
+
+    first, claim = run(), json.loads((tmp_path / 'run.json').read_text())
     assert claim.pop('schedule') == 'plateau'
-    (tmp_path/'run.json').write_text(json.dumps(claim))                      # as the version before wrote it
-    when = (tmp_path/'fold0/model.safetensors').stat().st_mtime_ns
+    (tmp_path / 'run.json').write_text(json.dumps(claim))  # as the version before wrote it
+    when = (tmp_path / 'fold0/model.safetensors').stat().st_mtime_ns
     pd.testing.assert_frame_equal(run(), first, check_exact=True)
-    assert (tmp_path/'fold0/model.safetensors').stat().st_mtime_ns == when and json.loads((tmp_path/'run.json').read_text()) == claim
-    with pytest.raises(ValueError, match='schedule plateau -> cosine'): run(schedule='cosine')
+    assert (tmp_path / 'fold0/model.safetensors').stat().st_mtime_ns == when and json.loads(
+        (tmp_path / 'run.json').read_text()
+    ) == claim
+    with pytest.raises(ValueError, match='schedule plateau -> cosine'):
+        run(schedule='cosine')
+
 
 # fine-tuning
 
 TUNE = dict(epochs=1, bs=8)
 
-def halves(store): return patient_folds(store.frames, 2)
+
+def halves(store):
+    return patient_folds(store.frames, 2)
+
 
 @pytest.fixture(scope='module')
 def backbone():
     seed_all(0)
     return create_backbone('resnet18')
 
+
 @pytest.fixture(scope='module')
 def tuned(phantom_store, backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp('tuned')
-    return folder, fine_tune(backbone, phantom_store, last=3, folds=halves(phantom_store), path=folder, **TUNE)
+    return folder, fine_tune(
+        backbone, phantom_store, last=3, folds=halves(phantom_store), path=folder, **TUNE
+    )
+
 
 def test_fine_tune_predicts_every_frame_by_a_network_that_has_not_seen_the_patient(phantom_store, tuned):
     folder, oof = tuned
-    assert oof.index.equals(phantom_store.frames.index) and np.allclose(oof[[f'p_{c}' for c in CLASSES]].sum(axis=1), 1, atol=1e-5)
+    assert oof.index.equals(phantom_store.frames.index) and np.allclose(
+        oof[[f'p_{c}' for c in CLASSES]].sum(axis=1), 1, atol=1e-5
+    )
     assert not set(oof[oof.fold == 0].patient) & set(oof[oof.fold == 1].patient)
-    assert fold_history(folder/'folds').lr.tolist() == [.01, .01]
+    assert fold_history(folder / 'folds').lr.tolist() == [0.01, 0.01]
+
 
 def test_fine_tune_moves_what_trains_and_nothing_else(backbone, tuned):
-    before, after = backbone.state_dict(), load_weights(tuned[0]/'folds/fold1/model.safetensors')
-    moved = {k.removeprefix('backbone.') for k, v in after.items() if k.startswith('backbone.') and not torch.equal(v, before[k.removeprefix('backbone.')])}
-    assert {k for k in moved if 'running' not in k and 'num_batches' not in k} == {f'layer4.1.{k}' for k in ('conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', 'bn2.weight', 'bn2.bias')}
-    assert 'bn1.running_mean' in moved                                       # frozen, and yet in training mode
+    before, after = backbone.state_dict(), load_weights(tuned[0] / 'folds/fold1/model.safetensors')
+    moved = {
+        k.removeprefix('backbone.')
+        for k, v in after.items()
+        if k.startswith('backbone.') and not torch.equal(v, before[k.removeprefix('backbone.')])
+    }
+    assert {k for k in moved if 'running' not in k and 'num_batches' not in k} == {
+        f'layer4.1.{k}'
+        for k in ('conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', 'bn2.weight', 'bn2.bias')
+    }
+    assert 'bn1.running_mean' in moved  # frozen, and yet in training mode
     assert all(p.requires_grad and p.grad is None for p in backbone.parameters()) and backbone.training
 
+
 def test_backbone_classifier_reads_the_weights_and_gives_the_same_logits(phantom_store, backbone, tuned):
-    learn = fine_tune_learner(frame_dls(phantom_store, phantom_store.frames[:8], phantom_store.frames[8:16], bs=4), backbone)
+    learn = fine_tune_learner(
+        frame_dls(phantom_store, phantom_store.frames[:8], phantom_store.frames[8:16], bs=4), backbone
+    )
     net = BackboneClassifier(create_backbone('resnet18'))
-    for model in (net, learn.model): copy_weights(tuned[0]/'folds/fold0/model.safetensors', model, strict=True)
+    for model in (net, learn.model):
+        copy_weights(tuned[0] / 'folds/fold0/model.safetensors', model, strict=True)
     x = torch.rand(2, 1, 64, 64)
     assert torch.equal(net.eval()(x), learn.model.eval()(x))
     assert sum(p.numel() for p in learn.model.parameters() if p.requires_grad) == 4_722_179
 
+
 def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, tuned, tmp_path):
-    torch.save(backbone.state_dict(), tmp_path/'backbone.pt')
+    torch.save(backbone.state_dict(), tmp_path / 'backbone.pt')
     code = f'''
         import lus_fastai.train.cross_validation as training
         made = training.fine_tune_learner
@@ -459,52 +778,108 @@ def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, 
         folds = patient_folds(store.frames, 2)
         def killed(*args, **kwargs): return kill_in(made(*args, **kwargs), store.frames[folds == 1], 2)
         training.fine_tune_learner = killed
-        fine_tune(create_backbone('resnet18', weights={str(tmp_path/'backbone.pt')!r}), store, last=3, folds=folds, path={str(tmp_path/'run')!r}, epochs=1, bs=8)
+        fine_tune(create_backbone('resnet18', weights={str(tmp_path / 'backbone.pt')!r}), store, last=3, folds=folds, path={str(tmp_path / 'run')!r}, epochs=1, bs=8)
     '''
     done = run(tmp_path, code)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (tmp_path/'run/folds/fold0/predictions.pt').exists() and not (tmp_path/'run/folds/fold1/predictions.pt').exists()
-    again = fine_tune(backbone, phantom_store, last=3, folds=halves(phantom_store), path=tmp_path/'run', **TUNE)
-    pd.testing.assert_frame_equal(again, tuned[1], check_exact=True)          # equal to the unbroken run in another folder, so deterministic too
+    assert (tmp_path / 'run/folds/fold0/predictions.pt').exists() and not (
+        tmp_path / 'run/folds/fold1/predictions.pt'
+    ).exists()
+    again = fine_tune(
+        backbone, phantom_store, last=3, folds=halves(phantom_store), path=tmp_path / 'run', **TUNE
+    )
+    pd.testing.assert_frame_equal(
+        again, tuned[1], check_exact=True
+    )  # equal to the unbroken run in another folder, so deterministic too
+
 
 class Tiny(torch.nn.Module):
     "A backbone of three channels that notes what it is given."
+
     n_features = 2
-    def __init__(self, seen): super().__init__(); self.conv, self.seen = torch.nn.Conv2d(3, 2, 3), seen
-    def forward(self, x): self.seen.append((x.shape[1:], float(x.min()), float(x.max()))); return self.conv(x).mean((2, 3))
+
+    def __init__(self, seen):
+        super().__init__()
+        self.conv, self.seen = torch.nn.Conv2d(3, 2, 3), seen
+
+    def forward(self, x):
+        self.seen.append((x.shape[1:], float(x.min()), float(x.max())))
+        return self.conv(x).mean((2, 3))
+
     def __deepcopy__(self, memo):
         new = Tiny(self.seen)
         new.load_state_dict(self.state_dict())
         return new
 
+
 def test_fine_tune_takes_a_clip_table_with_folds_by_clip_and_needs_no_folder(phantom_table):
     folds, seen = patient_folds(phantom_table, 2), []
-    oof = fine_tune(Tiny(seen), phantom_table, 'head', folds=folds, size=(32, 48), max_frames=2, epochs=1, factor=.5)
+    oof = fine_tune(
+        Tiny(seen), phantom_table, 'head', folds=folds, size=(32, 48), max_frames=2, epochs=1, factor=0.5
+    )
     by_path = dict(zip(phantom_table.path.map(str), folds))
     assert len(oof) == 2 * len(phantom_table) and oof.fold.tolist() == [by_path[p] for p in oof.path]
     shapes, low, high = zip(*seen)
-    assert set(shapes) == {(3, 32, 48)} and min(low) == -2 and 0 < max(high) <= 2      # frames of 0..1, scaled
+    assert set(shapes) == {(3, 32, 48)} and min(low) == -2 and 0 < max(high) <= 2  # frames of 0..1, scaled
+
 
 def test_another_backbone_or_policy_is_not_mixed_into_a_folder(phantom_store, backbone, tuned):
     folder, oof = tuned
-    with pytest.raises(ValueError, match='policy last 3 -> head'): fine_tune(backbone, phantom_store, 'head', folds=halves(phantom_store), path=folder, **TUNE)
+    with pytest.raises(ValueError, match='policy last 3 -> head'):
+        fine_tune(backbone, phantom_store, 'head', folds=halves(phantom_store), path=folder, **TUNE)
     other = copy.deepcopy(backbone)
-    with torch.no_grad(): other.layer1[0].conv1.weight[0] += 1
-    with pytest.raises(ValueError, match='backbone .* -> '): fine_tune(other, phantom_store, folds=halves(phantom_store), path=folder, **TUNE)
-    pd.testing.assert_frame_equal(fine_tune(backbone, phantom_store, folds=halves(phantom_store), path=folder, **TUNE), oof, check_exact=True)   # finished: only read
+    with torch.no_grad():
+        other.layer1[0].conv1.weight[0] += 1
+    with pytest.raises(ValueError, match='backbone .* -> '):
+        fine_tune(other, phantom_store, folds=halves(phantom_store), path=folder, **TUNE)
+    pd.testing.assert_frame_equal(
+        fine_tune(backbone, phantom_store, folds=halves(phantom_store), path=folder, **TUNE),
+        oof,
+        check_exact=True,
+    )  # finished: only read
+
 
 def test_bad_input_to_fine_tune_is_named_before_anything_is_decoded(phantom_store, backbone, tmp_path):
     missing = pd.DataFrame([dict(path='none.mp4')])
-    for change, message in ((dict(backbone=torch.nn.Flatten()), 'no n_features'), (dict(last=0), 'n is 1 to 21'), (dict(last=22), 'has 21 weight layers'), (dict(last='some'), 'policy is one of'),
-                            (dict(factor=2.), 'factor must be'), (dict(table=phantom_store.frames), 'give its FrameStore'), (dict(folds=pd.Series([0, 1])), 'same index')):
-        with pytest.raises(ValueError, match=message): fine_tune(**{**dict(backbone=backbone, table=missing, path=tmp_path/'x'), **change})
-    assert not (tmp_path/'x').exists()
+    for change, message in (
+        (dict(backbone=torch.nn.Flatten()), 'no n_features'),
+        (dict(last=0), 'n is 1 to 21'),
+        (dict(last=22), 'has 21 weight layers'),
+        (dict(last='some'), 'policy is one of'),
+        (dict(factor=2.0), 'factor must be'),
+        (dict(table=phantom_store.frames), 'give its FrameStore'),
+        (dict(folds=pd.Series([0, 1])), 'same index'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fine_tune(**{**dict(backbone=backbone, table=missing, path=tmp_path / 'x'), **change})
+    assert not (tmp_path / 'x').exists()
+
 
 @pytest.mark.gpu
 def test_the_same_on_a_gpu(made, tmp_path):
     frames, folds, _, build = setup(made)
-    store = FrameStore(made/'store')
-    cpu, gpu = (cross_validate(build, frames, folds, data=lambda t, v: frame_dls(store, t, v, bs=4, device=d), collect=ClassProbs(), epochs=2, path=tmp_path/d, precision='fp32') for d in ('cpu', 'cuda'))
+    store = FrameStore(made / 'store')
+    cpu, gpu = (
+        cross_validate(
+            build,
+            frames,
+            folds,
+            data=lambda t, v: frame_dls(store, t, v, bs=4, device=d),
+            collect=ClassProbs(),
+            epochs=2,
+            path=tmp_path / d,
+            precision='fp32',
+        )
+        for d in ('cpu', 'cuda')
+    )
     np.testing.assert_allclose(cpu.p_covid, gpu.p_covid, atol=1e-3)
-    auto = cross_validate(build, frames, folds, data=lambda t, v: frame_dls(store, t, v, bs=4, device='cuda'), collect=ClassProbs(), epochs=2, path=tmp_path/'auto')
+    auto = cross_validate(
+        build,
+        frames,
+        folds,
+        data=lambda t, v: frame_dls(store, t, v, bs=4, device='cuda'),
+        collect=ClassProbs(),
+        epochs=2,
+        path=tmp_path / 'auto',
+    )
     np.testing.assert_allclose(cpu.p_covid, auto.p_covid, atol=3e-2)

@@ -5,6 +5,7 @@
 
 Everything is computed in float32 with one thread, so that the same machine gives the same digits.
 """
+
 import hashlib
 import json
 import math
@@ -20,16 +21,17 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner
-from lus_fastai.train import cross_validation as training
-from lus_fastai.data.store import FrameStore, read_clip
+
 from lus_fastai.core import CLASSES, seed_all
-from lus_fastai.data.loaders import frame_dls
-from lus_fastai.train.detection import mask_rcnn
 from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
-from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
+from lus_fastai.data.loaders import frame_dls
+from lus_fastai.data.store import FrameStore, read_clip
 from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
+from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
 from lus_fastai.synth.phantom import phantom_dataset
+from lus_fastai.train import cross_validation as training
 from lus_fastai.train.cross_validation import ClassProbs, cross_validate
+from lus_fastai.train.detection import mask_rcnn
 
 PAPERS = 'gare', 'cheng_lam', 'arora', 'uscl', 'merand', 'sim_to_real'
 TOLERANCE = 1e-6
@@ -43,20 +45,30 @@ def phantom():
     "Hashes of the pixels and masks of a small phantom set, and its table."
     with tempfile.TemporaryDirectory() as folder:
         table = phantom_dataset(folder, patients=6, clips=2, n=6, size=(96, 96), seed=3, workers=1)
-        store = FrameStore.build(table, Path(folder)/'store', size=(64, 64), rate=8, max_frames=4, workers=1)
+        store = FrameStore.build(
+            table, Path(folder) / 'store', size=(64, 64), rate=8, max_frames=4, workers=1
+        )
         clips = [digest(read_clip(p).frames) for p in table.path]
         rows = table.drop(columns=['path', 'mask', 'findings']).astype(str).to_numpy().tolist()
         folds = patient_folds(store.frames, 3, seed=1)
-        return dict(clips=clips, rows=rows, images=digest(store.images[:]), masks=digest(store.masks[:]),
-                    folds=folds.tolist(), leaky=leaky_folds(store.frames, 3, by='clip', seed=1).tolist(),
-                    split=split_hash(store.frames.assign(path=''), folds))
+        return dict(
+            clips=clips,
+            rows=rows,
+            images=digest(store.images[:]),
+            masks=digest(store.masks[:]),
+            folds=folds.tolist(),
+            leaky=leaky_folds(store.frames, 3, by='clip', seed=1).tolist(),
+            split=split_hash(store.frames.assign(path=''), folds),
+        )
 
 
 def out_of_fold():
     "Probabilities of a small cross-validated classifier."
     with tempfile.TemporaryDirectory() as folder:
-        table = phantom_dataset(Path(folder)/'phantom', patients=9, clips=1, n=4, size=(48, 48), seed=5, workers=1)
-        store = FrameStore.build(table, Path(folder)/'store', size=(48, 48), workers=1)
+        table = phantom_dataset(
+            Path(folder) / 'phantom', patients=9, clips=1, n=4, size=(48, 48), seed=5, workers=1
+        )
+        store = FrameStore.build(table, Path(folder) / 'store', size=(48, 48), workers=1)
         folds = patient_folds(store.frames, 3, seed=0)
 
         def build(dls):
@@ -65,35 +77,63 @@ def out_of_fold():
         def data(train, valid):
             return frame_dls(store, train, valid, classes=CLASSES, bs=8, channels=3)
 
-        oof = cross_validate(build, store.frames, folds, data=data, collect=ClassProbs(), epochs=2,
-                             path=Path(folder)/'run', seed=2)
+        oof = cross_validate(
+            build,
+            store.frames,
+            folds,
+            data=data,
+            collect=ClassProbs(),
+            epochs=2,
+            path=Path(folder) / 'run',
+            seed=2,
+        )
         return oof[[f'p_{c}' for c in CLASSES]].to_numpy(float).tolist()
 
 
 def parameters():
     "Counts of the networks of the papers."
-    networks = dict(unet=unet(7), unet_small=unet(4, width=8, bn=False), vunet=vunet(), xunet=xunet(),
-                    covidnet=covidnet(weights=None), deeplab=segmenter('deeplabv3', 'resnet18', 2),
-                    backbone=create_backbone('resnet18'), mask_rcnn=mask_rcnn(n_classes=2))
-    return {name: [sum(p.numel() for p in net.parameters()), len(net.state_dict())] for name, net in networks.items()}
+    networks = dict(
+        unet=unet(7),
+        unet_small=unet(4, width=8, bn=False),
+        vunet=vunet(),
+        xunet=xunet(),
+        covidnet=covidnet(weights=None),
+        deeplab=segmenter('deeplabv3', 'resnet18', 2),
+        backbone=create_backbone('resnet18'),
+        mask_rcnn=mask_rcnn(n_classes=2),
+    )
+    return {
+        name: [sum(p.numel() for p in net.parameters()), len(net.state_dict())]
+        for name, net in networks.items()
+    }
 
 
 def scores():
     "Metrics of fixed predictions."
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(3), 60)
-    oof = pd.DataFrame(dict(patient=[f'p{i//5}' for i in range(60)], clip=[f'c{i//2}' for i in range(60)],
-                            label=[CLASSES[i//5 % 3] for i in range(60)], fold=np.arange(60)//20))
+    oof = pd.DataFrame(
+        dict(
+            patient=[f'p{i // 5}' for i in range(60)],
+            clip=[f'c{i // 2}' for i in range(60)],
+            label=[CLASSES[i // 5 % 3] for i in range(60)],
+            fold=np.arange(60) // 20,
+        )
+    )
     oof = oof.assign(frame=range(60), **{f'p_{c}': p[:, i] for i, c in enumerate(CLASSES)})
     counts = rng.integers(1, 99, (60, 16))
-    seg = oof.assign(**{f'cm_{i}_{j}': counts[:, 4*i + j] for i in range(4) for j in range(4)})
-    return dict(evaluate=evaluate(oof).to_dict('list'), segmentation=evaluate_seg(seg, ['a', 'b', 'c', 'd']).to_dict('list'),
-                areas=roc(oof)[1].to_dict('list'))
+    seg = oof.assign(**{f'cm_{i}_{j}': counts[:, 4 * i + j] for i in range(4) for j in range(4)})
+    return dict(
+        evaluate=evaluate(oof).to_dict('list'),
+        segmentation=evaluate_seg(seg, ['a', 'b', 'c', 'd']).to_dict('list'),
+        areas=roc(oof)[1].to_dict('list'),
+    )
 
 
 def paper(name):
     "Cells of a paper's quick reproduction on the phantom."
     import importlib
+
     with tempfile.TemporaryDirectory() as out:
         importlib.import_module(f'lus_fastai.papers.{name}').reproduce('phantom', quick=True, out=out)
         found = json.loads(next(Path(out).glob('*.json')).read_text())
@@ -108,7 +148,9 @@ def differences(a, b, where=''):
     "Where two recordings differ, in words; numbers by more than the tolerance."
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted({*a, *b})
-        return [d for k in keys for d in differences(a.get(k, 'missing'), b.get(k, 'missing'), f'{where}/{k}')]
+        return [
+            d for k in keys for d in differences(a.get(k, 'missing'), b.get(k, 'missing'), f'{where}/{k}')
+        ]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f'{where}/{i}')]
     if isinstance(a, float) and isinstance(b, (int, float)):

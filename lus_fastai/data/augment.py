@@ -10,30 +10,37 @@ __all__ = ['GARE_GAINS', 'gare_variant', 'expand_variants', 'GareAugment', 'Aror
 
 # %% ../../nbs/data/augment.ipynb #c003
 import math
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
 from fastai.vision.all import RandTransform, TensorImage, TensorMask, retain_type, store_attr
 
 # %% ../../nbs/data/augment.ipynb #c006
-GARE_GAINS = (1., .8, 1.1)
+GARE_GAINS = (1.0, 0.8, 1.1)
+
 
 def gare_variant(
-    pixels:np.ndarray,        # (b, h, w): frames as uint8, or masks
-    variants:np.ndarray,      # (b,) integers 0..5: the gain's place in GARE_GAINS, plus 3 if mirrored
-    mask:bool=False,          # codes are mirrored with their frame but have no gain
-) -> np.ndarray:              # same shape and type; frames are clipped at 255
+    pixels: np.ndarray,  # (b, h, w): frames as uint8, or masks
+    variants: np.ndarray,  # (b,) integers 0..5: the gain's place in GARE_GAINS, plus 3 if mirrored
+    mask: bool = False,  # codes are mirrored with their frame but have no gain
+) -> np.ndarray:  # same shape and type; frames are clipped at 255
     "The variants of Gare 2021 (section 3.1): mirror and gain for frames, mirror alone for masks."
     variants = np.asarray(variants)
-    if len(variants) and (variants.min() < 0 or variants.max() > 5): raise ValueError(f"variants are 0..5, got {variants.min()}..{variants.max()}")
+    if len(variants) and (variants.min() < 0 or variants.max() > 5):
+        raise ValueError(f"variants are 0..5, got {variants.min()}..{variants.max()}")
     pixels = np.where((variants >= 3)[:, None, None], pixels[..., ::-1], pixels)
-    if mask: return pixels
+    if mask:
+        return pixels
     gains = np.asarray(GARE_GAINS, np.float32)[variants % 3][:, None, None]
     return np.clip(np.rint(pixels * gains), 0, 255).astype(np.uint8)
 
 # %% ../../nbs/data/augment.ipynb #c008
 def expand_variants(
-    frames:pd.DataFrame,      # a frame table
-    n:int=6,                  # variants of each frame
-) -> pd.DataFrame:            # n times as many rows, with a column variant
+    frames: pd.DataFrame,  # a frame table
+    n: int = 6,  # variants of each frame
+) -> pd.DataFrame:  # n times as many rows, with a column variant
     "Every frame once per variant, next to each other."
     out = frames.loc[frames.index.repeat(n)].reset_index(drop=True)
     out['variant'] = np.tile(np.arange(n), len(frames))
@@ -42,133 +49,200 @@ def expand_variants(
 # %% ../../nbs/data/augment.ipynb #c013
 class GareAugment(RandTransform):
     "Gare 2021 (section 3.1) drawn at random on a batch: mirrored with probability 1/2, gain uniform in [0.8, 1.1], clipped to [0, 1]."
+
     order = 20
+
     def before_call(self, b, split_idx):
         n = len(b[0] if isinstance(b, tuple) else b)
-        self.flip, self.gain = torch.rand(n) < .5, torch.empty(n).uniform_(min(GARE_GAINS), max(GARE_GAINS))
-    def _mirror(self, x): return torch.where(self.flip.to(x.device).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
-    def encodes(self, x:TensorImage): return (self._mirror(x) * self.gain.to(x.device).view(-1, 1, 1, 1)).clamp(0, 1)
-    def encodes(self, x:TensorMask): return self._mirror(x)
+        self.flip, self.gain = torch.rand(n) < 0.5, torch.empty(n).uniform_(min(GARE_GAINS), max(GARE_GAINS))
 
-# %% ../../nbs/data/augment.ipynb #c018
+    def _mirror(self, x):
+        return torch.where(self.flip.to(x.device).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+
+    def encodes(self, x: TensorImage):
+        return (self._mirror(x) * self.gain.to(x.device).view(-1, 1, 1, 1)).clamp(0, 1)
+
+    def encodes(self, x: TensorMask):
+        return self._mirror(x)
+
+# %% ../../nbs/data/augment.ipynb #c018-1
 class AroraAugment(RandTransform):
     "Arora 2020 drawn at random on a batch: turned by up to 10 degrees and shifted by up to a tenth of each side, black outside."
+
     order = 20
+
     def before_call(self, b, split_idx):
         x = b[0] if isinstance(b, tuple) else b
         n, (h, w) = len(x), x.shape[-2:]
         angle = torch.empty(n).uniform_(-10, 10).deg2rad()
-        shift = torch.stack([torch.empty(n).uniform_(-s/10, s/10).round() for s in (w, h)], 1)     # pixels right and down
+        shift = torch.stack(
+            [torch.empty(n).uniform_(-s / 10, s / 10).round() for s in (w, h)], 1
+        )  # pixels right and down
         self.theta = affine_theta(angle, shift, (h, w))
-    def _move(self, x, fill=0.):
+
+    def _move(self, x, fill=0.0):
         grid = F.affine_grid(self.theta.to(x.device), (len(x), 1, *x.shape[-2:]), align_corners=False)
         return F.grid_sample(x - fill, grid, 'nearest', 'zeros', align_corners=False) + fill
-    def encodes(self, x:TensorImage): return retain_type(self._move(torch.Tensor(x)), x)
-    def encodes(self, x:TensorMask): return retain_type(self._move(torch.Tensor(x)[:, None].float(), 255.)[:, 0].to(x.dtype), x)
 
+    def encodes(self, x: TensorImage):
+        return retain_type(self._move(torch.Tensor(x)), x)
+
+    def encodes(self, x: TensorMask):
+        return retain_type(self._move(torch.Tensor(x)[:, None].float(), 255.0)[:, 0].to(x.dtype), x)
+
+# %% ../../nbs/data/augment.ipynb #c018
 def affine_theta(
-    angle:torch.Tensor,       # (b,) radians, positive turns as torchvision's affine does
-    shift:torch.Tensor,       # (b, 2) pixels right and down
-    size:tuple,               # (height, width)
-) -> torch.Tensor:            # (b, 2, 3), for F.affine_grid
+    angle: torch.Tensor,  # (b,) radians, positive turns as torchvision's affine does
+    shift: torch.Tensor,  # (b, 2) pixels right and down
+    size: tuple,  # (height, width)
+) -> torch.Tensor:  # (b, 2, 3), for F.affine_grid
     "Matrices that take an output pixel to the input pixel it shows: turned about the centre, then shifted."
     h, w = size
     cos, sin, half = angle.cos(), angle.sin(), torch.tensor([w, h]) / 2
-    back = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)                 # pixels to pixels
-    scale = half / half[:, None]                                                                     # of a unit square that is not square
+    back = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)  # pixels to pixels
+    scale = half / half[:, None]  # of a unit square that is not square
     return torch.cat([back * scale, -(back @ shift[..., None]) / half[:, None]], 2)
 
-# %% ../../nbs/data/augment.ipynb #c024
+# %% ../../nbs/data/augment.ipynb #c024-1
 class MaskAugment(RandTransform):
     "Turns, shifts, shears, zooms, mirrors and bends image and mask together, and blurs and brightens the image; drawn for each image of a batch from torch's global generator."
+
     order = 20
-    def __init__(self,
-        turn:float=0.,        # degrees, uniform in +-turn
-        shift:float=0.,       # as a share of height and width, uniform in +-shift
-        shear:float=0.,       # degrees, uniform in +-shear
-        zoom:float=0.,        # height and width each by a factor of their own, uniform in 1+-zoom
-        flip:float=0.,        # probability of a left-right mirror
-        swap=(),              # pairs of class numbers that a mirror exchanges
-        bend:float=0.,        # elastic: sd of the displacement of 7 x 7 points as a share of height and width, smooth in between
-        blur:float=0.,        # sd of a Gaussian in pixels, uniform in 0..blur
-        intensity:float=0.,   # contrast about mid-grey by a factor in 1+-intensity, brightness plus +-intensity/2, then clipped to 0..1
+
+    def __init__(
+        self,
+        turn: float = 0.0,  # degrees, uniform in +-turn
+        shift: float = 0.0,  # as a share of height and width, uniform in +-shift
+        shear: float = 0.0,  # degrees, uniform in +-shear
+        zoom: float = 0.0,  # height and width each by a factor of their own, uniform in 1+-zoom
+        flip: float = 0.0,  # probability of a left-right mirror
+        swap=(),  # pairs of class numbers that a mirror exchanges
+        bend: float = 0.0,  # elastic: sd of the displacement of 7 x 7 points as a share of height and width, smooth in between
+        blur: float = 0.0,  # sd of a Gaussian in pixels, uniform in 0..blur
+        intensity: float = 0.0,  # contrast about mid-grey by a factor in 1+-intensity, brightness plus +-intensity/2, then clipped to 0..1
     ):
         store_attr()
         super().__init__()
+
     def before_call(self, b, split_idx):
         x = b[0] if isinstance(b, tuple) else b
         n, (h, w), self.theta, self.field, self.sd = len(x), x.shape[-2:], None, None, None
-        draw = lambda size, *shape: torch.empty(n, *shape).uniform_(-1, 1) * size
+
+        def draw(size, *shape):
+            return torch.empty(n, *shape).uniform_(-1, 1) * size
+
         self.mirrored = torch.rand(n) < self.flip
         if self.turn or self.shift or self.shear or self.zoom:
-            self.theta = keras_theta(draw(self.turn).deg2rad(), draw(self.shift, 2) * torch.tensor([h, w]), draw(self.shear).deg2rad(), 1 + draw(self.zoom, 2), (h, w))
-        if self.bend: self.field = torch.randn(n, 2, 7, 7) * 2 * self.bend                        # a side is 2 long for `grid_sample`
-        if self.blur: self.sd = torch.rand(n) * self.blur
+            self.theta = keras_theta(
+                draw(self.turn).deg2rad(),
+                draw(self.shift, 2) * torch.tensor([h, w]),
+                draw(self.shear).deg2rad(),
+                1 + draw(self.zoom, 2),
+                (h, w),
+            )
+        if self.bend:
+            self.field = torch.randn(n, 2, 7, 7) * 2 * self.bend  # a side is 2 long for `grid_sample`
+        if self.blur:
+            self.sd = torch.rand(n) * self.blur
         self.contrast, self.bright = 1 + draw(self.intensity), draw(self.intensity) / 2
+
     def _sample(self, x, mode):
-        if self.theta is None and self.field is None: return x
+        if self.theta is None and self.field is None:
+            return x
         theta = torch.eye(2, 3).expand(len(x), 2, 3) if self.theta is None else self.theta
         grid = F.affine_grid(theta.to(x.device), (len(x), 1, *x.shape[-2:]), align_corners=False)
-        if self.field is not None: grid = grid + F.interpolate(self.field.to(x.device), x.shape[-2:], mode='bicubic', align_corners=True).permute(0, 2, 3, 1)
+        if self.field is not None:
+            grid = grid + F.interpolate(
+                self.field.to(x.device), x.shape[-2:], mode='bicubic', align_corners=True
+            ).permute(0, 2, 3, 1)
         return F.grid_sample(x, grid, mode, 'border', align_corners=False)
-    def _where(self, mirrored, x): return torch.where(self.mirrored.to(x.device).view(-1, *[1] * (x.ndim - 1)), mirrored, x)
-    def encodes(self, x:TensorImage):
+
+    def _where(self, mirrored, x):
+        return torch.where(self.mirrored.to(x.device).view(-1, *[1] * (x.ndim - 1)), mirrored, x)
+
+    def encodes(self, x: TensorImage):
         y = self._sample(torch.Tensor(x), 'bilinear')
         y = self._where(y.flip(-1), y)
-        if self.sd is not None: y = gaussian_blur_each(y, self.sd)
-        if self.intensity: y = ((y - .5) * self.contrast.to(y.device).view(-1, 1, 1, 1) + .5 + self.bright.to(y.device).view(-1, 1, 1, 1)).clamp(0, 1)
+        if self.sd is not None:
+            y = gaussian_blur_each(y, self.sd)
+        if self.intensity:
+            y = (
+                (y - 0.5) * self.contrast.to(y.device).view(-1, 1, 1, 1)
+                + 0.5
+                + self.bright.to(y.device).view(-1, 1, 1, 1)
+            ).clamp(0, 1)
         return retain_type(y, x)
-    def encodes(self, x:TensorMask):
+
+    def encodes(self, x: TensorMask):
         codes = x.ndim == 3
         y = torch.Tensor(x)[:, None] if codes else torch.Tensor(x)
         y = self._sample(y.float(), 'nearest').to(x.dtype)
         order = torch.arange(256 if codes else y.shape[1], device=y.device)
         for i, j in self.swap:
-            if max(i, j) >= len(order): raise ValueError(f"swap exchanges class {max(i, j)}, the masks have classes 0..{len(order)-1}")
+            if max(i, j) >= len(order):
+                raise ValueError(
+                    f"swap exchanges class {max(i, j)}, the masks have classes 0..{len(order) - 1}"
+                )
             order[i], order[j] = j, i
         y = self._where(order[y.flip(-1).long()].to(y.dtype) if codes else y.flip(-1)[:, order], y)
         return retain_type(y[:, 0] if codes else y, x)
 
+# %% ../../nbs/data/augment.ipynb #c024-2
 def keras_theta(
-    turn:torch.Tensor,        # (b,) radians
-    shift:torch.Tensor,       # (b, 2) pixels: rows, columns
-    shear:torch.Tensor,       # (b,) radians
-    zoom:torch.Tensor,        # (b, 2) factors for rows and columns; above 1 shows more of the picture, so that things get smaller
-    size:tuple,               # (height, width)
-) -> torch.Tensor:            # (b, 2, 3), for F.affine_grid
+    turn: torch.Tensor,  # (b,) radians
+    shift: torch.Tensor,  # (b, 2) pixels: rows, columns
+    shear: torch.Tensor,  # (b,) radians
+    zoom: torch.Tensor,  # (b, 2) factors for rows and columns; above 1 shows more of the picture, so that things get smaller
+    size: tuple,  # (height, width)
+) -> torch.Tensor:  # (b, 2, 3), for F.affine_grid
     "Matrices that take an output pixel to the input pixel it shows, as Keras composes them: rotation, shift, shear, zoom about the centre."
-    rows = lambda a, b, c, d: torch.stack([torch.stack([a, b], 1), torch.stack([c, d], 1)], 1)
+
+    def rows(a, b, c, d):
+        return torch.stack([torch.stack([a, b], 1), torch.stack([c, d], 1)], 1)
+
     rotation = rows(turn.cos(), -turn.sin(), turn.sin(), turn.cos())
-    matrix = rotation @ rows(torch.ones_like(shear), -shear.sin(), torch.zeros_like(shear), shear.cos()) * zoom[:, None]
+    matrix = (
+        rotation
+        @ rows(torch.ones_like(shear), -shear.sin(), torch.zeros_like(shear), shear.cos())
+        * zoom[:, None]
+    )
     half = torch.tensor(size) / 2
     theta = torch.cat([matrix * half / half[:, None], rotation @ shift[..., None] / half[:, None]], 2)
-    return theta[:, [1, 0]][..., [1, 0, 2]]                                                        # rows and columns become x and y
+    return theta[:, [1, 0]][..., [1, 0, 2]]  # rows and columns become x and y
 
+# %% ../../nbs/data/augment.ipynb #c024
 def gaussian_blur_each(
-    x:torch.Tensor,           # (b, c, h, w)
-    sd:torch.Tensor,          # (b,) pixels; 0 leaves the image as it is
-) -> torch.Tensor:            # (b, c, h, w)
+    x: torch.Tensor,  # (b, c, h, w)
+    sd: torch.Tensor,  # (b,) pixels; 0 leaves the image as it is
+) -> torch.Tensor:  # (b, c, h, w)
     "Blur each image of a batch by a Gaussian of its own, cut off at 3 standard deviations of the widest, border repeated."
     b, c, h, w = x.shape
     r = min(math.ceil(3 * float(sd.max())), h - 1, w - 1)
-    k = torch.exp(-.5 * (torch.arange(-r, r + 1) / sd.clamp(min=1e-3)[:, None])**2)
+    k = torch.exp(-0.5 * (torch.arange(-r, r + 1) / sd.clamp(min=1e-3)[:, None]) ** 2)
     k = (k / k.sum(1, keepdim=True)).to(x.device, x.dtype).repeat_interleave(c, 0)[:, None]
     y = F.pad(x.reshape(1, b * c, h, w), (r, r, r, r), mode='replicate')
     return F.conv2d(F.conv2d(y, k[:, :, None], groups=b * c), k[..., None], groups=b * c).view(b, c, h, w)
 
-# %% ../../nbs/data/augment.ipynb #c032
+# %% ../../nbs/data/augment.ipynb #c032-1
 class ChengAugment(MaskAugment):
     "Cheng & Lam 2021 (authors' code): turned 0.15 and sheared 0.05 degrees, shifted and zoomed 5 %, mirrored with probability 1/2, border repeated."
-    def __init__(self,
-        turn:float=.15,       # degrees; what the paper's reader expects may be far more
-        **kwargs,             # changes of other arguments of MaskAugment
-    ): super().__init__(**{**dict(turn=turn, shift=.05, shear=.05, zoom=.05, flip=.5), **kwargs})
 
+    def __init__(
+        self,
+        turn: float = 0.15,  # degrees; what the paper's reader expects may be far more
+        **kwargs,  # changes of other arguments of MaskAugment
+    ):
+        super().__init__(**{**dict(turn=turn, shift=0.05, shear=0.05, zoom=0.05, flip=0.5), **kwargs})
+
+# %% ../../nbs/data/augment.ipynb #c032
 class MerandAugment(MaskAugment):
     "Merand & Klein 2021 (section on augmentation): mild blur, left-right reflection with the sides' classes exchanged, small rotations; their sizes are our choice."
-    def __init__(self,
-        swap=((0, 1),),       # pairs of classes that a reflection exchanges: right and left lung of CCXS
-        turn:float=5.,        # degrees
-        blur:float=1.,        # pixels
-        **kwargs,             # changes of other arguments of MaskAugment
-    ): super().__init__(**{**dict(turn=turn, flip=.5, swap=swap, blur=blur), **kwargs})
+
+    def __init__(
+        self,
+        swap=((0, 1),),  # pairs of classes that a reflection exchanges: right and left lung of CCXS
+        turn: float = 5.0,  # degrees
+        blur: float = 1.0,  # pixels
+        **kwargs,  # changes of other arguments of MaskAugment
+    ):
+        super().__init__(**{**dict(turn=turn, flip=0.5, swap=swap, blur=blur), **kwargs})

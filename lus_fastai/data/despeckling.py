@@ -10,233 +10,324 @@ __all__ = ['DESPECKLE', 'wavelet_filter', 'median_filter', 'lee_filter', 'frost_
 
 # %% ../../nbs/data/despeckling.ipynb #c003
 import math
-import numpy as np, torch
 
-# %% ../../nbs/data/despeckling.ipynb #c006
-_DB4 = (-.010597401785069032, .0328830116668852, .030841381835560764, -.18703481171909309, -.027983769416859854, .6308807679298589, .7148465705529157, .2303778133088965)
+import numpy as np
+import torch
+
+# %% ../../nbs/data/despeckling.ipynb #c006-1
+_DB4 = (
+    -0.010597401785069032,
+    0.0328830116668852,
+    0.030841381835560764,
+    -0.18703481171909309,
+    -0.027983769416859854,
+    0.6308807679298589,
+    0.7148465705529157,
+    0.2303778133088965,
+)
+
 
 def _rotations(taps):
     "Slopes (tangents) of the rotations that make an orthogonal filter, first to last, and the factor left over."
     h, slopes = np.array(taps), []
     while len(h) > 2:
-        k = h[-1]/h[0]
+        k = h[-1] / h[0]
         slopes.append(k)
-        h = ((h + k*h[::-1]*(-1.)**np.arange(len(h)))/(1 + k*k))[:-2]
-    return [float(h[1]/h[0]), *slopes[::-1]], float(h[0])
+        h = ((h + k * h[::-1] * (-1.0) ** np.arange(len(h))) / (1 + k * k))[:-2]
+    return [float(h[1] / h[0]), *slopes[::-1]], float(h[0])
 
+# %% ../../nbs/data/despeckling.ipynb #c006-2
 _SLOPES, _SCALE = _rotations(_DB4)
+
 
 def _split(x):
     "Rows of (n, h, w) to smooth and detail, (n, (h + 7)//2, w) each, short of a factor `_SCALE`."
     h = x.shape[-2]
-    i = torch.arange(-6, 2*((h + 7)//2), device=x.device) % (2*h)
-    i = torch.where(i < h, i, 2*h - 1 - i)                                  # beyond the edge: its mirror image
+    i = torch.arange(-6, 2 * ((h + 7) // 2), device=x.device) % (2 * h)
+    i = torch.where(i < h, i, 2 * h - 1 - i)  # beyond the edge: its mirror image
     q, p = x.index_select(-2, i[::2]), x.index_select(-2, i[1::2])
     for j, k in enumerate(_SLOPES):
-        if j: p, q = p[:, 1:], q[:, :-1]
+        if j:
+            p, q = p[:, 1:], q[:, :-1]
         p, q = p.add(q, alpha=k), q.sub(p, alpha=k)
     return p, q
 
+# %% ../../nbs/data/despeckling.ipynb #c006
 def _merge(p, q, h):
     "Undo `_split`, short of the same factor: (n, h, w)."
     for j, k in reversed([*enumerate(_SLOPES)]):
         p, q = p.sub(q, alpha=k), q.add(p, alpha=k)
-        if j: p, q = p[:, :-1], q[:, 1:]
+        if j:
+            p, q = p[:, :-1], q[:, 1:]
     return torch.stack([q, p], 2).flatten(1, 2)[:, :h]
 
-# %% ../../nbs/data/despeckling.ipynb #c010
+# %% ../../nbs/data/despeckling.ipynb #c010-1
 def _noise(band):
     "Standard deviation of the noise, (n, 1, 1), from the finest diagonal band; what is 0 but for rounding is flat and left out."
     size = band.abs().flatten(1).cpu().numpy()
-    middle = np.minimum(((size <= 1e-6).sum(1) + size.shape[1])//2, size.shape[1] - 1)
-    return torch.tensor([np.partition(s, i)[i] for s, i in zip(size, middle)], device=band.device).view(-1, 1, 1)/.6744897501960817
+    middle = np.minimum(((size <= 1e-6).sum(1) + size.shape[1]) // 2, size.shape[1] - 1)
+    return (
+        torch.tensor([np.partition(s, i)[i] for s, i in zip(size, middle)], device=band.device).view(-1, 1, 1)
+        / 0.6744897501960817
+    )
+
 
 def _threshold(band, sigma, rule, pixels):
-    if rule == 'universal': return sigma*math.sqrt(2*math.log(pixels))
-    return sigma**2/(band.square().mean((1, 2), keepdim=True) - sigma**2).clamp(min=1e-12).sqrt()
+    if rule == 'universal':
+        return sigma * math.sqrt(2 * math.log(pixels))
+    return sigma**2 / (band.square().mean((1, 2), keepdim=True) - sigma**2).clamp(min=1e-12).sqrt()
 
+# %% ../../nbs/data/despeckling.ipynb #c010-2
 def _shrink(y, levels, rule, pixels, sigma=None):
     "Wavelet transform of (n, h, w), soft threshold, inverse."
-    lo, hi = _split(y*_SCALE**2)
+    lo, hi = _split(y * _SCALE**2)
     (ll, lh), (hl, hh) = (_split(b.mT.contiguous()) for b in (lo, hi))
-    if sigma is None: sigma = _noise(hh)
+    if sigma is None:
+        sigma = _noise(hh)
     for band in (lh, hl, hh):
         t = _threshold(band, sigma, rule, pixels)
         band -= band.clamp(-t, t)
-    if levels > 1: ll = _shrink(ll, levels - 1, rule, pixels, sigma)
+    if levels > 1:
+        ll = _shrink(ll, levels - 1, rule, pixels, sigma)
     lo, hi = (_merge(a, b, y.shape[2]).mT.contiguous() for a, b in ((ll, lh), (hl, hh)))
-    return _merge(lo, hi, y.shape[1])*_SCALE**2
+    return _merge(lo, hi, y.shape[1]) * _SCALE**2
 
+# %% ../../nbs/data/despeckling.ipynb #c010
 def wavelet_filter(
-    x:torch.Tensor,             # (n, h, w) float 0..1
-    threshold:str='bayes',      # 'bayes' (BayesShrink, a threshold a band) or 'universal'
-    levels:int=3,               # depth; less where a side is under 7*2**levels pixels, but at least 1
-) -> torch.Tensor:              # (n, h, w)
+    x: torch.Tensor,  # (n, h, w) float 0..1
+    threshold: str = 'bayes',  # 'bayes' (BayesShrink, a threshold a band) or 'universal'
+    levels: int = 3,  # depth; less where a side is under 7*2**levels pixels, but at least 1
+) -> torch.Tensor:  # (n, h, w)
     "Homomorphic wavelet filter: logarithm, db4 with mirrored edges, soft threshold, and back (Cheng & Lam 2021)."
-    if threshold not in ('bayes', 'universal'): raise ValueError(f"unknown threshold {threshold!r}; there are 'bayes' and 'universal'")
-    if levels < 1: raise ValueError(f"levels must be at least 1, got {levels}")
+    if threshold not in ('bayes', 'universal'):
+        raise ValueError(f"unknown threshold {threshold!r}; there are 'bayes' and 'universal'")
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
     h, w = x.shape[1:]
-    return _shrink(x.log1p(), max(1, min(levels, int(math.log2(max(min(h, w)/7, 1))))), threshold, h*w).expm1()
+    return _shrink(
+        x.log1p(), max(1, min(levels, int(math.log2(max(min(h, w) / 7, 1))))), threshold, h * w
+    ).expm1()
 
-# %% ../../nbs/data/despeckling.ipynb #c012
+# %% ../../nbs/data/despeckling.ipynb #c012-1
 def _local(x, size):
     "Mean and variance in windows of size x size."
     from scipy.ndimage import uniform_filter
+
     mean = uniform_filter(x, (0, size, size))
-    return mean, np.maximum(uniform_filter(x*x, (0, size, size)) - mean*mean, 0)
+    return mean, np.maximum(uniform_filter(x * x, (0, size, size)) - mean * mean, 0)
 
-def _plain(q, x): return np.array([np.median(a[b > .02]) if (b > .02).any() else 0 for a, b in zip(q, x)], np.float32)[:, None, None]
 
+def _plain(q, x):
+    return np.array([np.median(a[b > 0.02]) if (b > 0.02).any() else 0 for a, b in zip(q, x)], np.float32)[
+        :, None, None
+    ]
+
+# %% ../../nbs/data/despeckling.ipynb #c012-2
 def _variation(mean, var):
     "Squared coefficient of variation of each window, and of plain tissue: the median over windows that are not black, (n, 1, 1)."
-    q = var/np.maximum(mean, 1e-3)**2
+    q = var / np.maximum(mean, 1e-3) ** 2
     return q, _plain(q, mean)
 
+
 def _windows(size):
-    if size < 3 or size % 2 == 0: raise ValueError(f"size must be an odd number of at least 3, got {size}")
+    if size < 3 or size % 2 == 0:
+        raise ValueError(f"size must be an odd number of at least 3, got {size}")
     return size
 
+# %% ../../nbs/data/despeckling.ipynb #c012-3
 def median_filter(
-    x:np.ndarray,           # (n, h, w) float 0..1
-    size:int=5,             # side of the window, odd
-) -> np.ndarray:            # (n, h, w)
+    x: np.ndarray,  # (n, h, w) float 0..1
+    size: int = 5,  # side of the window, odd
+) -> np.ndarray:  # (n, h, w)
     "Median of each window."
     from scipy import ndimage
+
     return ndimage.median_filter(x, (1, _windows(size), size))
 
+# %% ../../nbs/data/despeckling.ipynb #c012-4
 def lee_filter(
-    x:np.ndarray,           # (n, h, w) float 0..1
-    size:int=7,             # side of the window, odd
-) -> np.ndarray:            # (n, h, w)
+    x: np.ndarray,  # (n, h, w) float 0..1
+    size: int = 7,  # side of the window, odd
+) -> np.ndarray:  # (n, h, w)
     "Lee 1980: the window's mean, and of the deviation what is more than speckle."
     mean, var = _local(x, _windows(size))
     q, q0 = _variation(mean, var)
-    return mean + np.clip(1 - q0/np.maximum(q, 1e-12), 0, 1)*(x - mean)
+    return mean + np.clip(1 - q0 / np.maximum(q, 1e-12), 0, 1) * (x - mean)
 
+# %% ../../nbs/data/despeckling.ipynb #c012-5
 def frost_filter(
-    x:np.ndarray,           # (n, h, w) float 0..1
-    size:int=7,             # side of the window, odd
-    damping:float=1.,       # how fast weights fall with distance where the window varies as speckle does
-) -> np.ndarray:            # (n, h, w)
+    x: np.ndarray,  # (n, h, w) float 0..1
+    size: int = 7,  # side of the window, odd
+    damping: float = 1.0,  # how fast weights fall with distance where the window varies as speckle does
+) -> np.ndarray:  # (n, h, w)
     "Frost 1982: mean weighted by exp(-damping * variation * distance)."
     q, q0 = _variation(*_local(x, _windows(size)))
-    rate, r = damping*q/np.maximum(q0, 1e-12), size//2
+    rate, r = damping * q / np.maximum(q0, 1e-12), size // 2
     padded, total, weights = np.pad(x, ((0, 0), (r, r), (r, r)), mode='symmetric'), 0, 0
     for dy in range(size):
         for dx in range(size):
-            w = np.exp(-rate*np.float32(np.hypot(dy - r, dx - r)))
-            total, weights = total + w*padded[:, dy:dy+x.shape[1], dx:dx+x.shape[2]], weights + w
-    return total/weights
+            w = np.exp(-rate * np.float32(np.hypot(dy - r, dx - r)))
+            total, weights = total + w * padded[:, dy : dy + x.shape[1], dx : dx + x.shape[2]], weights + w
+    return total / weights
 
+# %% ../../nbs/data/despeckling.ipynb #c012-6
 def srad_filter(
-    x:np.ndarray,           # (n, h, w) float 0..1
-    steps:int=40,           # number of steps
-    rate:float=.15,         # size of a step, at most .25
-) -> np.ndarray:            # (n, h, w)
+    x: np.ndarray,  # (n, h, w) float 0..1
+    steps: int = 40,  # number of steps
+    rate: float = 0.15,  # size of a step, at most .25
+) -> np.ndarray:  # (n, h, w)
     "Yu & Acton 2002: diffusion that stops at edges, where variation exceeds that of speckle."
     x = np.maximum(x, np.float32(1e-3))
     for _ in range(steps):
-        up, down, left, right = (np.diff(x, axis=a, prepend=x.take([0], a))*s if s < 0 else np.diff(x, axis=a, append=x.take([-1], a)) for a, s in ((1, -1), (1, 1), (2, -1), (2, 1)))
-        flow, slope = (up + down + left + right)/x, (up**2 + down**2 + left**2 + right**2)/x**2
-        q = np.maximum(.5*slope - flow**2/16, 0)/(1 + .25*flow)**2
+        up, down, left, right = (
+            np.diff(x, axis=a, prepend=x.take([0], a)) * s
+            if s < 0
+            else np.diff(x, axis=a, append=x.take([-1], a))
+            for a, s in ((1, -1), (1, 1), (2, -1), (2, 1))
+        )
+        flow, slope = (up + down + left + right) / x, (up**2 + down**2 + left**2 + right**2) / x**2
+        q = np.maximum(0.5 * slope - flow**2 / 16, 0) / (1 + 0.25 * flow) ** 2
         q0 = _plain(q, x) + np.float32(1e-6)
-        c = np.clip(1/(1 + (q - q0)/(q0*(1 + q0))), 0, 1)
-        below, beside = np.concatenate([c[:, 1:], c[:, -1:]], 1), np.concatenate([c[:, :, 1:], c[:, :, -1:]], 2)
-        x = x + np.float32(rate)*(c*up + below*down + c*left + beside*right)
+        c = np.clip(1 / (1 + (q - q0) / (q0 * (1 + q0))), 0, 1)
+        below, beside = (
+            np.concatenate([c[:, 1:], c[:, -1:]], 1),
+            np.concatenate([c[:, :, 1:], c[:, :, -1:]], 2),
+        )
+        x = x + np.float32(rate) * (c * up + below * down + c * left + beside * right)
     return x
 
+# %% ../../nbs/data/despeckling.ipynb #c012-7
 def nlm_filter(
-    x:np.ndarray,           # (n, h, w) float 0..1
-    strength:float=.06,     # patches that differ by this much (root mean square) still count
-) -> np.ndarray:            # (n, h, w)
+    x: np.ndarray,  # (n, h, w) float 0..1
+    strength: float = 0.06,  # patches that differ by this much (root mean square) still count
+) -> np.ndarray:  # (n, h, w)
     "Non-local means of scikit-image."
     from skimage.restoration import denoise_nl_means
-    return np.stack([denoise_nl_means(i, patch_size=5, patch_distance=6, h=strength, fast_mode=True) for i in x])
 
+    return np.stack(
+        [denoise_nl_means(i, patch_size=5, patch_distance=6, h=strength, fast_mode=True) for i in x]
+    )
+
+# %% ../../nbs/data/despeckling.ipynb #c012
 def tv_filter(
-    x:np.ndarray,           # (n, h, w) float 0..1
-    weight:float=.08,       # larger is smoother
-) -> np.ndarray:            # (n, h, w)
+    x: np.ndarray,  # (n, h, w) float 0..1
+    weight: float = 0.08,  # larger is smoother
+) -> np.ndarray:  # (n, h, w)
     "Total variation of scikit-image (Chambolle)."
     from skimage.restoration import denoise_tv_chambolle
+
     return np.stack([denoise_tv_chambolle(i, weight=weight) for i in x])
 
-# %% ../../nbs/data/despeckling.ipynb #c014
-DESPECKLE = dict(wavelet=wavelet_filter, median=median_filter, lee=lee_filter, frost=frost_filter, srad=srad_filter, nlm=nlm_filter, tv=tv_filter)
+# %% ../../nbs/data/despeckling.ipynb #c014-1
+DESPECKLE = dict(
+    wavelet=wavelet_filter,
+    median=median_filter,
+    lee=lee_filter,
+    frost=frost_filter,
+    srad=srad_filter,
+    nlm=nlm_filter,
+    tv=tv_filter,
+)
+
 
 def _check(x, name='x'):
     "`x` as a tensor or memory map (n, h, w), and whether it is bytes; ValueError for anything but grey pictures."
     x = x if torch.is_tensor(x) else np.asarray(x)
-    if x.ndim not in (2, 3) or 0 in x.shape: raise ValueError(f"{name} is one grey picture (h, w) or several (n, h, w), got shape {tuple(x.shape)}")
+    if x.ndim not in (2, 3) or 0 in x.shape:
+        raise ValueError(
+            f"{name} is one grey picture (h, w) or several (n, h, w), got shape {tuple(x.shape)}"
+        )
     byte = x.dtype in (torch.uint8, np.uint8)
     if not byte:
-        if not (x.is_floating_point() if torch.is_tensor(x) else np.issubdtype(x.dtype, np.floating)): raise ValueError(f"{name} is uint8 or float 0..1, got {x.dtype}")
-        if not (x.min() >= 0 and x.max() <= 1): raise ValueError(f"{name} as float must be within 0..1 and without NaN, got values from {float(x.min()):.4g} to {float(x.max()):.4g}")
+        if not (x.is_floating_point() if torch.is_tensor(x) else np.issubdtype(x.dtype, np.floating)):
+            raise ValueError(f"{name} is uint8 or float 0..1, got {x.dtype}")
+        if not (x.min() >= 0 and x.max() <= 1):
+            raise ValueError(
+                f"{name} as float must be within 0..1 and without NaN, got values from {float(x.min()):.4g} to {float(x.max()):.4g}"
+            )
     return (x if x.ndim == 3 else x[None]), byte
 
+# %% ../../nbs/data/despeckling.ipynb #c014
 def despeckle(
-    x,                          # (h, w) or (n, h, w): uint8, or float 0..1; array or tensor (the wavelet runs where the tensor is)
-    method:str='wavelet',       # 'wavelet', 'median', 'lee', 'frost', 'srad', 'nlm' or 'tv'
-    **settings,                 # of the method's function, such as threshold='universal' of wavelet_filter
-):                              # what x is: shape, dtype, array or tensor
+    x,  # (h, w) or (n, h, w): uint8, or float 0..1; array or tensor (the wavelet runs where the tensor is)
+    method: str = 'wavelet',  # 'wavelet', 'median', 'lee', 'frost', 'srad', 'nlm' or 'tv'
+    **settings,  # of the method's function, such as threshold='universal' of wavelet_filter
+):  # what x is: shape, dtype, array or tensor
     "Filter speckle; raises ValueError for an unknown method, other shapes and types, values outside 0..1 and NaN, and TypeError for a setting that the method does not have."
-    if method not in DESPECKLE: raise ValueError(f"unknown method {method!r}; there are {', '.join(DESPECKLE)}")
+    if method not in DESPECKLE:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(DESPECKLE)}")
     f, (pics, byte), tensor = DESPECKLE[method], _check(x), torch.is_tensor(x)
     out = torch.empty_like(pics) if tensor else np.empty(pics.shape, pics.dtype)
     for i in range(0, len(pics), 16):
-        y = pics[i:i+16] if tensor else torch.as_tensor(np.array(pics[i:i+16]))
-        y = y.float()/255 if byte else y.float()
+        y = pics[i : i + 16] if tensor else torch.as_tensor(np.array(pics[i : i + 16]))
+        y = y.float() / 255 if byte else y.float()
         y = f(y, **settings) if method == 'wavelet' else torch.as_tensor(f(y.cpu().numpy(), **settings)).to(y)
         y = y.clamp(0, 1)
         y = y.mul(255).round().byte() if byte else y
-        out[i:i+16] = y if tensor else y.numpy()
+        out[i : i + 16] = y if tensor else y.numpy()
     return out.reshape(x.shape)
 
-# %% ../../nbs/data/despeckling.ipynb #c019
+# %% ../../nbs/data/despeckling.ipynb #c019-1
 def _pairs(x, clean):
     (x, bx), (clean, bc) = _check(x), _check(clean, 'clean')
-    if x.shape != clean.shape: raise ValueError(f"x {tuple(x.shape)} and clean {tuple(clean.shape)} differ in size")
-    return [np.asarray(a.cpu() if torch.is_tensor(a) else a, np.float64)/(255 if b else 1) for a, b in ((x, bx), (clean, bc))]
+    if x.shape != clean.shape:
+        raise ValueError(f"x {tuple(x.shape)} and clean {tuple(clean.shape)} differ in size")
+    return [
+        np.asarray(a.cpu() if torch.is_tensor(a) else a, np.float64) / (255 if b else 1)
+        for a, b in ((x, bx), (clean, bc))
+    ]
 
+# %% ../../nbs/data/despeckling.ipynb #c019-2
 def psnr(
-    x,              # (h, w) or (n, h, w), uint8 or float 0..1
-    clean,          # what it should be; same shape, uint8 or float 0..1
-) -> np.ndarray:    # () or (n,), dB; inf where they are equal
+    x,  # (h, w) or (n, h, w), uint8 or float 0..1
+    clean,  # what it should be; same shape, uint8 or float 0..1
+) -> np.ndarray:  # () or (n,), dB; inf where they are equal
     "Peak signal to noise ratio of each picture."
     a, b = _pairs(x, clean)
-    with np.errstate(divide='ignore'): return (-10*np.log10(((a - b)**2).mean((1, 2)))).reshape(x.shape[:-2])[()]
+    with np.errstate(divide='ignore'):
+        return (-10 * np.log10(((a - b) ** 2).mean((1, 2)))).reshape(x.shape[:-2])[()]
 
+# %% ../../nbs/data/despeckling.ipynb #c019-3
 def ssim(
-    x,              # (h, w) or (n, h, w), uint8 or float 0..1; sides of at least 7
-    clean,          # what it should be; same shape, uint8 or float 0..1
-) -> np.ndarray:    # () or (n,), at most 1
+    x,  # (h, w) or (n, h, w), uint8 or float 0..1; sides of at least 7
+    clean,  # what it should be; same shape, uint8 or float 0..1
+) -> np.ndarray:  # () or (n,), at most 1
     "Structural similarity of each picture (scikit-image, windows of 7)."
     from skimage.metrics import structural_similarity
-    return np.array([structural_similarity(a, b, data_range=1.) for a, b in zip(*_pairs(x, clean))]).reshape(x.shape[:-2])[()]
 
+    return np.array([structural_similarity(a, b, data_range=1.0) for a, b in zip(*_pairs(x, clean))]).reshape(
+        x.shape[:-2]
+    )[()]
+
+# %% ../../nbs/data/despeckling.ipynb #c019-4
 def _region(mask, name, shape):
     mask = np.asarray(mask)
-    if mask.dtype != bool or mask.shape != shape or not mask.any(): raise ValueError(f"{name} is a bool mask of shape {shape} with at least one pixel, got {mask.dtype} {mask.shape}")
+    if mask.dtype != bool or mask.shape != shape or not mask.any():
+        raise ValueError(
+            f"{name} is a bool mask of shape {shape} with at least one pixel, got {mask.dtype} {mask.shape}"
+        )
     return mask
 
+# %% ../../nbs/data/despeckling.ipynb #c019-5
 def speckle_index(
-    x,              # (h, w), uint8 or float 0..1
-    mask=None,      # (h, w) bool, a region that should be plain; the whole picture when None
-    size:int=7,     # side of the windows, odd
-) -> float:         # 0 is plain; fully developed speckle has .52 before log compression, less after
+    x,  # (h, w), uint8 or float 0..1
+    mask=None,  # (h, w) bool, a region that should be plain; the whole picture when None
+    size: int = 7,  # side of the windows, odd
+) -> float:  # 0 is plain; fully developed speckle has .52 before log compression, less after
     "Mean over windows of standard deviation over mean, black ones left out."
     x = _pairs(x, x)[0]
     mean, var = _local(x, _windows(size))
-    use = (mean[0] > .02) & (_region(mask, 'mask', mean[0].shape) if mask is not None else True)
-    return float((np.sqrt(var[0])[use]/mean[0][use]).mean()) if use.any() else 0.
+    use = (mean[0] > 0.02) & (_region(mask, 'mask', mean[0].shape) if mask is not None else True)
+    return float((np.sqrt(var[0])[use] / mean[0][use]).mean()) if use.any() else 0.0
 
+# %% ../../nbs/data/despeckling.ipynb #c019
 def contrast_to_noise(
-    x,              # (h, w), uint8 or float 0..1
-    inside,         # (h, w) bool, a structure
-    outside,        # (h, w) bool, its surroundings
-) -> float:         # 0 when they have one mean; inf when both are plain and differ
+    x,  # (h, w), uint8 or float 0..1
+    inside,  # (h, w) bool, a structure
+    outside,  # (h, w) bool, its surroundings
+) -> float:  # 0 when they have one mean; inf when both are plain and differ
     "Distance of two regions' means over their joint standard deviation."
     x = _pairs(x, x)[0][0]
     a, b = (x[_region(m, name, x.shape)] for m, name in ((inside, 'inside'), (outside, 'outside')))
     gap, noise = abs(a.mean() - b.mean()), np.hypot(a.std(), b.std())
-    return float(gap/noise) if noise else float('inf') if gap else 0.
+    return float(gap / noise) if noise else float('inf') if gap else 0.0

@@ -9,206 +9,310 @@ __all__ = ['FanError', 'Fan', 'burn_in', 'find_fan', 'add_fans', 'crop_to_fan', 
            'find_overlays', 'remove_overlays']
 
 # %% ../../nbs/data/fan.ipynb #c003
-import json, warnings
+import json
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+
 from ..core import check_table, progress
 from .store import ClipError, sample_clip
 
-# %% ../../nbs/data/fan.ipynb #c006
+# %% ../../nbs/data/fan.ipynb #c006-1
 class FanError(ValueError):
     "No fan can be found, or a fan does not fit."
 
+# %% ../../nbs/data/fan.ipynb #c006
 @dataclass(frozen=True)
 class Fan:
     "Where the probe sees, in a picture of `size`: a sector (convex) or a rectangle or trapezoid (linear). Raises `FanError` for an impossible one."
-    kind:str            # 'convex' or 'linear'
-    size:tuple          # height and width of the picture
-    near:float          # convex: radius of the near arc, in pixels down the picture; linear: its top row
-    far:float           # radius of the far arc, or bottom row
-    left:float          # convex: angle of the leftmost beam in degrees, negative to the left of straight down; linear: left end of the top row
-    right:float         # the same on the right
-    x:float=0.          # convex: column of the apex
-    y:float=0.          # convex: row of the apex, usually above the picture
-    aspect:float=1.     # convex: how much the picture is stretched sideways
-    flare:float=0.      # linear: by how much each side moves out from top to bottom
+
+    kind: str  # 'convex' or 'linear'
+    size: tuple  # height and width of the picture
+    near: float  # convex: radius of the near arc, in pixels down the picture; linear: its top row
+    far: float  # radius of the far arc, or bottom row
+    left: float  # convex: angle of the leftmost beam in degrees, negative to the left of straight down; linear: left end of the top row
+    right: float  # the same on the right
+    x: float = 0.0  # convex: column of the apex
+    y: float = 0.0  # convex: row of the apex, usually above the picture
+    aspect: float = 1.0  # convex: how much the picture is stretched sideways
+    flare: float = 0.0  # linear: by how much each side moves out from top to bottom
 
     def __post_init__(self):
-        if self.kind not in ('convex', 'linear'): raise FanError(f"kind is 'convex' or 'linear', not {self.kind!r}")
-        if len(self.size) != 2 or min(self.size) < 1: raise FanError(f"size is (height, width), got {self.size!r}")
+        if self.kind not in ('convex', 'linear'):
+            raise FanError(f"kind is 'convex' or 'linear', not {self.kind!r}")
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise FanError(f"size is (height, width), got {self.size!r}")
         object.__setattr__(self, 'size', tuple(int(s) for s in self.size))
         numbers = [getattr(self, f.name) for f in fields(self)[2:]]
-        if not np.isfinite(numbers).all(): raise FanError(f"a fan's geometry must be finite, got {numbers}")
-        if not (self.near < self.far and self.left < self.right and self.aspect > 0): raise FanError(f"a fan needs near < far, left < right and aspect > 0, got {self}")
-        if self.kind == 'convex' and (self.near < 0 or self.left <= -90 or self.right >= 90): raise FanError(f"a convex fan's radii are not negative and its angles within 90 degrees, got {self}")
+        if not np.isfinite(numbers).all():
+            raise FanError(f"a fan's geometry must be finite, got {numbers}")
+        if not (self.near < self.far and self.left < self.right and self.aspect > 0):
+            raise FanError(f"a fan needs near < far, left < right and aspect > 0, got {self}")
+        if self.kind == 'convex' and (self.near < 0 or self.left <= -90 or self.right >= 90):
+            raise FanError(
+                f"a convex fan's radii are not negative and its angles within 90 degrees, got {self}"
+            )
 
-    def coordinates(self,
-        px,             # columns, numbers or array
-        py,             # rows, broadcast with px
-    ):                  # depth and beam, each 0..1 inside the fan
+    def coordinates(
+        self,
+        px,  # columns, numbers or array
+        py,  # rows, broadcast with px
+    ):  # depth and beam, each 0..1 inside the fan
         "Pixels to depth and beam."
         if self.kind == 'convex':
-            dx, dy = (px - self.x)/self.aspect, py - self.y
-            return (np.hypot(dx, dy) - self.near)/(self.far - self.near), (np.degrees(np.arctan2(dx, dy)) - self.left)/(self.right - self.left)
-        d = (py - self.near)/(self.far - self.near)
-        return d + 0*px, (px - self.left + self.flare*d)/np.maximum(self.right - self.left + 2*self.flare*d, 1e-6)
+            dx, dy = (px - self.x) / self.aspect, py - self.y
+            return (np.hypot(dx, dy) - self.near) / (self.far - self.near), (
+                np.degrees(np.arctan2(dx, dy)) - self.left
+            ) / (self.right - self.left)
+        d = (py - self.near) / (self.far - self.near)
+        return d + 0 * px, (px - self.left + self.flare * d) / np.maximum(
+            self.right - self.left + 2 * self.flare * d, 1e-6
+        )
 
-    def pixels(self,
-        depth,          # 0 (probe) to 1, numbers or array
-        beam,           # 0 (left) to 1, broadcast with depth
-    ):                  # columns and rows
+    def pixels(
+        self,
+        depth,  # 0 (probe) to 1, numbers or array
+        beam,  # 0 (left) to 1, broadcast with depth
+    ):  # columns and rows
         "Depth and beam to pixels."
         if self.kind == 'convex':
-            r, t = self.near + depth*(self.far - self.near), np.radians(self.left + beam*(self.right - self.left))
-            return self.x + self.aspect*r*np.sin(t), self.y + r*np.cos(t)
-        return self.left - self.flare*depth + beam*(self.right - self.left + 2*self.flare*depth), self.near + depth*(self.far - self.near) + 0*beam
+            r, t = (
+                self.near + depth * (self.far - self.near),
+                np.radians(self.left + beam * (self.right - self.left)),
+            )
+            return self.x + self.aspect * r * np.sin(t), self.y + r * np.cos(t)
+        return self.left - self.flare * depth + beam * (
+            self.right - self.left + 2 * self.flare * depth
+        ), self.near + depth * (self.far - self.near) + 0 * beam
 
-    def mask(self):     # (h, w) bool
+    def mask(self):  # (h, w) bool
         "Pixels whose centre lies inside."
         (h, w) = self.size
-        d, b = self.coordinates(np.arange(w) + .5, np.arange(h)[:, None] + .5)
+        d, b = self.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
         return (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
 
-    def outline(self,
-        n:int=50,       # points along each of the four sides
-    ):                  # (4n, 2) columns and rows, in turn around the fan; they may lie outside the picture
+    def outline(
+        self,
+        n: int = 50,  # points along each of the four sides
+    ):  # (4n, 2) columns and rows, in turn around the fan; they may lie outside the picture
         "The fan's edge, for drawing."
         t, o = np.linspace(0, 1, n), np.ones(n)
-        return np.stack(self.pixels(np.r_[0*o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0*o]), 1)
+        return np.stack(self.pixels(np.r_[0 * o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0 * o]), 1)
 
-    def box(self):      # top, bottom, left, right: rows top..bottom-1 and columns left..right-1 of the picture
+    def box(self):  # top, bottom, left, right: rows top..bottom-1 and columns left..right-1 of the picture
         "The smallest box around the mask; raises `FanError` if the fan lies outside the picture."
         m = self.mask()
-        if not m.any(): raise FanError(f"the fan lies outside its picture of {self.size[1]}x{self.size[0]} pixels: {self}")
+        if not m.any():
+            raise FanError(
+                f"the fan lies outside its picture of {self.size[1]}x{self.size[0]} pixels: {self}"
+            )
         rows, cols = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
         return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
 
-    def resize(self,
-        size:tuple,     # new height and width
-    ):                  # Fan
+    def resize(
+        self,
+        size: tuple,  # new height and width
+    ):  # Fan
         "The fan of the picture resized."
-        sy, sx = size[0]/self.size[0], size[1]/self.size[1]
-        if self.kind == 'convex': return replace(self, size=size, near=self.near*sy, far=self.far*sy, x=self.x*sx, y=self.y*sy, aspect=self.aspect*sx/sy)
-        return replace(self, size=size, near=self.near*sy, far=self.far*sy, left=self.left*sx, right=self.right*sx, flare=self.flare*sx)
+        sy, sx = size[0] / self.size[0], size[1] / self.size[1]
+        if self.kind == 'convex':
+            return replace(
+                self,
+                size=size,
+                near=self.near * sy,
+                far=self.far * sy,
+                x=self.x * sx,
+                y=self.y * sy,
+                aspect=self.aspect * sx / sy,
+            )
+        return replace(
+            self,
+            size=size,
+            near=self.near * sy,
+            far=self.far * sy,
+            left=self.left * sx,
+            right=self.right * sx,
+            flare=self.flare * sx,
+        )
 
     def cropped(self):  # Fan
         "The fan of the picture cropped to `box`."
         top, bottom, left, right = self.box()
         size = bottom - top, right - left
-        if self.kind == 'convex': return replace(self, size=size, x=self.x - left, y=self.y - top)
-        return replace(self, size=size, near=self.near - top, far=self.far - top, left=self.left - left, right=self.right - left)
+        if self.kind == 'convex':
+            return replace(self, size=size, x=self.x - left, y=self.y - top)
+        return replace(
+            self,
+            size=size,
+            near=self.near - top,
+            far=self.far - top,
+            left=self.left - left,
+            right=self.right - left,
+        )
 
-    def to_dict(self): return {k: list(v) if k == 'size' else v if k == 'kind' else round(float(v), 4) for k, v in asdict(self).items()}  # what JSON can hold
+    def to_dict(self):
+        return {
+            k: list(v) if k == 'size' else v if k == 'kind' else round(float(v), 4)
+            for k, v in asdict(self).items()
+        }  # what JSON can hold
 
     @classmethod
-    def from_dict(cls,
-        d:dict,         # from to_dict
-    ):                  # Fan
+    def from_dict(
+        cls,
+        d: dict,  # from to_dict
+    ):  # Fan
         "The inverse of `to_dict`; raises `FanError` for missing or unknown entries."
-        try: return cls(**d)
-        except TypeError as e: raise FanError(f"this is no fan: {d!r} ({e})") from None
+        try:
+            return cls(**d)
+        except TypeError as e:
+            raise FanError(f"this is no fan: {d!r} ({e})") from None
 
 # %% ../../nbs/data/fan.ipynb #c010
 def burn_in(
-    frames:np.ndarray,        # (n, h, w) uint8, h and w at least 48
-    seed:int=0,               # where and what
-    text:str='LUNG 9L  MI 1.2',   # the caption
-) -> tuple:                   # the frames with caption, body mark, scale, two calipers and a dotted line, the same on each; and (h, w) bool, where they are
+    frames: np.ndarray,  # (n, h, w) uint8, h and w at least 48
+    seed: int = 0,  # where and what
+    text: str = 'LUNG 9L  MI 1.2',  # the caption
+) -> tuple:  # the frames with caption, body mark, scale, two calipers and a dotted line, the same on each; and (h, w) bool, where they are
     "Write on a clip what machines write: outside the fan mostly, and the calipers inside."
     from PIL import Image, ImageDraw, ImageFont
+
     frames, rng = np.asarray(frames), np.random.default_rng(seed)
-    if frames.ndim != 3 or frames.dtype != np.uint8 or min(frames.shape[1:]) < 48: raise ValueError(f"frames must be (n, h, w) uint8 with h and w at least 48, got {frames.dtype} {frames.shape}")
+    if frames.ndim != 3 or frames.dtype != np.uint8 or min(frames.shape[1:]) < 48:
+        raise ValueError(
+            f"frames must be (n, h, w) uint8 with h and w at least 48, got {frames.dtype} {frames.shape}"
+        )
     h, w = frames.shape[1:]
     ink = Image.new('L', (w, h))
-    draw, unit = ImageDraw.Draw(ink), max(1, round(h/160))
-    font = lambda size: ImageFont.load_default(max(9, round(size*h)))
-    draw.text((.02*w, .01*h), text.split()[0], fill=235, font=font(.05))
-    draw.text((.02*w, .07*h), ' '.join(text.split()[1:]), fill=200, font=font(.035))
-    draw.ellipse((.9*w, .02*h, .98*w, .02*h + .08*w), outline=220, width=unit)       # logo
-    for k in range(9): draw.line(((1 - .02*(1 + (k % 4 == 0)))*w, h*(.1 + .1*k), w, h*(.1 + .1*k)), fill=210, width=unit)   # depth scale
-    arm, ends = .02*h, [(rng.uniform(.35, .65)*w, y*h) for y in (rng.uniform(.3, .45), rng.uniform(.55, .7))]
+    draw, unit = ImageDraw.Draw(ink), max(1, round(h / 160))
+
+    def font(size):
+        return ImageFont.load_default(max(9, round(size * h)))
+
+    draw.text((0.02 * w, 0.01 * h), text.split()[0], fill=235, font=font(0.05))
+    draw.text((0.02 * w, 0.07 * h), ' '.join(text.split()[1:]), fill=200, font=font(0.035))
+    draw.ellipse((0.9 * w, 0.02 * h, 0.98 * w, 0.02 * h + 0.08 * w), outline=220, width=unit)  # logo
+    for k in range(9):
+        draw.line(
+            ((1 - 0.02 * (1 + (k % 4 == 0))) * w, h * (0.1 + 0.1 * k), w, h * (0.1 + 0.1 * k)),
+            fill=210,
+            width=unit,
+        )  # depth scale
+    arm, ends = (
+        0.02 * h,
+        [(rng.uniform(0.35, 0.65) * w, y * h) for y in (rng.uniform(0.3, 0.45), rng.uniform(0.55, 0.7))],
+    )
     for x, y in ends:
         draw.line((x - arm, y, x + arm, y), fill=255, width=unit)
         draw.line((x, y - arm, x, y + arm), fill=255, width=unit)
-    for t in np.linspace(.1, .9, 12): draw.point([tuple((1 - t)*a + t*b for a, b in zip(*ends))], fill=255)
+    for t in np.linspace(0.1, 0.9, 12):
+        draw.point([tuple((1 - t) * a + t * b for a, b in zip(*ends))], fill=255)
     ink = np.asarray(ink)
     return np.where(ink > 0, np.maximum(frames, ink), frames), ink > 0
 
-# %% ../../nbs/data/fan.ipynb #c013
+# %% ../../nbs/data/fan.ipynb #c013-1
 def _moves(most, least):
     "Whether the clip shows motion: without it, standing still says nothing."
     lit = most > most.min() + 8
     return bool(lit.any() and np.median((most - least)[lit]) > 4)
 
+# %% ../../nbs/data/fan.ipynb #c013
 def _strokes(most, least, moving, dots=False):
     "Thin bright strokes, and single pixels if `dots`, with dark around them that stand still if anything moves: (h, w) bool."
     from scipy import ndimage as ndi
+
     long = max(least.shape)
-    core = ndi.white_tophat(least, size=2*max(3, round(long/60)) + 1) > 40
-    if moving: core &= most - least <= 6
+    core = ndi.white_tophat(least, size=2 * max(3, round(long / 60)) + 1) > 40
+    if moving:
+        core &= most - least <= 6
     label, n = ndi.label(core, np.ones((3, 3)))
-    if not n: return core
+    if not n:
+        return core
     level, owner = ndi.maximum(least, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
     ring = (owner > 0) & ~ndi.binary_dilation(core, np.ones((3, 3)), 2)
     around = np.bincount(owner[ring], minlength=n + 1)
-    dark = np.bincount(owner[ring], least[ring] < .65*level[owner[ring]], minlength=n + 1)
-    small = np.array([True] + [max(s.stop - s.start for s in box) <= max(12, .22*long) for box in ndi.find_objects(label)])
-    good = small & (around > 0) & (dark >= (.85 if moving else .9)*around) & (level > (90 if moving else 150)) & (np.bincount(label.ravel(), minlength=n + 1) > (0 if dots else 1))
+    dark = np.bincount(owner[ring], least[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
+    small = np.array(
+        [True]
+        + [max(s.stop - s.start for s in box) <= max(12, 0.22 * long) for box in ndi.find_objects(label)]
+    )
+    good = (
+        small
+        & (around > 0)
+        & (dark >= (0.85 if moving else 0.9) * around)
+        & (level > (90 if moving else 150))
+        & (np.bincount(label.ravel(), minlength=n + 1) > (0 if dots else 1))
+    )
     good[0] = False
     return good[label]
 
-# %% ../../nbs/data/fan.ipynb #c014
-_BLACK, _STRETCH = .25, .1   # cost of covering a black pixel; weight of log(aspect) squared
+# %% ../../nbs/data/fan.ipynb #c014-1
+_BLACK, _STRETCH = 0.25, 0.1  # cost of covering a black pixel; weight of log(aspect) squared
+
 
 def _blocks(x, f):
     "Means over f x f blocks; the last ones are filled up by repeating the edge."
     x = np.pad(x, ((0, -x.shape[0] % f), (0, -x.shape[1] % f)), mode='edge')
-    return x.reshape(x.shape[0]//f, f, x.shape[1]//f, f).mean((1, 3), dtype=np.float32)
+    return x.reshape(x.shape[0] // f, f, x.shape[1] // f, f).mean((1, 3), dtype=np.float32)
 
+# %% ../../nbs/data/fan.ipynb #c014-2
 def _evidence(top, change, ink, level, moving):
     "What covering each pixel gains: seen, black, or 0 where it is writing. None when nothing is seen."
     from scipy import ndimage as ndi
-    r = max(2, round(max(top.shape)/55))
+
+    r = max(2, round(max(top.shape) / 55))
     disc = ndi.iterate_structure(ndi.generate_binary_structure(2, 1), r)
     seen = ndi.binary_closing(np.pad((top > level) & ~ink, r, mode='edge'), disc)[r:-r, r:-r]
     label, n = ndi.label(ndi.binary_opening(seen, np.ones((2, 2))))
-    if not n: return None
+    if not n:
+        return None
     area = np.bincount(label.ravel())[1:]
-    writing = area < .1*area.max()
-    if moving: writing |= (ndi.mean(change < 3, label, np.arange(n) + 1) > .7) & [s[1].stop - s[1].start < top.shape[1]/3 for s in ndi.find_objects(label)]
+    writing = area < 0.1 * area.max()
+    if moving:
+        writing |= (ndi.mean(change < 3, label, np.arange(n) + 1) > 0.7) & [
+            s[1].stop - s[1].start < top.shape[1] / 3 for s in ndi.find_objects(label)
+        ]
     return np.where(np.r_[False, writing][label] | ink & (label == 0), 0, (label > 0) - _BLACK)
 
+# %% ../../nbs/data/fan.ipynb #c014-3
 def _best_run(gain):
     "Start, end and sum of the stretch with the greatest sum."
     total = np.r_[0, np.cumsum(gain)]
     end = int(np.argmax(total - np.minimum.accumulate(total)))
-    start = int(np.argmin(total[:end + 1]))
+    start = int(np.argmin(total[: end + 1]))
     return start, end, total[end] - total[start]
 
+# %% ../../nbs/data/fan.ipynb #c014-4
 class _Search:
     "Scores of shapes over a map of gains; lengths in heights of the map, columns in widths."
+
     def __init__(self, gain):
         self.gain, self.best, (h, w) = gain, gain[gain > 0].sum(), gain.shape
-        self.x, self.y = np.tile((np.arange(w) + .5)/w, h), np.repeat((np.arange(h) + .5)/h, w)
-        self.v, self.ratio = gain.ravel(), w/h
+        self.x, self.y = np.tile((np.arange(w) + 0.5) / w, h), np.repeat((np.arange(h) + 0.5) / h, w)
+        self.v, self.ratio = gain.ravel(), w / h
 
     def sector(self, p, n):
         "Score, slope of the sides and both radii of the best sector; p: column of the apex, log of its height over the bottom, log of the aspect; n bins."
-        x, y = abs(self.x - p[0])*(self.ratio*np.exp(-p[2])), self.y - 1 + np.exp(p[1])
-        ok = (y > .02) & (x < 2*y)
-        if not ok.any(): return 0, None
+        x, y = abs(self.x - p[0]) * (self.ratio * np.exp(-p[2])), self.y - 1 + np.exp(p[1])
+        ok = (y > 0.02) & (x < 2 * y)
+        if not ok.any():
+            return 0, None
         x, y = x[ok], y[ok]
-        slope, radius = x/y, np.hypot(x, y)
-        ds, r0, dr = (slope.max() + 1e-6)/n, radius.min(), (np.ptp(radius) + 1e-6)/n
-        bins = (slope/ds).astype(np.int32)*n + ((radius - r0)/dr).astype(np.int32)
-        within = np.cumsum(np.bincount(bins, self.v[ok], n*n).reshape(n, n), 0)   # gains by radius, of all slopes up to each
+        slope, radius = x / y, np.hypot(x, y)
+        ds, r0, dr = (slope.max() + 1e-6) / n, radius.min(), (np.ptp(radius) + 1e-6) / n
+        bins = (slope / ds).astype(np.int32) * n + ((radius - r0) / dr).astype(np.int32)
+        within = np.cumsum(
+            np.bincount(bins, self.v[ok], n * n).reshape(n, n), 0
+        )  # gains by radius, of all slopes up to each
         side = n - 1
         for _ in range(4):
             a, b, gain = _best_run(within[side])
             side = int(within[:, a:b].sum(1).argmax())
         a, b, gain = _best_run(within[side])
-        return (gain/self.best, ((side + 1)*ds, r0 + a*dr, r0 + b*dr)) if b > a else (0, None)
+        return (gain / self.best, ((side + 1) * ds, r0 + a * dr, r0 + b * dr)) if b > a else (0, None)
 
     def rectangle(self):
         "Score and (top, bottom, left, right), in cells."
@@ -216,196 +320,327 @@ class _Search:
         for _ in range(4):
             left, right, _ = _best_run(self.gain[top:bottom].sum(0))
             top, bottom, gain = _best_run(self.gain[:, left:right].sum(1))
-        return gain/self.best, (top, bottom, left, right)
+        return gain / self.best, (top, bottom, left, right)
 
-_OFF_CENTRE, _FOR_CENTRE = .015, .0065   # a fan this far off the middle is moved there if its score falls by less than this
+# %% ../../nbs/data/fan.ipynb #c014
+_OFF_CENTRE, _FOR_CENTRE = (
+    0.015,
+    0.0065,
+)  # a fan this far off the middle is moved there if its score falls by less than this
+
 
 def _fit_sector(gain):
     "Score, apex and aspect as in `_Search.sector`, slope and radii."
     from scipy.optimize import minimize
-    fine, k = _Search(gain), max(1, round(max(gain.shape)/64))
+
+    fine, k = _Search(gain), max(1, round(max(gain.shape) / 64))
     coarse = _Search(_blocks(gain, k))
-    loss = lambda s, n: lambda p: _STRETCH*p[2]**2 - s.sector(p, n)[0]
+
+    def loss(s, n):
+        return lambda p: _STRETCH * p[2] ** 2 - s.sector(p, n)[0]
+
     def descend(f, p, steps, maxfev, tol):
         p = np.asarray(p, float)
-        return minimize(f, p, method='Nelder-Mead', options=dict(initial_simplex=p + np.vstack([np.zeros(3), np.diag(steps)]), maxfev=maxfev, xatol=10*tol, fatol=tol))
+        return minimize(
+            f,
+            p,
+            method='Nelder-Mead',
+            options=dict(
+                initial_simplex=p + np.vstack([np.zeros(3), np.diag(steps)]),
+                maxfev=maxfev,
+                xatol=10 * tol,
+                fatol=tol,
+            ),
+        )
+
     f = loss(coarse, 64)
-    starts = sorted((f((x, q, 0.)), x, q, 0.) for x in (.3, .4, .5, .6, .7) for q in (-.1, .1, .3, .5, .75, 1.05, 1.5))[:2]
-    first = min((descend(f, s[1:], (.05, .12, .12), 100, 1e-4) for s in starts), key=lambda o: o.fun)
+    starts = sorted(
+        (f((x, q, 0.0)), x, q, 0.0)
+        for x in (0.3, 0.4, 0.5, 0.6, 0.7)
+        for q in (-0.1, 0.1, 0.3, 0.5, 0.75, 1.05, 1.5)
+    )[:2]
+    first = min((descend(f, s[1:], (0.05, 0.12, 0.12), 100, 1e-4) for s in starts), key=lambda o: o.fun)
     score = loss(fine, 240)
-    last = descend(score, first.x, (.01, .03, .04), 80, 2e-5)
+    last = descend(score, first.x, (0.01, 0.03, 0.04), 80, 2e-5)
     p = last.x
-    if abs(p[0] - .5) > _OFF_CENTRE:                                       # where one side is dark, a fan turned away from it fits a little better than the true one
-        middle = descend(lambda q: score((.5, q[1], q[2])), (.5, p[1], p[2]), (.001, .05, .06), 80, 2e-5)
-        if middle.fun < last.fun + _FOR_CENTRE: p = np.array([.5, *middle.x[1:]])
+    if (
+        abs(p[0] - 0.5) > _OFF_CENTRE
+    ):  # where one side is dark, a fan turned away from it fits a little better than the true one
+        middle = descend(lambda q: score((0.5, q[1], q[2])), (0.5, p[1], p[2]), (0.001, 0.05, 0.06), 80, 2e-5)
+        if middle.fun < last.fun + _FOR_CENTRE:
+            p = np.array([0.5, *middle.x[1:]])
     return -last.fun, p, fine.sector(p, 240)[1]
 
-# %% ../../nbs/data/fan.ipynb #c016
-_MAX_FRAMES, _LONG = 16, 200   # find_fan looks at so many frames, at that many cells along the longer side
+# %% ../../nbs/data/fan.ipynb #c016-1
+_MAX_FRAMES, _LONG = 16, 200  # find_fan looks at so many frames, at that many cells along the longer side
+
 
 def _gray(frames):
     frames = frames.detach().cpu().numpy() if torch.is_tensor(frames) else np.asarray(frames)
-    if frames.ndim == 2: frames = frames[None]
-    if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size: raise ValueError(f"frames must be (n, h, w) or (h, w) uint8 and not empty, got {frames.dtype} {frames.shape}")
+    if frames.ndim == 2:
+        frames = frames[None]
+    if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(
+            f"frames must be (n, h, w) or (h, w) uint8 and not empty, got {frames.dtype} {frames.shape}"
+        )
     return frames
 
+# %% ../../nbs/data/fan.ipynb #c016
 def find_fan(
-    frames,             # (n, h, w) or (h, w) uint8, grey; a still is one frame
+    frames,  # (n, h, w) or (h, w) uint8, grey; a still is one frame
 ) -> Fan:
     "Find the fan of a clip; raises `FanError` where there is none, as in frames of a single colour."
     frames = _gray(frames)
     n, h, w = frames.shape
-    if min(h, w) < 24: raise FanError(f"frames of {w}x{h} pixels are too small to find a fan in: give at least 24 on each side")
-    if n > _MAX_FRAMES: frames = frames[np.linspace(0, n - 1, _MAX_FRAMES).round().astype(int)]
+    if min(h, w) < 24:
+        raise FanError(
+            f"frames of {w}x{h} pixels are too small to find a fan in: give at least 24 on each side"
+        )
+    if n > _MAX_FRAMES:
+        frames = frames[np.linspace(0, n - 1, _MAX_FRAMES).round().astype(int)]
     most, least = frames.max(0), frames.min(0)
-    if int(most.max()) - int(most.min()) < 8: raise FanError(f"every pixel is {most.min()}{'' if most.min() == most.max() else f'..{most.max()}'} in all frames: a single colour shows no fan")
-    f = -(-max(h, w)//_LONG)
+    if int(most.max()) - int(most.min()) < 8:
+        raise FanError(
+            f"every pixel is {most.min()}{'' if most.min() == most.max() else f'..{most.max()}'} in all frames: a single colour shows no fan"
+        )
+    f = -(-max(h, w) // _LONG)
     top, change = _blocks(most, f), _blocks(most - least, f)
-    black = float(np.quantile(top, .02))
+    black = float(np.quantile(top, 0.02))
     moving, found = n > 2 and _moves(most, least), None
-    k = max(1, f//2)                                      # strokes are a few pixels wide: they are looked for on a finer grid than shapes
+    k = max(1, f // 2)  # strokes are a few pixels wide: they are looked for on a finer grid than shapes
     ink = _strokes(most[::k, ::k], least[::k, ::k], moving)
     ink = np.pad(np.repeat(np.repeat(ink, k, 0), k, 1), ((0, f), (0, f)))[:h, :w]
     ink = _blocks(ink, f) > 0
-    y, x = (np.arange(s)*f + .5*f for s in top.shape)
-    for above in ((.5,) if black == 0 else ()) + (2.5, 6, 12):
+    y, x = (np.arange(s) * f + 0.5 * f for s in top.shape)
+    for above in ((0.5,) if black == 0 else ()) + (2.5, 6, 12):
         gain = _evidence(top, change, ink, black + above, moving)
-        if gain is None or not (gain > 0).any(): continue
+        if gain is None or not (gain > 0).any():
+            continue
         score, (ax, ay, stretch), shape = _fit_sector(gain)
         box_score, (t, b, l, r) = _Search(gain).rectangle()
-        if shape and score > box_score + (.004 if above < 6 else .015):
-            (slope, near, far), (H, W) = shape, np.array(gain.shape)*f
+        if shape and score > box_score + (0.004 if above < 6 else 0.015):
+            (slope, near, far), (H, W) = shape, np.array(gain.shape) * f
             angle = float(np.degrees(np.arctan(slope)))
-            fan = Fan('convex', (h, w), float(near*H), float(far*H), -angle, angle, float(ax*W), float((1 - np.exp(ay))*H), float(np.exp(stretch)))
+            fan = Fan(
+                'convex',
+                (h, w),
+                float(near * H),
+                float(far * H),
+                -angle,
+                angle,
+                float(ax * W),
+                float((1 - np.exp(ay)) * H),
+                float(np.exp(stretch)),
+            )
         else:
             wide = gain.shape[1]
-            if 0 == min(l, wide - r) < max(l, wide - r) < .04*wide: l, r = 0, wide        # fills the width on one side and all but on the other
-            fan = Fan('linear', (h, w), float(t*f), float(min(b*f, h)), float(l*f), float(min(r*f, w)))
+            if 0 == min(l, wide - r) < max(l, wide - r) < 0.04 * wide:
+                l, r = 0, wide  # fills the width on one side and all but on the other
+            fan = Fan(
+                'linear', (h, w), float(t * f), float(min(b * f, h)), float(l * f), float(min(r * f, w))
+            )
         d, beam = fan.coordinates(x, y[:, None])
         outside = (d < 0) | (d > 1) | (beam < 0) | (beam > 1)
-        if above < 1 and (outside.mean() < .02 or (gain[outside] > 0).mean() > .03): continue   # the outside is not exactly black
-        if above < 6 or fan.kind == 'convex': found = fan
-        if fan.kind == 'convex' or (gain > 0).mean() < .93: break
-    if found is None: raise FanError("nothing stands out from the background")
+        if above < 1 and (outside.mean() < 0.02 or (gain[outside] > 0).mean() > 0.03):
+            continue  # the outside is not exactly black
+        if above < 6 or fan.kind == 'convex':
+            found = fan
+        if fan.kind == 'convex' or (gain > 0).mean() < 0.93:
+            break
+    if found is None:
+        raise FanError("nothing stands out from the background")
     return found
 
 # %% ../../nbs/data/fan.ipynb #c022
 def add_fans(
-    table:pd.DataFrame,   # a clip table
-    workers:int=2,        # threads that decode and look
-) -> pd.DataFrame:        # a copy with a column fan: JSON text of the fan in the file's own pixels, '' where none was found
+    table: pd.DataFrame,  # a clip table
+    workers: int = 2,  # threads that decode and look
+) -> (
+    pd.DataFrame
+):  # a copy with a column fan: JSON text of the fan in the file's own pixels, '' where none was found
     "Find the fan of every clip; warns about those without one, naming the first file and the reason."
     check_table(table)
+
     def look(path):
-        try: return find_fan(sample_clip(path, rate=3, max_frames=12).frames), None
-        except (ClipError, FanError) as e: return None, e.reason if isinstance(e, ClipError) else str(e)
-    with ThreadPoolExecutor(max(1, int(workers))) as pool: got = list(progress(pool.map(look, table['path']), total=len(table), desc='fans'))
+        try:
+            return find_fan(sample_clip(path, rate=3, max_frames=12).frames), None
+        except (ClipError, FanError) as e:
+            return None, e.reason if isinstance(e, ClipError) else str(e)
+
+    with ThreadPoolExecutor(max(1, int(workers))) as pool:
+        got = list(progress(pool.map(look, table['path']), total=len(table), desc='fans'))
     failed = [(path, reason) for path, (fan, reason) in zip(table['path'], got) if fan is None]
-    if failed: warnings.warn(f"no fan in {len(failed)} of {len(table)} clips, their column 'fan' is empty; the first is {failed[0][0]}: {failed[0][1]}", stacklevel=2)
+    if failed:
+        warnings.warn(
+            f"no fan in {len(failed)} of {len(table)} clips, their column 'fan' is empty; the first is {failed[0][0]}: {failed[0][1]}",
+            stacklevel=2,
+        )
     return table.assign(fan=['' if fan is None else json.dumps(fan.to_dict()) for fan, _ in got])
 
-# %% ../../nbs/data/fan.ipynb #c024
+# %% ../../nbs/data/fan.ipynb #c024-1
 def crop_to_fan(
-    images,               # (..., h, w) array or tensor: pictures, masks or maps
-    fan:Fan,              # of pictures of this size
-    outside=0,            # value outside the fan; 6 for dense codes
-):                        # (..., box height, box width), same type; fan.cropped() is its fan
+    images,  # (..., h, w) array or tensor: pictures, masks or maps
+    fan: Fan,  # of pictures of this size
+    outside=0,  # value outside the fan; 6 for dense codes
+):  # (..., box height, box width), same type; fan.cropped() is its fan
     "Cut to the fan's box and overwrite what lies outside the fan; raises `FanError` when the sizes differ."
     tensor = torch.is_tensor(images)
-    if not tensor: images = np.asarray(images)
-    if tuple(images.shape[-2:]) != fan.size: raise FanError(f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {tuple(images.shape)}: use fan.resize")
+    if not tensor:
+        images = np.asarray(images)
+    if tuple(images.shape[-2:]) != fan.size:
+        raise FanError(
+            f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {tuple(images.shape)}: use fan.resize"
+        )
     top, bottom, left, right = fan.box()
     inside, cut = fan.mask()[top:bottom, left:right], images[..., top:bottom, left:right]
-    return cut.masked_fill(~torch.as_tensor(inside, device=images.device), outside) if tensor else np.where(inside, cut, np.asarray(outside, images.dtype))
+    return (
+        cut.masked_fill(~torch.as_tensor(inside, device=images.device), outside)
+        if tensor
+        else np.where(inside, cut, np.asarray(outside, images.dtype))
+    )
 
+# %% ../../nbs/data/fan.ipynb #c024
 def fan_crop(
-    frames:np.ndarray,    # (n, h, w) frames or masks of the clip
-    row,                  # its row of the clip table, with the entry fan of add_fans; an empty entry leaves the frames as they are
-    outside=0,            # value outside the fan; 6 for dense codes
-) -> np.ndarray:          # (n, box height, box width)
+    frames: np.ndarray,  # (n, h, w) frames or masks of the clip
+    row,  # its row of the clip table, with the entry fan of add_fans; an empty entry leaves the frames as they are
+    outside=0,  # value outside the fan; 6 for dense codes
+) -> np.ndarray:  # (n, box height, box width)
     "`crop_to_fan` with the fan of the table; the fan is resized to the frames where they are not the file's own size."
     text = row['fan']
-    if not isinstance(text, str) or not text: return frames
-    try: fan = Fan.from_dict(json.loads(text))
-    except ValueError as e: raise FanError(f"column 'fan' of {row['path']} holds no fan: {e}") from None
-    return crop_to_fan(frames, fan if fan.size == frames.shape[-2:] else fan.resize(frames.shape[-2:]), outside)
+    if not isinstance(text, str) or not text:
+        return frames
+    try:
+        fan = Fan.from_dict(json.loads(text))
+    except ValueError as e:
+        raise FanError(f"column 'fan' of {row['path']} holds no fan: {e}") from None
+    return crop_to_fan(
+        frames, fan if fan.size == frames.shape[-2:] else fan.resize(frames.shape[-2:]), outside
+    )
 
-# %% ../../nbs/data/fan.ipynb #c030
+# %% ../../nbs/data/fan.ipynb #c030-1
 def _resample(x, cols, rows, inside, nearest, outside):
     "Values of (..., h, w) at pixel coordinates; `outside` where not `inside`. Same type as x."
     tensor = torch.is_tensor(x)
     t = x if tensor else torch.as_tensor(np.ascontiguousarray(x))
-    if t.ndim < 2: raise ValueError(f"images must be (..., h, w), got {tuple(t.shape)}")
+    if t.ndim < 2:
+        raise ValueError(f"images must be (..., h, w), got {tuple(t.shape)}")
     h, w = t.shape[-2:]
-    grid = torch.as_tensor(np.stack([2*cols/w - 1, 2*rows/h - 1], -1), dtype=torch.float32, device=t.device)[None]
+    grid = torch.as_tensor(
+        np.stack([2 * cols / w - 1, 2 * rows / h - 1], -1), dtype=torch.float32, device=t.device
+    )[None]
     flat = t.reshape(1, -1, h, w).to(torch.float32)
-    out = torch.nn.functional.grid_sample(flat, grid, mode='nearest' if nearest else 'bilinear', padding_mode='border', align_corners=False)[0]
+    out = torch.nn.functional.grid_sample(
+        flat, grid, mode='nearest' if nearest else 'bilinear', padding_mode='border', align_corners=False
+    )[0]
     out = out.masked_fill(~torch.as_tensor(inside, device=t.device), outside)
     out = (out if t.is_floating_point() else out.round()).to(t.dtype).reshape(*t.shape[:-2], *cols.shape)
     return out if tensor else out.numpy()
 
+# %% ../../nbs/data/fan.ipynb #c030-2
 def to_polar(
-    images,               # (..., h, w) array or tensor: pictures, masks or maps
-    fan:Fan,              # of pictures of this size
-    size:tuple=None,      # numbers of depths and beams; None: pixels on the longest beam and arc
-    nearest:bool=False,   # take the nearest value rather than interpolate: for masks
-    outside=0,            # value of samples that lie outside the picture; 6 for dense codes
-):                        # (..., depths, beams), same type
+    images,  # (..., h, w) array or tensor: pictures, masks or maps
+    fan: Fan,  # of pictures of this size
+    size: tuple = None,  # numbers of depths and beams; None: pixels on the longest beam and arc
+    nearest: bool = False,  # take the nearest value rather than interpolate: for masks
+    outside=0,  # value of samples that lie outside the picture; 6 for dense codes
+):  # (..., depths, beams), same type
     "Unroll the fan: a row for each depth, a column for each beam. Raises `FanError` when the sizes differ."
-    if tuple(images.shape[-2:]) != fan.size: raise FanError(f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {tuple(images.shape)}: use fan.resize")
-    across = np.radians(fan.right - fan.left)*fan.far*max(fan.aspect, 1) if fan.kind == 'convex' else fan.right - fan.left + 2*max(fan.flare, 0)
-    down = (fan.far - fan.near)*max(fan.aspect, 1)
-    if size is None: size = int(np.ceil(down)), int(np.ceil(across))
-    if len(size) != 2 or min(size) < 2: raise ValueError(f"size is (depths, beams), at least 2 each, got {size!r}")
-    d, b = np.meshgrid((np.arange(size[0]) + .5)/size[0], (np.arange(size[1]) + .5)/size[1], indexing='ij')
+    if tuple(images.shape[-2:]) != fan.size:
+        raise FanError(
+            f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {tuple(images.shape)}: use fan.resize"
+        )
+    across = (
+        np.radians(fan.right - fan.left) * fan.far * max(fan.aspect, 1)
+        if fan.kind == 'convex'
+        else fan.right - fan.left + 2 * max(fan.flare, 0)
+    )
+    down = (fan.far - fan.near) * max(fan.aspect, 1)
+    if size is None:
+        size = int(np.ceil(down)), int(np.ceil(across))
+    if len(size) != 2 or min(size) < 2:
+        raise ValueError(f"size is (depths, beams), at least 2 each, got {size!r}")
+    d, b = np.meshgrid(
+        (np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing='ij'
+    )
     cols, rows = fan.pixels(d, b)
-    edge = 0 if nearest else 1.5*max(down/size[0], across/size[1])   # the way back interpolates: its neighbours just over the border repeat the border
-    return _resample(images, cols, rows, (cols >= -edge) & (cols <= fan.size[1] + edge) & (rows >= -edge) & (rows <= fan.size[0] + edge), nearest, outside)
+    edge = (
+        0 if nearest else 1.5 * max(down / size[0], across / size[1])
+    )  # the way back interpolates: its neighbours just over the border repeat the border
+    return _resample(
+        images,
+        cols,
+        rows,
+        (cols >= -edge) & (cols <= fan.size[1] + edge) & (rows >= -edge) & (rows <= fan.size[0] + edge),
+        nearest,
+        outside,
+    )
 
+# %% ../../nbs/data/fan.ipynb #c030
 def from_polar(
-    polar,                # (..., depths, beams) array or tensor
-    fan:Fan,              # the one that it was unrolled with, or resized to the size wanted
-    nearest:bool=False,   # take the nearest value rather than interpolate: for masks
-    outside=0,            # value outside the fan; 6 for dense codes
-):                        # (..., h, w) of the fan's size, same type
+    polar,  # (..., depths, beams) array or tensor
+    fan: Fan,  # the one that it was unrolled with, or resized to the size wanted
+    nearest: bool = False,  # take the nearest value rather than interpolate: for masks
+    outside=0,  # value outside the fan; 6 for dense codes
+):  # (..., h, w) of the fan's size, same type
     "Roll depths and beams up to a picture."
     h, w = fan.size
-    d, b = fan.coordinates(np.arange(w) + .5, np.arange(h)[:, None] + .5)
+    d, b = fan.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
     inside = (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
-    return _resample(polar, np.where(inside, b, 0)*polar.shape[-1], np.where(inside, d, 0)*polar.shape[-2], inside, nearest, outside)
+    return _resample(
+        polar,
+        np.where(inside, b, 0) * polar.shape[-1],
+        np.where(inside, d, 0) * polar.shape[-2],
+        inside,
+        nearest,
+        outside,
+    )
 
-# %% ../../nbs/data/fan.ipynb #c036
+# %% ../../nbs/data/fan.ipynb #c036-1
 def find_overlays(
-    frames,             # (n, h, w) or (h, w) uint8, grey
-    fan:Fan=None,       # its fan, if known: then what is lit outside it counts too
-) -> np.ndarray:        # (h, w) bool
+    frames,  # (n, h, w) or (h, w) uint8, grey
+    fan: Fan = None,  # its fan, if known: then what is lit outside it counts too
+) -> np.ndarray:  # (h, w) bool
     "Where letters, calipers and marks are: thin, bright, sharp, and still if anything moves."
     from scipy import ndimage as ndi
+
     frames = _gray(frames)
     most, least = frames.max(0), frames.min(0)
     moving = len(frames) > 2 and _moves(most, least)
-    ink = _strokes(most, least, moving, dots=moving)     # a dotted line, if it stands still; in a still, a dot may be a grain of speckle
+    ink = _strokes(
+        most, least, moving, dots=moving
+    )  # a dotted line, if it stands still; in a still, a dot may be a grain of speckle
     if fan is not None:
-        if fan.size != ink.shape: raise FanError(f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {ink.shape[1]}x{ink.shape[0]}: use fan.resize")
+        if fan.size != ink.shape:
+            raise FanError(
+                f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {ink.shape[1]}x{ink.shape[0]}: use fan.resize"
+            )
         inside = fan.mask()
-        label, n = ndi.label(least > least[~inside].min() + 40 if not inside.all() else np.zeros_like(inside), np.ones((3, 3)))
+        label, n = ndi.label(
+            least > least[~inside].min() + 40 if not inside.all() else np.zeros_like(inside), np.ones((3, 3))
+        )
         touching = np.unique(label[ndi.binary_dilation(inside, iterations=2)])
         ink |= (label > 0) & ~np.isin(label, touching)
-    return ndi.binary_dilation(ink, np.ones((3, 3)), 1 + round(max(ink.shape)/500)) if ink.any() else ink
+    return ndi.binary_dilation(ink, np.ones((3, 3)), 1 + round(max(ink.shape) / 500)) if ink.any() else ink
 
+# %% ../../nbs/data/fan.ipynb #c036
 def remove_overlays(
-    frames,             # (n, h, w) or (h, w) uint8, grey
-    fan:Fan=None,       # its fan, if known
-) -> np.ndarray:        # same shape and type; pixels outside find_overlays are the same
+    frames,  # (n, h, w) or (h, w) uint8, grey
+    fan: Fan = None,  # its fan, if known
+) -> np.ndarray:  # same shape and type; pixels outside find_overlays are the same
     "Fill letters, calipers and marks from their surroundings."
     from scipy.ndimage import gaussian_filter
+
     ink, x = find_overlays(frames, fan), np.array(_gray(frames))
-    known, left, sigma = (~ink).astype(np.float32), ink.copy(), 1.
+    known, left, sigma = (~ink).astype(np.float32), ink.copy(), 1.0
     while left.any():
         weight = gaussian_filter(known, sigma)
-        now = left & (weight > (.15 if sigma < max(ink.shape) else 1e-9))
+        now = left & (weight > (0.15 if sigma < max(ink.shape) else 1e-9))
         if now.any():
-            for k in range(len(x)): x[k][now] = (gaussian_filter(np.where(ink, 0, x[k]).astype(np.float32), sigma)[now]/weight[now]).round()
-        if sigma > 4*max(ink.shape): break          # writing everywhere: nothing to fill from
-        left, sigma = left & ~now, sigma*2
+            for k in range(len(x)):
+                x[k][now] = (
+                    gaussian_filter(np.where(ink, 0, x[k]).astype(np.float32), sigma)[now] / weight[now]
+                ).round()
+        if sigma > 4 * max(ink.shape):
+            break  # writing everywhere: nothing to fill from
+        left, sigma = left & ~now, sigma * 2
     return x.reshape(np.shape(frames))

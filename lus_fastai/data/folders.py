@@ -8,98 +8,153 @@ Docs: https://lus-fastai.github.io/lus_fastai/data/folders.html.md"""
 __all__ = ['clip_kind', 'index_folder', 'read_folder']
 
 # %% ../../nbs/data/folders.ipynb #imports
-import os, re, warnings
+import os
+import re
+import warnings
 from pathlib import Path, PurePosixPath
+
 import pandas as pd
+
 from ..core import CLIP_COLUMNS, TableError, check_table, progress, read_table
 from .store import ClipError, sample_clip
 
 # %% ../../nbs/data/folders.ipynb #kind
-_SUFFIXES = ('.mp4', '.mov', '.m4v', '.avi', '.mpg', '.mpeg', '.webm', '.mkv', '.wmv', '.gif',
-             '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.jp2', '.dcm', '.dicom')
+_SUFFIXES = (
+    '.mp4',
+    '.mov',
+    '.m4v',
+    '.avi',
+    '.mpg',
+    '.mpeg',
+    '.webm',
+    '.mkv',
+    '.wmv',
+    '.gif',
+    '.png',
+    '.jpg',
+    '.jpeg',
+    '.bmp',
+    '.tif',
+    '.tiff',
+    '.webp',
+    '.jp2',
+    '.dcm',
+    '.dicom',
+)
+
 
 def clip_kind(
-    path,                     # a file
-) -> str:                     # 'video' or 'image'
+    path,  # a file
+) -> str:  # 'video' or 'image'
     "What a file holds, by its content; raises `ClipError` for a file that is no clip."
     suffix = Path(path).suffix.lower()
     if suffix not in _SUFFIXES and suffix.strip('.0123456789'):
         raise ClipError(path, f'files named *{suffix} are not read as clips')
-    return 'video' if len(sample_clip(path, rate=1000., max_frames=2)) > 1 else 'image'
+    return 'video' if len(sample_clip(path, rate=1000.0, max_frames=2)) > 1 else 'image'
+
+# %% ../../nbs/data/folders.ipynb #pattern-1
+def _named(files):
+    return ', '.join(files[:3]) + (f' and {len(files) - 3} more' if len(files) > 3 else '')
 
 # %% ../../nbs/data/folders.ipynb #pattern
-def _named(files): return ', '.join(files[:3]) + (f' and {len(files) - 3} more' if len(files) > 3 else '')
-
 def _by_pattern(name, pattern, files):
     "What the pattern's group matches in each path; None where it does not match."
-    try: rule = re.compile(pattern)
-    except re.error as e: raise ValueError(f"{name}={pattern!r} is no regular expression: {e}") from None
+    try:
+        rule = re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"{name}={pattern!r} is no regular expression: {e}") from None
     if rule.groups != 1:
-        raise ValueError(f"{name}={pattern!r} needs one group in parentheses, the part of the path to "
-                         f"take; it has {rule.groups}")
+        raise ValueError(
+            f"{name}={pattern!r} needs one group in parentheses, the part of the path to "
+            f"take; it has {rule.groups}"
+        )
     found = [rule.search(f) for f in files]
     return [m and m[1] for m in found]
 
-# %% ../../nbs/data/folders.ipynb #find
+# %% ../../nbs/data/folders.ipynb #find-1
 def _file_of(path, files, folder):
     "The file that a row of a spreadsheet means; None when there is none, TableError when there are several."
-    if not isinstance(path, (str, os.PathLike)): return None
+    if not isinstance(path, (str, os.PathLike)):
+        return None
     text = os.fspath(path).strip()
     below = Path(os.path.relpath(os.path.join(folder, text), folder)).as_posix()
-    if below in files: return below
+    if below in files:
+        return below
     same = [f for f in files if PurePosixPath(f).name == text]
     if len(same) > 1:
-        raise TableError(f"{text} is the name of {len(same)} files below {folder} ({_named(same)}): give "
-                         "its path")
+        raise TableError(
+            f"{text} is the name of {len(same)} files below {folder} ({_named(same)}): give its path"
+        )
     return same[0] if same else None
 
+# %% ../../nbs/data/folders.ipynb #find
 def _spreadsheet(csv):
     "A CSV file, every column as text."
-    try: return pd.read_csv(csv, dtype=str, encoding='utf-8-sig').rename(columns=str.strip)
-    except ValueError as e: raise TableError(f"{csv} cannot be read as CSV: {e}") from None
+    try:
+        return pd.read_csv(csv, dtype=str, encoding='utf-8-sig').rename(columns=str.strip)
+    except ValueError as e:
+        raise TableError(f"{csv} cannot be read as CSV: {e}") from None
 
 # %% ../../nbs/data/folders.ipynb #table
 def _by_table(name, table, files, folder, where):
     "The entry of column `name` in each file's row; None where a file has no row."
     column = next((c for c in ('path', 'file') if c in table), None)
     if column is None or name not in table:
-        raise TableError(f"{where} needs the columns 'path' (or 'file') and '{name}'; it has "
-                         f"{list(table.columns)}")
+        raise TableError(
+            f"{where} needs the columns 'path' (or 'file') and '{name}'; it has {list(table.columns)}"
+        )
     found = [_file_of(p, files, folder) for p in table[column]]
     lost = [str(p) for p, f in zip(table[column], found) if f is None]
     if lost:
-        raise TableError(f"{where}: {len(lost)} row(s) name no clip below {folder}: {_named(lost)}; "
-                         "correct or delete them")
+        raise TableError(
+            f"{where}: {len(lost)} row(s) name no clip below {folder}: {_named(lost)}; correct or delete them"
+        )
     twice = sorted({f for f in found if found.count(f) > 1})
-    if twice: raise TableError(f"{where} has several rows for {_named(twice)}: keep one of each")
+    if twice:
+        raise TableError(f"{where} has several rows for {_named(twice)}: keep one of each")
     entry = dict(zip(found, table[name]))
     return [entry.get(f) for f in files]
 
+# %% ../../nbs/data/folders.ipynb #values-1
+_WAYS = (
+    "'folder', a pattern with one group in parentheses, a function of the path, "
+    "a dict, a DataFrame or a .csv file"
+)
+
+
+def _is_csv(given):
+    return isinstance(given, (str, os.PathLike)) and os.fspath(given).lower().endswith('.csv')
+
 # %% ../../nbs/data/folders.ipynb #values
-_WAYS = ("'folder', a pattern with one group in parentheses, a function of the path, "
-         "a dict, a DataFrame or a .csv file")
-
-def _is_csv(given): return isinstance(given, (str, os.PathLike)) and os.fspath(given).lower().endswith('.csv')
-
 def _column(name, given, files, folder):
     "A text per file for column `name`; TableError that names the files for which `given` says nothing."
-    if isinstance(given, dict): given = pd.DataFrame({'path': list(given), name: list(given.values())})
-    if callable(given): values = [given(PurePosixPath(f)) for f in files]
-    elif isinstance(given, pd.DataFrame): values = _by_table(name, given, files, folder, f'table for {name}')
-    elif _is_csv(given): values = _by_table(name, _spreadsheet(given), files, folder, os.fspath(given))
+    if isinstance(given, dict):
+        given = pd.DataFrame({'path': list(given), name: list(given.values())})
+    if callable(given):
+        values = [given(PurePosixPath(f)) for f in files]
+    elif isinstance(given, pd.DataFrame):
+        values = _by_table(name, given, files, folder, f'table for {name}')
+    elif _is_csv(given):
+        values = _by_table(name, _spreadsheet(given), files, folder, os.fspath(given))
     elif not isinstance(given, str):
         raise ValueError(f"{name} is given as {_WAYS}, not as {type(given).__name__}")
-    elif given == 'folder': values = [f.split('/')[0] if '/' in f else None for f in files]
-    elif given == 'file' and name == 'patient': values = files
-    elif '(' in given: values = _by_pattern(name, given, files)
-    elif name in ('source', 'probe'): values = [given]*len(files)
-    else: raise ValueError(f"{name}={given!r} is not one of the ways to give it: {_WAYS}")
+    elif given == 'folder':
+        values = [f.split('/')[0] if '/' in f else None for f in files]
+    elif given == 'file' and name == 'patient':
+        values = files
+    elif '(' in given:
+        values = _by_pattern(name, given, files)
+    elif name in ('source', 'probe'):
+        values = [given] * len(files)
+    else:
+        raise ValueError(f"{name}={given!r} is not one of the ways to give it: {_WAYS}")
     values = ['' if pd.isna(v) else str(v).strip() for v in values]
     none = [f for f, v in zip(files, values) if not v]
     said = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
     if none:
-        raise TableError(f"no {name} for {len(none)} of {len(files)} clips below {folder} by {said}: "
-                         f"{_named(none)}")
+        raise TableError(
+            f"no {name} for {len(none)} of {len(files)} clips below {folder} by {said}: {_named(none)}"
+        )
     return values
 
 # %% ../../nbs/data/folders.ipynb #look
@@ -107,61 +162,77 @@ def _look(folder, given):
     "Kind of every clip below `folder`, by its path there; warns of other files, but not of those `given`."
     kinds, other = {}, {}
     for path in progress(sorted(p for p in folder.rglob('*') if p.is_file()), desc='files'):
-        if any(path.samefile(g) for g in given): continue
-        try: kinds[path.relative_to(folder).as_posix()] = clip_kind(path)
-        except ClipError as e: other[path.relative_to(folder).as_posix()] = e.reason
+        if any(path.samefile(g) for g in given):
+            continue
+        try:
+            kinds[path.relative_to(folder).as_posix()] = clip_kind(path)
+        except ClipError as e:
+            other[path.relative_to(folder).as_posix()] = e.reason
     said = [f'{f} ({reason})' for f, reason in other.items()]
     if not kinds:
         raise TableError(f"{folder} holds no clip{': ' + _named(said) if said else ', and no other file'}")
     if other:
-        warnings.warn(f"{len(other)} file(s) below {folder} are no clips and were left out: "
-                      f"{_named(said)}", stacklevel=3)
+        warnings.warn(
+            f"{len(other)} file(s) below {folder} are no clips and were left out: {_named(said)}",
+            stacklevel=3,
+        )
     return kinds
 
 # %% ../../nbs/data/folders.ipynb #index
 def index_folder(
-    folder,                   # where the clips are, at any depth
+    folder,  # where the clips are, at any depth
     *,
-    label,                    # what each clip shows, in one of the ways above
-    patient,                  # whose lung it is, in one of the ways above
-    source='unknown',         # where it was recorded: in one of these ways, or a word for all
-    probe='unknown',          # in one of these ways, or a word for all, such as 'convex'
-) -> pd.DataFrame:            # a clip table, checked, sorted by path
+    label,  # what each clip shows, in one of the ways above
+    patient,  # whose lung it is, in one of the ways above
+    source='unknown',  # where it was recorded: in one of these ways, or a word for all
+    probe='unknown',  # in one of these ways, or a word for all, such as 'convex'
+) -> pd.DataFrame:  # a clip table, checked, sorted by path
     "Make a clip table of any folder; raises errors that name the files without a label or a patient."
     folder = Path(os.path.abspath(folder))
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is not a folder")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
     rules = dict(label=label, patient=patient, source=source, probe=probe)
     if isinstance(label, str) and isinstance(patient, str) and label == patient == 'folder':
-        raise ValueError("label='folder' and patient='folder' are the same sub-folder: give the patient in "
-                         "another way, such as a pattern")
+        raise ValueError(
+            "label='folder' and patient='folder' are the same sub-folder: give the patient in "
+            "another way, such as a pattern"
+        )
     kinds = _look(folder, [g for g in rules.values() if _is_csv(g)])
     files = list(kinds)
     columns = {name: _column(name, given, files, folder) for name, given in rules.items()}
     if isinstance(patient, str) and patient == 'file':
-        warnings.warn(f"patient='file' counts each of the {len(files)} clips as a patient of its own: if "
-                      "two show one patient, "
-                      "that patient will be in training and test set", stacklevel=2)
-    paths = [str(folder/f) for f in files]
+        warnings.warn(
+            f"patient='file' counts each of the {len(files)} clips as a patient of its own: if "
+            "two show one patient, "
+            "that patient will be in training and test set",
+            stacklevel=2,
+        )
+    paths = [str(folder / f) for f in files]
     return check_table(pd.DataFrame(dict(path=paths, kind=list(kinds.values()), **columns)))
 
 # %% ../../nbs/data/folders.ipynb #read
 def read_folder(
-    folder,                   # of clips, with or without a file clips.csv
-    label:str=None,           # as for index_folder; default: column of clips.csv, or the first sub-folder
-    patient:str=None,         # as for index_folder; default: the column of clips.csv
-) -> pd.DataFrame:            # a clip table, checked
+    folder,  # of clips, with or without a file clips.csv
+    label: str = None,  # as for index_folder; default: column of clips.csv, or the first sub-folder
+    patient: str = None,  # as for index_folder; default: the column of clips.csv
+) -> pd.DataFrame:  # a clip table, checked
     "The clip table of a folder by its own `clips.csv`, or as the arguments say."
-    csv = Path(folder)/'clips.csv'
+    csv = Path(folder) / 'clips.csv'
     columns = list(_spreadsheet(csv).columns) if csv.is_file() else []
     whole = set(CLIP_COLUMNS) <= set(columns)
-    if whole and label is None and patient is None: return check_table(read_table(csv))
+    if whole and label is None and patient is None:
+        return check_table(read_table(csv))
     defaults = dict(label='folder', patient=None, source='unknown', probe='unknown')
     rules = {name: csv if name in columns else default for name, default in defaults.items()}
-    if label is not None: rules['label'] = label
-    if patient is not None: rules['patient'] = patient
+    if label is not None:
+        rules['label'] = label
+    if patient is not None:
+        rules['patient'] = patient
     if rules['patient'] is None:
-        raise TableError(f"whose clips are in {folder}? Give patient (in a terminal --patient) as a "
-                         "pattern, such as r'pat(\\d+)' or r'[^/]+/([^/]+)/', "
-                         f"or write {csv} with the columns path,patient; "
-                         "'file' counts every clip as a patient of its own")
+        raise TableError(
+            f"whose clips are in {folder}? Give patient (in a terminal --patient) as a "
+            "pattern, such as r'pat(\\d+)' or r'[^/]+/([^/]+)/', "
+            f"or write {csv} with the columns path,patient; "
+            "'file' counts every clip as a patient of its own"
+        )
     return index_folder(folder, **rules)

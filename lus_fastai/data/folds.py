@@ -9,57 +9,86 @@ __all__ = ['patient_folds', 'LeakError', 'assert_disjoint', 'leaky_folds', 'spli
            'near_duplicates', 'Audit', 'audit']
 
 # %% ../../nbs/data/folds.ipynb #c003
-import hashlib, warnings
+import hashlib
+import warnings
 from dataclasses import dataclass
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..core import TableError, clip_ids, file_keys
 from .store import store_rows
 
-# %% ../../nbs/data/folds.ipynb #c006
-def _name(xs): return ', '.join(map(str, xs[:5])) + (f' and {len(xs)-5} more' if len(xs) > 5 else '')
+# %% ../../nbs/data/folds.ipynb #c006-1
+def _name(xs):
+    return ', '.join(map(str, xs[:5])) + (f' and {len(xs) - 5} more' if len(xs) > 5 else '')
 
+# %% ../../nbs/data/folds.ipynb #c006-2
 def _need(table, columns):
     "Check that `table` has rows, and these columns without holes."
-    if not isinstance(table, pd.DataFrame): raise TableError(f"expected a clip or frame table (a DataFrame), got {type(table).__name__}")
+    if not isinstance(table, pd.DataFrame):
+        raise TableError(f"expected a clip or frame table (a DataFrame), got {type(table).__name__}")
     missing = [c for c in columns if c not in table]
-    if missing: raise TableError(f"missing column(s) {missing}; the table has {list(table.columns)}")
-    if not len(table): raise TableError("the table is empty: did a filter drop every row?")
+    if missing:
+        raise TableError(f"missing column(s) {missing}; the table has {list(table.columns)}")
+    if not len(table):
+        raise TableError("the table is empty: did a filter drop every row?")
     for c in columns:
         hole = list(table.index[table[c].isna() | (table[c].astype(str).str.strip() == '')])
-        if hole: raise TableError(f"column '{c}' is empty in row(s) {_name(hole)}: a row without {c} cannot be split safely; fill or drop it")
+        if hole:
+            raise TableError(
+                f"column '{c}' is empty in row(s) {_name(hole)}: a row without {c} cannot be split safely; fill or drop it"
+            )
 
+# %% ../../nbs/data/folds.ipynb #c006-3
 def _one_owner(table, by):
     "TableError when one file stands under two values of `by`, whatever paths lead to it."
-    if 'path' not in table: return
+    if 'path' not in table:
+        return
     t = table[['path', by]].drop_duplicates()
     t = t.assign(key=file_keys(t['path']), who=t[by].astype(str).str.strip())
     for _, rows in t[t['key'].notna()].groupby('key', sort=False):
-        if rows['who'].nunique() == 1: continue
+        if rows['who'].nunique() == 1:
+            continue
         paths, owners = _name(rows['path'].tolist()), _name(rows['who'].tolist())
-        raise TableError(f"row(s) {_name(rows.index)} are one file ({paths}) of several {by}s ({owners}): keep one of them")
+        raise TableError(
+            f"row(s) {_name(rows.index)} are one file ({paths}) of several {by}s ({owners}): keep one of them"
+        )
 
+# %% ../../nbs/data/folds.ipynb #c006-4
 def _thin(table, fold):
     "Warn of folds that cannot test, or cannot train, some class."
     seen = pd.crosstab(fold, table['label'].to_numpy())
     for label in seen:
         empty, n = list(seen.index[seen[label] == 0]), len(seen)
-        if len(empty) == n - 1: warnings.warn(f"all of '{label}' is in fold {seen[label].idxmax()}: that fold trains without '{label}', the others cannot test it", stacklevel=3)
-        elif empty: warnings.warn(f"no '{label}' in the test part of fold(s) {_name(empty)}: its scores there are undefined", stacklevel=3)
+        if len(empty) == n - 1:
+            warnings.warn(
+                f"all of '{label}' is in fold {seen[label].idxmax()}: that fold trains without '{label}', the others cannot test it",
+                stacklevel=3,
+            )
+        elif empty:
+            warnings.warn(
+                f"no '{label}' in the test part of fold(s) {_name(empty)}: its scores there are undefined",
+                stacklevel=3,
+            )
 
+# %% ../../nbs/data/folds.ipynb #c006
 def patient_folds(
-    table:pd.DataFrame,       # clip or frame table with columns label and by; every row weighs the same
-    n:int=3,                  # number of folds, at least 2; ValueError when there are fewer patients
-    seed:int=0,               # decides among patients of equal weight
-    by:str='patient',         # the column whose values are never cut; 'source' gives folds by source
-) -> pd.Series:               # fold number 0..n-1 of every row, same index as the table
+    table: pd.DataFrame,  # clip or frame table with columns label and by; every row weighs the same
+    n: int = 3,  # number of folds, at least 2; ValueError when there are fewer patients
+    seed: int = 0,  # decides among patients of equal weight
+    by: str = 'patient',  # the column whose values are never cut; 'source' gives folds by source
+) -> pd.Series:  # fold number 0..n-1 of every row, same index as the table
     "Deal patients into `n` folds, classes balanced; the result depends on neither row order nor index."
     _need(table, (by, 'label'))
     _one_owner(table, by)
     who = table[by].astype(str).str.strip().to_numpy(object)
     counts = pd.crosstab(who, table['label'].astype(str).to_numpy())
-    if n < 2: raise ValueError(f"cross-validation needs at least 2 folds, got n={n}")
-    if len(counts) < n: raise ValueError(f"{len(counts)} {by}(s) cannot fill {n} folds: use n<={len(counts)}, or more data")
-    share = counts.to_numpy()/counts.to_numpy().sum(0)
+    if n < 2:
+        raise ValueError(f"cross-validation needs at least 2 folds, got n={n}")
+    if len(counts) < n:
+        raise ValueError(f"{len(counts)} {by}(s) cannot fill {n} folds: use n<={len(counts)}, or more data")
+    share = counts.to_numpy() / counts.to_numpy().sum(0)
     order = np.random.default_rng(seed).permutation(len(share))
     order = order[np.argsort(-np.linalg.norm(share[order], axis=1).round(9), kind='stable')]
     held, size, home = np.zeros((n, share.shape[1])), np.zeros(n), np.zeros(len(share), int)
@@ -70,175 +99,291 @@ def patient_folds(
     _thin(table, fold)
     return pd.Series(fold, index=table.index, name='fold')
 
-# %% ../../nbs/data/folds.ipynb #c016
+# %% ../../nbs/data/folds.ipynb #c016-1
 class LeakError(AssertionError):
     "Two parts of a split share patients or files; `.shared` lists them."
-    def __init__(self, message, shared): super().__init__(message); self.shared = shared
 
+    def __init__(self, message, shared):
+        super().__init__(message)
+        self.shared = shared
+
+# %% ../../nbs/data/folds.ipynb #c016-2
 def assert_disjoint(
-    a:pd.DataFrame,           # one part, say the training rows
-    b:pd.DataFrame,           # the other part
-    by:str='patient',         # the column that must not have a value in common
+    a: pd.DataFrame,  # one part, say the training rows
+    b: pd.DataFrame,  # the other part
+    by: str = 'patient',  # the column that must not have a value in common
 ):
     "Raise `LeakError` naming the patients, or the files, that stand in both parts."
-    for part in (a, b): _need(part, (by,))
+    for part in (a, b):
+        _need(part, (by,))
     shared = sorted(set(a[by].astype(str).str.strip()) & set(b[by].astype(str).str.strip()))
-    if shared: raise LeakError(f"{len(shared)} {by}(s) in both parts: {_name(shared)}", shared)
-    if 'path' in a and 'path' in b: _no_shared_file(a['path'].drop_duplicates(), b['path'].drop_duplicates())
+    if shared:
+        raise LeakError(f"{len(shared)} {by}(s) in both parts: {_name(shared)}", shared)
+    if 'path' in a and 'path' in b:
+        _no_shared_file(a['path'].drop_duplicates(), b['path'].drop_duplicates())
 
+# %% ../../nbs/data/folds.ipynb #c016
 def _no_shared_file(a, b):
     "LeakError when a path of `a` leads to a file of `b`."
-    there = {key: f'row {row} ({path})' for key, (row, path) in zip(file_keys(b), b.items()) if key is not None}
-    shared = {path: f'row {row} ({path}) is {there[key]}' for key, (row, path) in zip(file_keys(a), a.items()) if key in there}
-    if shared: raise LeakError(f"{len(shared)} file(s) in both parts: {_name(list(shared.values()))}", list(shared))
+    there = {
+        key: f'row {row} ({path})' for key, (row, path) in zip(file_keys(b), b.items()) if key is not None
+    }
+    shared = {
+        path: f'row {row} ({path}) is {there[key]}'
+        for key, (row, path) in zip(file_keys(a), a.items())
+        if key in there
+    }
+    if shared:
+        raise LeakError(f"{len(shared)} file(s) in both parts: {_name(list(shared.values()))}", list(shared))
 
-# %% ../../nbs/data/folds.ipynb #c019
+# %% ../../nbs/data/folds.ipynb #c019-1
 _UNITS = dict(clip=['clip'], frame=['clip', 'frame'], variant=['clip', 'frame', 'variant'])
+
 
 def _units(table, by):
     "The columns that name a unit of kind `by`, as a frame with the table's index."
     names = table[['clip']] if 'clip' in table else clip_ids(table).to_frame('clip')
     missing = [c for c in _UNITS[by][1:] if c not in table]
-    if missing: raise TableError(f"leaky folds by {by} need the column(s) {missing}; the table has {list(table.columns)}")
+    if missing:
+        raise TableError(
+            f"leaky folds by {by} need the column(s) {missing}; the table has {list(table.columns)}"
+        )
     return pd.concat([names, table[_UNITS[by][1:]]], axis=1)
 
+# %% ../../nbs/data/folds.ipynb #c019
 def leaky_folds(
-    table:pd.DataFrame,       # clip or frame table; by='frame' needs a column frame, by='variant' also variant
-    n:int=3,                  # number of folds, at least 2
-    by:str='frame',           # what is dealt: 'variant', 'frame' or 'clip' (stratified by label)
-    seed:int=0,               # decides the shuffle
-) -> pd.Series:               # fold number 0..n-1 of every row, same index as the table
+    table: pd.DataFrame,  # clip or frame table; by='frame' needs a column frame, by='variant' also variant
+    n: int = 3,  # number of folds, at least 2
+    by: str = 'frame',  # what is dealt: 'variant', 'frame' or 'clip' (stratified by label)
+    seed: int = 0,  # decides the shuffle
+) -> pd.Series:  # fold number 0..n-1 of every row, same index as the table
     "Split as some papers did, across patients; prints how many patients, clips and frames stand in several folds."
-    if by not in _UNITS: raise ValueError(f"by must be one of {sorted(_UNITS)}, got {by!r}")
+    if by not in _UNITS:
+        raise ValueError(f"by must be one of {sorted(_UNITS)}, got {by!r}")
     _need(table, ('patient', 'label'))
     units = _units(table, by)
     unit = units.groupby(_UNITS[by]).ngroup().to_numpy()
     k = unit.max() + 1
-    if n < 2: raise ValueError(f"cross-validation needs at least 2 folds, got n={n}")
-    if k < n: raise ValueError(f"{k} {by}(s) cannot fill {n} folds")
+    if n < 2:
+        raise ValueError(f"cross-validation needs at least 2 folds, got n={n}")
+    if k < n:
+        raise ValueError(f"{k} {by}(s) cannot fill {n} folds")
     order = np.random.default_rng(seed).permutation(k)
-    if by == 'clip': order = order[np.argsort(table['label'].astype(str).groupby(unit).min().to_numpy()[order], kind='stable')]
-    home = np.empty(k, int); home[order] = np.arange(k) % n
+    if by == 'clip':
+        order = order[
+            np.argsort(table['label'].astype(str).groupby(unit).min().to_numpy()[order], kind='stable')
+        ]
+    home = np.empty(k, int)
+    home[order] = np.arange(k) % n
     fold = pd.Series(home[unit], index=table.index, name='fold')
     cut = {'patients': table['patient'].astype(str).str.strip().to_numpy(object)}
     for u in ('clip', 'frame'):
-        if u != by and set(_UNITS[u]) <= set(units): cut[u + 's'] = units.groupby(_UNITS[u]).ngroup().to_numpy()
+        if u != by and set(_UNITS[u]) <= set(units):
+            cut[u + 's'] = units.groupby(_UNITS[u]).ngroup().to_numpy()
     spread = [(name, (fold.groupby(key).nunique() > 1)) for name, key in cut.items()]
-    print(f"leaky folds by {by}: " + ', '.join(f"{int(s.sum())} of {len(s)} {name}" for name, s in spread) + " stand in more than one fold")
+    print(
+        f"leaky folds by {by}: "
+        + ', '.join(f"{int(s.sum())} of {len(s)} {name}" for name, s in spread)
+        + " stand in more than one fold"
+    )
     _thin(table, fold.to_numpy())
     return fold
 
-# %% ../../nbs/data/folds.ipynb #c023
+# %% ../../nbs/data/folds.ipynb #c023-1
 def _values(table, folds):
     "Fold of every row as an array, aligned by index when `folds` is a Series."
     if isinstance(folds, pd.Series) and not folds.index.equals(table.index):
         if not folds.index.is_unique or not table.index.is_unique or not table.index.isin(folds.index).all():
-            raise ValueError(f"the folds' index does not fit the table's: {len(folds)} folds for {len(table)} rows")
+            raise ValueError(
+                f"the folds' index does not fit the table's: {len(folds)} folds for {len(table)} rows"
+            )
         folds = folds.reindex(table.index)
     folds = np.asarray(folds)
-    if len(folds) != len(table): raise ValueError(f"{len(folds)} folds for {len(table)} rows")
+    if len(folds) != len(table):
+        raise ValueError(f"{len(folds)} folds for {len(table)} rows")
     return folds
 
+# %% ../../nbs/data/folds.ipynb #c023
 def split_hash(
-    table:pd.DataFrame,       # clip or frame table
-    folds,                    # fold of every row: a Series with the table's index, or an array in its order
-) -> str:                     # 16 hexadecimal digits
+    table: pd.DataFrame,  # clip or frame table
+    folds,  # fold of every row: a Series with the table's index, or an array in its order
+) -> str:  # 16 hexadecimal digits
     "A short sha256 over (clip, frame, variant, fold), sorted."
     _need(table, ())
-    units = _units(table, 'clip').assign(**{c: table[c] for c in ('frame', 'variant') if c in table}, fold=_values(table, folds))
+    units = _units(table, 'clip').assign(
+        **{c: table[c] for c in ('frame', 'variant') if c in table}, fold=_values(table, folds)
+    )
     lines = sorted('\t'.join(map(str, row)) for row in units.itertuples(index=False))
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
-# %% ../../nbs/data/folds.ipynb #c026
+# %% ../../nbs/data/folds.ipynb #c026-1
 def _dct_rows(size):
     "(8, size): box-average `size` samples to 32, then the 8 lowest rows of the cosine transform."
-    edges, i = np.arange(33)*size/32, np.arange(size)
+    edges, i = np.arange(33) * size / 32, np.arange(size)
     overlap = np.clip(np.minimum(edges[1:, None], i + 1) - np.maximum(edges[:-1, None], i), 0, None)
-    return np.cos(np.pi*np.arange(8)[:, None]*(2*np.arange(32) + 1)/64) @ (overlap/overlap.sum(1, keepdims=True))
+    return np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(32) + 1) / 64) @ (
+        overlap / overlap.sum(1, keepdims=True)
+    )
 
+# %% ../../nbs/data/folds.ipynb #c026-2
 def _spectrum(images):
     "(n, 64) lowest cosine frequencies of grey images (n, h, w)."
-    if np.ndim(images) != 3: raise ValueError(f"expected grey images (n, h, w), got shape {np.shape(images)}")
+    if np.ndim(images) != 3:
+        raise ValueError(f"expected grey images (n, h, w), got shape {np.shape(images)}")
     a, b = map(_dct_rows, np.shape(images)[1:])
-    return np.concatenate([(a @ np.asarray(images[s:s+256], np.float64) @ b.T).reshape(-1, 64) for s in range(0, len(images), 256)] or [np.empty((0, 64))])
+    return np.concatenate(
+        [
+            (a @ np.asarray(images[s : s + 256], np.float64) @ b.T).reshape(-1, 64)
+            for s in range(0, len(images), 256)
+        ]
+        or [np.empty((0, 64))]
+    )
 
-def _bits(spectrum): return np.packbits(spectrum > np.median(spectrum, axis=1, keepdims=True), axis=1).view('>u8').astype(np.uint64).reshape(-1)
+# %% ../../nbs/data/folds.ipynb #c026-3
+def _bits(spectrum):
+    return (
+        np.packbits(spectrum > np.median(spectrum, axis=1, keepdims=True), axis=1)
+        .view('>u8')
+        .astype(np.uint64)
+        .reshape(-1)
+    )
+
 
 def frame_hash(
-    images:np.ndarray,        # (n, h, w) grey images of any size; a memory map will do
-) -> np.ndarray:              # (n,) uint64
+    images: np.ndarray,  # (n, h, w) grey images of any size; a memory map will do
+) -> np.ndarray:  # (n,) uint64
     "Perceptual hash of every image: 64 bits, few of which differ between similar pictures."
     return _bits(_spectrum(images))
 
+# %% ../../nbs/data/folds.ipynb #c026-4
 def hamming(
-    a:np.ndarray,             # (n,) uint64 hashes
-    b:np.ndarray,             # (m,) uint64 hashes
-) -> np.ndarray:              # (n, m) float32, 0..64
+    a: np.ndarray,  # (n,) uint64 hashes
+    b: np.ndarray,  # (m,) uint64 hashes
+) -> np.ndarray:  # (n, m) float32, 0..64
     "How many bits differ between every pair of hashes."
-    a, b = (np.unpackbits(np.asarray(x).astype('>u8').view(np.uint8).reshape(-1, 8), axis=1).astype(np.float32)*2 - 1 for x in (a, b))
-    return (64 - a @ b.T)/2
+    a, b = (
+        np.unpackbits(np.asarray(x).astype('>u8').view(np.uint8).reshape(-1, 8), axis=1).astype(np.float32)
+        * 2
+        - 1
+        for x in (a, b)
+    )
+    return (64 - a @ b.T) / 2
 
+# %% ../../nbs/data/folds.ipynb #c026
 def near_duplicates(
-    hashes:np.ndarray,        # (n,) uint64 hashes
-    sides,                    # (n,) the side of the split that each frame is on: a fold, a patient, 'train' or 'test'
-    bits:int=8,               # how many bits may differ, 0..64
-) -> pd.DataFrame:            # columns frame, twin (positions) and bits, a row per frame that has a twin
+    hashes: np.ndarray,  # (n,) uint64 hashes
+    sides,  # (n,) the side of the split that each frame is on: a fold, a patient, 'train' or 'test'
+    bits: int = 8,  # how many bits may differ, 0..64
+) -> pd.DataFrame:  # columns frame, twin (positions) and bits, a row per frame that has a twin
     "The nearest frame on another side of each frame, where it is near enough."
     side, found = pd.factorize(np.asarray(sides).astype(str))[0], [np.empty((0, 3))]
     for s in range(0, len(hashes), 1024):
-        d = hamming(hashes[s:s+1024], hashes)
-        d[side[s:s+1024, None] == side[None]] = 65
+        d = hamming(hashes[s : s + 1024], hashes)
+        d[side[s : s + 1024, None] == side[None]] = 65
         i, twin = np.arange(len(d)), d.argmin(1)
         found.append(np.column_stack([i + s, twin, d[i, twin]])[d[i, twin] <= bits])
     return pd.DataFrame(np.concatenate(found).astype(int), columns=['frame', 'twin', 'bits'])
 
-# %% ../../nbs/data/folds.ipynb #c032
+# %% ../../nbs/data/folds.ipynb #c032-1
 @dataclass
 class Audit:
     "What a table, and a split of it, give away; parts that were not asked for are None."
-    counts:pd.DataFrame            # patients, clips (and frames) by label, source and probe
-    conflicts:pd.DataFrame         # patients with more than one label
-    shortcuts:pd.DataFrame         # per column: accuracy of its majority label, and with each patient held out, beside the baseline
-    pure:pd.DataFrame              # values of these columns that have a single label, with at least two clips
-    folds:pd.DataFrame = None      # patients, clips (and frames) by fold and label
-    shared:pd.DataFrame = None     # patients that stand in more than one fold
-    duplicates:pd.DataFrame = None # frames with a near-duplicate in another fold (of another patient when there are no folds)
+
+    counts: pd.DataFrame  # patients, clips (and frames) by label, source and probe
+    conflicts: pd.DataFrame  # patients with more than one label
+    shortcuts: (
+        pd.DataFrame
+    )  # per column: accuracy of its majority label, and with each patient held out, beside the baseline
+    pure: pd.DataFrame  # values of these columns that have a single label, with at least two clips
+    folds: pd.DataFrame = None  # patients, clips (and frames) by fold and label
+    shared: pd.DataFrame = None  # patients that stand in more than one fold
+    duplicates: pd.DataFrame = (
+        None  # frames with a near-duplicate in another fold (of another patient when there are no folds)
+    )
 
     def _parts(self):
-        both = self.counts.groupby('label').sum(numeric_only=True)
+        self.counts.groupby('label').sum(numeric_only=True)
         yield 'Counts by label, source and probe', '', self.counts
         yield 'Patients with two labels', 'none' if not len(self.conflicts) else '', self.conflicts
-        yield 'Shortcuts: what a column alone predicts', 'a held_out accuracy above the baseline is a warning', self.shortcuts
+        yield (
+            'Shortcuts: what a column alone predicts',
+            'a held_out accuracy above the baseline is a warning',
+            self.shortcuts,
+        )
         yield 'Values with a single label', 'none' if not len(self.pure) else '', self.pure
-        if self.folds is not None: yield 'Folds', '', self.folds
-        if self.shared is not None: yield 'Patients in more than one fold', f'{len(self.shared)}: this split leaks' if len(self.shared) else 'none', self.shared
+        if self.folds is not None:
+            yield 'Folds', '', self.folds
+        if self.shared is not None:
+            yield (
+                'Patients in more than one fold',
+                f'{len(self.shared)}: this split leaks' if len(self.shared) else 'none',
+                self.shared,
+            )
         if self.duplicates is not None:
             n = self.duplicates.attrs
-            yield 'Near-duplicate frames', f"{len(self.duplicates)} of {n['frames']} frames have a twin in another {n['side']}; {n['blank']} blank frames left out" + (f", {n['absent']} clips are not in the store" if n['absent'] else ''), self.duplicates
+            yield (
+                'Near-duplicate frames',
+                f"{len(self.duplicates)} of {n['frames']} frames have a twin in another {n['side']}; {n['blank']} blank frames left out"
+                + (f", {n['absent']} clips are not in the store" if n['absent'] else ''),
+                self.duplicates,
+            )
 
-    def __str__(self): return '\n\n'.join(f'{title}{": " + text if text else ""}' + (f'\n{df.head(12).to_string()}' + (f'\n... {len(df)} rows' if len(df) > 12 else '') if len(df) else '') for title, text, df in self._parts())
+    def __str__(self):
+        return '\n\n'.join(
+            f'{title}{": " + text if text else ""}'
+            + (
+                f'\n{df.head(12).to_string()}' + (f'\n... {len(df)} rows' if len(df) > 12 else '')
+                if len(df)
+                else ''
+            )
+            for title, text, df in self._parts()
+        )
+
     __repr__ = __str__
-    def _repr_html_(self): return ''.join(f'<h4>{title}</h4>{text}' + (df.to_html(max_rows=12, float_format='{:.3f}'.format) if len(df) else '') for title, text, df in self._parts())
 
+    def _repr_html_(self):
+        return ''.join(
+            f'<h4>{title}</h4>{text}'
+            + (df.to_html(max_rows=12, float_format='{:.3f}'.format) if len(df) else '')
+            for title, text, df in self._parts()
+        )
+
+# %% ../../nbs/data/folds.ipynb #c032-2
 def _count(t, by):
     "Patients, clips and frames of every group."
     g = t.groupby(by, observed=True)
     out = dict(patients=g['patient'].nunique(), clips=g['clip'].nunique())
-    if 'frames' in t: out['frames'] = t.drop_duplicates([*by, 'clip', *(['frame'] if 'frame' in t else [])]).groupby(by, observed=True)['frames'].sum().reindex(out['clips'].index, fill_value=0)
+    if 'frames' in t:
+        out['frames'] = (
+            t.drop_duplicates([*by, 'clip', *(['frame'] if 'frame' in t else [])])
+            .groupby(by, observed=True)['frames']
+            .sum()
+            .reindex(out['clips'].index, fill_value=0)
+        )
     return pd.DataFrame(out)
 
+# %% ../../nbs/data/folds.ipynb #c032-3
 def _shortcut(clips, column):
     "How well the majority label of each value of `column` predicts the label, with and without the patient's own clips."
     v, l, p = (pd.factorize(clips[c].astype(str))[0] for c in (column, 'label', 'patient'))
-    seen = np.zeros((v.max()+1, l.max()+1)); np.add.at(seen, (v, l), 1)
+    seen = np.zeros((v.max() + 1, l.max() + 1))
+    np.add.at(seen, (v, l), 1)
     hit = held = 0
-    for k in range(p.max()+1):
+    for k in range(p.max() + 1):
         mine = p == k
-        rest = seen.copy(); np.subtract.at(rest, (v[mine], l[mine]), 1)
+        rest = seen.copy()
+        np.subtract.at(rest, (v[mine], l[mine]), 1)
         guess = np.where(rest.sum(1) > 0, rest.argmax(1), rest.sum(0).argmax())
         hit, held = hit + (seen.argmax(1)[v[mine]] == l[mine]).sum(), held + (guess[v[mine]] == l[mine]).sum()
-    return dict(column=column, values=len(seen), baseline=seen.sum(0).max()/len(v), accuracy=hit/len(v), held_out=held/len(v))
+    return dict(
+        column=column,
+        values=len(seen),
+        baseline=seen.sum(0).max() / len(v),
+        accuracy=hit / len(v),
+        held_out=held / len(v),
+    )
 
+# %% ../../nbs/data/folds.ipynb #c032-4
 def _twins(table, images, side, bits, likeness):
     "Near-duplicates across values of column `side` among the frames of `table`, confirmed by the correlation of their pixels."
     spectrum = _spectrum(images)[table['row'].to_numpy()]
@@ -250,44 +395,81 @@ def _twins(table, images, side, bits, likeness):
     near = near.assign(likeness=np.array(like, float))
     near = near[near['likeness'] >= likeness]
     t = t[['clip', 'frame', 'patient'] + (['fold'] if side == 'fold' else [])]
-    out = pd.concat([t.iloc[near['frame']].reset_index(drop=True), t.iloc[near['twin']].add_prefix('twin_').reset_index(drop=True), near[['bits', 'likeness']].reset_index(drop=True)], axis=1)
+    out = pd.concat(
+        [
+            t.iloc[near['frame']].reset_index(drop=True),
+            t.iloc[near['twin']].add_prefix('twin_').reset_index(drop=True),
+            near[['bits', 'likeness']].reset_index(drop=True),
+        ],
+        axis=1,
+    )
     out = out.sort_values('likeness', ascending=False, ignore_index=True)
     out.attrs.update(frames=len(table), blank=int((~lit).sum()), side=side)
     return out
 
+# %% ../../nbs/data/folds.ipynb #c032
 def audit(
-    table:pd.DataFrame,       # clip table, or frame table of a store
-    folds=None,               # fold of every row (Series or array; numbers, or 'train'/'test'); without it the table alone is audited
-    store=None,               # a FrameStore that holds the table's frames, to look for near-duplicates
-    columns=('source', 'probe', 'kind', 'licence'), # columns that should not predict the label; those that the table lacks are left out
-    bits:int=8,               # near-duplicates: hash bits that may differ
-    likeness:float=.95,       # near-duplicates: least correlation of the pixels
-) -> Audit:                   # its DataFrames are attributes; prints as a report
+    table: pd.DataFrame,  # clip table, or frame table of a store
+    folds=None,  # fold of every row (Series or array; numbers, or 'train'/'test'); without it the table alone is audited
+    store=None,  # a FrameStore that holds the table's frames, to look for near-duplicates
+    columns=(
+        'source',
+        'probe',
+        'kind',
+        'licence',
+    ),  # columns that should not predict the label; those that the table lacks are left out
+    bits: int = 8,  # near-duplicates: hash bits that may differ
+    likeness: float = 0.95,  # near-duplicates: least correlation of the pixels
+) -> Audit:  # its DataFrames are attributes; prints as a report
     "Count, and look for whatever lets a model score without medicine."
     _need(table, ('patient', 'label', 'source', 'probe'))
     t = table.assign(clip=_units(table, 'clip')['clip'])
-    if folds is not None: t['fold'] = _values(table, folds)
+    if folds is not None:
+        t['fold'] = _values(table, folds)
     frames = None if store is None else store.frames
-    if 'frame' in t: t['frames'] = 1
-    elif frames is not None: t['frames'] = t['path'].map(frames.groupby('path').size()).fillna(0).astype(int)
+    if 'frame' in t:
+        t['frames'] = 1
+    elif frames is not None:
+        t['frames'] = t['path'].map(frames.groupby('path').size()).fillna(0).astype(int)
     clips = t.drop_duplicates('clip')
-    labels = clips.groupby('patient')['label'].agg(labels=lambda x: ', '.join(sorted(set(x))), n='nunique', clips='size')
+    labels = clips.groupby('patient')['label'].agg(
+        labels=lambda x: ', '.join(sorted(set(x))), n='nunique', clips='size'
+    )
     columns = [c for c in columns if c in t]
-    pure = [dict(column=c, value=v, label=g['label'].iloc[0], patients=g['patient'].nunique(), clips=len(g)) for c in columns for v, g in clips.groupby(c) if g['label'].nunique() == 1 and len(g) > 1]
-    out = Audit(_count(t, ['label', 'source', 'probe']), labels[labels['n'] > 1].drop(columns='n'), pd.DataFrame([_shortcut(clips, c) for c in columns]).set_index('column'),
-                pd.DataFrame(pure, columns=['column', 'value', 'label', 'patients', 'clips']))
+    pure = [
+        dict(column=c, value=v, label=g['label'].iloc[0], patients=g['patient'].nunique(), clips=len(g))
+        for c in columns
+        for v, g in clips.groupby(c)
+        if g['label'].nunique() == 1 and len(g) > 1
+    ]
+    out = Audit(
+        _count(t, ['label', 'source', 'probe']),
+        labels[labels['n'] > 1].drop(columns='n'),
+        pd.DataFrame([_shortcut(clips, c) for c in columns]).set_index('column'),
+        pd.DataFrame(pure, columns=['column', 'value', 'label', 'patients', 'clips']),
+    )
     if folds is not None:
         out.folds = _count(t, ['fold', 'label'])
-        where = t.groupby('patient').agg(folds=('fold', lambda x: ', '.join(sorted(map(str, set(x))))), n=('fold', 'nunique'), clips=('clip', 'nunique'))
+        where = t.groupby('patient').agg(
+            folds=('fold', lambda x: ', '.join(sorted(map(str, set(x))))),
+            n=('fold', 'nunique'),
+            clips=('clip', 'nunique'),
+        )
         out.shared = where[where['n'] > 1].drop(columns='n')
     if store is not None:
         absent = 0
         if 'frame' not in t:
             absent = int((~t['path'].isin(frames['path'])).sum())
-            if absent == len(t): raise TableError(f"none of the table's clips is in the store; paths of the table such as {t['path'].iloc[0]}, of the store such as {frames['path'].iloc[0]}")
+            if absent == len(t):
+                raise TableError(
+                    f"none of the table's clips is in the store; paths of the table such as {t['path'].iloc[0]}, of the store such as {frames['path'].iloc[0]}"
+                )
             t = frames.merge(t[['path'] + (['fold'] if 'fold' in t else [])], on='path')
-        elif 'row' not in t: raise TableError("near-duplicates need the column 'row' of the store's frame table: pass a selection of store.frames")
-        store_rows(t, store)                             # complains where they are of another store
+        elif 'row' not in t:
+            raise TableError(
+                "near-duplicates need the column 'row' of the store's frame table: pass a selection of store.frames"
+            )
+        store_rows(t, store)  # complains where they are of another store
         out.duplicates = _twins(t, store.images, 'fold' if folds is not None else 'patient', bits, likeness)
         out.duplicates.attrs['absent'] = absent
     return out

@@ -10,219 +10,337 @@ __all__ = ['TensorFrame', 'TensorDense', 'TensorSparse', 'RowReader', 'as_frame'
            'ReadMasks', 'rows_of', 'absent_classes', 'mask_dls']
 
 # %% ../../nbs/data/loaders.ipynb #c003
-import itertools, random, warnings
+import random
+import warnings
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from fastai.vision.all import (TensorImageBW, TensorMask, TensorCategory, TransformBlock, DataBlock, TfmdDL, DataLoaders, IntToFloatTensor, DisplayedTransform,
-                               Category, IndexSplitter, chunked, patch, show_image)
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.vision.all import (
+    Category,
+    DataBlock,
+    DataLoaders,
+    DisplayedTransform,
+    IndexSplitter,
+    IntToFloatTensor,
+    TensorCategory,
+    TensorImageBW,
+    TensorMask,
+    TfmdDL,
+    TransformBlock,
+    chunked,
+    patch,
+    show_image,
+)
 from PIL import Image
-from ..core import CLASSES, DENSE, SPARSE, DENSE_TO_SPARSE, DENSE_COLORS, SPARSE_COLORS, mask_rgb, TableError, MaskSet
+
+from lus_fastai.core import (
+    CLASSES,
+    DENSE,
+    DENSE_COLORS,
+    DENSE_TO_SPARSE,
+    SPARSE,
+    SPARSE_COLORS,
+    MaskSet,
+    TableError,
+    mask_rgb,
+)
 from .store import ClipError, FrameStore, open_store, resized, sample_clip, store_rows, to_grey
 
-# %% ../../nbs/data/loaders.ipynb #c006
+# %% ../../nbs/data/loaders.ipynb #c006-1
 class TensorFrame(TensorImageBW):
     "A grey ultrasound frame, (1, h, w): bytes 0..255, or floats 0..1 after the batch transforms."
+
     _show_args = dict(cmap='gray', vmin=0)
 
+# %% ../../nbs/data/loaders.ipynb #c006-2
 class TensorDense(TensorMask):
     "A mask of dense codes, (h, w)."
+
     colors = DENSE_COLORS
+
     def show(self, ctx=None, **kwargs):
         codes = self.cpu().numpy().astype(np.uint8)
         alpha = np.where(codes < len(self.colors) - 1, 140, 0).astype(np.uint8)
-        return show_image(np.dstack([mask_rgb(codes, self.colors), alpha]), ctx=ctx, **{k: v for k, v in kwargs.items() if k in ('figsize', 'title', 'ax')})
+        return show_image(
+            np.dstack([mask_rgb(codes, self.colors), alpha]),
+            ctx=ctx,
+            **{k: v for k, v in kwargs.items() if k in ('figsize', 'title', 'ax')},
+        )
 
+# %% ../../nbs/data/loaders.ipynb #c006
 class TensorSparse(TensorDense):
     "A mask of sparse codes, (h, w)."
+
     colors = SPARSE_COLORS
 
 # %% ../../nbs/data/loaders.ipynb #c008
 class RowReader(DisplayedTransform):
     "Turns rows of a frame table into one tensor: `keys` once per table, `take` once per batch."
-    def keys(self, items:pd.DataFrame) -> np.ndarray: raise NotImplementedError
-    def take(self, keys:np.ndarray) -> torch.Tensor: raise NotImplementedError
-    def encodes(self, row:pd.Series): return self.take(self.keys(row.to_frame().T))[0]
 
+    def keys(self, items: pd.DataFrame) -> np.ndarray:
+        raise NotImplementedError
 
-# %% ../../nbs/data/loaders.ipynb #asframe
+    def take(self, keys: np.ndarray) -> torch.Tensor:
+        raise NotImplementedError
+
+    def encodes(self, row: pd.Series):
+        return self.take(self.keys(row.to_frame().T))[0]
+
+# %% ../../nbs/data/loaders.ipynb #asframe-1
 def _array_frame(x):
     if x.dtype != np.uint8:
-        raise TypeError(f"a frame is uint8, 0 to 255, this one is {x.dtype}: "
-                        f"of floats from 0 to 1 make (255*x).round() as uint8; NaN has no grey")
-    if x.ndim == 3 and x.shape[0] == 1: x = x[0]
-    if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
+        raise TypeError(
+            f"a frame is uint8, 0 to 255, this one is {x.dtype}: "
+            f"of floats from 0 to 1 make (255*x).round() as uint8; NaN has no grey"
+        )
+    if x.ndim == 3 and x.shape[0] == 1:
+        x = x[0]
+    if x.ndim == 3 and x.shape[2] == 1:
+        x = x[..., 0]
     if not x.size or x.ndim != 2 and (x.ndim != 3 or x.shape[2] not in (3, 4)):
-        raise ValueError(f"a frame is (h, w), or in colour (h, w, 3) (a tensor: (3, h, w)), this one {x.shape}")
+        raise ValueError(
+            f"a frame is (h, w), or in colour (h, w, 3) (a tensor: (3, h, w)), this one {x.shape}"
+        )
     return np.array(x if x.ndim == 2 else to_grey(Image.fromarray(np.ascontiguousarray(x))))
 
+# %% ../../nbs/data/loaders.ipynb #asframe-2
 def _file_frame(path):
     clip = sample_clip(path, rate=1e6, max_frames=2)
     if len(clip) > 1:
-        raise ClipError(path, "it is a clip, and one image is wanted: choose a frame of `sample_clip(path).frames`, "
-                              "or build a FrameStore and predict its rows")
+        raise ClipError(
+            path,
+            "it is a clip, and one image is wanted: choose a frame of `sample_clip(path).frames`, "
+            "or build a FrameStore and predict its rows",
+        )
     return clip.frames[0]
 
+# %% ../../nbs/data/loaders.ipynb #asframe
 def as_frame(
-    item,                     # an image file, a PIL image, or uint8: an array (h, w) or (h, w, 3), a tensor (h, w) or (c, h, w)
-) -> np.ndarray:              # (h, w) uint8
+    item,  # an image file, a PIL image, or uint8: an array (h, w) or (h, w, 3), a tensor (h, w) or (c, h, w)
+) -> np.ndarray:  # (h, w) uint8
     "One image as a grey frame of its own size; an error that says why where that cannot be."
-    if isinstance(item, (str, Path)): return _file_frame(item)
-    if isinstance(item, Image.Image): return np.array(to_grey(item))
+    if isinstance(item, (str, Path)):
+        return _file_frame(item)
+    if isinstance(item, Image.Image):
+        return np.array(to_grey(item))
     if torch.is_tensor(item):
         item = item.detach().cpu()
         item = np.asarray(item.movedim(0, -1) if item.ndim == 3 else item)
     return _array_frame(item)
 
-# %% ../../nbs/data/loaders.ipynb #streader
-def _called(prepare): return f'prepared by {prepare}' if prepare else 'not prepared'
+# %% ../../nbs/data/loaders.ipynb #streader-1
+def _called(prepare):
+    return f'prepared by {prepare}' if prepare else 'not prepared'
 
+# %% ../../nbs/data/loaders.ipynb #streader
 class StoreReader(RowReader):
     "Base of readers from a store; rows of another store are read there."
+
     what = 'images'
-    def __init__(self,
-        store,                # a FrameStore, or whatever has images and a length
-        variants=None,        # see ReadFrame
-    ): self.stores, self.variants = [store], variants
+
+    def __init__(
+        self,
+        store,  # a FrameStore, or whatever has images and a length
+        variants=None,  # see ReadFrame
+    ):
+        self.stores, self.variants = [store], variants
+
     @property
-    def store(self): return self.stores[0]
+    def store(self):
+        return self.stores[0]
 
     def admit(self, other):
         "Raise TableError where frames of another store were not made as those of this one."
         own = self.store
         if other.size != own.size:
             (h, w), (own_h, own_w) = other.size, own.size
-            raise TableError(f"frames of {other.folder} are {h}x{w}, those of {own.folder} {own_h}x{own_w}: "
-                             f"build that store with size={own.size}")
+            raise TableError(
+                f"frames of {other.folder} are {h}x{w}, those of {own.folder} {own_h}x{own_w}: "
+                f"build that store with size={own.size}"
+            )
         if other.prepare != own.prepare:
-            raise TableError(f"frames of {other.folder} were {_called(other.prepare)}, "
-                             f"those of {own.folder} {_called(own.prepare)}: build both alike")
+            raise TableError(
+                f"frames of {other.folder} were {_called(other.prepare)}, "
+                f"those of {own.folder} {_called(own.prepare)}: build both alike"
+            )
 
     def number(self, id):
         "Which of the known stores an id names; opens it where it is new."
         for k, known in enumerate(self.stores):
-            if known.holds(id): return k
+            if known.holds(id):
+                return k
         other = open_store(id)
         self.admit(other)
         self.stores.append(other)
         return len(self.stores) - 1
 
-# %% ../../nbs/data/loaders.ipynb #stkeys
+# %% ../../nbs/data/loaders.ipynb #stkeys-1
 @patch
-def place(self:StoreReader,
-    items:pd.DataFrame,       # frame table
-) -> tuple:                   # row numbers, and of each the number of its store in stores
+def place(
+    self: StoreReader,
+    items: pd.DataFrame,  # frame table
+) -> tuple:  # row numbers, and of each the number of its store in stores
     "Where the rows of a table are."
     alone = 'store' not in items or items['store'].isna().any() or not isinstance(self.store, FrameStore)
-    if alone: return store_rows(items, self.store), np.zeros(len(items), np.int64)
+    if alone:
+        return store_rows(items, self.store), np.zeros(len(items), np.int64)
     which, ids = pd.factorize(items['store'])
     which = np.array([self.number(i) for i in ids], np.int64)[which]
     rows = np.zeros(len(items), np.int64)
-    for k in np.unique(which): rows[which == k] = store_rows(items[which == k], self.stores[k])
+    for k in np.unique(which):
+        rows[which == k] = store_rows(items[which == k], self.stores[k])
     return rows, which
 
+# %% ../../nbs/data/loaders.ipynb #stkeys-2
 @patch
-def keys(self:StoreReader,
-    items:pd.DataFrame,       # frame table
-) -> np.ndarray:              # (n, 3): row, variant, number of the store
+def keys(
+    self: StoreReader,
+    items: pd.DataFrame,  # frame table
+) -> np.ndarray:  # (n, 3): row, variant, number of the store
     "Rows, variants and stores of a table."
     rows, which = self.place(items)
-    variant = items['variant'].to_numpy(dtype=np.int64) if 'variant' in items else np.zeros(len(items), np.int64)
+    variant = (
+        items['variant'].to_numpy(dtype=np.int64) if 'variant' in items else np.zeros(len(items), np.int64)
+    )
     return np.stack([rows, variant, which], 1)
 
+# %% ../../nbs/data/loaders.ipynb #stkeys
 @patch
-def pixels(self:StoreReader,
-    keys:np.ndarray,          # (b, 3)
-) -> np.ndarray:              # (b, h, w) uint8
+def pixels(
+    self: StoreReader,
+    keys: np.ndarray,  # (b, 3)
+) -> np.ndarray:  # (b, h, w) uint8
     "Images or masks of a batch, from one store or several."
     rows, which = keys[:, 0], keys[:, 2]
-    if not which.any(): return getattr(self.store, self.what)[rows]
+    if not which.any():
+        return getattr(self.store, self.what)[rows]
     out = np.zeros((len(rows), *self.store.size), np.uint8)
-    for k in np.unique(which): out[which == k] = getattr(self.stores[k], self.what)[rows[which == k]]
+    for k in np.unique(which):
+        out[which == k] = getattr(self.stores[k], self.what)[rows[which == k]]
     return out
 
 # %% ../../nbs/data/loaders.ipynb #readframe
 class ReadFrame(StoreReader):
     "Frames of a store as `TensorFrame`; also of one image that is in no table, see `as_frame`."
-    input_types = (pd.Series, np.ndarray, torch.Tensor, str, Path, Image.Image)    # what `learn.predict` takes
-    def __init__(self,
-        store,                # where the pixels are: a FrameStore, a MaskSet, or a view of one
-        channels:int=1,       # 1, or 3 identical channels for networks that expect colour
-        variants=None,        # function (pixels (b, h, w) uint8, numbers (b,), mask=bool) -> pixels, for tables with a column variant
+
+    input_types = (pd.Series, np.ndarray, torch.Tensor, str, Path, Image.Image)  # what `learn.predict` takes
+
+    def __init__(
+        self,
+        store,  # where the pixels are: a FrameStore, a MaskSet, or a view of one
+        channels: int = 1,  # 1, or 3 identical channels for networks that expect colour
+        variants=None,  # function (pixels (b, h, w) uint8, numbers (b,), mask=bool) -> pixels, for tables with a column variant
     ):
-        if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels is 1 or 3, not {channels}")
         super().__init__(store, variants)
         self.channels = channels
-    def take(self, keys): return self._finish(self.pixels(keys), keys[:, 1])
+
+    def take(self, keys):
+        return self._finish(self.pixels(keys), keys[:, 1])
+
     def _finish(self, x, variant):
-        if self.variants is not None: x = self.variants(x, variant, mask=False)
+        if self.variants is not None:
+            x = self.variants(x, variant, mask=False)
         return TensorFrame(torch.from_numpy(x)[:, None].expand(-1, self.channels, -1, -1))
-    def encodes(self, item:np.ndarray|torch.Tensor|str|Path|Image.Image):
+
+    def encodes(self, item: np.ndarray | torch.Tensor | str | Path | Image.Image):
         size = self.size_for(item)
         x = as_frame(item)
         x = x if x.shape == size else np.array(resized(x, size))
         return self._finish(x[None], np.zeros(1, np.int64))[0]
+
     def size_for(self, item):
         "Height and width that an image is resized to; TableError where the frames went through more than that."
-        if isinstance(self.store, MaskSet): return self.store.images.shape[1:]
+        if isinstance(self.store, MaskSet):
+            return self.store.images.shape[1:]
         if not isinstance(self.store, FrameStore):
             raise TableError("this DataLoader changes its frames on the way: predict rows of its store")
         if self.store.prepare and isinstance(item, (str, Path)):
-            raise TableError(f"frames of {self.store.folder} were {_called(self.store.prepare)}, "
-                             f"which needs a row of the clip table: build a store of {item} with the same `prepare` "
-                             f"and predict its rows, or give the prepared image as an array")
+            raise TableError(
+                f"frames of {self.store.folder} were {_called(self.store.prepare)}, "
+                f"which needs a row of the clip table: build a store of {item} with the same `prepare` "
+                f"and predict its rows, or give the prepared image as an array"
+            )
         return self.store.size
 
 # %% ../../nbs/data/loaders.ipynb #readmask
 class ReadMask(StoreReader):
     "Masks of a store as `TensorDense` or `TensorSparse`; 255 (no label) stays 255."
+
     what = 'masks'
-    def __init__(self,
-        store:FrameStore,     # a store built from a table with masks
-        sparse:bool=False,    # merge to sparse codes
-        variants=None,        # the same function as for the frames
+
+    def __init__(
+        self,
+        store: FrameStore,  # a store built from a table with masks
+        sparse: bool = False,  # merge to sparse codes
+        variants=None,  # the same function as for the frames
     ):
         super().__init__(store, variants)
         self.admit(store)
         self.sparse, self.codes = sparse, SPARSE if sparse else DENSE
         self.lut = np.full(256, 255, np.uint8)
-        self.lut[:len(DENSE)] = DENSE_TO_SPARSE if sparse else range(len(DENSE))
+        self.lut[: len(DENSE)] = DENSE_TO_SPARSE if sparse else range(len(DENSE))
+
     def admit(self, other):
         if other.masks is None:
             raise TableError(f"the store {other.folder} holds no masks: its clip table had no column 'mask'")
-        if other is not self.store: super().admit(other)
+        if other is not self.store:
+            super().admit(other)
+
     def take(self, keys):
         y = self.lut[self.pixels(keys)]
-        if self.variants is not None: y = self.variants(y, keys[:, 1], mask=True)
+        if self.variants is not None:
+            y = self.variants(y, keys[:, 1], mask=True)
         return (TensorSparse if self.sparse else TensorDense)(torch.from_numpy(y))
 
 # %% ../../nbs/data/loaders.ipynb #readlabel
 class ReadLabel(RowReader):
     "The column `label` as a class number, in the order of `classes`."
-    def __init__(self,
-        classes=CLASSES,      # label names; their order numbers the classes
-    ): self.vocab = list(classes)
+
+    def __init__(
+        self,
+        classes=CLASSES,  # label names; their order numbers the classes
+    ):
+        self.vocab = list(classes)
+
     def keys(self, items):
-        if 'label' not in items: raise TableError(f"missing column 'label'; the table has {list(items.columns)}")
+        if 'label' not in items:
+            raise TableError(f"missing column 'label'; the table has {list(items.columns)}")
         unknown = sorted(set(items['label']) - set(self.vocab), key=str)
-        if unknown: raise TableError(f"label(s) {unknown} in {int(items['label'].isin(unknown).sum())} row(s) are not among the classes {self.vocab}: drop those rows, or name them in `classes`")
+        if unknown:
+            raise TableError(
+                f"label(s) {unknown} in {int(items['label'].isin(unknown).sum())} row(s) are not among the classes {self.vocab}: drop those rows, or name them in `classes`"
+            )
         return items['label'].map({c: i for i, c in enumerate(self.vocab)}).to_numpy(dtype=np.int64)
-    def take(self, keys): return TensorCategory(torch.tensor(keys))
-    def decodes(self, o:TensorCategory): return Category(self.vocab[o])
+
+    def take(self, keys):
+        return TensorCategory(torch.tensor(keys))
+
+    def decodes(self, o: TensorCategory):
+        return Category(self.vocab[o])
 
 # %% ../../nbs/data/loaders.ipynb #c010
 class FrameDL(TfmdDL):
     "A `TfmdDL` whose datasets start with a `RowReader`; collects a batch by one indexing operation, in the main process."
-    def __init__(self,
-        dataset,              # Datasets over rows of a frame table
-        bs:int=64,            # batch size
-        shuffle:bool=False,   # a new order in each epoch
-        num_workers:int=0,    # as fastai passes it on; reading is one indexing operation, so it happens in this process whatever the number
-        **kwargs,             # as for TfmdDL
+
+    def __init__(
+        self,
+        dataset,  # Datasets over rows of a frame table
+        bs: int = 64,  # batch size
+        shuffle: bool = False,  # a new order in each epoch
+        num_workers: int = 0,  # as fastai passes it on; reading is one indexing operation, so it happens in this process whatever the number
+        **kwargs,  # as for TfmdDL
     ):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)
+
     def create_batches(self, samps):
         sources = [self.take_from(tl) for tl in self.dataset.tls]
-        for idxs in chunked(samps, self.bs, self.drop_last): yield tuple(take(idxs) for take in sources)
+        for idxs in chunked(samps, self.bs, self.drop_last):
+            yield tuple(take(idxs) for take in sources)
+
     def take_from(self, tl):
         "A function from positions to a batch: a table is read by rows, a list of single images one by one."
         reader = next(t for t in tl.tfms if isinstance(t, RowReader))
@@ -231,142 +349,221 @@ class FrameDL(TfmdDL):
         keys = reader.keys(tl.items)
         return lambda idxs: reader.take(keys[idxs])
 
-# %% ../../nbs/data/loaders.ipynb #c012
+# %% ../../nbs/data/loaders.ipynb #c012-1
 def FrameBlock(
-    store:FrameStore,         # where the pixels are
-    channels:int=1,           # 1 or 3
-    variants=None,            # see ReadFrame
+    store: FrameStore,  # where the pixels are
+    channels: int = 1,  # 1 or 3
+    variants=None,  # see ReadFrame
 ):
     "A `TransformBlock` of frames, scaled to 0..1 on the device."
-    return TransformBlock(type_tfms=[ReadFrame(store, channels, variants)], batch_tfms=[IntToFloatTensor()], dl_type=FrameDL)
+    return TransformBlock(
+        type_tfms=[ReadFrame(store, channels, variants)], batch_tfms=[IntToFloatTensor()], dl_type=FrameDL
+    )
 
+# %% ../../nbs/data/loaders.ipynb #c012-2
 def DenseBlock(
-    store:FrameStore,         # a store with masks
-    sparse:bool=False,        # sparse instead of dense codes
-    variants=None,            # see ReadFrame
+    store: FrameStore,  # a store with masks
+    sparse: bool = False,  # sparse instead of dense codes
+    variants=None,  # see ReadFrame
 ):
     "A `TransformBlock` of masks."
     return TransformBlock(type_tfms=[ReadMask(store, sparse, variants)], dl_type=FrameDL)
 
+
 def LabelBlock(
-    classes=CLASSES,          # label names in order
+    classes=CLASSES,  # label names in order
 ):
     "A `TransformBlock` of class labels."
     return TransformBlock(type_tfms=[ReadLabel(classes)], dl_type=FrameDL)
 
+# %% ../../nbs/data/loaders.ipynb #c012
 def frame_dls(
-    store:FrameStore,         # pixels (and masks) of all rows
-    train:pd.DataFrame,       # frame table to train on
-    valid:pd.DataFrame,       # frame table to validate on
-    target:str='label',       # 'label', 'dense' or 'sparse'
+    store: FrameStore,  # pixels (and masks) of all rows
+    train: pd.DataFrame,  # frame table to train on
+    valid: pd.DataFrame,  # frame table to validate on
+    target: str = 'label',  # 'label', 'dense' or 'sparse'
     *,
-    classes=CLASSES,          # label names, for target 'label'
-    bs:int=16,                # batch size
-    batch_tfms=None,          # augmentation, on the device
-    variants=None,            # see ReadFrame
-    channels:int=1,           # 1 or 3
-    device=None,              # default: fastai's default device
-) -> DataLoaders:             # training batches are shuffled and the last short one is kept unless it holds a single frame
+    classes=CLASSES,  # label names, for target 'label'
+    bs: int = 16,  # batch size
+    batch_tfms=None,  # augmentation, on the device
+    variants=None,  # see ReadFrame
+    channels: int = 1,  # 1 or 3
+    device=None,  # default: fastai's default device
+) -> (
+    DataLoaders
+):  # training batches are shuffled and the last short one is kept unless it holds a single frame
     "DataLoaders of frames with labels or masks."
-    blocks = dict(label=lambda: LabelBlock(classes), dense=lambda: DenseBlock(store, variants=variants), sparse=lambda: DenseBlock(store, True, variants))
-    if target not in blocks: raise ValueError(f"target is one of {list(blocks)}, not {target!r}")
+    blocks = dict(
+        label=lambda: LabelBlock(classes),
+        dense=lambda: DenseBlock(store, variants=variants),
+        sparse=lambda: DenseBlock(store, True, variants),
+    )
+    if target not in blocks:
+        raise ValueError(f"target is one of {list(blocks)}, not {target!r}")
     blocks = FrameBlock(store, channels, variants), blocks[target]()
     for name, t in (('train', train), ('valid', valid)):
-        if not len(t): raise TableError(f"the {name} table is empty")
-        for b in blocks: b.type_tfms[0].keys(t)
-    block = DataBlock(blocks=blocks, splitter=IndexSplitter(range(len(train), len(train) + len(valid))), batch_tfms=batch_tfms)
+        if not len(t):
+            raise TableError(f"the {name} table is empty")
+        for b in blocks:
+            b.type_tfms[0].keys(t)
+    block = DataBlock(
+        blocks=blocks,
+        splitter=IndexSplitter(range(len(train), len(train) + len(valid))),
+        batch_tfms=batch_tfms,
+    )
     dls = block.dataloaders(pd.concat([train, valid], ignore_index=True), bs=bs, device=device)
     dls.train.drop_last = len(train) > bs and len(train) % bs == 1
     return dls
 
-# %% ../../nbs/data/loaders.ipynb #c026
+# %% ../../nbs/data/loaders.ipynb #c026-1
 class TensorMasks(TensorMask):
     "Masks of k classes that may overlap, (k, h, w): bytes 0 and 1, or floats 0. and 1. after the batch transforms; `names` of the classes show below."
+
     def show(self, ctx=None, **kwargs):
         import matplotlib.pyplot as plt
-        on, names = self.cpu().numpy() > .5, getattr(self, 'names', range(len(self)))
+
+        on, names = self.cpu().numpy() > 0.5, getattr(self, 'names', range(len(self)))
         ax = ctx if ctx is not None else plt.subplots(figsize=kwargs.get('figsize'))[1]
-        if not ax.images: show_image(np.zeros(on.shape[1:]), ctx=ax, cmap='gray', vmin=0, vmax=1)
+        if not ax.images:
+            show_image(np.zeros(on.shape[1:]), ctx=ax, cmap='gray', vmin=0, vmax=1)
         tint, there = np.zeros((*on.shape[1:], 4)), [i for i in range(len(on)) if on[i].any()]
         for i in there:
             color = class_color(i)
-            old, a = tint[on[i], 3:], .3
+            old, a = tint[on[i], 3:], 0.3
             tint[on[i], :3] = (np.array(color) * a + tint[on[i], :3] * old * (1 - a)) / (a + old * (1 - a))
             tint[on[i], 3:] = a + old * (1 - a)
         ax.imshow(tint)
-        for i in there: ax.contour(np.pad(on[i], 1), [.5], colors=[class_color(i)], linewidths=1, extent=(-1.5, on.shape[2] + .5, -1.5, on.shape[1] + .5))
-        ax.set(xlim=(-.5, on.shape[2] - .5), ylim=(on.shape[1] - .5, -.5))
-        if len(on) > 1: _legend(ax, [(str(names[i]), class_color(i)) for i in there])
-        if kwargs.get('title'): ax.set_title(kwargs['title'])
+        for i in there:
+            ax.contour(
+                np.pad(on[i], 1),
+                [0.5],
+                colors=[class_color(i)],
+                linewidths=1,
+                extent=(-1.5, on.shape[2] + 0.5, -1.5, on.shape[1] + 0.5),
+            )
+        ax.set(xlim=(-0.5, on.shape[2] - 0.5), ylim=(on.shape[1] - 0.5, -0.5))
+        if len(on) > 1:
+            _legend(ax, [(str(names[i]), class_color(i)) for i in there])
+        if kwargs.get('title'):
+            ax.set_title(kwargs['title'])
         return ax
 
+# %% ../../nbs/data/loaders.ipynb #c026-2
 def class_color(
-    i:int,                    # number of the class
-) -> tuple:                   # red, green, blue, 0..1
+    i: int,  # number of the class
+) -> tuple:  # red, green, blue, 0..1
     "A colour per class: first those of the dense labels, which colour-blind readers can tell apart, then twenty others."
     import matplotlib as mpl
-    return tuple(DENSE_COLORS[i] / 255) if i < len(DENSE_COLORS) - 1 else mpl.colormaps['tab20'].colors[(2 * i + i // 10) % 20]
 
+    return (
+        tuple(DENSE_COLORS[i] / 255)
+        if i < len(DENSE_COLORS) - 1
+        else mpl.colormaps['tab20'].colors[(2 * i + i // 10) % 20]
+    )
+
+# %% ../../nbs/data/loaders.ipynb #c026
 def _legend(ax, entries):
     "Names in their colours below a picture, two to a line."
-    for j, (name, color) in enumerate(entries): ax.text(j % 2 * .5, -.04 - j // 2 * .08, name, color=np.array(color) * .8, fontsize=6, transform=ax.transAxes, va='top')
+    for j, (name, color) in enumerate(entries):
+        ax.text(
+            j % 2 * 0.5,
+            -0.04 - j // 2 * 0.08,
+            name,
+            color=np.array(color) * 0.8,
+            fontsize=6,
+            transform=ax.transAxes,
+            va='top',
+        )
 
 # %% ../../nbs/data/loaders.ipynb #c027
 @IntToFloatTensor
-def encodes(self, o:TensorMasks): return o.float()
+def encodes(self, o: TensorMasks):
+    return o.float()
 
-# %% ../../nbs/data/loaders.ipynb #c029
+# %% ../../nbs/data/loaders.ipynb #c029-1
 class ReadMasks(RowReader):
     "The masks of a `MaskSet` as `TensorMasks`."
-    def __init__(self,
-        set:MaskSet,          # where the masks are
-    ): self.set = set
-    def keys(self, items): return store_rows(items, self.set)
+
+    def __init__(
+        self,
+        set: MaskSet,  # where the masks are
+    ):
+        self.set = set
+
+    def keys(self, items):
+        return store_rows(items, self.set)
+
     def take(self, keys):
         masks = self.set.masks[keys].view(np.uint8)
         return TensorMasks(torch.from_numpy(masks), names=self.set.names)
 
+# %% ../../nbs/data/loaders.ipynb #c029-2
 def rows_of(
-    set:MaskSet,              # whose rows
-    rows,                     # integers, or a bool per row
-    name:str='rows',          # what the message calls them
-) -> np.ndarray:              # integers 0..n-1
+    set: MaskSet,  # whose rows
+    rows,  # integers, or a bool per row
+    name: str = 'rows',  # what the message calls them
+) -> np.ndarray:  # integers 0..n-1
     "Rows of a set as integers; raises ValueError when there are none, or when they are not of this set."
     rows = np.asarray(rows)
-    if rows.dtype == bool and len(rows) != len(set) or rows.dtype != bool and rows.size and (rows.min() < 0 or rows.max() >= len(set)):
-        raise ValueError(f"{name} are integers 0..{len(set)-1} or {len(set)} bools for this set, got {len(rows)} {rows.dtype}" + (f" up to {rows.max()}" if rows.dtype != bool else ''))
+    if (
+        rows.dtype == bool
+        and len(rows) != len(set)
+        or rows.dtype != bool
+        and rows.size
+        and (rows.min() < 0 or rows.max() >= len(set))
+    ):
+        raise ValueError(
+            f"{name} are integers 0..{len(set) - 1} or {len(set)} bools for this set, got {len(rows)} {rows.dtype}"
+            + (f" up to {rows.max()}" if rows.dtype != bool else '')
+        )
     rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-    if not len(rows): raise ValueError(f"{name} is empty: no image to take")
+    if not len(rows):
+        raise ValueError(f"{name} is empty: no image to take")
     return rows
 
+# %% ../../nbs/data/loaders.ipynb #c029-3
 def absent_classes(
-    set:MaskSet,              # its classes are looked for
-    **parts,                  # name=rows of a part
-) -> list:                    # a sentence for each part that lacks classes
+    set: MaskSet,  # its classes are looked for
+    **parts,  # name=rows of a part
+) -> list:  # a sentence for each part that lacks classes
     "Which classes have no pixel in which part of a set."
     there = set.masks.any((2, 3))
-    found = [(part, [c for c, seen in zip(set.names, there[rows_of(set, rows, part)].any(0)) if not seen]) for part, rows in parts.items()]
-    return [f"no pixel of {', '.join(map(repr, classes))} in {part.replace('_', ' ')}" for part, classes in found if classes]
+    found = [
+        (part, [c for c, seen in zip(set.names, there[rows_of(set, rows, part)].any(0)) if not seen])
+        for part, rows in parts.items()
+    ]
+    return [
+        f"no pixel of {', '.join(map(repr, classes))} in {part.replace('_', ' ')}"
+        for part, classes in found
+        if classes
+    ]
 
+# %% ../../nbs/data/loaders.ipynb #c029
 def mask_dls(
-    set:MaskSet,              # pictures and masks of at least 16 x 16 pixels
-    train,                    # rows to train on: integers, or a bool per row
-    valid,                    # rows to validate on
-    bs:int=8,                 # batch size
-    channels:int=3,           # 1, or 3 identical ones for networks that expect colour
-    batch_tfms=(),            # augmentation of the training batches, on the device
-    seed:int=0,               # decides the order of the training batches; what is drawn in batch_tfms follows torch's own generator
-    device=None,              # default: fastai's default device
-    notes:bool=True,          # warn of classes without a pixel in a part: it cannot teach them, or cannot test them
-) -> DataLoaders:             # batches (b, channels, h, w) and (b, k, h, w), both floats 0..1; a last training batch of one image is left out
+    set: MaskSet,  # pictures and masks of at least 16 x 16 pixels
+    train,  # rows to train on: integers, or a bool per row
+    valid,  # rows to validate on
+    bs: int = 8,  # batch size
+    channels: int = 3,  # 1, or 3 identical ones for networks that expect colour
+    batch_tfms=(),  # augmentation of the training batches, on the device
+    seed: int = 0,  # decides the order of the training batches; what is drawn in batch_tfms follows torch's own generator
+    device=None,  # default: fastai's default device
+    notes: bool = True,  # warn of classes without a pixel in a part: it cannot teach them, or cannot test them
+) -> DataLoaders:  # batches (b, channels, h, w) and (b, k, h, w), both floats 0..1; a last training batch of one image is left out
     "DataLoaders of a `MaskSet`."
-    if min(set.images.shape[1:]) < 16: raise ValueError(f"images are {set.images.shape[1]}x{set.images.shape[2]} pixels, the networks need at least 16x16: resize image and mask before making the MaskSet")
+    if min(set.images.shape[1:]) < 16:
+        raise ValueError(
+            f"images are {set.images.shape[1]}x{set.images.shape[2]} pixels, the networks need at least 16x16: resize image and mask before making the MaskSet"
+        )
     train, valid = rows_of(set, train, 'train'), rows_of(set, valid, 'valid')
     if notes:
-        for note in absent_classes(set, the_training_images=train, the_validation_images=valid): warnings.warn(note, stacklevel=2)
+        for note in absent_classes(set, the_training_images=train, the_validation_images=valid):
+            warnings.warn(note, stacklevel=2)
     blocks = FrameBlock(set, channels), TransformBlock(type_tfms=[ReadMasks(set)], dl_type=FrameDL)
     rows = np.concatenate([train, valid])
-    block = DataBlock(blocks=blocks, splitter=IndexSplitter(range(len(train), len(rows))), batch_tfms=list(batch_tfms))
+    block = DataBlock(
+        blocks=blocks, splitter=IndexSplitter(range(len(train), len(rows))), batch_tfms=list(batch_tfms)
+    )
     # rows count in the set, wherever its images came from
     table = set.table.iloc[rows].drop(columns='store', errors='ignore').assign(row=rows)
     dls = block.dataloaders(table.reset_index(drop=True), bs=bs, device=device)

@@ -12,703 +12,1380 @@ __all__ = ['UNCERTAIN_POSITIVE', 'SOURCES', 'pocus_name', 'blues_name', 'duplica
            'extract']
 
 # %% ../../nbs/data/sources.ipynb #c003
-import fnmatch, hashlib, http.client, lzma, os, re, shutil, socket, stat, tarfile, tempfile, time, zipfile, zlib
-import urllib.error, urllib.parse, urllib.request
+import fnmatch
+import hashlib
+import http.client
+import lzma
+import os
+import re
+import shutil
+import socket
+import stat
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Callable
-import numpy as np, pandas as pd
-from ..core import CLIP_COLUMNS, MaskSet, TableError, atomic_path, check_table, clip_ids, real_data, lus_home, progress, shipped
-from .store import ClipError, read_clip
+
+import numpy as np
+import pandas as pd
+
+from lus_fastai.core import (
+    CLIP_COLUMNS,
+    MaskSet,
+    TableError,
+    atomic_path,
+    check_table,
+    clip_ids,
+    lus_home,
+    progress,
+    real_data,
+    shipped,
+)
 from .folds import frame_hash, hamming
+from .store import ClipError, read_clip
 from ..synth.phantom import write_video
 from ..synth.radiographs import CATEGORIES, CHEST, CHEXPERT, fill_boxes
 
-# %% ../../nbs/data/sources.ipynb #c006
-_MEDIA = dict(gif='video', mp4='video', mov='video', avi='video', mpeg='video', mpg='video', webm='video', mkv='video',
-              jpg='image', jpeg='image', png='image', bmp='image', tif='image', tiff='image')
+# %% ../../nbs/data/sources.ipynb #c006-1
+_MEDIA = dict(
+    gif='video',
+    mp4='video',
+    mov='video',
+    avi='video',
+    mpeg='video',
+    mpg='video',
+    webm='video',
+    mkv='video',
+    jpg='image',
+    jpeg='image',
+    png='image',
+    bmp='image',
+    tif='image',
+    tiff='image',
+)
 _LABELS = dict(cov='covid', pne='pneumonia', reg='regular', vir='viral')
 
-def _suffix(name): return PurePosixPath(name).suffix.lower().lstrip('.')
 
+def _suffix(name):
+    return PurePosixPath(name).suffix.lower().lstrip('.')
+
+# %% ../../nbs/data/sources.ipynb #c006-2
 def pocus_name(
-    path:str,                 # path of a POCUS file inside its folder, such as 'pocus_videos/convex/Reg_pat1Image_132943.mpeg'
-) -> dict:                    # kind, label, probe, patient; None for what the name does not tell
+    path: str,  # path of a POCUS file inside its folder, such as 'pocus_videos/convex/Reg_pat1Image_132943.mpeg'
+) -> dict:  # kind, label, probe, patient; None for what the name does not tell
     "What the folder and the name of a POCUS file say."
     parts = [p.lower() for p in PurePosixPath(path).parts]
     northumbria = re.search(r'northumbria_(\d+)_set(\d+)', parts[-1])
-    return dict(kind='image' if 'pocus_images' in parts else _MEDIA.get(_suffix(path)),
-                label='uncertain' if 'label_uncertain' in parts else _LABELS.get(parts[-1][:3]),
-                probe=next((p for p in ('convex', 'linear') if p in parts), None),
-                patient='pocus-northumbria-{}-set{}'.format(*northumbria.groups()) if northumbria else None)
+    return dict(
+        kind='image' if 'pocus_images' in parts else _MEDIA.get(_suffix(path)),
+        label='uncertain' if 'label_uncertain' in parts else _LABELS.get(parts[-1][:3]),
+        probe=next((p for p in ('convex', 'linear') if p in parts), None),
+        patient='pocus-northumbria-{}-set{}'.format(*northumbria.groups()) if northumbria else None,
+    )
 
+# %% ../../nbs/data/sources.ipynb #c006
 def blues_name(
-    path:str,                 # path of a COVID-BLUES clip, such as 'lus_videos/patient_10_R1_2.mp4'
-) -> dict:                    # kind, probe, patient, point; patient and point are None for other names
+    path: str,  # path of a COVID-BLUES clip, such as 'lus_videos/patient_10_R1_2.mp4'
+) -> dict:  # kind, probe, patient, point; patient and point are None for other names
     "What the name of a COVID-BLUES clip says."
     found = re.fullmatch(r'patient_(\d+)_([LR]\d)(?:_\d+)?', PurePosixPath(path).stem, re.I)
-    return dict(kind='video', probe='convex', patient=f'blues-{int(found[1])}' if found else None, point=found[2].upper() if found else None)
+    return dict(
+        kind='video',
+        probe='convex',
+        patient=f'blues-{int(found[1])}' if found else None,
+        point=found[2].upper() if found else None,
+    )
 
-# %% ../../nbs/data/sources.ipynb #c009
-_FINDINGS = {'Effusion': 'effusion', 'Consolidations': 'consolidations', 'B-lines': 'b_lines', 'A-lines': 'a_lines',
-             'Pleural line irregularities': 'pleural_irregularities'}
+# %% ../../nbs/data/sources.ipynb #c009-1
+_FINDINGS = {
+    'Effusion': 'effusion',
+    'Consolidations': 'consolidations',
+    'B-lines': 'b_lines',
+    'A-lines': 'a_lines',
+    'Pleural line irregularities': 'pleural_irregularities',
+}
+
 
 def _csv(path, columns):
     "Read a spreadsheet of a data set as text; says which columns are missing."
-    try: meta = pd.read_csv(path, dtype=str, encoding='utf-8-sig')
-    except (ValueError, pd.errors.EmptyDataError) as e: raise TableError(f"{path} cannot be read as CSV: {e}") from None
+    try:
+        meta = pd.read_csv(path, dtype=str, encoding='utf-8-sig')
+    except (ValueError, pd.errors.EmptyDataError) as e:
+        raise TableError(f"{path} cannot be read as CSV: {e}") from None
     meta = meta.rename(columns=lambda c: c.strip())
     missing = [c for c in columns if c not in meta]
-    if missing: raise TableError(f"{path} lacks the column(s) {missing}; is it the data set's own file?")
+    if missing:
+        raise TableError(f"{path} lacks the column(s) {missing}; is it the data set's own file?")
     return meta
 
-def _files(root, *tops): return sorted(p.relative_to(root).as_posix() for top in tops for p in (root/top).rglob('*') if p.is_file() and _suffix(p.name) in _MEDIA and not p.name.startswith('.'))
-def _key(name): return re.sub('[^a-z0-9]', '', (name[:-len(_suffix(name))-1] if _suffix(name) in _MEDIA else name).lower())
-def _id(text): return None if pd.isna(text) or not text.strip() else re.sub(r'\.0$', '', text.strip()).lower().replace(' ', '-')
-def _some(names): return ', '.join(names[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
-def _flag(text): return {'1': 1., '1.0': 1., 'yes': 1., '0': 0., '0.0': 0., 'no': 0.}.get(str(text).strip().lower(), np.nan)
+# %% ../../nbs/data/sources.ipynb #c009-2
+def _files(root, *tops):
+    return sorted(
+        p.relative_to(root).as_posix()
+        for top in tops
+        for p in (root / top).rglob('*')
+        if p.is_file() and _suffix(p.name) in _MEDIA and not p.name.startswith('.')
+    )
 
+
+def _key(name):
+    return re.sub(
+        '[^a-z0-9]', '', (name[: -len(_suffix(name)) - 1] if _suffix(name) in _MEDIA else name).lower()
+    )
+
+# %% ../../nbs/data/sources.ipynb #c009-3
+def _id(text):
+    return (
+        None
+        if pd.isna(text) or not text.strip()
+        else re.sub(r'\.0$', '', text.strip()).lower().replace(' ', '-')
+    )
+
+
+def _some(names):
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+# %% ../../nbs/data/sources.ipynb #c009-4
+def _flag(text):
+    return {'1': 1.0, '1.0': 1.0, 'yes': 1.0, '0': 0.0, '0.0': 0.0, 'no': 0.0}.get(
+        str(text).strip().lower(), np.nan
+    )
+
+# %% ../../nbs/data/sources.ipynb #c009
 def _read_pocus(root):
-    meta = _csv(root/'dataset_metadata.csv', ['Filename', 'Source ID', 'Patient ID / Name', 'Label'])
+    meta = _csv(root / 'dataset_metadata.csv', ['Filename', 'Source ID', 'Patient ID / Name', 'Label'])
     meta = meta[meta['Filename'].notna()]
     meta = meta.assign(key=meta['Filename'].map(_key)).drop_duplicates('key').set_index('key')
     rows, notes, seen, lost, odd, nameless, differ = [], [], set(), [], [], [], []
     for path in _files(root, 'pocus_videos', 'pocus_images'):
         name, key = pocus_name(path), _key(PurePosixPath(path).name)
-        if None in (name['label'], name['probe']): odd.append(path); continue
+        if None in (name['label'], name['probe']):
+            odd.append(path)
+            continue
         row = meta.loc[key] if key in meta.index else None
         seen.add(key)
-        if row is None: lost.append(path)
+        if row is None:
+            lost.append(path)
         source = None if row is None else _id(row['Source ID'])
         patient = None if row is None else _id(row['Patient ID / Name'])
         if name['label'] != 'uncertain' and row is not None and isinstance(row['Label'], str):
-            told = next((l for s, l in (('covid', 'covid'), ('viral', 'viral'), ('pneumonia', 'pneumonia'), ('regular', 'regular')) if s in row['Label'].lower()), None)
-            if told != name['label']: differ.append(path)
+            told = next(
+                (
+                    l
+                    for s, l in (
+                        ('covid', 'covid'),
+                        ('viral', 'viral'),
+                        ('pneumonia', 'pneumonia'),
+                        ('regular', 'regular'),
+                    )
+                    if s in row['Label'].lower()
+                ),
+                None,
+            )
+            if told != name['label']:
+                differ.append(path)
         source = f'pocus-{source}' if source else 'pocus-unlisted'
-        if not (name['patient'] or patient): nameless.append(path)
-        rows.append(dict(path=str(root/path), kind=name['kind'], label=name['label'], patient=name['patient'] or (f'pocus-{patient}' if patient else f'{source}-nameless'),
-                         source=source, probe=name['probe'], licence=None if row is None or pd.isna(row.get('License')) else row['License'].strip(),
-                         **{new: np.nan if row is None else _flag(row.get(old)) for old, new in _FINDINGS.items()}))
+        if not (name['patient'] or patient):
+            nameless.append(path)
+        rows.append(
+            dict(
+                path=str(root / path),
+                kind=name['kind'],
+                label=name['label'],
+                patient=name['patient'] or (f'pocus-{patient}' if patient else f'{source}-nameless'),
+                source=source,
+                probe=name['probe'],
+                licence=None if row is None or pd.isna(row.get('License')) else row['License'].strip(),
+                **{new: np.nan if row is None else _flag(row.get(old)) for old, new in _FINDINGS.items()},
+            )
+        )
     absent = [meta.loc[k, 'Filename'] for k in meta.index if k not in seen]
-    for names, what in ((odd, 'file(s) skipped: neither label nor probe in the name'), (lost, 'file(s) without a row in dataset_metadata.csv: label and probe from the name'),
-                        (absent, 'row(s) whose file is not here, skipped'), (nameless, 'file(s) without a patient id: one patient a source'),
-                        (differ, 'file(s) whose spreadsheet label differs from the name (the name was taken)')):
-        if names: notes.append(f'{len(names)} {what}: {_some(names)}')
+    for names, what in (
+        (odd, 'file(s) skipped: neither label nor probe in the name'),
+        (lost, 'file(s) without a row in dataset_metadata.csv: label and probe from the name'),
+        (absent, 'row(s) whose file is not here, skipped'),
+        (nameless, 'file(s) without a patient id: one patient a source'),
+        (differ, 'file(s) whose spreadsheet label differs from the name (the name was taken)'),
+    ):
+        if names:
+            notes.append(f'{len(names)} {what}: {_some(names)}')
     return pd.DataFrame(rows), notes
 
 # %% ../../nbs/data/sources.ipynb #c011
 def _read_blues(root):
-    severity = _csv(root/'severity.csv', ['video_file', 'Severity Score', 'A-lines', 'B-lines'])
-    clinical = _csv(root/'clinical_variables.csv', ['patient_id', 'cov_test'])
-    label = {f'blues-{_id(p)}': {1.: 'covid', 0.: 'negative'}.get(_flag(t)) for p, t in zip(clinical['patient_id'], clinical['cov_test'])}
-    severity = severity.assign(key=severity['video_file'].map(lambda s: _key(str(s)))).drop_duplicates('key').set_index('key')
+    severity = _csv(root / 'severity.csv', ['video_file', 'Severity Score', 'A-lines', 'B-lines'])
+    clinical = _csv(root / 'clinical_variables.csv', ['patient_id', 'cov_test'])
+    label = {
+        f'blues-{_id(p)}': {1.0: 'covid', 0.0: 'negative'}.get(_flag(t))
+        for p, t in zip(clinical['patient_id'], clinical['cov_test'])
+    }
+    severity = (
+        severity.assign(key=severity['video_file'].map(lambda s: _key(str(s))))
+        .drop_duplicates('key')
+        .set_index('key')
+    )
     rows, notes, odd, unrated, seen = [], [], [], [], set()
     for path in _files(root, 'lus_videos'):
         name, key = blues_name(path), _key(PurePosixPath(path).name)
-        if not label.get(name['patient']): odd.append(path); continue
+        if not label.get(name['patient']):
+            odd.append(path)
+            continue
         seen.add(key)
         row = severity.loc[key] if key in severity.index else None
-        if row is None: unrated.append(path)
-        rows.append(dict(path=str(root/path), kind=name['kind'], label=label[name['patient']], patient=name['patient'], source='blues', probe=name['probe'], point=name['point'],
-                         severity=np.nan if row is None else float(row['Severity Score']),
-                         a_lines=np.nan if row is None else _flag(row['A-lines']), b_lines=np.nan if row is None else _flag(row['B-lines'])))
+        if row is None:
+            unrated.append(path)
+        rows.append(
+            dict(
+                path=str(root / path),
+                kind=name['kind'],
+                label=label[name['patient']],
+                patient=name['patient'],
+                source='blues',
+                probe=name['probe'],
+                point=name['point'],
+                severity=np.nan if row is None else float(row['Severity Score']),
+                a_lines=np.nan if row is None else _flag(row['A-lines']),
+                b_lines=np.nan if row is None else _flag(row['B-lines']),
+            )
+        )
     absent = [str(severity.loc[k, 'video_file']) for k in severity.index if k not in seen]
-    for names, what in ((odd, 'file(s) skipped: no test result for their patient'), (unrated, 'file(s) without a row in severity.csv'), (absent, 'row(s) of severity.csv whose file is not here, skipped')):
-        if names: notes.append(f'{len(names)} {what}: {_some(names)}')
+    for names, what in (
+        (odd, 'file(s) skipped: no test result for their patient'),
+        (unrated, 'file(s) without a row in severity.csv'),
+        (absent, 'row(s) of severity.csv whose file is not here, skipped'),
+    ):
+        if names:
+            notes.append(f'{len(names)} {what}: {_some(names)}')
     return pd.DataFrame(rows), notes
 
 # %% ../../nbs/data/sources.ipynb #c013
 def duplicate_groups(
-    images,                   # grey images (h, w), of any sizes: a list, or anything that yields them
-    bits:int=8,               # hash bits that may differ between two pictures of one group, 0..64
-) -> np.ndarray:              # (n,) int: the position of the first image of each one's group
+    images,  # grey images (h, w), of any sizes: a list, or anything that yields them
+    bits: int = 8,  # hash bits that may differ between two pictures of one group, 0..64
+) -> np.ndarray:  # (n,) int: the position of the first image of each one's group
     "Group pictures that are the same, or nearly, by perceptual hash; two that a third one links are in one group."
     hashes = np.array([frame_hash(np.asarray(x)[None])[0] for x in images], np.uint64)
     near, group = hamming(hashes, hashes) <= bits, np.arange(len(hashes))
     while True:
         least = np.where(near, group, len(hashes)).min(1, initial=len(hashes))
-        if (least == group).all(): return group
+        if (least == group).all():
+            return group
         group = least
 
-# %% ../../nbs/data/sources.ipynb #c015
+# %% ../../nbs/data/sources.ipynb #c015-1
 def lesion_paths(
-    value,                    # an entry of the column lesions: paths joined by ';', or empty (also None or NaN)
-) -> list:                    # of str, a path a lesion
+    value,  # an entry of the column lesions: paths joined by ';', or empty (also None or NaN)
+) -> list:  # of str, a path a lesion
     "The mask files of one row of BUSI."
     return [p for p in value.split(';') if p] if isinstance(value, str) else []
 
+# %% ../../nbs/data/sources.ipynb #c015
 def _read_busi(root):
     rows, images, notes, bare, lost, odd = [], [], [], [], [], []
     for label in ('benign', 'malignant', 'normal'):
-        found = [root/p for p in _files(root, label) if _MEDIA[_suffix(p)] == 'image']
+        found = [root / p for p in _files(root, label) if _MEDIA[_suffix(p)] == 'image']
         masks = {}
         for p in found:
-            if named := re.fullmatch(r'(.*)_mask(?:_\d+)?', p.stem): masks.setdefault(named[1], []).append(p)
+            if named := re.fullmatch(r'(.*)_mask(?:_\d+)?', p.stem):
+                masks.setdefault(named[1], []).append(p)
         for p in found:
-            if re.search(r'_mask(_\d+)?$', p.stem): continue
+            if re.search(r'_mask(_\d+)?$', p.stem):
+                continue
             mine = masks.pop(p.stem, [])
-            try: image, layers = read_clip(p).frames[0], [(str(m), read_clip(m).frames[0]) for m in mine]
-            except ClipError as e: odd.append(f'{Path(e.path).relative_to(root).as_posix()} ({e.reason})'); continue
-            if any(m.shape != image.shape for _, m in layers): odd.append(f'{p.relative_to(root).as_posix()} (its mask has another size)'); continue
+            try:
+                image, layers = read_clip(p).frames[0], [(str(m), read_clip(m).frames[0]) for m in mine]
+            except ClipError as e:
+                odd.append(f'{Path(e.path).relative_to(root).as_posix()} ({e.reason})')
+                continue
+            if any(m.shape != image.shape for _, m in layers):
+                odd.append(f'{p.relative_to(root).as_posix()} (its mask has another size)')
+                continue
             lesions = [m for m, x in layers if x.any()]
-            if label != 'normal' and not lesions: bare.append(p.name)
-            rows.append(dict(path=str(p), kind='image', label=label, patient='', source='busi', probe='linear', lesions=';'.join(lesions)))
+            if label != 'normal' and not lesions:
+                bare.append(p.name)
+            rows.append(
+                dict(
+                    path=str(p),
+                    kind='image',
+                    label=label,
+                    patient='',
+                    source='busi',
+                    probe='linear',
+                    lesions=';'.join(lesions),
+                )
+            )
             images.append(image)
         lost += [m.name for ms in masks.values() for m in ms]
     table = pd.DataFrame(rows)
     if len(table):
         group = duplicate_groups(images)
         table['patient'] = [f'busi-g{n + 1:03d}' for n in np.unique(group, return_inverse=True)[1]]
-        labels, size = (table.groupby('patient')[c].transform(f) for c, f in (('label', 'nunique'), ('path', 'size')))
+        labels, size = (
+            table.groupby('patient')[c].transform(f) for c, f in (('label', 'nunique'), ('path', 'size'))
+        )
         cross, kept = table[labels > 1], table[(labels == 1) & (size > 1)]
-        if len(cross): notes.append(f'{len(cross)} image(s) in {cross.patient.nunique()} group(s) of duplicates that stand under two classes, dropped: {_some([Path(p).name for p in cross.path])}')
-        if len(kept): notes.append(f'{len(kept)} image(s) have a duplicate, or nearly one, in their class: {kept.patient.nunique()} group(s), each counted as one patient')
+        if len(cross):
+            notes.append(
+                f'{len(cross)} image(s) in {cross.patient.nunique()} group(s) of duplicates that stand under two classes, dropped: {_some([Path(p).name for p in cross.path])}'
+            )
+        if len(kept):
+            notes.append(
+                f'{len(kept)} image(s) have a duplicate, or nearly one, in their class: {kept.patient.nunique()} group(s), each counted as one patient'
+            )
         notes.append('patients are not given: an image without a duplicate is a patient of its own')
         table = table[labels == 1].sort_values('path', ignore_index=True)
-    for names, what in ((odd, 'image(s) skipped'), (bare, 'image(s), not normal, without a mask of a lesion'), (lost, 'mask(s) without an image')):
-        if names: notes.append(f'{len(names)} {what}: {_some(names)}')
+    for names, what in (
+        (odd, 'image(s) skipped'),
+        (bare, 'image(s), not normal, without a mask of a lesion'),
+        (lost, 'mask(s) without an image'),
+    ):
+        if names:
+            notes.append(f'{len(names)} {what}: {_some(names)}')
     return table, notes
 
-# %% ../../nbs/data/sources.ipynb #c017
-_CCXS = dict(zip(('Right Lung', 'Left Lung', 'Cardiomediastinum', 'Airways', 'Ground Glass Opacities', 'Consolidation', 'Pleural Effusion', 'Pneumothorax', 'Endotracheal Tube', 'Central Venous Line',
-                  'Monitoring Probes', 'Nosogastric Tube', 'Tubings'), CHEST))
+# %% ../../nbs/data/sources.ipynb #c017-1
+_CCXS = dict(
+    zip(
+        (
+            'Right Lung',
+            'Left Lung',
+            'Cardiomediastinum',
+            'Airways',
+            'Ground Glass Opacities',
+            'Consolidation',
+            'Pleural Effusion',
+            'Pneumothorax',
+            'Endotracheal Tube',
+            'Central Venous Line',
+            'Monitoring Probes',
+            'Nosogastric Tube',
+            'Tubings',
+        ),
+        CHEST,
+    )
+)
+
 
 def ccxs_patient(
-    name:str,                 # name of a picture, such as 'pneumococcal-pneumonia-day7.jpg'
-) -> str:                     # of its patient, as far as the name tells
+    name: str,  # name of a picture, such as 'pneumococcal-pneumonia-day7.jpg'
+) -> str:  # of its patient, as far as the name tells
     "Cut off of a picture's name what counts the pictures of a patient: day, admission, hours, view, letter of a sub-figure."
     stem = PurePosixPath(name).stem.lower()
-    for whole in (r'(auntminnie)-[a-d](-.*)', r'(sars-.*)-g\d+\w*-fig(\d+).*', r'(nejmoa2001191)()_f\d.*'):     # a father in Vietnam; one patient a figure; the first case in the United States
-        if found := re.fullmatch(whole, stem): return 'ccxs-' + found[1] + ('-' + found[2].strip('-') if found[2] else '')
+    for whole in (
+        r'(auntminnie)-[a-d](-.*)',
+        r'(sars-.*)-g\d+\w*-fig(\d+).*',
+        r'(nejmoa2001191)()_f\d.*',
+    ):  # a father in Vietnam; one patient a figure; the first case in the United States
+        if found := re.fullmatch(whole, stem):
+            return 'ccxs-' + found[1] + ('-' + found[2].strip('-') if found[2] else '')
     stem = re.sub(r'-(pa|ap|right|left|l-a|m-[a-z])$', '', stem)
     stem = re.sub(r'-(day-?\d+|admission|\d+-(hours|days?))$', '', stem)
     return 'ccxs-' + re.sub(r'(?<=[a-z_]\d)[a-d]$|(?<=lrg)-[a-d]$|(?<=\d)-[a-d]$|(?<=-\d)-\d$', '', stem)
 
+# %% ../../nbs/data/sources.ipynb #c017-2
 def mask_paths(
-    value,                    # an entry of the column masks: 'class|path|left|top' joined by ';', or empty (also None or NaN)
-) -> list:                    # of (class, path, left, top)
+    value,  # an entry of the column masks: 'class|path|left|top' joined by ';', or empty (also None or NaN)
+) -> list:  # of (class, path, left, top)
     "The mask files of one row: what they show, and where in the picture their upper left corner lies, in pixels."
     parts = [p.rsplit('|', 3) for p in value.split(';') if p] if isinstance(value, str) else []
     return [(name, path, int(left), int(top)) for name, path, left, top in parts]
 
+
 def _stems(root, *tops):
     "Pictures below folders of `root`, by their names without suffix."
-    return {PurePosixPath(p).stem: root/p for p in _files(root, *tops)}
+    return {PurePosixPath(p).stem: root / p for p in _files(root, *tops)}
 
+# %% ../../nbs/data/sources.ipynb #c017
 def _read_ccxs(root):
-    meta = _csv(root/'structure.csv', ['Template Name', 'Filename', 'Mask', 'Top', 'Left'])
+    meta = _csv(root / 'structure.csv', ['Template Name', 'Filename', 'Mask', 'Top', 'Left'])
     pictures, notes, rows, images, lost, odd = _stems(root, 'images'), [], [], [], [], []
     kind = meta['Template Name'].str.strip()
     strange = kind[~kind.isin(_CCXS)].value_counts()
     for name, g in meta[kind.isin(_CCXS)].groupby('Filename'):
-        path, gone = pictures.get(PurePosixPath(name).stem), [m for m in g['Mask'] if not (root/m).is_file()]
-        if path is None or gone: lost.append(name if path is None else gone[0]); continue
-        try: images.append(read_clip(path).frames[0])
-        except ClipError as e: odd.append(f'{path.name} ({e.reason})'); continue
-        rows.append(dict(path=str(path), kind='image', label='chest', patient=ccxs_patient(name), source='ccxs', probe='x-ray',
-                         masks=';'.join(f'{_CCXS[k.strip()]}|{root/m}|{x}|{y}' for k, m, x, y in g[['Template Name', 'Mask', 'Left', 'Top']].itertuples(index=False))))
+        path, gone = (
+            pictures.get(PurePosixPath(name).stem),
+            [m for m in g['Mask'] if not (root / m).is_file()],
+        )
+        if path is None or gone:
+            lost.append(name if path is None else gone[0])
+            continue
+        try:
+            images.append(read_clip(path).frames[0])
+        except ClipError as e:
+            odd.append(f'{path.name} ({e.reason})')
+            continue
+        rows.append(
+            dict(
+                path=str(path),
+                kind='image',
+                label='chest',
+                patient=ccxs_patient(name),
+                source='ccxs',
+                probe='x-ray',
+                masks=';'.join(
+                    f'{_CCXS[k.strip()]}|{root / m}|{x}|{y}'
+                    for k, m, x, y in g[['Template Name', 'Mask', 'Left', 'Top']].itertuples(index=False)
+                ),
+            )
+        )
     table = pd.DataFrame(rows)
     if len(table):
         for _, rows in table.groupby(duplicate_groups(images)):
             table['patient'] = table['patient'].replace({p: rows['patient'].iloc[0] for p in rows['patient']})
         table = table.sort_values('path', ignore_index=True)
         many = table['patient'].value_counts()
-        notes.append(f"patients as file names tell, pictures that look alike joined: {(many > 1).sum()} have several pictures, {many[many > 1].sum()} in all")
+        notes.append(
+            f"patients as file names tell, pictures that look alike joined: {(many > 1).sum()} have several pictures, {many[many > 1].sum()} in all"
+        )
         seen = table['masks'].map(lambda v: {m[0] for m in mask_paths(v)})
-        notes.append('pictures with a mask: ' + ', '.join(f'{n} {c}' for c in CHEST if (n := sum(c in s for s in seen))))
-    for names, what in ((lost, 'picture(s) skipped: it, or one of its masks, is not here'), (odd, 'picture(s) skipped'), (list(strange.index), 'categories unknown here, dropped')):
-        if names: notes.append(f'{len(names)} {what}: {_some(names)}')
+        notes.append(
+            'pictures with a mask: '
+            + ', '.join(f'{n} {c}' for c in CHEST if (n := sum(c in s for s in seen)))
+        )
+    for names, what in (
+        (lost, 'picture(s) skipped: it, or one of its masks, is not here'),
+        (odd, 'picture(s) skipped'),
+        (list(strange.index), 'categories unknown here, dropped'),
+    ):
+        if names:
+            notes.append(f'{len(names)} {what}: {_some(names)}')
     return table, notes
 
 # %% ../../nbs/data/sources.ipynb #c020
 def _read_xpie(root):
     files = _files(root, '.')
-    is_mask = [bool(re.search(r'(^|[^a-z])(gt|gts)([^a-z]|$)|mask|truth|annot', str(PurePosixPath(p).parent), re.I)) for p in files]
-    key = lambda p: re.sub(r'[-_](mask|gt)$', '', PurePosixPath(p).stem, flags=re.I)
+    is_mask = [
+        bool(re.search(r'(^|[^a-z])(gt|gts)([^a-z]|$)|mask|truth|annot', str(PurePosixPath(p).parent), re.I))
+        for p in files
+    ]
+
+    def key(p):
+        return re.sub(r'[-_](mask|gt)$', '', PurePosixPath(p).stem, flags=re.I)
+
     masks = {key(p): p for p, m in zip(files, is_mask) if m}
     pictures = [p for p, m in zip(files, is_mask) if not m]
-    rows = [dict(path=str(root/p), kind='image', label='object', patient=f'xpie-{key(p)}', source='xpie', probe='photograph', masks=f'object|{root/masks[key(p)]}|0|0') for p in pictures if key(p) in masks]
+    rows = [
+        dict(
+            path=str(root / p),
+            kind='image',
+            label='object',
+            patient=f'xpie-{key(p)}',
+            source='xpie',
+            probe='photograph',
+            masks=f'object|{root / masks[key(p)]}|0|0',
+        )
+        for p in pictures
+        if key(p) in masks
+    ]
     bare, lost = [p for p in pictures if key(p) not in masks], sorted(set(masks) - {key(p) for p in pictures})
-    return pd.DataFrame(rows), [f'{len(n)} {what}: {_some(n)}' for n, what in ((bare, 'picture(s) without a mask, skipped'), (lost, 'mask(s) without a picture')) if n]
+    return pd.DataFrame(rows), [
+        f'{len(n)} {what}: {_some(n)}'
+        for n, what in ((bare, 'picture(s) without a mask, skipped'), (lost, 'mask(s) without a picture'))
+        if n
+    ]
 
-# %% ../../nbs/data/sources.ipynb #c022
+# %% ../../nbs/data/sources.ipynb #c022-1
 def _read_chexpert(root):
     parts = []
     for part in ('train', 'valid'):
-        if not (root/f'{part}.csv').is_file(): continue
-        meta = _csv(root/f'{part}.csv', ['Path', *CHEXPERT])
+        if not (root / f'{part}.csv').is_file():
+            continue
+        meta = _csv(root / f'{part}.csv', ['Path', *CHEXPERT])
         path = meta['Path'].str.strip().str.replace('\\', '/')
         inner = path.str.replace(r'^.*?(?=(train|valid)/patient)', '', regex=True)
-        t = pd.DataFrame(dict(path=[str(root/p) for p in inner], kind='image', label='chest', patient='chexpert-' + path.str.extract(r'(patient\d+)', expand=False), source='chexpert', probe='x-ray', part=part))
+        t = pd.DataFrame(
+            dict(
+                path=[str(root / p) for p in inner],
+                kind='image',
+                label='chest',
+                patient='chexpert-' + path.str.extract(r'(patient\d+)', expand=False),
+                source='chexpert',
+                probe='x-ray',
+                part=part,
+            )
+        )
         t['view'] = np.where(path.str.contains('lateral', case=False), 'lateral', 'frontal')
-        for c in CHEXPERT: t[c] = pd.to_numeric(meta[c], errors='coerce')
+        for c in CHEXPERT:
+            t[c] = pd.to_numeric(meta[c], errors='coerce')
         parts.append(t)
     table = pd.concat(parts, ignore_index=True)
-    here, nobody = np.array([os.path.isfile(p) for p in table['path']], bool), table['patient'].isna().to_numpy()
+    here, nobody = (
+        np.array([os.path.isfile(p) for p in table['path']], bool),
+        table['patient'].isna().to_numpy(),
+    )
     wrong = ~table[list(CHEXPERT)].isin([-1, 0, 1, np.nan]).all(axis=1).to_numpy()
     names = [PurePosixPath(*Path(p).parts[-3:]).as_posix() for p in table['path']]
-    notes = [f'{n.sum()} {what}: {_some([x for x, y in zip(names, n) if y])}' for n, what in ((~here, 'row(s) whose file is not here, skipped'), (here & nobody, 'row(s) skipped: no patient in the path'),
-                                                                                     (here & ~nobody & wrong, 'row(s) skipped: an observation that is not 1, 0, -1 or empty')) if n.any()]
+    notes = [
+        f'{n.sum()} {what}: {_some([x for x, y in zip(names, n) if y])}'
+        for n, what in (
+            (~here, 'row(s) whose file is not here, skipped'),
+            (here & nobody, 'row(s) skipped: no patient in the path'),
+            (here & ~nobody & wrong, 'row(s) skipped: an observation that is not 1, 0, -1 or empty'),
+        )
+        if n.any()
+    ]
     return table[here & ~nobody & ~wrong].sort_values('path', ignore_index=True), notes
 
+# %% ../../nbs/data/sources.ipynb #c022-2
 UNCERTAIN_POSITIVE = ('Atelectasis', 'Edema', 'Pleural Effusion')
 
+
 def chexpert_labels(
-    table:pd.DataFrame,       # with the columns CHEXPERT: 1, 0, -1 uncertain, NaN not mentioned
-    policy=UNCERTAIN_POSITIVE,# observations that count as present where uncertain (Merand 2021); others count as absent
-) -> pd.DataFrame:            # the same rows and index, (n, 14) of 0 and 1
+    table: pd.DataFrame,  # with the columns CHEXPERT: 1, 0, -1 uncertain, NaN not mentioned
+    policy=UNCERTAIN_POSITIVE,  # observations that count as present where uncertain (Merand 2021); others count as absent
+) -> pd.DataFrame:  # the same rows and index, (n, 14) of 0 and 1
     "CheXpert's observations without doubt."
     unknown = set(policy) - set(CHEXPERT)
-    if unknown: raise ValueError(f"policy names {sorted(unknown)}, which are no observations of CheXpert; those are {list(CHEXPERT)}")
+    if unknown:
+        raise ValueError(
+            f"policy names {sorted(unknown)}, which are no observations of CheXpert; those are {list(CHEXPERT)}"
+        )
     missing = [c for c in CHEXPERT if c not in table]
-    if missing: raise TableError(f"the table lacks the observation(s) {missing}")
+    if missing:
+        raise TableError(f"the table lacks the observation(s) {missing}")
     x = table[list(CHEXPERT)]
     return ((x == 1) | ((x == -1) & [c in policy for c in CHEXPERT])).astype(int)
 
+# %% ../../nbs/data/sources.ipynb #c022
 def exact_match(
-    pred,                     # (n, k) of 0 and 1 or bool: observations predicted
-    target,                   # (n, k) of 0 and 1: observations made
-) -> float:                   # 0..1; NaN without rows
+    pred,  # (n, k) of 0 and 1 or bool: observations predicted
+    target,  # (n, k) of 0 and 1: observations made
+) -> float:  # 0..1; NaN without rows
     "Share of rows in which all observations agree: CheXpert accuracy as Merand 2021 counts it."
     pred, target = np.asarray(pred), np.asarray(target)
-    if pred.shape != target.shape or pred.ndim != 2: raise ValueError(f"pred and target are (n, k) alike, got {pred.shape} and {target.shape}")
-    if not np.isin(pred, (0, 1)).all(): raise ValueError("pred must be 0 or 1; compare probabilities with a threshold first, such as pred > .5")
+    if pred.shape != target.shape or pred.ndim != 2:
+        raise ValueError(f"pred and target are (n, k) alike, got {pred.shape} and {target.shape}")
+    if not np.isin(pred, (0, 1)).all():
+        raise ValueError(
+            "pred must be 0 or 1; compare probabilities with a threshold first, such as pred > .5"
+        )
     return float((pred == target).all(1).mean()) if len(pred) else float('nan')
 
-# %% ../../nbs/data/sources.ipynb #c025
-_SIIM = {'Negative for Pneumonia': 'negative', 'Typical Appearance': 'typical', 'Indeterminate Appearance': 'indeterminate', 'Atypical Appearance': 'atypical'}
+# %% ../../nbs/data/sources.ipynb #c025-1
+_SIIM = {
+    'Negative for Pneumonia': 'negative',
+    'Typical Appearance': 'typical',
+    'Indeterminate Appearance': 'indeterminate',
+    'Atypical Appearance': 'atypical',
+}
+
 
 def siim_boxes(
-    value,                    # an entry of the column label of train_image_level.csv, such as 'opacity 1 10 20 30.5 40'
-) -> list:                    # of (x, y, width, height) in pixels; empty for 'none 1 0 0 1 1'
+    value,  # an entry of the column label of train_image_level.csv, such as 'opacity 1 10 20 30.5 40'
+) -> list:  # of (x, y, width, height) in pixels; empty for 'none 1 0 0 1 1'
     "The boxes of one picture; raises ValueError for what is no list of boxes."
     words = value.split() if isinstance(value, str) else []
-    if len(words) % 6 or not words or any(w not in ('opacity', 'none') for w in words[::6]): raise ValueError(f"{value!r} is not a list of 'opacity 1 xmin ymin xmax ymax' or 'none 1 0 0 1 1'")
-    boxes = [(words[i], *map(float, words[i+2:i+6])) for i in range(0, len(words), 6)]
-    return [(x0, y0, x1 - x0, y1 - y0) for name, x0, y0, x1, y1 in boxes if name == 'opacity' and x1 - x0 > 1 and y1 - y0 > 1]
+    if len(words) % 6 or not words or any(w not in ('opacity', 'none') for w in words[::6]):
+        raise ValueError(f"{value!r} is not a list of 'opacity 1 xmin ymin xmax ymax' or 'none 1 0 0 1 1'")
+    boxes = [(words[i], *map(float, words[i + 2 : i + 6])) for i in range(0, len(words), 6)]
+    return [
+        (x0, y0, x1 - x0, y1 - y0)
+        for name, x0, y0, x1, y1 in boxes
+        if name == 'opacity' and x1 - x0 > 1 and y1 - y0 > 1
+    ]
 
+# %% ../../nbs/data/sources.ipynb #c025-2
 def _header(path):
     "Patient, height and width in a DICOM header; None for what it does not say."
-    try: import pydicom
-    except ImportError: return None, None, None
+    try:
+        import pydicom
+    except ImportError:
+        return None, None, None
     ds = pydicom.dcmread(path, stop_before_pixels=True, force=True)
     return str(ds.get('PatientID') or '').strip() or None, ds.get('Rows'), ds.get('Columns')
 
+# %% ../../nbs/data/sources.ipynb #c025
 def _read_siim(root):
-    level, study = _csv(root/'train_image_level.csv', ['id', 'label', 'StudyInstanceUID']), _csv(root/'train_study_level.csv', ['id', *_SIIM])
-    category = {re.sub('_study$', '', r['id']): [short for c, short in _SIIM.items() if _flag(r[c]) == 1] for _, r in study.iterrows()}
+    level, study = (
+        _csv(root / 'train_image_level.csv', ['id', 'label', 'StudyInstanceUID']),
+        _csv(root / 'train_study_level.csv', ['id', *_SIIM]),
+    )
+    category = {
+        re.sub('_study$', '', r['id']): [short for c, short in _SIIM.items() if _flag(r[c]) == 1]
+        for _, r in study.iterrows()
+    }
     sizes = {}
-    if (root/'meta.csv').is_file(): sizes = {r['image_id']: (int(r['dim0']), int(r['dim1'])) for _, r in _csv(root/'meta.csv', ['image_id', 'dim0', 'dim1']).iterrows()}
-    pictures = _stems(root, 'train') | {p.stem: p for p in (root/'train').rglob('*.dcm')}
+    if (root / 'meta.csv').is_file():
+        sizes = {
+            r['image_id']: (int(r['dim0']), int(r['dim1']))
+            for _, r in _csv(root / 'meta.csv', ['image_id', 'dim0', 'dim1']).iterrows()
+        }
+    pictures = _stems(root, 'train') | {p.stem: p for p in (root / 'train').rglob('*.dcm')}
     rows, lost, odd, unsure = [], [], [], []
     for name, label, uid in level[['id', 'label', 'StudyInstanceUID']].itertuples(index=False):
-        name = re.sub('_image$', '', name); path, told = pictures.get(name), category.get(uid, [])
-        if path is None: lost.append(name); continue
-        if len(told) != 1: unsure.append(name); continue
-        try: boxes = siim_boxes(label)
-        except ValueError: odd.append(name); continue
+        name = re.sub('_image$', '', name)
+        path, told = pictures.get(name), category.get(uid, [])
+        if path is None:
+            lost.append(name)
+            continue
+        if len(told) != 1:
+            unsure.append(name)
+            continue
+        try:
+            boxes = siim_boxes(label)
+        except ValueError:
+            odd.append(name)
+            continue
         who, h, w = _header(path) if path.suffix == '.dcm' else (None, None, None)
         h, w = sizes.get(name, (h, w))
-        rows.append(dict(path=str(path), kind='image', label=told[0], patient=f'siim-{who or uid}', source='siim', probe='x-ray', study=uid, category=told[0], boxes=';'.join(','.join(f'{v:g}' for v in b) for b in boxes),
-                         height=np.nan if h is None else h, width=np.nan if w is None else w))
+        rows.append(
+            dict(
+                path=str(path),
+                kind='image',
+                label=told[0],
+                patient=f'siim-{who or uid}',
+                source='siim',
+                probe='x-ray',
+                study=uid,
+                category=told[0],
+                boxes=';'.join(','.join(f'{v:g}' for v in b) for b in boxes),
+                height=np.nan if h is None else h,
+                width=np.nan if w is None else w,
+            )
+        )
     table = pd.DataFrame(rows)
-    notes = [f'{len(n)} {what}: {_some(n)}' for n, what in ((lost, 'picture(s) of the table not here, skipped'), (unsure, 'picture(s) skipped: its study has not exactly one category'), (odd, 'picture(s) skipped: boxes cannot be read')) if n]
+    notes = [
+        f'{len(n)} {what}: {_some(n)}'
+        for n, what in (
+            (lost, 'picture(s) of the table not here, skipped'),
+            (unsure, 'picture(s) skipped: its study has not exactly one category'),
+            (odd, 'picture(s) skipped: boxes cannot be read'),
+        )
+        if n
+    ]
     if len(table):
         notes.append(f"{(table['boxes'] == '').sum()} picture(s) without a box")
         table = table.sort_values('path', ignore_index=True)
     return table, notes
 
-# %% ../../nbs/data/sources.ipynb #c028
+# %% ../../nbs/data/sources.ipynb #c028-1
 def mask_picture(
-    path,                     # an image file: 0 and 1, 0 and 255, a palette, a colour on black, or transparent outside
-) -> np.ndarray:              # (h, w) bool
+    path,  # an image file: 0 and 1, 0 and 255, a palette, a colour on black, or transparent outside
+) -> np.ndarray:  # (h, w) bool
     "Read a mask, whatever it is stored as; raises `ClipError` that names the file."
     from PIL import Image
+
     try:
         with Image.open(path) as im:
-            if im.mode in ('1', 'L', 'I', 'F') or im.mode.startswith('I;'): x = np.asarray(im.convert('F') if im.mode != '1' else im.convert('L'), np.float32)
+            if im.mode in ('1', 'L', 'I', 'F') or im.mode.startswith('I;'):
+                x = np.asarray(im.convert('F') if im.mode != '1' else im.convert('L'), np.float32)
             else:
                 rgba = np.asarray(im.convert('RGBA'), np.float32)
                 x = rgba[..., 3] if rgba[..., 3].min() < 128 else rgba[..., :3].max(-1)
-    except FileNotFoundError: raise ClipError(path, 'no such file') from None
-    except Exception as e: raise ClipError(path, f'cannot be read as a mask: {e}') from None
-    return x > x.max()/2
+    except FileNotFoundError:
+        raise ClipError(path, 'no such file') from None
+    except Exception as e:
+        raise ClipError(path, f'cannot be read as a mask: {e}') from None
+    return x > x.max() / 2
 
+# %% ../../nbs/data/sources.ipynb #c028-2
 def _shrink_mask(mask, size):
     "A bool mask at another size: half covered pixels, or the best covered ones where there are none."
     from PIL import Image
-    if not mask.any(): return np.zeros(size, bool)
-    cover = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size[::-1], Image.BOX if mask.shape[0] >= size[0] and mask.shape[1] >= size[1] else Image.BILINEAR))
-    return cover >= min(.5, cover.max()/2)
 
+    if not mask.any():
+        return np.zeros(size, bool)
+    cover = np.asarray(
+        Image.fromarray(mask.astype(np.float32)).resize(
+            size[::-1], Image.BOX if mask.shape[0] >= size[0] and mask.shape[1] >= size[1] else Image.BILINEAR
+        )
+    )
+    return cover >= min(0.5, cover.max() / 2)
+
+# %% ../../nbs/data/sources.ipynb #c028-3
 def _mask_set(table, size, names, layers):
     "Read every row: its picture, and its masks (k, *size) from `layers(row, shape of the picture, size)`."
     from PIL import Image
-    if not len(table): raise TableError("the table is empty: no picture to read")
+
+    if not len(table):
+        raise TableError("the table is empty: no picture to read")
     size = (size, size) if np.isscalar(size) else tuple(size)
-    if min(size) < 16: raise ValueError(f"size must be at least 16 pixels either way, got {size}")
+    if min(size) < 16:
+        raise ValueError(f"size must be at least 16 pixels either way, got {size}")
     images, masks, kept, odd = [], [], [], []
     for i, row in enumerate(progress(table.to_dict('records'), total=len(table), desc='pictures')):
-        try: x = read_clip(row['path']).frames[0]; m = layers(row, x.shape, size)
-        except ClipError as e: odd.append(f'{Path(e.path).name} ({e.reason})'); continue
-        images.append(np.asarray(Image.fromarray(x).resize(size[::-1], Image.BILINEAR))); masks.append(m); kept.append(i)
-    if not kept: raise TableError(f"none of {len(table)} picture(s) could be used: {_some(odd)}")
-    if odd: print(f'{len(odd)} of {len(table)} picture(s) skipped: {_some(odd)}')
+        try:
+            x = read_clip(row['path']).frames[0]
+            m = layers(row, x.shape, size)
+        except ClipError as e:
+            odd.append(f'{Path(e.path).name} ({e.reason})')
+            continue
+        images.append(np.asarray(Image.fromarray(x).resize(size[::-1], Image.BILINEAR)))
+        masks.append(m)
+        kept.append(i)
+    if not kept:
+        raise TableError(f"none of {len(table)} picture(s) could be used: {_some(odd)}")
+    if odd:
+        print(f'{len(odd)} of {len(table)} picture(s) skipped: {_some(odd)}')
     return MaskSet(np.stack(images), np.stack(masks), names, table.assign(clip=clip_ids(table)).iloc[kept])
 
+# %% ../../nbs/data/sources.ipynb #c028-4
 def _pasted(row, shape, size, names):
     out = np.zeros((len(names), *shape), bool)
     for name, path, left, top in mask_paths(row['masks']):
-        m = mask_picture(path); h, w = m.shape
-        if left < 0 or top < 0 or top + h > shape[0] or left + w > shape[1]: raise ClipError(path, f'a mask of {w}x{h} pixels at ({left}, {top}) leaves its picture of {shape[1]}x{shape[0]}')
-        out[names.index(name), top:top+h, left:left+w] |= m
+        m = mask_picture(path)
+        h, w = m.shape
+        if left < 0 or top < 0 or top + h > shape[0] or left + w > shape[1]:
+            raise ClipError(
+                path,
+                f'a mask of {w}x{h} pixels at ({left}, {top}) leaves its picture of {shape[1]}x{shape[0]}',
+            )
+        out[names.index(name), top : top + h, left : left + w] |= m
     return np.stack([_shrink_mask(m, size) for m in out])
 
+# %% ../../nbs/data/sources.ipynb #c028-5
 def ccxs_set(
-    table:pd.DataFrame,       # from index('ccxs')
-    size=128,                 # pixels: a side of squares, or (height, width); at least 16
-) -> MaskSet:                 # the 13 classes of CHEST
+    table: pd.DataFrame,  # from index('ccxs')
+    size=128,  # pixels: a side of squares, or (height, width); at least 16
+) -> MaskSet:  # the 13 classes of CHEST
     "Radiographs of CCXS with their masks, each pasted where it belongs."
     return _mask_set(table, size, CHEST, partial(_pasted, names=CHEST))
 
+# %% ../../nbs/data/sources.ipynb #c028-6
 def xpie_set(
-    table:pd.DataFrame,       # from index('xpie')
-    size=128,                 # pixels: a side of squares, or (height, width); at least 16
-) -> MaskSet:                 # one class, 'object'
+    table: pd.DataFrame,  # from index('xpie')
+    size=128,  # pixels: a side of squares, or (height, width); at least 16
+) -> MaskSet:  # one class, 'object'
     "Photographs of XPIE, grey, with their salient objects."
+
     def whole(row, shape, size):
         m = mask_picture(mask_paths(row['masks'])[0][1])
-        if m.shape != shape: raise ClipError(mask_paths(row['masks'])[0][1], f'the mask is {m.shape[1]}x{m.shape[0]}, its picture {shape[1]}x{shape[0]}')
+        if m.shape != shape:
+            raise ClipError(
+                mask_paths(row['masks'])[0][1],
+                f'the mask is {m.shape[1]}x{m.shape[0]}, its picture {shape[1]}x{shape[0]}',
+            )
         return _shrink_mask(m, size)[None]
+
     return _mask_set(table, size, ('object',), whole)
 
+# %% ../../nbs/data/sources.ipynb #c028-7
 def busi_set(
-    table:pd.DataFrame,       # from index('busi')
-    size=128,                 # pixels: a side of squares, or (height, width); at least 16
-) -> MaskSet:                 # one class, 'lesion': all lesions of a picture together; empty for normal ones
+    table: pd.DataFrame,  # from index('busi')
+    size=128,  # pixels: a side of squares, or (height, width); at least 16
+) -> MaskSet:  # one class, 'lesion': all lesions of a picture together; empty for normal ones
     "Ultrasound stills of BUSI with their lesions."
+
     def lesions(row, shape, size):
         out = np.zeros(shape, bool)
         for p in lesion_paths(row['lesions']):
             m = mask_picture(p)
-            if m.shape != shape: raise ClipError(p, f'the mask is {m.shape[1]}x{m.shape[0]}, its picture {shape[1]}x{shape[0]}')
+            if m.shape != shape:
+                raise ClipError(
+                    p, f'the mask is {m.shape[1]}x{m.shape[0]}, its picture {shape[1]}x{shape[0]}'
+                )
             out |= m
         return _shrink_mask(out, size)[None]
+
     return _mask_set(table, size, ('lesion',), lesions)
 
+# %% ../../nbs/data/sources.ipynb #c028
 def siim_set(
-    table:pd.DataFrame,       # from index('siim')
-    size=128,                 # pixels: a side of squares, or (height, width); at least 16
-) -> MaskSet:                 # classes 'typical', 'indeterminate', 'atypical'; a negative picture has none. Table with category
+    table: pd.DataFrame,  # from index('siim')
+    size=128,  # pixels: a side of squares, or (height, width); at least 16
+) -> (
+    MaskSet
+):  # classes 'typical', 'indeterminate', 'atypical'; a negative picture has none. Table with category
     "Radiographs of SIIM-FISABIO-RSNA, their boxes filled with the category of the study."
+
     def filled(row, shape, size):
         h, w = (shape[k] if pd.isna(row[c]) else row[c] for k, c in enumerate(('height', 'width')))
-        boxes = [[float(v) for v in b.split(',')] for b in row['boxes'].split(';') if b] if isinstance(row['boxes'], str) else []
-        boxes = pd.DataFrame([(0, row['category'], x*size[1]/w, y*size[0]/h, bw*size[1]/w, bh*size[0]/h) for x, y, bw, bh in boxes], columns=['row', 'name', 'x', 'y', 'width', 'height'])
+        boxes = (
+            [[float(v) for v in b.split(',')] for b in row['boxes'].split(';') if b]
+            if isinstance(row['boxes'], str)
+            else []
+        )
+        boxes = pd.DataFrame(
+            [
+                (0, row['category'], x * size[1] / w, y * size[0] / h, bw * size[1] / w, bh * size[0] / h)
+                for x, y, bw, bh in boxes
+            ],
+            columns=['row', 'name', 'x', 'y', 'width', 'height'],
+        )
         return fill_boxes(boxes, 1, size, CATEGORIES[1:])[0]
+
     return _mask_set(table, size, CATEGORIES[1:], filled)
 
+# %% ../../nbs/data/sources.ipynb #c030-1
+def _us4_step(frames, fps, n=3.0, least=5):
+    return max(min(fps / n, frames / max(least, 1)), 1.0)
+
 # %% ../../nbs/data/sources.ipynb #c030
-def _us4_step(frames, fps, n=3., least=5): return max(min(fps/n, frames/max(least, 1)), 1.)
-
 def us4_rows(
-    frames:int,               # frames of the clip
-    fps:float,                # frames a second of the clip
-    n:float=3.,               # frames a second to take
-    least:int=5,              # but at least so many, as long as the clip has them
-) -> np.ndarray:              # (m,) int: numbers of the frames to take, increasing; the first is 0
+    frames: int,  # frames of the clip
+    fps: float,  # frames a second of the clip
+    n: float = 3.0,  # frames a second to take
+    least: int = 5,  # but at least so many, as long as the clip has them
+) -> np.ndarray:  # (m,) int: numbers of the frames to take, increasing; the first is 0
     "The sampling rule of US-4 (Chen 2021, section 2): one frame in every fps/n, at least `least`."
-    if frames < 1 or not (np.isfinite(fps) and fps > 0 and np.isfinite(n) and n > 0): raise ValueError(f"frames, fps and n must be above 0, got {frames}, {fps} and {n}")
+    if frames < 1 or not (np.isfinite(fps) and fps > 0 and np.isfinite(n) and n > 0):
+        raise ValueError(f"frames, fps and n must be above 0, got {frames}, {fps} and {n}")
     step = _us4_step(frames, fps, n, least)
-    return np.unique(np.floor(np.arange(np.ceil(frames/step))*step + 1e-6).astype(int).clip(max=frames - 1))
+    return np.unique(
+        np.floor(np.arange(np.ceil(frames / step)) * step + 1e-6).astype(int).clip(max=frames - 1)
+    )
 
-# %% ../../nbs/data/sources.ipynb #c036
-def _number(path): return (*map(int, re.findall(r'\d+', Path(path).stem)[-1:]), Path(path).name)
+# %% ../../nbs/data/sources.ipynb #c036-1
+def _number(path):
+    return (*map(int, re.findall(r'\d+', Path(path).stem)[-1:]), Path(path).name)
 
+# %% ../../nbs/data/sources.ipynb #c036-2
 def pack_sequence(
-    files,                    # one picture a frame, of one size; ordered here by the last number in their names
-    fps:float,                # frames a second of the sequence
-    name:str,                 # of the clip, such as 'clust/ETH-01-1'
-    n:float=3.,               # frames a second to take (see us4_rows)
-) -> Path:                    # a video in our cache, without loss
+    files,  # one picture a frame, of one size; ordered here by the last number in their names
+    fps: float,  # frames a second of the sequence
+    name: str,  # of the clip, such as 'clust/ETH-01-1'
+    n: float = 3.0,  # frames a second to take (see us4_rows)
+) -> Path:  # a video in our cache, without loss
     "A folder of pictures as one clip, sampled as in US-4; raises `ClipError` when one of the pictures cannot be read."
     files = sorted(files, key=_number)
-    if not files: raise ClipError(name, 'it holds no frame')
+    if not files:
+        raise ClipError(name, 'it holds no frame')
     rows = us4_rows(len(files), fps, n)
-    rate = fps/_us4_step(len(files), fps, n)
+    rate = fps / _us4_step(len(files), fps, n)
     h = hashlib.sha1(repr(round(rate, 4)).encode())
-    for r in rows: h.update(hashlib.sha1(Path(files[r]).read_bytes()).digest())
-    path = lus_home()/'packed'/f'{name}-{h.hexdigest()[:10]}.mkv'
+    for r in rows:
+        h.update(hashlib.sha1(Path(files[r]).read_bytes()).digest())
+    path = lus_home() / 'packed' / f'{name}-{h.hexdigest()[:10]}.mkv'
     if not path.is_file():
         frames = [read_clip(files[r]).frames[0] for r in rows]
         odd = next((r for r, x in zip(rows, frames) if x.shape != frames[0].shape), None)
-        if odd is not None: raise ClipError(files[odd], f'{frames[0].shape[1]}x{frames[0].shape[0]} is the size of the frames before it, not of this one')
-        with atomic_path(path) as part: write_video(part, np.stack(frames), rate, lossless=True)
+        if odd is not None:
+            raise ClipError(
+                files[odd],
+                f'{frames[0].shape[1]}x{frames[0].shape[0]} is the size of the frames before it, not of this one',
+            )
+        with atomic_path(path) as part:
+            write_video(part, np.stack(frames), rate, lossless=True)
     return path
 
+# %% ../../nbs/data/sources.ipynb #c036
 def clust_name(
-    name:str,                 # the folder of a sequence, such as 'ETH-01-1'
-) -> dict:                    # group, patient, sequence; None for other names
+    name: str,  # the folder of a sequence, such as 'ETH-01-1'
+) -> dict:  # group, patient, sequence; None for other names
     "What the folder of a CLUST sequence says: where it was recorded, of whom, and which of that person's sequences it is."
     found = re.fullmatch(r'([A-Z]+\d*)-(\d+)(?:-(\d+))?', name, re.I)
-    return dict(group=found[1].lower(), patient=f'clust-{found[1].lower()}-{found[2]}', sequence=int(found[3] or 1)) if found else dict(group=None, patient=None, sequence=None)
+    return (
+        dict(
+            group=found[1].lower(),
+            patient=f'clust-{found[1].lower()}-{found[2]}',
+            sequence=int(found[3] or 1),
+        )
+        if found
+        else dict(group=None, patient=None, sequence=None)
+    )
 
 # %% ../../nbs/data/sources.ipynb #c039
 def butterfly_name(
-    path:str,                 # path of a clip inside the folder, such as 'Lung/Normal Lung A lines.mp4' or 'Reg-Butterfly-Normal Lung.mp4'
-) -> dict:                    # kind, label, probe, patient, title
+    path: str,  # path of a clip inside the folder, such as 'Lung/Normal Lung A lines.mp4' or 'Reg-Butterfly-Normal Lung.mp4'
+) -> dict:  # kind, label, probe, patient, title
     "What the name of a clip of the Butterfly gallery says."
     path = PurePosixPath(path)
-    stem = re.sub(r'_(mp4|mov|gif|avi|mpeg)$', '', path.stem if _suffix(path) in _MEDIA else path.name, flags=re.I)
-    prefix, title = re.fullmatch(r'(?:(cov|reg|pneu?|vir)[-_ ]+)?(?:butterfly[-_ ]+)?(.*)', stem, re.I).groups()
+    stem = re.sub(
+        r'_(mp4|mov|gif|avi|mpeg)$', '', path.stem if _suffix(path) in _MEDIA else path.name, flags=re.I
+    )
+    prefix, title = re.fullmatch(
+        r'(?:(cov|reg|pneu?|vir)[-_ ]+)?(?:butterfly[-_ ]+)?(.*)', stem, re.I
+    ).groups()
     who = re.sub(r'[-_ ]*example[-_ ]*\d+$', '', title, flags=re.I)
-    return dict(kind='video', label=_LABELS[prefix[:3].lower()] if prefix else 'regular' if re.search(r'normal|\ba[- _]?lines?\b', f'{path.parent} {title}', re.I) else 'covid', probe='convex',
-                patient='butterfly-' + re.sub('[^a-z0-9]+', '-', who.lower()).strip('-'), title=title)
+    return dict(
+        kind='video',
+        label=_LABELS[prefix[:3].lower()]
+        if prefix
+        else 'regular'
+        if re.search(r'normal|\ba[- _]?lines?\b', f'{path.parent} {title}', re.I)
+        else 'covid',
+        probe='convex',
+        patient='butterfly-' + re.sub('[^a-z0-9]+', '-', who.lower()).strip('-'),
+        title=title,
+    )
 
-# %% ../../nbs/data/sources.ipynb #c041
-_CLUST_FPS = 20.  # where nothing else is known
+# %% ../../nbs/data/sources.ipynb #c041-1
+_CLUST_FPS = 20.0  # where nothing else is known
+
 
 def _packed(root, jobs):
     "Pack (folder, files, fps, name) one after another: paths in their order, None for what cannot be read, and the reasons."
     paths, faults = [], []
     for folder, files, fps, name in progress(jobs, desc='sequences'):
-        try: paths.append(str(pack_sequence(files, fps, name)))
-        except ClipError as e: paths.append(None); faults.append(f'{folder.relative_to(root).as_posix()} ({e.reason})')
+        try:
+            paths.append(str(pack_sequence(files, fps, name)))
+        except ClipError as e:
+            paths.append(None)
+            faults.append(f'{folder.relative_to(root).as_posix()} ({e.reason})')
     return paths, faults
 
+# %% ../../nbs/data/sources.ipynb #c041-2
 def _read_clust(root):
     rates = {}
-    if (root/'frame_rates.csv').is_file():
-        sheet = _csv(root/'frame_rates.csv', ['sequence', 'fps'])
-        rates = dict(zip(sheet['sequence'].astype(str).str.strip().str.upper(), pd.to_numeric(sheet['fps'], errors='coerce')))
+    if (root / 'frame_rates.csv').is_file():
+        sheet = _csv(root / 'frame_rates.csv', ['sequence', 'fps'])
+        rates = dict(
+            zip(
+                sheet['sequence'].astype(str).str.strip().str.upper(),
+                pd.to_numeric(sheet['fps'], errors='coerce'),
+            )
+        )
         wrong = [k for k, v in rates.items() if not (np.isfinite(v) and v > 0)]
-        if wrong: raise TableError(f"{root/'frame_rates.csv'}: fps must be a number above 0, it is not for {_some(wrong)}")
+        if wrong:
+            raise TableError(
+                f"{root / 'frame_rates.csv'}: fps must be a number above 0, it is not for {_some(wrong)}"
+            )
     rows, jobs, notes, odd, guessed = [], [], [], [], []
-    for folder in sorted({p.parent for depth in ('*', '*/*', '*/*/*') for p in root.glob(f'{depth}/Data') if p.is_dir()}):
-        name, files = clust_name(folder.name), [p for p in (folder/'Data').iterdir() if _MEDIA.get(_suffix(p.name)) == 'image' and not p.name.startswith('.')]
-        if not files or not name['patient']: odd.append(f"{folder.relative_to(root).as_posix()} ({'no pictures in Data: a 3D sequence?' if name['patient'] else 'not named as a sequence'})"); continue
+    for folder in sorted(
+        {p.parent for depth in ('*', '*/*', '*/*/*') for p in root.glob(f'{depth}/Data') if p.is_dir()}
+    ):
+        name, files = (
+            clust_name(folder.name),
+            [
+                p
+                for p in (folder / 'Data').iterdir()
+                if _MEDIA.get(_suffix(p.name)) == 'image' and not p.name.startswith('.')
+            ],
+        )
+        if not files or not name['patient']:
+            odd.append(
+                f"{folder.relative_to(root).as_posix()} ({'no pictures in Data: a 3D sequence?' if name['patient'] else 'not named as a sequence'})"
+            )
+            continue
         fps = rates.get(folder.name.upper())
-        if fps is None: guessed.append(folder.name)
+        if fps is None:
+            guessed.append(folder.name)
         jobs.append((folder, files, fps or _CLUST_FPS, f'clust/{folder.name}'))
-        part = next((p for p in ('training', 'test') if p in (x.lower() for x in folder.relative_to(root).parts)), None)
-        rows.append(dict(path='', kind='video', label='liver', patient=name['patient'], source=f"clust-{name['group']}", probe='convex', sequence=folder.name, part=part, fps=fps or _CLUST_FPS,
-                         length=len(files), landmarks=len(list((folder/'Annotation').glob('*.txt')))))
+        part = next(
+            (p for p in ('training', 'test') if p in (x.lower() for x in folder.relative_to(root).parts)),
+            None,
+        )
+        rows.append(
+            dict(
+                path='',
+                kind='video',
+                label='liver',
+                patient=name['patient'],
+                source=f"clust-{name['group']}",
+                probe='convex',
+                sequence=folder.name,
+                part=part,
+                fps=fps or _CLUST_FPS,
+                length=len(files),
+                landmarks=len(list((folder / 'Annotation').glob('*.txt'))),
+            )
+        )
     table = pd.DataFrame(rows)
     if len(table):
         table['path'], faults = _packed(root, jobs)
         twice = table['path'].notna() & table['path'].duplicated()
         odd += faults + [f'{n} (the same frames as another)' for n in table['sequence'][twice]]
         table = table[table['path'].notna() & ~twice].sort_values('path', ignore_index=True)
-    notes.append('3 frames a second of each sequence, at least 5, are packed into clips of our cache: build a store with rate=30 to keep them all')
-    for names, what in ((odd, 'sequence(s) skipped'), (guessed, f'sequence(s) without a row in frame_rates.csv: {_CLUST_FPS:g} frames a second assumed')):
-        if names: notes.append(f'{len(names)} {what}: {_some(names)}')
+    notes.append(
+        '3 frames a second of each sequence, at least 5, are packed into clips of our cache: build a store with rate=30 to keep them all'
+    )
+    for names, what in (
+        (odd, 'sequence(s) skipped'),
+        (guessed, f'sequence(s) without a row in frame_rates.csv: {_CLUST_FPS:g} frames a second assumed'),
+    ):
+        if names:
+            notes.append(f'{len(names)} {what}: {_some(names)}')
     return table, notes
 
+# %% ../../nbs/data/sources.ipynb #c041
 def _read_butterfly(root):
-    rows, jobs, stills, folders = [], [], [], {}
+    rows, _jobs, stills, folders = [], [], [], {}
     for path in _files(root, '.'):
-        folder = (root/path).parent
-        if _MEDIA[_suffix(path)] == 'video': place = path
+        folder = (root / path).parent
+        if _MEDIA[_suffix(path)] == 'video':
+            place = path
         elif folder != root and re.search(r'frame_?\d+$', PurePosixPath(path).stem, re.I):
-            folders.setdefault(folder, []).append(root/path)
-            if len(folders[folder]) > 1: continue
+            folders.setdefault(folder, []).append(root / path)
+            if len(folders[folder]) > 1:
+                continue
             place = folder.relative_to(root).as_posix()
-        else: stills.append(path); continue
+        else:
+            stills.append(path)
+            continue
         name = butterfly_name(place)
-        rows.append(dict(path=str(root/path) if place == path else folder, source='butterfly', **{k: name[k] for k in ('kind', 'label', 'patient', 'probe', 'title')},
-                         topic=str(PurePosixPath(place).parent) if '/' in place else None))
+        rows.append(
+            dict(
+                path=str(root / path) if place == path else folder,
+                source='butterfly',
+                **{k: name[k] for k in ('kind', 'label', 'patient', 'probe', 'title')},
+                topic=str(PurePosixPath(place).parent) if '/' in place else None,
+            )
+        )
     table, odd = pd.DataFrame(rows, columns=[*CLIP_COLUMNS, 'title', 'topic']), []
     if folders:  # frames of US-4: already three a second
-        paths, odd = _packed(root, [(f, files, 3., f'butterfly/{f.name}') for f, files in folders.items()])
-        table['path'] = table['path'].map(lambda p, at=dict(zip(folders, paths)): at.get(p) if isinstance(p, Path) else p)
+        paths, odd = _packed(root, [(f, files, 3.0, f'butterfly/{f.name}') for f, files in folders.items()])
+        table['path'] = table['path'].map(
+            lambda p, at=dict(zip(folders, paths)): at.get(p) if isinstance(p, Path) else p
+        )
         table = table[table['path'].notna()]
-    notes = ['who is on which clip is not told: clips of one title are one patient; POCUS holds some of these clips, so leave one of the two out of a test']
-    for names, what in ((odd, 'folder(s) of frames skipped'), (stills, 'still(s) skipped: this set is of clips')):
-        if names: notes.append(f'{len(names)} {what}: {_some(names)}')
+    notes = [
+        'who is on which clip is not told: clips of one title are one patient; POCUS holds some of these clips, so leave one of the two out of a test'
+    ]
+    for names, what in (
+        (odd, 'folder(s) of frames skipped'),
+        (stills, 'still(s) skipped: this set is of clips'),
+    ):
+        if names:
+            notes.append(f'{len(names)} {what}: {_some(names)}')
     return table.sort_values('path', ignore_index=True), notes
 
-# %% ../../nbs/data/sources.ipynb #c043
+# %% ../../nbs/data/sources.ipynb #c043-1
 @dataclass(frozen=True)
 class Source:
     "A public data set: what it is, whose it is, where it lives and how its folder becomes a clip table."
-    name:str                  # short name, also of its manifest
-    title:str                 # what it is
-    licence:str               # what one may do with it
-    citation:str              # whom to cite
-    urls:dict                 # 'home'; 'raw': prefix of every file's address; 'archive': all in one zip. Only 'home' where it comes by hand
-    marker:tuple              # patterns of what is always in its folder; 'a|b' means one of them
-    layout:str                # the rest of the folder, in words
-    read:Callable             # folder → (clip table, list of remarks)
-    prefix:str = ''           # upstream paths begin with it, paths in our folder do not
-    listing:str = None        # its manifest, a CSV file; data/<name>.csv of this package when None
 
-    def _repr_html_(self): return sources_table([self])._repr_html_()
+    name: str  # short name, also of its manifest
+    title: str  # what it is
+    licence: str  # what one may do with it
+    citation: str  # whom to cite
+    urls: dict  # 'home'; 'raw': prefix of every file's address; 'archive': all in one zip. Only 'home' where it comes by hand
+    marker: tuple  # patterns of what is always in its folder; 'a|b' means one of them
+    layout: str  # the rest of the folder, in words
+    read: Callable  # folder → (clip table, list of remarks)
+    prefix: str = ''  # upstream paths begin with it, paths in our folder do not
+    listing: str = None  # its manifest, a CSV file; data/<name>.csv of this package when None
 
-def _github(repo, commit): return dict(home=f'https://github.com/{repo}', raw=f'https://raw.githubusercontent.com/{repo}/{commit}/', archive=f'https://github.com/{repo}/archive/{commit}.zip')
+    def _repr_html_(self):
+        return sources_table([self])._repr_html_()
 
-SOURCES = {s.name: s for s in (
-    Source('pocus', 'POCUS, the lung-ultrasound collection of POCOVID-Net', 'per file (column `licence`): mostly CC BY-NC 4.0 and CC BY 4.0',
-           'Born J et al. Accelerating Detection of Lung Pathologies with Explainable Ultrasound Image Analysis. Applied Sciences 2021;11(2):672. doi:10.3390/app11020672',
-           _github('jannisborn/covid19_ultrasound', '9e254a140b4faa2c200b8bb5cee2347b7198fbef'), ('dataset_metadata.csv', 'pocus_videos'),
-           'dataset_metadata.csv and pocus_videos/{convex,linear}/, pocus_images/{convex,linear}/', _read_pocus, 'data/'),
-    Source('blues', 'COVID-BLUES, six BLUE points of 63 patients suspected of COVID-19', 'CC BY-NC-ND 4.0: no frame, no picture made from one, may be passed on',
-           'Wiedemann N, de Korte-de Boer D, Richter M et al. COVID-BLUeS: A Prospective Study on the Value of AI in Lung Ultrasound Analysis. arXiv:2509.10556 (2025)',
-           _github('NinaWie/COVID-BLUES', '1857a6fba9b8d00614f133fe8ffb7bc1f1a14f78'), ('clinical_variables.csv', 'severity.csv', 'lus_videos'),
-           'lus_videos/patient_<id>_<point>.mp4, severity.csv, clinical_variables.csv', _read_blues),
-    Source('busi', 'BUSI, stills of breast lesions with their masks', 'public; cite the paper',
-           'Al-Dhabyani W, Gomaa M, Khaled H, Fahmy A. Dataset of breast ultrasound images. Data in Brief 2020;28:104863. doi:10.1016/j.dib.2019.104863',
-           dict(home='https://doi.org/10.1016/j.dib.2019.104863'), ('benign', 'malignant', 'normal'),
-           '{benign,malignant,normal}/ with <name>.png and <name>_mask.png, <name>_mask_1.png, ... beside each other, or in images/ and mask/', _read_busi),
-    Source('butterfly', 'Butterfly, clips of the COVID-19 gallery of a maker of probes: the part of US-4 that POCUS shares', 'shown on its owner\'s site; ask before passing anything on',
-           'Butterfly Network, COVID-19 ultrasound gallery; in US-4 by Chen Y et al. USCL: Pretraining Deep Ultrasound Image Diagnosis Model through Video Contrastive Representation Learning. MICCAI 2021',
-           dict(home='https://www.butterflynetwork.com/covid19/covid-19-ultrasound-gallery'), ('*.mp4|*/*.mp4|*/*frame*.jpg|*/*frame*.png',),
-           '<topic>/<title>.mp4, or Cov-Butterfly-<title>.mp4 as in POCUS, or one folder of frames a clip, Cov-<title>_mp4/..._frame0.jpg, as in US-4', _read_butterfly),
-    Source('clust', 'CLUST, 2D ultrasound sequences of the breathing liver, part of US-4', 'for taking part in the challenge, by its rules; nothing may be passed on: ask its organisers for other uses',
-           'De Luca V et al. The 2014 liver ultrasound tracking benchmark. Physics in Medicine & Biology 2015;60(14):5571',
-           dict(home='https://clust.ethz.ch/data.html'), ('*-[0-9]*/Data|*/*-[0-9]*/Data|*/*/*-[0-9]*/Data',),
-           'a folder a sequence, such as ETH-01-1/, with Data/00001.png, ... and Annotation/*.txt, also below Training/2D/ and Test/2D/; frame_rates.csv (sequence,fps) if you have it', _read_clust),
-    Source('ccxs', 'CCXS, chest radiographs of COVID-19 and other pneumonias with masks of 13 classes', 'masks CC BY 4.0; pictures per image upstream, from the COVID-19 image data collection',
-           'GeneralBlockchain, COVID-19 chest X-ray segmentations dataset (2020); pictures: Cohen JP, Morrison P, Dao L. COVID-19 Image Data Collection. arXiv:2003.11597 (2020)',
-           _github('GeneralBlockchain/covid-19-chest-xray-segmentations-dataset', '377a49490e910a66a7f7aee1b92cdc3d5ac4bddf'), ('structure.csv', 'images', 'masks'),
-           'structure.csv, images/<name>.jpg and masks/<picture>_<id>.png', _read_ccxs),
-    Source('xpie', 'XPIE, photographs with the mask of what catches the eye', 'for research, ask its authors for other uses',
-           'Xia C, Li J, Chen X, Zheng A, Zhang Y. What is and What is not a Salient Object? Learning Salient Object Detector by Ensembling Linear Exemplar Regressors. CVPR 2017',
-           dict(home='http://cvteam.net/projects/CVPR17-ELE/ELE.html'), ('*[Mm]ask*|*[Gg][Tt]*|*[Tt]ruth*|*[Aa]nnot*', '*[Ii]m*|*/*.jpg'), 'a folder of pictures and one of masks (mask, gt or truth in its name), files of the same names', _read_xpie),
-    Source('chexpert', 'CheXpert, chest radiographs with 14 observations, some uncertain', 'Stanford University Dataset Research Use Agreement: register; nothing may be passed on',
-           'Irvin J, Rajpurkar P, Ko M et al. CheXpert: A Large Chest Radiograph Dataset with Uncertainty Labels and Expert Comparison. AAAI 2019',
-           dict(home='https://stanfordmlgroup.github.io/competitions/chexpert/'), ('train.csv', 'train'), 'train.csv (and valid.csv) and train/patient<id>/study<n>/view<n>_frontal.jpg', _read_chexpert),
-    Source('siim', 'SIIM-FISABIO-RSNA, chest radiographs of suspected COVID-19 with boxes and four categories', 'competition rules, non-commercial; pictures from BIMCV (CC BY 4.0) and RSNA RICORD (CC BY-NC 4.0)',
-           'Lakhani P, Mongan J, Singhal C et al. The 2021 SIIM-FISABIO-RSNA Machine Learning COVID-19 Challenge: Annotation and Standard Exam Classification of COVID-19 Chest Radiographs. J Digit Imaging 2023;36:365',
-           dict(home='https://www.kaggle.com/c/siim-covid19-detection'), ('train_image_level.csv', 'train_study_level.csv', 'train'),
-           'train_image_level.csv, train_study_level.csv and train/ with <image>.dcm below study and series, or <image>.png with meta.csv (image_id,dim0,dim1)', _read_siim))}
+# %% ../../nbs/data/sources.ipynb #c043-2
+def _github(repo, commit):
+    return dict(
+        home=f'https://github.com/{repo}',
+        raw=f'https://raw.githubusercontent.com/{repo}/{commit}/',
+        archive=f'https://github.com/{repo}/archive/{commit}.zip',
+    )
+
+# %% ../../nbs/data/sources.ipynb #c043-3
+SOURCES = {
+    s.name: s
+    for s in (
+        Source(
+            'pocus',
+            'POCUS, the lung-ultrasound collection of POCOVID-Net',
+            'per file (column `licence`): mostly CC BY-NC 4.0 and CC BY 4.0',
+            'Born J et al. Accelerating Detection of Lung Pathologies with Explainable Ultrasound Image Analysis. Applied Sciences 2021;11(2):672. doi:10.3390/app11020672',
+            _github('jannisborn/covid19_ultrasound', '9e254a140b4faa2c200b8bb5cee2347b7198fbef'),
+            ('dataset_metadata.csv', 'pocus_videos'),
+            'dataset_metadata.csv and pocus_videos/{convex,linear}/, pocus_images/{convex,linear}/',
+            _read_pocus,
+            'data/',
+        ),
+        Source(
+            'blues',
+            'COVID-BLUES, six BLUE points of 63 patients suspected of COVID-19',
+            'CC BY-NC-ND 4.0: no frame, no picture made from one, may be passed on',
+            'Wiedemann N, de Korte-de Boer D, Richter M et al. COVID-BLUeS: A Prospective Study on the Value of AI in Lung Ultrasound Analysis. arXiv:2509.10556 (2025)',
+            _github('NinaWie/COVID-BLUES', '1857a6fba9b8d00614f133fe8ffb7bc1f1a14f78'),
+            ('clinical_variables.csv', 'severity.csv', 'lus_videos'),
+            'lus_videos/patient_<id>_<point>.mp4, severity.csv, clinical_variables.csv',
+            _read_blues,
+        ),
+        Source(
+            'busi',
+            'BUSI, stills of breast lesions with their masks',
+            'public; cite the paper',
+            'Al-Dhabyani W, Gomaa M, Khaled H, Fahmy A. Dataset of breast ultrasound images. Data in Brief 2020;28:104863. doi:10.1016/j.dib.2019.104863',
+            dict(home='https://doi.org/10.1016/j.dib.2019.104863'),
+            ('benign', 'malignant', 'normal'),
+            '{benign,malignant,normal}/ with <name>.png and <name>_mask.png, <name>_mask_1.png, ... beside each other, or in images/ and mask/',
+            _read_busi,
+        ),
+        Source(
+            'butterfly',
+            'Butterfly, clips of the COVID-19 gallery of a maker of probes: the part of US-4 that POCUS shares',
+            'shown on its owner\'s site; ask before passing anything on',
+            'Butterfly Network, COVID-19 ultrasound gallery; in US-4 by Chen Y et al. USCL: Pretraining Deep Ultrasound Image Diagnosis Model through Video Contrastive Representation Learning. MICCAI 2021',
+            dict(home='https://www.butterflynetwork.com/covid19/covid-19-ultrasound-gallery'),
+            ('*.mp4|*/*.mp4|*/*frame*.jpg|*/*frame*.png',),
+            '<topic>/<title>.mp4, or Cov-Butterfly-<title>.mp4 as in POCUS, or one folder of frames a clip, Cov-<title>_mp4/..._frame0.jpg, as in US-4',
+            _read_butterfly,
+        ),
+        Source(
+            'clust',
+            'CLUST, 2D ultrasound sequences of the breathing liver, part of US-4',
+            'for taking part in the challenge, by its rules; nothing may be passed on: ask its organisers for other uses',
+            'De Luca V et al. The 2014 liver ultrasound tracking benchmark. Physics in Medicine & Biology 2015;60(14):5571',
+            dict(home='https://clust.ethz.ch/data.html'),
+            ('*-[0-9]*/Data|*/*-[0-9]*/Data|*/*/*-[0-9]*/Data',),
+            'a folder a sequence, such as ETH-01-1/, with Data/00001.png, ... and Annotation/*.txt, also below Training/2D/ and Test/2D/; frame_rates.csv (sequence,fps) if you have it',
+            _read_clust,
+        ),
+        Source(
+            'ccxs',
+            'CCXS, chest radiographs of COVID-19 and other pneumonias with masks of 13 classes',
+            'masks CC BY 4.0; pictures per image upstream, from the COVID-19 image data collection',
+            'GeneralBlockchain, COVID-19 chest X-ray segmentations dataset (2020); pictures: Cohen JP, Morrison P, Dao L. COVID-19 Image Data Collection. arXiv:2003.11597 (2020)',
+            _github(
+                'GeneralBlockchain/covid-19-chest-xray-segmentations-dataset',
+                '377a49490e910a66a7f7aee1b92cdc3d5ac4bddf',
+            ),
+            ('structure.csv', 'images', 'masks'),
+            'structure.csv, images/<name>.jpg and masks/<picture>_<id>.png',
+            _read_ccxs,
+        ),
+        Source(
+            'xpie',
+            'XPIE, photographs with the mask of what catches the eye',
+            'for research, ask its authors for other uses',
+            'Xia C, Li J, Chen X, Zheng A, Zhang Y. What is and What is not a Salient Object? Learning Salient Object Detector by Ensembling Linear Exemplar Regressors. CVPR 2017',
+            dict(home='http://cvteam.net/projects/CVPR17-ELE/ELE.html'),
+            ('*[Mm]ask*|*[Gg][Tt]*|*[Tt]ruth*|*[Aa]nnot*', '*[Ii]m*|*/*.jpg'),
+            'a folder of pictures and one of masks (mask, gt or truth in its name), files of the same names',
+            _read_xpie,
+        ),
+        Source(
+            'chexpert',
+            'CheXpert, chest radiographs with 14 observations, some uncertain',
+            'Stanford University Dataset Research Use Agreement: register; nothing may be passed on',
+            'Irvin J, Rajpurkar P, Ko M et al. CheXpert: A Large Chest Radiograph Dataset with Uncertainty Labels and Expert Comparison. AAAI 2019',
+            dict(home='https://stanfordmlgroup.github.io/competitions/chexpert/'),
+            ('train.csv', 'train'),
+            'train.csv (and valid.csv) and train/patient<id>/study<n>/view<n>_frontal.jpg',
+            _read_chexpert,
+        ),
+        Source(
+            'siim',
+            'SIIM-FISABIO-RSNA, chest radiographs of suspected COVID-19 with boxes and four categories',
+            'competition rules, non-commercial; pictures from BIMCV (CC BY 4.0) and RSNA RICORD (CC BY-NC 4.0)',
+            'Lakhani P, Mongan J, Singhal C et al. The 2021 SIIM-FISABIO-RSNA Machine Learning COVID-19 Challenge: Annotation and Standard Exam Classification of COVID-19 Chest Radiographs. J Digit Imaging 2023;36:365',
+            dict(home='https://www.kaggle.com/c/siim-covid19-detection'),
+            ('train_image_level.csv', 'train_study_level.csv', 'train'),
+            'train_image_level.csv, train_study_level.csv and train/ with <image>.dcm below study and series, or <image>.png with meta.csv (image_id,dim0,dim1)',
+            _read_siim,
+        ),
+    )
+}
+
 
 def _source(name):
-    if name not in SOURCES: raise ValueError(f"unknown source '{name}'; registered are {sorted(SOURCES)}")
+    if name not in SOURCES:
+        raise ValueError(f"unknown source '{name}'; registered are {sorted(SOURCES)}")
     return SOURCES[name]
 
+# %% ../../nbs/data/sources.ipynb #c043-4
 def sources_table(
-    sources=None,             # Source objects; all registered ones when None
-) -> pd.DataFrame:            # a row per source
+    sources=None,  # Source objects; all registered ones when None
+) -> pd.DataFrame:  # a row per source
     "What is registered, with licence, citation, address and size."
     rows = []
     for s in sources or SOURCES.values():
         m = None if _comes_by_hand(s) and not s.listing else manifest(s.name)
-        rows.append(dict(name=s.name, title=s.title, licence=s.licence, citation=s.citation, home=s.urls['home'], files=pd.NA if m is None else len(m), megabytes=pd.NA if m is None else round(m['bytes'].sum()/1e6)))
+        rows.append(
+            dict(
+                name=s.name,
+                title=s.title,
+                licence=s.licence,
+                citation=s.citation,
+                home=s.urls['home'],
+                files=pd.NA if m is None else len(m),
+                megabytes=pd.NA if m is None else round(m['bytes'].sum() / 1e6),
+            )
+        )
     return pd.DataFrame(rows).set_index('name').astype(dict(files='Int64', megabytes='Int64'))
 
-def _comes_by_hand(source): return 'raw' not in source.urls
+# %% ../../nbs/data/sources.ipynb #c043-5
+def _comes_by_hand(source):
+    return 'raw' not in source.urls
 
+# %% ../../nbs/data/sources.ipynb #c043
 def manifest(
-    name:str,                 # a registered source
-) -> pd.DataFrame:            # columns path, bytes, git_blob_sha1, kind, label, patient, source, probe; NaN where not known
+    name: str,  # a registered source
+) -> (
+    pd.DataFrame
+):  # columns path, bytes, git_blob_sha1, kind, label, patient, source, probe; NaN where not known
     "Every upstream file of a source with its size and checksum, and what is known of it; paths as in our folder. FileNotFoundError where nobody publishes checksums."
     listing = _source(name).listing
-    if not listing and _comes_by_hand(_source(name)): raise FileNotFoundError(f"{name} comes by hand: nobody publishes its files' checksums, so there is no manifest, nothing to verify and nothing to fetch.\n{by_hand(name)}")
-    place = Path(listing or shipped('data')/f'{name}.csv')
-    if not place.is_file(): raise FileNotFoundError(f"no manifest of '{name}': looked for {place}; reinstall the package")
-    return pd.read_csv(place, dtype={c: str for c in ('path', 'git_blob_sha1', 'kind', 'label', 'patient', 'source', 'probe')} | {'bytes': 'Int64'})
+    if not listing and _comes_by_hand(_source(name)):
+        raise FileNotFoundError(
+            f"{name} comes by hand: nobody publishes its files' checksums, so there is no manifest, nothing to verify and nothing to fetch.\n{by_hand(name)}"
+        )
+    place = Path(listing or shipped('data') / f'{name}.csv')
+    if not place.is_file():
+        raise FileNotFoundError(f"no manifest of '{name}': looked for {place}; reinstall the package")
+    return pd.read_csv(
+        place,
+        dtype={c: str for c in ('path', 'git_blob_sha1', 'kind', 'label', 'patient', 'source', 'probe')}
+        | {'bytes': 'Int64'},
+    )
 
-# %% ../../nbs/data/sources.ipynb #c045
+# %% ../../nbs/data/sources.ipynb #c045-1
 def _home(source, folder):
     "The folder that a source lives in when the user names none: `LUS_DATA`, then our cache."
-    if folder is not None: return Path(folder).expanduser()
-    return (real_data() or lus_home()/'data')/source.name
+    if folder is not None:
+        return Path(folder).expanduser()
+    return (real_data() or lus_home() / 'data') / source.name
 
+# %% ../../nbs/data/sources.ipynb #c045-2
 def by_hand(
-    name:str,                 # a registered source
-    folder=None,              # where it should go; LUS_DATA, or the cache, when None
-) -> str:                     # instructions, a few lines
+    name: str,  # a registered source
+    folder=None,  # where it should go; LUS_DATA, or the cache, when None
+) -> str:  # instructions, a few lines
     "How to get a source without this program, for machines with no network."
-    s = _source(name); folder = _home(s, folder)
-    if _comes_by_hand(s): return f"To get {s.name} by hand: follow {s.urls['home']} (cite: {s.citation}),\nunpack it into {folder}, and call index('{s.name}', '{folder}').\nThat folder, or one inside it, should then hold {s.layout}."
-    return (f"To get {s.name} by hand: on a machine with a network download\n  {s.urls['archive']}\n"
-            f"carry it here, then\n  from lus_fastai.sources import extract, index\n  extract('<the zip>', '{folder}'); index('{s.name}', '{folder}')\n"
-            f"That folder, or one inside it, should then hold {s.layout}.")
+    s = _source(name)
+    folder = _home(s, folder)
+    if _comes_by_hand(s):
+        return f"To get {s.name} by hand: follow {s.urls['home']} (cite: {s.citation}),\nunpack it into {folder}, and call index('{s.name}', '{folder}').\nThat folder, or one inside it, should then hold {s.layout}."
+    return (
+        f"To get {s.name} by hand: on a machine with a network download\n  {s.urls['archive']}\n"
+        f"carry it here, then\n  from lus_fastai.sources import extract, index\n  extract('<the zip>', '{folder}'); index('{s.name}', '{folder}')\n"
+        f"That folder, or one inside it, should then hold {s.layout}."
+    )
 
+# %% ../../nbs/data/sources.ipynb #c045-3
 def find_source(
-    name:str,                 # a registered source, one of SOURCES
-    top,                      # a folder: the source's own, or one that holds it
-):                            # Path or None
+    name: str,  # a registered source, one of SOURCES
+    top,  # a folder: the source's own, or one that holds it
+):  # Path or None
     "The folder at or below `top` that holds a source, or None."
     source, top = _source(name), Path(top)
     inner = source.prefix.strip('/')
-    places = [top/source.name, top, top/inner, top/source.name/inner, *(sorted(p/inner for p in top.iterdir() if p.is_dir()) if top.is_dir() else [])]
-    return next((p for p in places if all(any(next(p.glob(a), None) for a in m.split('|')) for m in source.marker)), None)
+    places = [
+        top / source.name,
+        top,
+        top / inner,
+        top / source.name / inner,
+        *(sorted(p / inner for p in top.iterdir() if p.is_dir()) if top.is_dir() else []),
+    ]
+    return next(
+        (p for p in places if all(any(next(p.glob(a), None) for a in m.split('|')) for m in source.marker)),
+        None,
+    )
 
+# %% ../../nbs/data/sources.ipynb #c045
 def index(
-    name:str,                 # a registered source, one of SOURCES
-    folder=None,              # its folder, or one that holds it; LUS_DATA, or the cache, when None
-) -> pd.DataFrame:            # a clip table, checked, sorted by path
+    name: str,  # a registered source, one of SOURCES
+    folder=None,  # its folder, or one that holds it; LUS_DATA, or the cache, when None
+) -> pd.DataFrame:  # a clip table, checked, sorted by path
     "Read a source's folder into a clip table; prints what was found and what did not fit."
-    s = _source(name); top = _home(s, folder); root = find_source(name, top)
-    if root is None: raise FileNotFoundError(f"{top} {'does not hold' if top.is_dir() else 'is no folder with'} {s.name}: expected {s.layout} there.\n{by_hand(name, top)}")
+    s = _source(name)
+    top = _home(s, folder)
+    root = find_source(name, top)
+    if root is None:
+        raise FileNotFoundError(
+            f"{top} {'does not hold' if top.is_dir() else 'is no folder with'} {s.name}: expected {s.layout} there.\n{by_hand(name, top)}"
+        )
     table, notes = s.read(root.resolve())
-    if not len(table): raise TableError(f"{root} has no clip of {s.name}: expected {s.layout}" + ''.join(f'; {n}' for n in notes))
+    if not len(table):
+        raise TableError(
+            f"{root} has no clip of {s.name}: expected {s.layout}" + ''.join(f'; {n}' for n in notes)
+        )
     two = table.groupby('patient')['label'].nunique()
-    if (two > 1).any(): notes.append(f"{(two > 1).sum()} patient(s) with two labels: {_some(list(two.index[two > 1]))}")
-    print(f"{s.name}: {len(table)} files ({(table.kind == 'video').sum()} videos, {(table.kind == 'image').sum()} images) of {table.patient.nunique()} patients; "
-          + ', '.join(f'{n} {l}' for l, n in table.label.value_counts().sort_index().items()))
-    for n in notes: print('  ' + n)
+    if (two > 1).any():
+        notes.append(f"{(two > 1).sum()} patient(s) with two labels: {_some(list(two.index[two > 1]))}")
+    print(
+        f"{s.name}: {len(table)} files ({(table.kind == 'video').sum()} videos, {(table.kind == 'image').sum()} images) of {table.patient.nunique()} patients; "
+        + ', '.join(f'{n} {l}' for l, n in table.label.value_counts().sort_index().items())
+    )
+    for n in notes:
+        print('  ' + n)
     return check_table(table)
 
-# %% ../../nbs/data/sources.ipynb #c070
+# %% ../../nbs/data/sources.ipynb #c070-1
 class FetchError(RuntimeError):
     "A file could not be had, or is not what it should be; the message says what to do."
 
-class _Broken(Exception): "The connection broke; try again."
 
+class _Broken(Exception):
+    "The connection broke; try again."
+
+# %% ../../nbs/data/sources.ipynb #c070-2
 def blob_sha1(
-    path,                     # a file
-) -> str:                     # 40 hexadecimal digits
+    path,  # a file
+) -> str:  # 40 hexadecimal digits
     "The checksum that git gives a file's content."
     h = hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
     with open(path, 'rb') as f:
-        while chunk := f.read(1 << 20): h.update(chunk)
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
     return h.hexdigest()
 
+# %% ../../nbs/data/sources.ipynb #c070-3
 def _inside(folder, name):
     "The path of `name` under `folder`; refuses a name that would leave it, by itself or through a link that is there."
     parts = PurePosixPath(name.replace('\\', '/'))
-    path = Path(folder)/parts
-    if (not parts.parts or parts.is_absolute() or '..' in parts.parts or re.match('[A-Za-z]:', name) or '\0' in name
-            or not path.resolve().is_relative_to(Path(folder).resolve())):
+    path = Path(folder) / parts
+    if (
+        not parts.parts
+        or parts.is_absolute()
+        or '..' in parts.parts
+        or re.match('[A-Za-z]:', name)
+        or '\0' in name
+        or not path.resolve().is_relative_to(Path(folder).resolve())
+    ):
         raise FetchError(f"{name!r} would be written outside {folder}: refused")
     return path
 
+# %% ../../nbs/data/sources.ipynb #c070-4
 def _request(url, have):
     "Open `url` from byte `have`; returns the response and the byte that it really starts from."
-    request = urllib.request.Request(url, headers={'User-Agent': 'lus_fastai', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {}))
-    try: answer = urllib.request.urlopen(request, timeout=30)
+    request = urllib.request.Request(
+        url,
+        headers={'User-Agent': 'lus_fastai', 'Accept-Encoding': 'identity'}
+        | ({'Range': f'bytes={have}-'} if have else {}),
+    )
+    try:
+        answer = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as e:
-        if e.code == 416 and have: return _request(url, 0)
-        if e.code in (408, 425, 429) or e.code >= 500: raise _Broken(f'the server answered {e.code} {e.reason}') from None
+        if e.code == 416 and have:
+            return _request(url, 0)
+        if e.code in (408, 425, 429) or e.code >= 500:
+            raise _Broken(f'the server answered {e.code} {e.reason}') from None
         raise FetchError(f"{url}: the server answered {e.code} {e.reason}") from None
-    except (OSError, http.client.HTTPException) as e: raise _Broken(str(getattr(e, 'reason', e)) or type(e).__name__) from e
-    if answer.status != 206: return answer, 0                      # the server ignores ranges
+    except (OSError, http.client.HTTPException) as e:
+        raise _Broken(str(getattr(e, 'reason', e)) or type(e).__name__) from e
+    if answer.status != 206:
+        return answer, 0  # the server ignores ranges
     if not answer.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
         answer.close()
-        if have: return _request(url, 0)
+        if have:
+            return _request(url, 0)
         raise FetchError(f"{url}: the server sends a part of the file that nobody asked for")
     return answer, have
 
+# %% ../../nbs/data/sources.ipynb #c070-5
 def _stream(url, part, size):
     "One request: add to `part` what is missing. `size` None means that the server is asked."
     have = part.stat().st_size if part.exists() else 0
-    if have == size and part.exists(): return
-    if size is not None and have > size: part.unlink(); have = 0
+    if have == size and part.exists():
+        return
+    if size is not None and have > size:
+        part.unlink()
+        have = 0
     answer, start = _request(url, have)
     with answer, open(part, 'ab' if start else 'wb') as f:
-        total = size if size is not None else start + int(answer.headers['Content-Length']) if answer.headers.get('Content-Length', '').isdigit() else None
+        total = (
+            size
+            if size is not None
+            else start + int(answer.headers['Content-Length'])
+            if answer.headers.get('Content-Length', '').isdigit()
+            else None
+        )
         while True:
-            try: chunk = answer.read(1 << 16)
-            except (OSError, http.client.HTTPException) as e: raise _Broken(str(e) or type(e).__name__) from e
-            if not chunk: break
-            start += len(chunk); f.write(chunk)
-            if size is not None and start > size: break
-        f.flush(); os.fsync(f.fileno())
-    if total is not None and start < total: raise _Broken(f'the connection closed after {start} of {total} bytes')
+            try:
+                chunk = answer.read(1 << 16)
+            except (OSError, http.client.HTTPException) as e:
+                raise _Broken(str(e) or type(e).__name__) from e
+            if not chunk:
+                break
+            start += len(chunk)
+            f.write(chunk)
+            if size is not None and start > size:
+                break
+        f.flush()
+        os.fsync(f.fileno())
+    if total is not None and start < total:
+        raise _Broken(f'the connection closed after {start} of {total} bytes')
 
+# %% ../../nbs/data/sources.ipynb #c070-6
 def _get(url, path, size, sha, tries, wait):
     "Download one file: resumed, retried while it makes no progress at most `tries` times, verified, then named."
     part, failed, best = path.with_name(path.name + '.part'), 0, -1
@@ -718,108 +1395,179 @@ def _get(url, path, size, sha, tries, wait):
         try:
             _stream(url, part, size)
             got, n = blob_sha1(part), part.stat().st_size
-            if got == sha: os.replace(part, path); return
+            if got == sha:
+                os.replace(part, path)
+                return
             part.unlink()
-            if not resumed: raise FetchError(f"{path.name} from {url} is wrong: expected {'' if size is None else f'{size} bytes with '}git blob sha1 {sha}, got {n} bytes with {got}; the bad download is deleted")
-            resumed = False                      # an old .part may have been of another version: once more, from the start
+            if not resumed:
+                raise FetchError(
+                    f"{path.name} from {url} is wrong: expected {'' if size is None else f'{size} bytes with '}git blob sha1 {sha}, got {n} bytes with {got}; the bad download is deleted"
+                )
+            resumed = False  # an old .part may have been of another version: once more, from the start
         except _Broken as e:
-            if isinstance(getattr(e.__cause__, 'reason', None), socket.gaierror): raise
+            if isinstance(getattr(e.__cause__, 'reason', None), socket.gaierror):
+                raise
             now = part.stat().st_size if part.exists() else 0
             failed, best = (1, now) if now > best >= 0 else (failed + 1, max(best, now))
-            if failed >= tries: raise
-            time.sleep(min(wait * 2**(failed - 1), 30))
+            if failed >= tries:
+                raise
+            time.sleep(min(wait * 2 ** (failed - 1), 30))
 
+# %% ../../nbs/data/sources.ipynb #c070-7
 def verify(
-    name:str,                 # a registered source
-    folder=None,              # its folder; LUS_DATA, or the cache, when None
-) -> pd.Series:               # 'right', 'wrong' or 'missing' for every path of the manifest
+    name: str,  # a registered source
+    folder=None,  # its folder; LUS_DATA, or the cache, when None
+) -> pd.Series:  # 'right', 'wrong' or 'missing' for every path of the manifest
     "Compare a folder with the manifest, byte for byte."
     folder, m = _home(_source(name), folder), manifest(name)
-    def state(path, size, sha):
-        path = folder/path
-        if not path.is_file(): return 'missing'
-        return 'right' if (pd.isna(size) or path.stat().st_size == size) and blob_sha1(path) == sha else 'wrong'
-    return pd.Series([state(*r) for r in m[['path', 'bytes', 'git_blob_sha1']].itertuples(index=False)], index=m['path'], name='state')
 
+    def state(path, size, sha):
+        path = folder / path
+        if not path.is_file():
+            return 'missing'
+        return (
+            'right' if (pd.isna(size) or path.stat().st_size == size) and blob_sha1(path) == sha else 'wrong'
+        )
+
+    return pd.Series(
+        [state(*r) for r in m[['path', 'bytes', 'git_blob_sha1']].itertuples(index=False)],
+        index=m['path'],
+        name='state',
+    )
+
+# %% ../../nbs/data/sources.ipynb #c070
 def fetch(
-    name:str,                 # a registered source
-    folder=None,              # where to put it; LUS_DATA, or the cache, when None
-    base_url:str=None,        # a mirror with the upstream's layout; the upstream itself when None
-    files=None,               # paths or patterns of the manifest, such as ['pocus_videos/linear/*']; all when None
-    tries:int=5,              # attempts in a row without a new byte before giving up, at least 1
-    wait:float=1.,            # seconds before the second attempt, then doubled up to 30
-) -> Path:                    # the folder
+    name: str,  # a registered source
+    folder=None,  # where to put it; LUS_DATA, or the cache, when None
+    base_url: str = None,  # a mirror with the upstream's layout; the upstream itself when None
+    files=None,  # paths or patterns of the manifest, such as ['pocus_videos/linear/*']; all when None
+    tries: int = 5,  # attempts in a row without a new byte before giving up, at least 1
+    wait: float = 1.0,  # seconds before the second attempt, then doubled up to 30
+) -> Path:  # the folder
     "Download a source, or what is missing of it; raises `FetchError`. Files that are right are left alone, broken ones are fetched again. A source that comes by hand is only looked for."
     s = _source(name)
     if _comes_by_hand(s) and base_url is None:
         folder = _home(s, folder)
-        if find_source(name, folder) is None: raise FileNotFoundError(f"{name} is not in {folder} and cannot be fetched: its owners give no address for programs.\n{by_hand(name, folder)}")
+        if find_source(name, folder) is None:
+            raise FileNotFoundError(
+                f"{name} is not in {folder} and cannot be fetched: its owners give no address for programs.\n{by_hand(name, folder)}"
+            )
         print(f"{name}: laid down by hand, nothing to fetch, in {folder}")
         return folder
     folder, base = _home(s, folder), (base_url or s.urls['raw']).rstrip('/') + '/'
-    if urllib.parse.urlsplit(base).scheme not in ('http', 'https'): raise ValueError(f"base_url must begin with http:// or https://, got {base!r}")
+    if urllib.parse.urlsplit(base).scheme not in ('http', 'https'):
+        raise ValueError(f"base_url must begin with http:// or https://, got {base!r}")
     m = manifest(name).set_index('path')
     if files is not None:
         wanted = [files] if isinstance(files, str) else list(files)
         unknown = [w for w in wanted if not any(fnmatch.fnmatchcase(p, w) or p == w for p in m.index)]
-        if unknown: raise ValueError(f"not in the manifest of {name}: {_some(unknown)}")
+        if unknown:
+            raise ValueError(f"not in the manifest of {name}: {_some(unknown)}")
         m = m[[any(fnmatch.fnmatchcase(p, w) or p == w for w in wanted) for p in m.index]]
-    for p in m.index: _inside(folder, p), _inside(folder, p + '.part')
+    for p in m.index:
+        _inside(folder, p), _inside(folder, p + '.part')
     state = verify(name, folder)[m.index]
     todo = list(state.index[state != 'right'])
     for p in progress(todo, desc=name) if len(todo) > 1 else todo:
         url, size = base + urllib.parse.quote(s.prefix + p), m.loc[p, 'bytes']
-        try: _get(url, _inside(folder, p), None if pd.isna(size) else int(size), m.loc[p, 'git_blob_sha1'], tries, wait)
+        try:
+            _get(
+                url,
+                _inside(folder, p),
+                None if pd.isna(size) else int(size),
+                m.loc[p, 'git_blob_sha1'],
+                tries,
+                wait,
+            )
         except _Broken as e:
-            raise FetchError(f"{url}: {e}. What came so far is kept and `fetch` will go on from there.\n{by_hand(name, folder)}") from None
-    print(f"{name}: {len(todo)} file(s) fetched, {(state == 'wrong').sum()} of them in place of a wrong one, {(state == 'right').sum()} already right, in {folder}")
+            raise FetchError(
+                f"{url}: {e}. What came so far is kept and `fetch` will go on from there.\n{by_hand(name, folder)}"
+            ) from None
+    print(
+        f"{name}: {len(todo)} file(s) fetched, {(state == 'wrong').sum()} of them in place of a wrong one, {(state == 'right').sum()} already right, in {folder}"
+    )
     return folder
 
-# %% ../../nbs/data/sources.ipynb #c082
+# %% ../../nbs/data/sources.ipynb #c082-1
 def _members(archive):
     "(name, is folder, bytes, open) of every member of a zip or tar; refuses links and devices."
     if isinstance(archive, zipfile.ZipFile):
         for i in archive.infolist():
             mode = i.external_attr >> 16
-            if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR): raise FetchError(f"{i.filename!r} is a link or a device: refused")
+            if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise FetchError(f"{i.filename!r} is a link or a device: refused")
             yield i.filename, i.is_dir(), i.file_size, partial(archive.open, i)
     else:
         for i in archive.getmembers():
-            if not (i.isfile() or i.isdir()): raise FetchError(f"{i.name!r} is a link or a device: refused")
-            if i.name not in ('.', './'): yield i.name, i.isdir(), i.size, partial(archive.extractfile, i)
+            if not (i.isfile() or i.isdir()):
+                raise FetchError(f"{i.name!r} is a link or a device: refused")
+            if i.name not in ('.', './'):
+                yield i.name, i.isdir(), i.size, partial(archive.extractfile, i)
 
+# %% ../../nbs/data/sources.ipynb #c082
 def extract(
-    archive,                  # a zip or tar file (.tar, .tar.gz, ...)
-    folder,                   # where its content goes; made if need be, files of the same name are replaced
-    limit:int=20_000_000_000, # refuse an archive that unpacks to more bytes
-) -> Path:                    # the folder
+    archive,  # a zip or tar file (.tar, .tar.gz, ...)
+    folder,  # where its content goes; made if need be, files of the same name are replaced
+    limit: int = 20_000_000_000,  # refuse an archive that unpacks to more bytes
+) -> Path:  # the folder
     "Unpack an archive that one does not trust: wholly inside `folder`, or not at all. Raises `FetchError`."
     archive, folder = Path(archive), Path(folder)
-    if not archive.is_file(): raise FetchError(f"{archive} does not exist")
-    kind = zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open if tarfile.is_tarfile(archive) else None
-    if kind is None: raise FetchError(f"{archive} is neither a zip nor a tar file; was the download cut, or is it a web page?")
+    if not archive.is_file():
+        raise FetchError(f"{archive} does not exist")
+    kind = (
+        zipfile.ZipFile
+        if zipfile.is_zipfile(archive)
+        else tarfile.open
+        if tarfile.is_tarfile(archive)
+        else None
+    )
+    if kind is None:
+        raise FetchError(
+            f"{archive} is neither a zip nor a tar file; was the download cut, or is it a web page?"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
         with kind(archive) as a:
             members = list(_members(a))
-            for name, *_ in members: _inside(folder, name), _inside(tmp, name)
-            if (total := sum(m[2] for m in members)) > limit: raise FetchError(f"{archive} unpacks to {total} bytes, more than the limit of {limit}: refused")
+            for name, *_ in members:
+                _inside(folder, name), _inside(tmp, name)
+            if (total := sum(m[2] for m in members)) > limit:
+                raise FetchError(
+                    f"{archive} unpacks to {total} bytes, more than the limit of {limit}: refused"
+                )
             for name, is_dir, size, read in members:
                 path = _inside(tmp, name)
                 (path if is_dir else path.parent).mkdir(parents=True, exist_ok=True)
-                if is_dir: continue
+                if is_dir:
+                    continue
                 with read() as src, open(path, 'wb') as dst:
                     while chunk := src.read(min(1 << 20, size + 1)):
                         dst.write(chunk)
-                        if dst.tell() > size: raise FetchError(f"{name!r} is longer than the archive says: refused")
-                    if dst.tell() < size: raise FetchError(f"{name!r} is shorter than the archive says: {archive} is damaged")
+                        if dst.tell() > size:
+                            raise FetchError(f"{name!r} is longer than the archive says: refused")
+                    if dst.tell() < size:
+                        raise FetchError(f"{name!r} is shorter than the archive says: {archive} is damaged")
         for path in sorted(tmp.rglob('*')):
             goal = _inside(folder, path.relative_to(tmp).as_posix())
-            if path.is_dir(): goal.mkdir(parents=True, exist_ok=True)
-            else: goal.parent.mkdir(parents=True, exist_ok=True); os.replace(path, goal)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, RuntimeError, NotImplementedError) as e:
-        if isinstance(e, FetchError): raise
+            if path.is_dir():
+                goal.mkdir(parents=True, exist_ok=True)
+            else:
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, goal)
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+    ) as e:
+        if isinstance(e, FetchError):
+            raise
         raise FetchError(f"{archive} cannot be unpacked: {e}") from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return folder

@@ -9,239 +9,362 @@ __all__ = ['ClipError', 'Clip', 'frame_times', 'sample_times', 'to_grey', 'resiz
            'function_key', 'FrameStore', 'store_rows', 'open_store']
 
 # %% ../../nbs/data/store.ipynb #c003
-import collections, contextlib, dis, errno, functools, hashlib, itertools, json, math, multiprocessing, os, pickle
-import shutil, sys, threading, time, types, warnings
+import collections
+import contextlib
+import dis
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import threading
+import time
+import types
+import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..core import DENSE, TableError, atomic_path, check_table, clip_ids, progress, write_json
 
-# %% ../../nbs/data/store.ipynb #c006
+# %% ../../nbs/data/store.ipynb #c006-1
 class ClipError(ValueError):
     "A file that cannot be read as a clip: `path`, and `reason` in words."
-    def __init__(self,
-        path,                 # the file
-        reason:str,           # why it cannot be read
+
+    def __init__(
+        self,
+        path,  # the file
+        reason: str,  # why it cannot be read
     ):
         super().__init__(str(path), reason)  # both in args, so that it can be pickled
         self.path, self.reason = str(path), reason
-    def __str__(self): return f'{self.path}: {self.reason}'
 
+    def __str__(self):
+        return f'{self.path}: {self.reason}'
+
+# %% ../../nbs/data/store.ipynb #c006
 @dataclass(repr=False, eq=False)
 class Clip:
     "Grey frames with their times; a still is a clip of one frame."
-    frames:np.ndarray         # (n, h, w) uint8
-    times:np.ndarray          # (n,) seconds since the first frame of the file
-    index:np.ndarray          # (n,) frame numbers in the file
-    path:str                  # the file
-    def __len__(self): return len(self.frames)
+
+    frames: np.ndarray  # (n, h, w) uint8
+    times: np.ndarray  # (n,) seconds since the first frame of the file
+    index: np.ndarray  # (n,) frame numbers in the file
+    path: str  # the file
+
+    def __len__(self):
+        return len(self.frames)
+
     def __repr__(self):
         n, h, w = self.frames.shape
-        return f'Clip({Path(self.path).name}: {n} frame{"s"*(n != 1)} of {w}x{h}, {self.times[-1]:.2f} s)'
+        return f'Clip({Path(self.path).name}: {n} frame{"s" * (n != 1)} of {w}x{h}, {self.times[-1]:.2f} s)'
 
-# %% ../../nbs/data/store.ipynb #c009
+# %% ../../nbs/data/store.ipynb #c009-1
 _RATE = 25  # frames a second where a file does not say
 
-def _step(before, stamp, rate): return float(stamp - before) if None not in (before, stamp) and stamp > before else 1/rate
 
+def _step(before, stamp, rate):
+    return float(stamp - before) if None not in (before, stamp) and stamp > before else 1 / rate
+
+# %% ../../nbs/data/store.ipynb #c009
 def frame_times(
-    stamps,                   # seconds of each frame in any origin, None where there is no stamp
-    rate=None,                # nominal frames a second; 25 when None or 0
-):                            # yields seconds since the first frame, strictly increasing
+    stamps,  # seconds of each frame in any origin, None where there is no stamp
+    rate=None,  # nominal frames a second; 25 when None or 0
+):  # yields seconds since the first frame, strictly increasing
     "Times of frames from their stamps, with a nominal step wherever stamps are missing or do not advance."
-    t, before = 0., None
+    t, before = 0.0, None
     for k, stamp in enumerate(stamps):
-        if k: t += _step(before, stamp, float(rate or _RATE))
+        if k:
+            t += _step(before, stamp, float(rate or _RATE))
         before = stamp
         yield t
 
-# %% ../../nbs/data/store.ipynb #c012
-_EARLY = .001  # seconds
+# %% ../../nbs/data/store.ipynb #c012-1
+_EARLY = 0.001  # seconds
+
 
 def _by_time(rate):
     "The rule of `sample_times`, one frame after another: a function of number and time."
-    due = 0.
+    due = 0.0
+
     def keep(k, t):
         nonlocal due
-        if t + _EARLY < due: return False
-        due = (math.floor((t + _EARLY)*rate) + 1)/rate
+        if t + _EARLY < due:
+            return False
+        due = (math.floor((t + _EARLY) * rate) + 1) / rate
         return True
+
     return keep
 
+# %% ../../nbs/data/store.ipynb #c012
 def sample_times(
-    times,                    # seconds of each frame, increasing
-    rate:float=3.,            # frames a second to keep, above 0
-    max_frames:int=30,        # at most that many
-) -> list:                    # positions of the kept frames; the first is 0
+    times,  # seconds of each frame, increasing
+    rate: float = 3.0,  # frames a second to keep, above 0
+    max_frames: int = 30,  # at most that many
+) -> list:  # positions of the kept frames; the first is 0
     "Which frames to keep: the first at or after each multiple of 1/rate seconds."
     keep = _by_time(rate)
     return list(itertools.islice((k for k, t in enumerate(times) if keep(k, t)), max_frames))
 
-# %% ../../nbs/data/store.ipynb #c019
-_STRETCH = np.clip(np.rint((np.arange(256) - 16)*(255/219)), 0, 255).astype(int).tolist()  # video range to full range
+# %% ../../nbs/data/store.ipynb #c019-1
+_STRETCH = (
+    np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(int).tolist()
+)  # video range to full range
+
 
 def to_grey(
-    im,                       # a PIL image of any mode
-) -> np.ndarray:              # (h, w) uint8
+    im,  # a PIL image of any mode
+) -> np.ndarray:  # (h, w) uint8
     "A PIL image in grey: transparent is black, 16 bits become 8, other numbers are scaled least to greatest."
     from PIL import Image
+
     if im.mode.startswith(('I', 'F')):
         x = np.asarray(im).astype(np.float64)
         lo, hi = (0, 65535) if im.mode[0] == 'I' and 0 <= x.min() and x.max() <= 65535 else (x.min(), x.max())
         return _window(x, lo, hi)
     if 'transparency' in im.info or im.mode in ('RGBA', 'LA', 'PA'):
         im = im.convert('RGBA')
-        if im.getchannel('A').getextrema()[0] < 255: im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im)
+        if im.getchannel('A').getextrema()[0] < 255:
+            im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im)
     return np.asarray(im.convert('L'))
 
-def _window(x, lo, hi): return np.rint(np.clip((x - lo)/max(hi - lo, 1e-9), 0, 1)*255).astype(np.uint8)
+# %% ../../nbs/data/store.ipynb #c019-2
+def _window(x, lo, hi):
+    return np.rint(np.clip((x - lo) / max(hi - lo, 1e-9), 0, 1) * 255).astype(np.uint8)
+
 
 def _plane(frame, mode, raw):
     "The first plane of a video frame as a PIL image, without its padding."
     from PIL import Image
-    return Image.frombuffer(mode, (frame.width, frame.height), frame.planes[0], 'raw', raw, frame.planes[0].line_size, 1)
 
+    return Image.frombuffer(
+        mode, (frame.width, frame.height), frame.planes[0], 'raw', raw, frame.planes[0].line_size, 1
+    )
+
+# %% ../../nbs/data/store.ipynb #c019-3
 def _picture(frame, path, codes):
     "A video frame as (h, w) uint8: grey, or the stored numbers for `codes`."
     form = frame.format.name
     if form == 'gray' or form.startswith('yuv') and form.endswith('p') and not form.startswith('yuva'):
         im = _plane(frame, 'L', 'L')
-        x = np.array(im if codes or form.startswith(('gray', 'yuvj')) or frame.color_range == 2 else im.point(_STRETCH))
-    elif codes: raise ClipError(path, f'a mask video holds its codes as 8-bit grey (FFV1 in .mkv is lossless), this one is {form}')
-    elif form in ('bgra', 'rgba'): x = to_grey(_plane(frame, 'RGBA', form.upper()))
-    else: x = frame.to_ndarray(format='gray')
-    return np.ascontiguousarray(np.rot90(x, getattr(frame, 'rotation', 0)//90))  # phones store which way is up
+        x = np.array(
+            im if codes or form.startswith(('gray', 'yuvj')) or frame.color_range == 2 else im.point(_STRETCH)
+        )
+    elif codes:
+        raise ClipError(
+            path, f'a mask video holds its codes as 8-bit grey (FFV1 in .mkv is lossless), this one is {form}'
+        )
+    elif form in ('bgra', 'rgba'):
+        x = to_grey(_plane(frame, 'RGBA', form.upper()))
+    else:
+        x = frame.to_ndarray(format='gray')
+    return np.ascontiguousarray(
+        np.rot90(x, getattr(frame, 'rotation', 0) // 90)
+    )  # phones store which way is up
 
+# %% ../../nbs/data/store.ipynb #c019
 def _video(path, codes):
     import av
+
     with av.open(path) as box:
-        if not box.streams.video: raise ClipError(path, 'it holds no picture')
+        if not box.streams.video:
+            raise ClipError(path, 'it holds no picture')
         stream = box.streams.video[0]
-        if multiprocessing.parent_process() is None: stream.thread_type = 'AUTO'  # in a worker process the other cores are busy
-        rate, t, before, n = float(stream.average_rate or stream.guessed_rate or _RATE), 0., None, 0
+        if multiprocessing.parent_process() is None:
+            stream.thread_type = 'AUTO'  # in a worker process the other cores are busy
+        rate, t, before, n = float(stream.average_rate or stream.guessed_rate or _RATE), 0.0, None, 0
         for n, frame in enumerate(box.decode(stream), 1):
-            if n > 1: t += _step(before, frame.time, rate)
+            if n > 1:
+                t += _step(before, frame.time, rate)
             before = frame.time
             yield t, lambda: _picture(frame, path, codes)
-        if n < stream.frames and stream.duration and t + 1.5/rate < stream.duration*stream.time_base:
-            with av.open(path) as again: there = sum(packet.size > 0 for packet in again.demux(video=0))  # an edited clip has them all, and shows some
-            if there < stream.frames: raise ClipError(path, f'it ends early: {there} of {stream.frames} frames are there')
+        if n < stream.frames and stream.duration and t + 1.5 / rate < stream.duration * stream.time_base:
+            with av.open(path) as again:
+                there = sum(
+                    packet.size > 0 for packet in again.demux(video=0)
+                )  # an edited clip has them all, and shows some
+            if there < stream.frames:
+                raise ClipError(path, f'it ends early: {there} of {stream.frames} frames are there')
 
 # %% ../../nbs/data/store.ipynb #c021
 def _still(path, codes):
     from PIL import Image, ImageOps
+
     def picture():
         turned = ImageOps.exif_transpose(im)
-        if not codes: return to_grey(turned)
-        if turned.mode in ('L', 'P', '1', 'I', 'I;16'): return np.asarray(turned)
+        if not codes:
+            return to_grey(turned)
+        if turned.mode in ('L', 'P', '1', 'I', 'I;16'):
+            return np.asarray(turned)
         raise ClipError(path, f'a mask image holds one number a pixel, this one is {turned.mode}')
-    t = 0.
+
+    t = 0.0
     with Image.open(path) as im:
-        for k in range(1 if im.format == 'MPO' else getattr(im, 'n_frames', 1)):  # the further pictures of an MPO are previews
+        for k in range(
+            1 if im.format == 'MPO' else getattr(im, 'n_frames', 1)
+        ):  # the further pictures of an MPO are previews
             im.seek(k)
             yield t, picture
-            t += (im.info.get('duration') or 1000/_RATE)/1000
+            t += (im.info.get('duration') or 1000 / _RATE) / 1000
 
-# %% ../../nbs/data/store.ipynb #c023
+# %% ../../nbs/data/store.ipynb #c023-1
 def _dicom_times(ds, n):
     "Seconds of each frame from whichever of DICOM's four ways the file uses."
     vector = ds.get('FrameTimeVector')  # milliseconds since the frame before
-    if vector is not None and np.size(vector) == n: return np.cumsum(np.r_[0., np.atleast_1d(vector).astype(float)[1:]])/1000
-    if float(ds.get('FrameTime') or 0) > 0: return np.arange(n)*float(ds.FrameTime)/1000
-    return np.arange(n)/float(ds.get('RecommendedDisplayFrameRate') or ds.get('CineRate') or _RATE)
+    if vector is not None and np.size(vector) == n:
+        return np.cumsum(np.r_[0.0, np.atleast_1d(vector).astype(float)[1:]]) / 1000
+    if float(ds.get('FrameTime') or 0) > 0:
+        return np.arange(n) * float(ds.FrameTime) / 1000
+    return np.arange(n) / float(ds.get('RecommendedDisplayFrameRate') or ds.get('CineRate') or _RATE)
 
+# %% ../../nbs/data/store.ipynb #c023
 def _dicom(path, codes):
-    try: import pydicom
-    except ImportError: raise ClipError(path, 'DICOM needs pydicom: pip install pydicom') from None
+    try:
+        import pydicom
+    except ImportError:
+        raise ClipError(path, 'DICOM needs pydicom: pip install pydicom') from None
     from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
+
     ds = pydicom.dcmread(path, force=True)
-    if 'PixelData' not in ds: raise ClipError(path, 'it holds no DICOM picture')
+    if 'PixelData' not in ds:
+        raise ClipError(path, 'it holds no DICOM picture')
     if 'TransferSyntaxUID' not in ds.file_meta:  # no header: the encoding is what it was read with
         implicit, little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2' + ('' if implicit else '.1' if little else '.2')
     kind, n = ds.PhotometricInterpretation, int(ds.get('NumberOfFrames') or 1)
     wide = kind.startswith('MONOCHROME') and (ds.BitsStored > 8 or ds.PixelRepresentation)
     if wide and not codes:
-        center, width = (np.atleast_1d(ds.get(c) if ds.get(c) is not None else np.nan).astype(float)[0] for c in ('WindowCenter', 'WindowWidth'))
-        if width >= 1: lo, hi = center - .5 - (width - 1)/2, center - .5 + (width - 1)/2
-        else: every = apply_rescale(pixel_array(ds), ds); lo, hi = every.min(), every.max()
+        center, width = (
+            np.atleast_1d(ds.get(c) if ds.get(c) is not None else np.nan).astype(float)[0]
+            for c in ('WindowCenter', 'WindowWidth')
+        )
+        if width >= 1:
+            lo, hi = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
+        else:
+            every = apply_rescale(pixel_array(ds), ds)
+            lo, hi = every.min(), every.max()
+
     def picture(k):
         x = pixel_array(ds, index=k)
         if codes:
-            if x.ndim != 2: raise ClipError(path, f'a mask holds one number a pixel, this one is {kind}')
+            if x.ndim != 2:
+                raise ClipError(path, f'a mask holds one number a pixel, this one is {kind}')
             return x
-        if kind == 'PALETTE COLOR': x = apply_color_lut(x, ds)
-        if x.ndim == 3: x = np.rint(x[..., :3] @ np.array([.299, .587, .114])/(257 if x.dtype == np.uint16 else 1))
-        elif wide: x = _window(apply_rescale(x, ds), lo, hi)
+        if kind == 'PALETTE COLOR':
+            x = apply_color_lut(x, ds)
+        if x.ndim == 3:
+            x = np.rint(x[..., :3] @ np.array([0.299, 0.587, 0.114]) / (257 if x.dtype == np.uint16 else 1))
+        elif wide:
+            x = _window(apply_rescale(x, ds), lo, hi)
         return 255 - x.astype(np.uint8) if kind == 'MONOCHROME1' else x.astype(np.uint8)
-    for k, t in enumerate(_dicom_times(ds, n)): yield float(t), lambda: picture(k)
 
-# %% ../../nbs/data/store.ipynb #c025
+    for k, t in enumerate(_dicom_times(ds, n)):
+        yield float(t), lambda: picture(k)
+
+# %% ../../nbs/data/store.ipynb #c025-1
 _STILLS = (b'\x89PNG', b'\xff\xd8\xff', b'BM', b'II*\0', b'MM\0*', b'P2', b'P5', b'P6', b'\0\0\0\x0cjP  ')
 
+
 def _decoder(path):
-    if not os.path.exists(path): raise ClipError(path, 'no such file')
-    if not os.path.isfile(path): raise ClipError(path, 'it is a folder, not a file')
-    with open(path, 'rb') as f: head = f.read(132)
-    if not head: raise ClipError(path, 'the file is empty')
-    if head.startswith(_STILLS) or head[:4] + head[8:12] == b'RIFFWEBP': return _still
-    if head[128:] == b'DICM' or head[:2] in (b'\2\0', b'\10\0') or path.lower().endswith(('.dcm', '.dicom')): return _dicom
+    if not os.path.exists(path):
+        raise ClipError(path, 'no such file')
+    if not os.path.isfile(path):
+        raise ClipError(path, 'it is a folder, not a file')
+    with open(path, 'rb') as f:
+        head = f.read(132)
+    if not head:
+        raise ClipError(path, 'the file is empty')
+    if head.startswith(_STILLS) or head[:4] + head[8:12] == b'RIFFWEBP':
+        return _still
+    if head[128:] == b'DICM' or head[:2] in (b'\2\0', b'\10\0') or path.lower().endswith(('.dcm', '.dicom')):
+        return _dicom
     return _video
 
+# %% ../../nbs/data/store.ipynb #c025-2
 def _frames(path, keep, codes=False):
     "Yield number, time and picture of the frames for which `keep(number, time)`; whatever goes wrong is a `ClipError`."
     try:
         for k, (t, picture) in enumerate(_decoder(path)(path, codes)):
-            if keep(k, t): yield k, t, picture()
-    except ClipError: raise
+            if keep(k, t):
+                yield k, t, picture()
+    except ClipError:
+        raise
     except Exception as e:
         reason = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
-        raise ClipError(path, f'it is no picture and no video, or it is damaged ({reason})' if type(e).__name__ in ('InvalidDataError', 'EOFError') else reason) from e
+        raise ClipError(
+            path,
+            f'it is no picture and no video, or it is damaged ({reason})'
+            if type(e).__name__ in ('InvalidDataError', 'EOFError')
+            else reason,
+        ) from e
 
+# %% ../../nbs/data/store.ipynb #c025-3
 def resized(
-    x:np.ndarray,             # (h, w) uint8
-    size:tuple,               # (height, width)
-    nearest:bool=False,       # codes must not be mixed
-) -> np.ndarray:              # (height, width) uint8
+    x: np.ndarray,  # (h, w) uint8
+    size: tuple,  # (height, width)
+    nearest: bool = False,  # codes must not be mixed
+) -> np.ndarray:  # (height, width) uint8
     "A frame at another size, antialiased, or a mask by nearest neighbours."
     from PIL import Image
+
     return np.asarray(Image.fromarray(x).resize(size[::-1], Image.NEAREST if nearest else Image.BILINEAR))
 
+# %% ../../nbs/data/store.ipynb #c025
 def _clip(path, keep, max_frames=None, size=None):
     "A `Clip` of the frames to keep, and the size that they have in the file."
     path, shape, kept = os.fspath(path), None, []
     for k, t, x in _frames(path, keep):
         shape = shape or x.shape
-        if x.shape != shape: raise ClipError(path, f'its frames change from {shape[1]}x{shape[0]} to {x.shape[1]}x{x.shape[0]} at frame {k}')
+        if x.shape != shape:
+            raise ClipError(
+                path,
+                f'its frames change from {shape[1]}x{shape[0]} to {x.shape[1]}x{x.shape[0]} at frame {k}',
+            )
         kept.append((x if size is None else resized(x, size), t, k))
-        if len(kept) == max_frames: break
-    if not kept: raise ClipError(path, 'it holds no frame')
+        if len(kept) == max_frames:
+            break
+    if not kept:
+        raise ClipError(path, 'it holds no frame')
     x, t, k = zip(*kept)
     return Clip(np.stack(x), np.array(t), np.array(k), path), shape
 
-# %% ../../nbs/data/store.ipynb #c027
+# %% ../../nbs/data/store.ipynb #c027-1
 def read_clip(
-    path,                     # video, GIF, still image or DICOM
-) -> Clip:                    # all its frames
+    path,  # video, GIF, still image or DICOM
+) -> Clip:  # all its frames
     "Decode a whole file to grey; raises `ClipError` with the reason if any of it cannot be read."
     return _clip(path, lambda k, t: True)[0]
 
+# %% ../../nbs/data/store.ipynb #c027-2
 def _settings(size, rate, max_frames):
     "The sampling, checked: size as two integers or None, rate, number of frames."
-    if size is not None and (len(np.shape(size)) != 1 or len(size) != 2 or any(int(s) != s or s < 1 for s in size)):
+    if size is not None and (
+        len(np.shape(size)) != 1 or len(size) != 2 or any(int(s) != s or s < 1 for s in size)
+    ):
         raise ValueError(f"size must be (height, width) in pixels, got {size!r}")
-    if not (math.isfinite(rate) and rate > 0): raise ValueError(f"rate must be a positive number of frames a second, got {rate!r}")
-    if int(max_frames) != max_frames or max_frames < 1: raise ValueError(f"max_frames must be a whole number, at least 1, got {max_frames!r}")
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"rate must be a positive number of frames a second, got {rate!r}")
+    if int(max_frames) != max_frames or max_frames < 1:
+        raise ValueError(f"max_frames must be a whole number, at least 1, got {max_frames!r}")
     return size and tuple(map(int, size)), float(rate), int(max_frames)
 
+# %% ../../nbs/data/store.ipynb #c027
 def sample_clip(
-    path,                     # video, GIF, still image or DICOM
-    rate:float=3.,            # frames a second to keep, above 0; a slower clip keeps all
-    max_frames:int=30,        # at most that many; decoding stops there
-    size:tuple=None,          # (height, width) to resize to, antialiased; None keeps the file's own
-) -> Clip:                    # at least the first frame
+    path,  # video, GIF, still image or DICOM
+    rate: float = 3.0,  # frames a second to keep, above 0; a slower clip keeps all
+    max_frames: int = 30,  # at most that many; decoding stops there
+    size: tuple = None,  # (height, width) to resize to, antialiased; None keeps the file's own
+) -> Clip:  # at least the first frame
     "Decode the frames that `sample_times` chooses; raises `ClipError` with the reason if they cannot be read."
     size, rate, max_frames = _settings(size, rate, max_frames)
     return _clip(path, _by_time(rate), max_frames, size)[0]
@@ -250,351 +373,539 @@ def sample_clip(
 def _masks(path, index, shape, size):
     "Masks of the frames `index` of a clip whose frames are `shape`; (n, *size) uint8."
     path, wanted, out = os.fspath(path), set(map(int, index)), []
-    for k, t, x in _frames(path, lambda k, t: k in wanted, codes=True):
-        if x.shape != shape: raise ClipError(path, f'its frames are {x.shape[1]}x{x.shape[0]}, those of the clip {shape[1]}x{shape[0]}')
+    for k, _t, x in _frames(path, lambda k, t: k in wanted, codes=True):
+        if x.shape != shape:
+            raise ClipError(
+                path, f'its frames are {x.shape[1]}x{x.shape[0]}, those of the clip {shape[1]}x{shape[0]}'
+            )
         if x.min() < 0 or x.max() >= len(DENSE):
             bad = [int(c) for c in np.unique(x) if not 0 <= c < len(DENSE)]
-            raise ClipError(path, f'code(s) {bad[:8]} at frame {k}; dense codes are 0..{len(DENSE)-1}')
+            raise ClipError(path, f'code(s) {bad[:8]} at frame {k}; dense codes are 0..{len(DENSE) - 1}')
         out.append(resized(x.astype(np.uint8), size, nearest=True))
-        if len(out) == len(wanted): return np.stack(out)
+        if len(out) == len(wanted):
+            return np.stack(out)
     raise ClipError(path, f'it ends before frame {sorted(wanted)[len(out)]} of the clip')
 
-# %% ../../nbs/data/store.ipynb #fkvals
+# %% ../../nbs/data/store.ipynb #fkvals-1
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 _PARTS = ('co_code', 'co_names', 'co_varnames', 'co_freevars', 'co_argcount', 'co_kwonlyargcount', 'co_flags')
+
 
 def _name(x):
     name = getattr(x, '__qualname__', type(x).__qualname__)
     return f"{getattr(x, '__module__', '')}.{name};".encode()
 
-def _all(values, home, seen): return b''.join(_content(v, home, seen) for v in values)
 
+def _all(values, home, seen):
+    return b''.join(_content(v, home, seen) for v in values)
+
+# %% ../../nbs/data/store.ipynb #fkvals
 def _content(x, home, seen):
     "Bytes that differ when what `x` holds or does differs; what is not of the module `home` counts by name."
-    if isinstance(x, _PLAIN): return f'{type(x).__name__} {x!r};'.encode()
-    if isinstance(x, (tuple, list)): return b'(' + _all(x, home, seen) + b')'
-    if isinstance(x, dict): return b'{' + _all(x.items(), home, seen) + b'}'
-    if isinstance(x, (set, frozenset)): return b'<' + b''.join(sorted(_all([v], home, seen) for v in x)) + b'>'
+    if isinstance(x, _PLAIN):
+        return f'{type(x).__name__} {x!r};'.encode()
+    if isinstance(x, (tuple, list)):
+        return b'(' + _all(x, home, seen) + b')'
+    if isinstance(x, dict):
+        return b'{' + _all(x.items(), home, seen) + b'}'
+    if isinstance(x, (set, frozenset)):
+        return b'<' + b''.join(sorted(_all([v], home, seen) for v in x)) + b'>'
     if isinstance(x, (np.ndarray, np.generic)) and x.dtype != object:
         return f'{x.dtype} {x.shape};'.encode() + x.tobytes()
-    if isinstance(x, types.ModuleType): return _name(x) + x.__name__.encode()
+    if isinstance(x, types.ModuleType):
+        return _name(x) + x.__name__.encode()
     if isinstance(x, types.CodeType):
         return repr([getattr(x, a) for a in _PARTS]).encode() + _all(x.co_consts, home, seen)
-    if id(x) in seen: return b'again ' + _name(x)
-    seen[id(x)] = x                                    # kept, so that its number stays its own
-    if isinstance(x, type): return _class(x, home, seen)
+    if id(x) in seen:
+        return b'again ' + _name(x)
+    seen[id(x)] = x  # kept, so that its number stays its own
+    if isinstance(x, type):
+        return _class(x, home, seen)
     return _callable(x, home, seen) or _state(x, home, seen)
 
-# %% ../../nbs/data/store.ipynb #fkcalls
+# %% ../../nbs/data/store.ipynb #fkcalls-1
 def _globals(code):
     "Names that a code object and the functions inside it look up in their module."
     here = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
     return here.union(*(_globals(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
 
 def _used(x, home, seen):
     "A global that a function uses: of its own module by content, else by name."
     foreign = isinstance(x, (type, types.FunctionType)) and x.__module__ != home
     return _name(x) if foreign else _content(x, home, seen)
 
+# %% ../../nbs/data/store.ipynb #fkcalls
 def _callable(x, home, seen):
     "Content of a function, method or partial; None for anything else."
-    if isinstance(x, functools.partial): return b'partial' + _all([x.func, x.args, x.keywords], home, seen)
-    if isinstance(x, types.MethodType): return b'method' + _all([x.__func__, x.__self__], home, seen)
-    if isinstance(x, (staticmethod, classmethod)): return _name(x) + _content(x.__func__, home, seen)
-    if isinstance(x, property): return b'property' + _all([x.fget, x.fset], home, seen)
+    if isinstance(x, functools.partial):
+        return b'partial' + _all([x.func, x.args, x.keywords], home, seen)
+    if isinstance(x, types.MethodType):
+        return b'method' + _all([x.__func__, x.__self__], home, seen)
+    if isinstance(x, (staticmethod, classmethod)):
+        return _name(x) + _content(x.__func__, home, seen)
+    if isinstance(x, property):
+        return b'property' + _all([x.fget, x.fset], home, seen)
     if not isinstance(x, types.FunctionType):
         return _content(x.__wrapped__, home, seen) if hasattr(x, '__wrapped__') else None
     home, cells = x.__module__, [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
     used = [n + '=' for n in sorted(_globals(x.__code__)) if n in x.__globals__]
-    return (b'function' + _all([x.__code__, x.__defaults__, x.__kwdefaults__, cells, x.__dict__], home, seen)
-            + b''.join(n.encode() + _used(x.__globals__[n[:-1]], home, seen) for n in used))
+    return (
+        b'function'
+        + _all([x.__code__, x.__defaults__, x.__kwdefaults__, cells, x.__dict__], home, seen)
+        + b''.join(n.encode() + _used(x.__globals__[n[:-1]], home, seen) for n in used)
+    )
 
-# %% ../../nbs/data/store.ipynb #fkstate
+# %% ../../nbs/data/store.ipynb #fkstate-1
 def _class(x, home, seen):
     "A class of the module `home` by its functions and plain values, and its bases; any other by name."
-    if x.__module__ != home: return _name(x)
+    if x.__module__ != home:
+        return _name(x)
     known = (*_PLAIN, tuple, list, dict, np.ndarray, types.FunctionType, staticmethod, classmethod, property)
     mine = {k: v for k, v in vars(x).items() if isinstance(v, known)}
     mine = {k: v for k, v in mine.items() if callable(v) or not k.startswith('__')}
     return _name(x) + _all([sorted(mine), [mine[k] for k in sorted(mine)], x.__bases__], home, seen)
 
+# %% ../../nbs/data/store.ipynb #fkstate-2
 def _state(x, home, seen):
     "An object as `copy` would take it apart: its class and its state."
-    try: how = x.__reduce_ex__(2)
+    try:
+        how = x.__reduce_ex__(2)
     except Exception as e:
-        raise TypeError(f"a {type(x).__name__} that `prepare` uses cannot be compared with that of another build ({e}): "
-                        f"give it plain values, arrays or functions") from None
-    if isinstance(how, str): return _name(x) + how.encode()
+        raise TypeError(
+            f"a {type(x).__name__} that `prepare` uses cannot be compared with that of another build ({e}): "
+            f"give it plain values, arrays or functions"
+        ) from None
+    if isinstance(how, str):
+        return _name(x) + how.encode()
     make, args, state, *more = *how, None
     return _name(make) + _all([type(x), args, state, [list(m) for m in more if m is not None]], home, seen)
 
+# %% ../../nbs/data/store.ipynb #fkstate-3
 def function_name(
-    f,                        # any callable
-) -> str:                     # such as 'lus_fastai.data.fan.fan_crop'
+    f,  # any callable
+) -> str:  # such as 'lus_fastai.data.fan.fan_crop'
     "What a callable is called: the function inside a partial, the class of an object."
-    while isinstance(f, functools.partial): f = f.func
+    while isinstance(f, functools.partial):
+        f = f.func
     named = f if hasattr(f, '__qualname__') else type(f)
     return f'{named.__module__}.{named.__qualname__}'
 
+# %% ../../nbs/data/store.ipynb #fkstate
 def function_key(
-    f,                        # function, lambda, method, functools.partial, or an object that can be called
-) -> str:                     # 40 hexadecimal digits
+    f,  # function, lambda, method, functools.partial, or an object that can be called
+) -> str:  # 40 hexadecimal digits
     "SHA-1 of what a callable does; TypeError where it holds something that cannot be compared."
     home = getattr(f, '__module__', None) or type(f).__module__
     return hashlib.sha1(_content(f, home, {})).hexdigest()
 
-# %% ../../nbs/data/store.ipynb #c040
+# %% ../../nbs/data/store.ipynb #c040-1
 _FORMAT = 1  # of the files of a store
 
+
 def _stamp(path):
-    if path is None: return None
-    try: s = os.stat(path)
-    except OSError: return [os.path.abspath(path)]
+    if path is None:
+        return None
+    try:
+        s = os.stat(path)
+    except OSError:
+        return [os.path.abspath(path)]
     return [os.path.abspath(path), s.st_size, s.st_mtime_ns]
 
+# %% ../../nbs/data/store.ipynb #c040-2
 def _key(path, mask, settings, prepared, row):
     "`prepared` is the `function_key` of `prepare`, or None."
     more = [] if prepared is None else [prepared, json.dumps(row, default=str)]
-    return hashlib.sha1(json.dumps([_FORMAT, settings, _stamp(path), _stamp(mask), *more]).encode()).hexdigest()
+    return hashlib.sha1(
+        json.dumps([_FORMAT, settings, _stamp(path), _stamp(mask), *more]).encode()
+    ).hexdigest()
+
 
 def _prepared(x, row, size, prepare, codes):
     "Frames or masks of a clip, prepared at their own size, then resized."
     x = prepare(x, row, outside=len(DENSE) - 1 if codes else 0)
     return np.stack([resized(frame, size, nearest=codes) for frame in x])
 
+# %% ../../nbs/data/store.ipynb #c040-3
 def _make_part(part, path, mask, settings, prepare, row):
     "Sample one clip into the file `part`; the reason if it cannot be read. Failing to write is an OSError, and no fault of the clip."
     size, rate, max_frames = settings
     try:
         clip, shape = _clip(path, _by_time(rate), max_frames, None if prepare else size)
         arrays = dict(images=clip.frames, times=clip.times, index=clip.index)
-        if mask is not None: arrays['masks'] = _masks(mask, clip.index, shape, shape if prepare else size)
+        if mask is not None:
+            arrays['masks'] = _masks(mask, clip.index, shape, shape if prepare else size)
         for k in ('images', 'masks') if prepare else ():
-            if k in arrays: arrays[k] = _prepared(arrays[k], row, size, prepare, k == 'masks')
-    except ClipError as e: return e.reason if e.path == os.fspath(path) else f'mask {e}'
-    with atomic_path(part) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
+            if k in arrays:
+                arrays[k] = _prepared(arrays[k], row, size, prepare, k == 'masks')
+    except ClipError as e:
+        return e.reason if e.path == os.fspath(path) else f'mask {e}'
+    with atomic_path(part) as tmp, open(tmp, 'wb') as f:
+        np.savez(f, **arrays)
 
+# %% ../../nbs/data/store.ipynb #c040
 def _load_part(part):
     "The arrays of a part, or None if it is not there or damaged."
     try:
-        with np.load(part) as f: return dict(f)
-    except Exception: return None
+        with np.load(part) as f:
+            return dict(f)
+    except Exception:
+        return None
 
-# %% ../../nbs/data/store.ipynb #c042
+# %% ../../nbs/data/store.ipynb #c042-1
 def _die_with(parent):
     def watch():
-        while os.getppid() == parent: time.sleep(.5)
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../../nbs/data/store.ipynb #c042-2
 def _pool(workers):
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)  # elsewhere the platform's own way
-    return ProcessPoolExecutor(workers, context, _die_with if os.name == 'posix' else None, (os.getpid(),) if os.name == 'posix' else ())
+    context = multiprocessing.get_context(
+        'fork' if sys.platform == 'linux' else None
+    )  # elsewhere the platform's own way
+    return ProcessPoolExecutor(
+        workers,
+        context,
+        _die_with if os.name == 'posix' else None,
+        (os.getpid(),) if os.name == 'posix' else (),
+    )
 
+# %% ../../nbs/data/store.ipynb #c042-3
 def _alone(job):
     with _pool(1) as pool:
-        try: return pool.submit(_make_part, *job).result()
-        except BrokenProcessPool: return 'decoding it kills the process'
+        try:
+            return pool.submit(_make_part, *job).result()
+        except BrokenProcessPool:
+            return 'decoding it kills the process'
 
+# %% ../../nbs/data/store.ipynb #c042
 def _make_parts(jobs, workers):
     "Yield each job with None or the reason why its clip cannot be read, in the order in which they end."
     if not workers:
         jobs = list(jobs)
-        with ThreadPoolExecutor(2) as pool: yield from zip(jobs, pool.map(lambda job: _make_part(*job), jobs))  # libav and PIL let go of the interpreter
+        with ThreadPoolExecutor(2) as pool:
+            yield from zip(
+                jobs, pool.map(lambda job: _make_part(*job), jobs)
+            )  # libav and PIL let go of the interpreter
     jobs = collections.deque(jobs if workers else ())
     while jobs:
         running = {}
         try:
             with _pool(min(workers, len(jobs))) as pool:
                 while jobs or running:
-                    while jobs and len(running) < 2*workers:
+                    while jobs and len(running) < 2 * workers:
                         running[pool.submit(_make_part, *jobs[0])] = jobs[0]
                         jobs.popleft()
                     for f in wait(running, return_when=FIRST_COMPLETED).done:
                         reason = f.result()
                         yield running.pop(f), reason
         except BrokenProcessPool:
-            for job in running.values(): yield job, _alone(job)
+            for job in running.values():
+                yield job, _alone(job)
 
 # %% ../../nbs/data/store.ipynb #travel
 def _can_travel(f):
     "Whether a function can be sent to another process: lambdas, and functions inside functions, cannot."
-    try: return bool(pickle.dumps(f))
-    except Exception: return False
+    try:
+        return bool(pickle.dumps(f))
+    except Exception:
+        return False
 
-# %% ../../nbs/data/store.ipynb #c044
+# %% ../../nbs/data/store.ipynb #c044-1
 @contextlib.contextmanager
 def _locked(folder):
     "One build at a time in a folder; the system frees the lock of a process that dies."
-    with open(folder/'.lock', 'w') as f:
+    with open(folder / '.lock', 'w') as f:
         try:
             import fcntl
+
             fcntl.lockf(f, fcntl.LOCK_EX)
-        except ImportError: pass  # Windows
+        except ImportError:
+            pass  # Windows
         yield
 
+# %% ../../nbs/data/store.ipynb #c044-2
 @contextlib.contextmanager
 def _told_when_full(folder):
     full = [getattr(errno, c) for c in ('ENOSPC', 'EDQUOT', 'EFBIG') if hasattr(errno, c)]
-    try: yield
+    try:
+        yield
     except OSError as e:
-        if e.errno not in full: raise
-        raise OSError(e.errno, f"no room to write the frame store {folder} ({os.strerror(e.errno)}): make room and build again, finished clips are kept") from e
+        if e.errno not in full:
+            raise
+        raise OSError(
+            e.errno,
+            f"no room to write the frame store {folder} ({os.strerror(e.errno)}): make room and build again, finished clips are kept",
+        ) from e
 
-def _csv(table): return table.to_csv(index=False, lineterminator='\n').encode()
+# %% ../../nbs/data/store.ipynb #c044-3
+def _csv(table):
+    return table.to_csv(index=False, lineterminator='\n').encode()
 
-def _read_csv(path, text): return pd.read_csv(path, dtype={c: str for c in text}, keep_default_na=False, na_values=[''])
 
+def _read_csv(path, text):
+    return pd.read_csv(path, dtype={c: str for c in text}, keep_default_na=False, na_values=[''])
+
+# %% ../../nbs/data/store.ipynb #c044
 class FrameStore:
     "Sampled frames of a whole clip table: `images` and `masks` (N, h, w) uint8 as memory maps, `frames` with a row per frame, `skipped` with path and reason; `id` names folder and content."
-    def __init__(self,
-        folder,               # folder of a finished store
+
+    def __init__(
+        self,
+        folder,  # folder of a finished store
     ):
         self.folder = Path(folder).absolute()
-        try: self.meta = json.loads((self.folder/'meta.json').read_text(encoding='utf-8'))
+        try:
+            self.meta = json.loads((self.folder / 'meta.json').read_text(encoding='utf-8'))
         except FileNotFoundError:
-            raise FileNotFoundError(f"{folder} holds no finished frame store: FrameStore.build(table, folder) makes one, and goes on where a build was interrupted") from None
-        except ValueError: raise ValueError(f"{self.folder/'meta.json'} is damaged: build the store again") from None
-        if self.meta.get('format') != _FORMAT: raise ValueError(f"{folder} was written by another version of lus_fastai: build the store again")
+            raise FileNotFoundError(
+                f"{folder} holds no finished frame store: FrameStore.build(table, folder) makes one, and goes on where a build was interrupted"
+            ) from None
+        except ValueError:
+            raise ValueError(f"{self.folder / 'meta.json'} is damaged: build the store again") from None
+        if self.meta.get('format') != _FORMAT:
+            raise ValueError(f"{folder} was written by another version of lus_fastai: build the store again")
         self.size, files = tuple(self.meta['size']), self.meta['files']
-        self.id, self.prepare = str(self.folder/files['images']), self.meta.get('prepare')
+        self.id, self.prepare = str(self.folder / files['images']), self.meta.get('prepare')
         self.images = self._map(files['images'])
         self.masks = self._map(files['masks']) if files['masks'] else None
-        self.frames, self.skipped = (_read_csv(self.folder/files[k], self.meta['text'][k]) for k in ('frames', 'skipped'))
+        self.frames, self.skipped = (
+            _read_csv(self.folder / files[k], self.meta['text'][k]) for k in ('frames', 'skipped')
+        )
         self.frames['store'] = pd.Categorical.from_codes(np.zeros(len(self.frames), np.int8), [self.id])
+
     def _map(self, name):
-        path, shape = self.folder/name, (self.meta['rows'], *self.size)
+        path, shape = self.folder / name, (self.meta['rows'], *self.size)
         have, want = path.stat().st_size if path.exists() else 0, math.prod(shape)
-        if have != want: raise ValueError(f"{path} has {have} bytes, not {want}: the store is damaged, build it again")
-        return np.memmap(path, np.uint8, 'c', shape=shape)  # copy on write: arrays that may be changed, a file that may not
-    def __len__(self): return self.meta['rows']
-    def holds(self,
-        id,                   # of a store: an entry of the column store
-    ) -> bool:                # whichever folder it lies in
+        if have != want:
+            raise ValueError(f"{path} has {have} bytes, not {want}: the store is damaged, build it again")
+        return np.memmap(
+            path, np.uint8, 'c', shape=shape
+        )  # copy on write: arrays that may be changed, a file that may not
+
+    def __len__(self):
+        return self.meta['rows']
+
+    def holds(
+        self,
+        id,  # of a store: an entry of the column store
+    ) -> bool:  # whichever folder it lies in
         "Whether an id names this store's content."
         return Path(id).name == Path(self.id).name
-    def __getitem__(self,
-        rows,                 # a row number, a slice, or an array of row numbers
-    ) -> np.ndarray:          # (h, w) or (n, h, w) uint8
+
+    def __getitem__(
+        self,
+        rows,  # a row number, a slice, or an array of row numbers
+    ) -> np.ndarray:  # (h, w) or (n, h, w) uint8
         "Images by row number."
         return np.asarray(self.images[rows])
-    def __reduce__(self): return _reopened, (self.folder, self.id, self.size, self.prepare)
+
+    def __reduce__(self):
+        return _reopened, (self.folder, self.id, self.size, self.prepare)
+
     def __repr__(self):
         h, w = self.size
-        return (f"FrameStore({self.folder.name}: {len(self)} frames of {w}x{h} from {len(self.meta['clips'])} clips"
-                f"{', with masks' if self.masks is not None else ''}{f', {len(self.skipped)} skipped' if len(self.skipped) else ''})")
+        return (
+            f"FrameStore({self.folder.name}: {len(self)} frames of {w}x{h} from {len(self.meta['clips'])} clips"
+            f"{', with masks' if self.masks is not None else ''}{f', {len(self.skipped)} skipped' if len(self.skipped) else ''})"
+        )
 
     @classmethod
-    def build(cls,
-        table:pd.DataFrame,   # clip table; a column mask, if there is one, may be empty in some rows
-        folder,               # where the store is, or will be
-        size:tuple=(224, 224),# (height, width) of the frames
-        rate:float=3.,        # frames a second to keep
-        max_frames:int=30,    # at most that many of a clip
-        workers:int=2,        # processes that decode; 0 decodes in this one, two clips at a time
-        prepare=None,         # callable (frames or masks (n, h, w) uint8, row of the table as a dict, outside=what to fill with) -> the same, before they are resized, such as fan_crop
-    ) -> 'FrameStore':        # opened; clips that cannot be read are in skipped
+    def build(
+        cls,
+        table: pd.DataFrame,  # clip table; a column mask, if there is one, may be empty in some rows
+        folder,  # where the store is, or will be
+        size: tuple = (224, 224),  # (height, width) of the frames
+        rate: float = 3.0,  # frames a second to keep
+        max_frames: int = 30,  # at most that many of a clip
+        workers: int = 2,  # processes that decode; 0 decodes in this one, two clips at a time
+        prepare=None,  # callable (frames or masks (n, h, w) uint8, row of the table as a dict, outside=what to fill with) -> the same, before they are resized, such as fan_crop
+    ) -> 'FrameStore':  # opened; clips that cannot be read are in skipped
         "Make a store, or bring it up to date: only what is missing or has changed is decoded. TableError when not one clip can be read."
         check_table(table, exists=False)
         if 'store' in table and 'row' not in table:
-            raise TableError("column 'store' is where a frame table names its store: give that column of the clip table another name")
-        if size is None: raise ValueError("size must be (height, width) in pixels: all frames of a store have one size")
+            raise TableError(
+                "column 'store' is where a frame table names its store: give that column of the clip table another name"
+            )
+        if size is None:
+            raise ValueError("size must be (height, width) in pixels: all frames of a store have one size")
         settings = _settings(size, rate, max_frames)
-        if int(workers) != workers or workers < 0: raise ValueError(f"workers must be a whole number, at least 0, got {workers!r}")
+        if int(workers) != workers or workers < 0:
+            raise ValueError(f"workers must be a whole number, at least 0, got {workers!r}")
         folder = Path(folder).absolute()
         with _told_when_full(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder): _build(cls, table, folder, settings, int(workers), prepare)
+            with _locked(folder):
+                _build(cls, table, folder, settings, int(workers), prepare)
         store = cls(folder)
         if len(store.skipped):
             first = store.skipped.iloc[0]
-            warnings.warn(f"{len(store.skipped)} of {len(table)} clips cannot be read and were skipped (see `skipped`), first {first.path}: {first.reason}", stacklevel=2)
+            warnings.warn(
+                f"{len(store.skipped)} of {len(table)} clips cannot be read and were skipped (see `skipped`), first {first.path}: {first.reason}",
+                stacklevel=2,
+            )
         return store
 
-# %% ../../nbs/data/store.ipynb #reopen
+# %% ../../nbs/data/store.ipynb #reopen-1
 class _Absent(FrameStore):
     "A store that was known when it was pickled, and is not on this machine: it has its size, and no pixels."
+
     def __init__(self, folder, id, size, prepare):
         self.folder, self.id, self.size, self.prepare = folder, id, size, prepare
-    def _missing(self):
-        raise FileNotFoundError(f"{self.folder} holds no finished frame store: its frames cannot be read here")
-    images = masks = frames = skipped = property(_missing)
-    def __repr__(self): return f'FrameStore({self.folder.name}: not on this machine)'
 
+    def _missing(self):
+        raise FileNotFoundError(
+            f"{self.folder} holds no finished frame store: its frames cannot be read here"
+        )
+
+    images = masks = frames = skipped = property(_missing)
+
+    def __repr__(self):
+        return f'FrameStore({self.folder.name}: not on this machine)'
+
+# %% ../../nbs/data/store.ipynb #reopen
 def _reopened(folder, id, size, prepare):
     "What a pickled store becomes."
-    try: return FrameStore(folder)
-    except FileNotFoundError: return _Absent(folder, id, size, prepare)
+    try:
+        return FrameStore(folder)
+    except FileNotFoundError:
+        return _Absent(folder, id, size, prepare)
 
-# %% ../../nbs/data/store.ipynb #rows
-def _where(id): return 'this array' if id is None else f'{Path(id).parent} (content {Path(id).stem[-12:]})'
+# %% ../../nbs/data/store.ipynb #rows-1
+def _where(id):
+    return 'this array' if id is None else f'{Path(id).parent} (content {Path(id).stem[-12:]})'
 
+# %% ../../nbs/data/store.ipynb #rows-2
 def _check_owner(named, mine):
     "Compare the column `store` with the id of a store."
     if named.isna().any():
-        raise TableError(f"column 'store' is empty in {named.isna().sum()} of {len(named)} rows: "
-                         f"take rows of `store.frames`, or drop the column in all rows")
+        raise TableError(
+            f"column 'store' is empty in {named.isna().sum()} of {len(named)} rows: "
+            f"take rows of `store.frames`, or drop the column in all rows"
+        )
     other = [s for s in named.unique() if mine is None or Path(s).name != Path(mine).name]
     if other:
-        raise TableError(f"{named.isin(other).sum()} of {len(named)} rows are of the store {_where(other[0])}, "
-                         f"not of {_where(mine)}: give the store that they are of")
+        raise TableError(
+            f"{named.isin(other).sum()} of {len(named)} rows are of the store {_where(other[0])}, "
+            f"not of {_where(mine)}: give the store that they are of"
+        )
 
+# %% ../../nbs/data/store.ipynb #rows-3
 def store_rows(
-    frames:pd.DataFrame,      # rows of the frame table of a store
-    store,                    # the FrameStore, or what else has images; with an id where its rows are a store's
-) -> np.ndarray:              # (n,) row numbers
+    frames: pd.DataFrame,  # rows of the frame table of a store
+    store,  # the FrameStore, or what else has images; with an id where its rows are a store's
+) -> np.ndarray:  # (n,) row numbers
     "Row numbers of frames in a store; TableError where they are of another one."
     if 'row' not in frames:
-        raise TableError(f"a frame table has a column 'row'; this one has {list(frames.columns)}. "
-                         f"Use the `frames` of a FrameStore, or rows of it")
-    mine = getattr(store, 'id', None)                  # an array or a `MaskSet` has none
-    if 'store' in frames: _check_owner(frames['store'], mine)
+        raise TableError(
+            f"a frame table has a column 'row'; this one has {list(frames.columns)}. "
+            f"Use the `frames` of a FrameStore, or rows of it"
+        )
+    mine = getattr(store, 'id', None)  # an array or a `MaskSet` has none
+    if 'store' in frames:
+        _check_owner(frames['store'], mine)
     rows = frames['row'].to_numpy(dtype=np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= len(store.images)):
-        raise TableError(f"column 'row' reaches {rows.max()}, the store holds {len(store.images)} frames: "
-                         f"is the table of another store?")
+        raise TableError(
+            f"column 'row' reaches {rows.max()}, the store holds {len(store.images)} frames: "
+            f"is the table of another store?"
+        )
     return rows
 
+# %% ../../nbs/data/store.ipynb #rows
 def open_store(
-    id,                       # of a store: an entry of the column store
-) -> FrameStore:              # the store in that folder
+    id,  # of a store: an entry of the column store
+) -> FrameStore:  # the store in that folder
     "The store that rows name; TableError where it is gone or was built anew since."
     folder = Path(id).parent
-    try: store = FrameStore(folder)
+    try:
+        store = FrameStore(folder)
     except (OSError, ValueError) as e:
         raise TableError(f"rows are of the store {folder}, which cannot be opened: {e}") from None
     if not store.holds(id):
-        raise TableError(f"rows are of the store {folder} before it was built again: "
-                         f"take them anew from FrameStore(folder).frames")
+        raise TableError(
+            f"rows are of the store {folder} before it was built again: "
+            f"take them anew from FrameStore(folder).frames"
+        )
     return store
 
-# %% ../../nbs/data/store.ipynb #c046
+# %% ../../nbs/data/store.ipynb #c046-1
 def _build(cls, table, folder, settings, workers, prepare):
     paths = [os.fspath(p) for p in table['path']]
-    masks = [os.fspath(m) if isinstance(m, (str, os.PathLike)) and os.fspath(m).strip() else None for m in table['mask']] if 'mask' in table else [None]*len(table)
-    rows = table.drop(columns='store', errors='ignore').to_dict('records') if prepare else [None]*len(table)
+    masks = (
+        [
+            os.fspath(m) if isinstance(m, (str, os.PathLike)) and os.fspath(m).strip() else None
+            for m in table['mask']
+        ]
+        if 'mask' in table
+        else [None] * len(table)
+    )
+    rows = table.drop(columns='store', errors='ignore').to_dict('records') if prepare else [None] * len(table)
     prepared = None if prepare is None else function_key(prepare)
     keys = [_key(p, m, settings, prepared, r) for p, m, r in zip(paths, masks, rows)]
-    if not _can_travel(prepare): workers = 0
-    try: old = cls(folder)
-    except (OSError, ValueError, KeyError): old = None
+    if not _can_travel(prepare):
+        workers = 0
+    try:
+        old = cls(folder)
+    except (OSError, ValueError, KeyError):
+        old = None
     ends = np.cumsum([n for _, n in old.meta['clips']]) if old else []
-    kept = {key: slice(int(end) - n, int(end)) for (key, n), end in zip(old.meta['clips'], ends)} if old else {}
-    def part(key): return folder/'parts'/f'{key}.npz'
-    jobs = {k: (part(k), p, m, settings, prepare, r) for k, p, m, r in zip(keys, paths, masks, rows) if k not in kept and _load_part(part(k)) is None}
-    faults = {job[0].stem: reason for job, reason in progress(_make_parts(jobs.values(), workers), total=len(jobs), desc='clips') if reason}
+    kept = (
+        {key: slice(int(end) - n, int(end)) for (key, n), end in zip(old.meta['clips'], ends)} if old else {}
+    )
+
+    def part(key):
+        return folder / 'parts' / f'{key}.npz'
+
+    jobs = {
+        k: (part(k), p, m, settings, prepare, r)
+        for k, p, m, r in zip(keys, paths, masks, rows)
+        if k not in kept and _load_part(part(k)) is None
+    }
+    faults = {
+        job[0].stem: reason
+        for job, reason in progress(_make_parts(jobs.values(), workers), total=len(jobs), desc='clips')
+        if reason
+    }
     good = [i for i, k in enumerate(keys) if k not in faults]
-    if not good: raise TableError(f"none of the {len(keys)} clips can be read, first {paths[0]}: {faults[keys[0]]}")
+    if not good:
+        raise TableError(f"none of the {len(keys)} clips can be read, first {paths[0]}: {faults[keys[0]]}")
 
     def clip(key):
         "Arrays of one clip, from the store that is there or from its part."
-        if key not in kept: return _load_part(part(key))
+        if key not in kept:
+            return _load_part(part(key))
         rows = kept[key]
-        return dict(images=old.images[rows], masks=old.masks is not None and old.masks[rows], times=old.frames['time'].to_numpy()[rows], index=old.frames['frame'].to_numpy()[rows])
-    _write(folder, table, settings, good, [keys[i] for i in good], [masks[i] for i in good], clip,
-           pd.DataFrame(dict(path=[p for p, k in zip(paths, keys) if k in faults], reason=[faults[k] for k in keys if k in faults]), dtype=str), old.meta if old else {},
-           None if prepare is None else function_name(prepare))
+        return dict(
+            images=old.images[rows],
+            masks=old.masks is not None and old.masks[rows],
+            times=old.frames['time'].to_numpy()[rows],
+            index=old.frames['frame'].to_numpy()[rows],
+        )
 
+    _write(
+        folder,
+        table,
+        settings,
+        good,
+        [keys[i] for i in good],
+        [masks[i] for i in good],
+        clip,
+        pd.DataFrame(
+            dict(
+                path=[p for p, k in zip(paths, keys) if k in faults],
+                reason=[faults[k] for k in keys if k in faults],
+            ),
+            dtype=str,
+        ),
+        old.meta if old else {},
+        None if prepare is None else function_name(prepare),
+    )
+
+# %% ../../nbs/data/store.ipynb #c046
 def _write(folder, table, settings, good, keys, masks, clip, skipped, was, prepare):
     "Write all files of a store but those that it `was` made of before; `meta.json` last, then what it does not name is removed."
     there = was.get('files', {}).values()
@@ -602,30 +913,78 @@ def _write(folder, table, settings, good, keys, masks, clip, skipped, was, prepa
     files = dict(images=f'images-{stem}.u8', masks=f'masks-{stem}.u8' if has_masks else None)
     times, index = [], []
     with contextlib.ExitStack() as stack:
-        out = {k: open(stack.enter_context(atomic_path(folder/name)), 'wb') for k, name in files.items() if name and name not in there}
+        out = {
+            k: open(stack.enter_context(atomic_path(folder / name)), 'wb')
+            for k, name in files.items()
+            if name and name not in there
+        }
         with contextlib.ExitStack() as opened:
-            for f in out.values(): opened.enter_context(f)
+            for f in out.values():
+                opened.enter_context(f)
             for key, mask in zip(keys, masks):
                 c = clip(key)
-                times.append(c['times']); index.append(c['index'])
-                if 'images' in out: out['images'].write(memoryview(np.ascontiguousarray(c['images'])))
-                if 'masks' in out: out['masks'].write(memoryview(np.full(c['images'].shape, 255, np.uint8) if mask is None else np.ascontiguousarray(c['masks'])))
+                times.append(c['times'])
+                index.append(c['index'])
+                if 'images' in out:
+                    out['images'].write(memoryview(np.ascontiguousarray(c['images'])))
+                if 'masks' in out:
+                    out['masks'].write(
+                        memoryview(
+                            np.full(c['images'].shape, 255, np.uint8)
+                            if mask is None
+                            else np.ascontiguousarray(c['masks'])
+                        )
+                    )
     counts = [len(t) for t in times]
-    frames = table.drop(columns=[c for c in ('clip', 'frame', 'time', 'row', 'store') if c in table]).iloc[np.repeat(good, counts)].reset_index(drop=True)
+    frames = (
+        table.drop(columns=[c for c in ('clip', 'frame', 'time', 'row', 'store') if c in table])
+        .iloc[np.repeat(good, counts)]
+        .reset_index(drop=True)
+    )
     frames['clip'] = np.repeat(clip_ids(table).to_numpy(object)[good], counts)
-    frames['frame'], frames['time'], frames['row'] = np.concatenate(index), np.concatenate(times).round(6), np.arange(sum(counts))
+    frames['frame'], frames['time'], frames['row'] = (
+        np.concatenate(index),
+        np.concatenate(times).round(6),
+        np.arange(sum(counts)),
+    )
     for kind, t in dict(frames=frames, skipped=skipped).items():
         text = _csv(t)
         files[kind] = f'{kind}-{hashlib.sha1(text).hexdigest()[:12]}.csv'
-        if files[kind] in there: continue
-        with atomic_path(folder/files[kind]) as tmp: tmp.write_bytes(text)
-    words = {k: [c for c in t if not (pd.api.types.is_numeric_dtype(t[c]) or pd.api.types.is_bool_dtype(t[c]))] for k, t in dict(frames=frames, skipped=skipped).items()}
+        if files[kind] in there:
+            continue
+        with atomic_path(folder / files[kind]) as tmp:
+            tmp.write_bytes(text)
+    words = {
+        k: [c for c in t if not (pd.api.types.is_numeric_dtype(t[c]) or pd.api.types.is_bool_dtype(t[c]))]
+        for k, t in dict(frames=frames, skipped=skipped).items()
+    }
     size, rate, max_frames = settings
-    meta = dict(format=_FORMAT, size=list(size), rate=rate, max_frames=max_frames, rows=sum(counts), files=files, text=words,
-                prepare=prepare, clips=[list(c) for c in zip(keys, counts)])
-    if meta != was: write_json(folder/'meta.json', meta)
-    for name in ('images-*.u8', 'masks-*.u8', 'frames-*.csv', 'skipped-*.csv', '.images-*.tmp.*', '.masks-*.tmp.*', '.frames-*.tmp.*', '.skipped-*.tmp.*', '.meta.json.*.tmp.*'):
+    meta = dict(
+        format=_FORMAT,
+        size=list(size),
+        rate=rate,
+        max_frames=max_frames,
+        rows=sum(counts),
+        files=files,
+        text=words,
+        prepare=prepare,
+        clips=[list(c) for c in zip(keys, counts)],
+    )
+    if meta != was:
+        write_json(folder / 'meta.json', meta)
+    for name in (
+        'images-*.u8',
+        'masks-*.u8',
+        'frames-*.csv',
+        'skipped-*.csv',
+        '.images-*.tmp.*',
+        '.masks-*.tmp.*',
+        '.frames-*.tmp.*',
+        '.skipped-*.tmp.*',
+        '.meta.json.*.tmp.*',
+    ):
         for f in folder.glob(name):
             if f.name not in files.values():
-                with contextlib.suppress(OSError): f.unlink()
-    shutil.rmtree(folder/'parts', ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    f.unlink()
+    shutil.rmtree(folder / 'parts', ignore_errors=True)

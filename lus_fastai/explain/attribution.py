@@ -10,36 +10,58 @@ __all__ = ['OCCLUSION_ARORA', 'EXPLAINERS', 'seg_target', 'class_codes', 'salien
            'write_map_video']
 
 # %% ../../nbs/explain/attribution.ipynb #c003
-import contextlib, difflib, math
-from functools import partial
+import contextlib
+import difflib
+import math
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import nn
+
 from ..core import atomic_path, frozen_eval, progress
 
-# %% ../../nbs/explain/attribution.ipynb #c006
+# %% ../../nbs/explain/attribution.ipynb #c006-1
 class seg_target:
     "Target for a segmenter: the summed logits of a code over the pixels predicted as that code, or over `mask`."
-    def __init__(self,
-        code,                     # which code, 0..n-1, or its name; or a (b,) integer tensor, a code for each picture
-        mask=None,                # bool (h, w) or (b, h, w): the pixels that count; by default where the code wins
-    ): self.code, self.mask = code, mask
-    def __call__(self,
-        output,                   # logits (b, n, h, w)
-    ):                            # (b,) scores
+
+    def __init__(
+        self,
+        code,  # which code, 0..n-1, or its name; or a (b,) integer tensor, a code for each picture
+        mask=None,  # bool (h, w) or (b, h, w): the pixels that count; by default where the code wins
+    ):
+        self.code, self.mask = code, mask
+
+    def __call__(
+        self,
+        output,  # logits (b, n, h, w)
+    ):  # (b,) scores
         code = _classes(self.code, output)
-        mask = output.detach().argmax(1) == code[:, None, None] if self.mask is None else torch.as_tensor(self.mask, device=output.device)
-        if mask.shape[-2:] != output.shape[-2:]: raise ValueError(f"the mask of seg_target has shape {tuple(mask.shape)}, the output {tuple(output.shape)}")
-        return (output[torch.arange(len(output), device=output.device), code]*mask).sum((1, 2))
-    def fix(self, output):        # logits of the pictures themselves
+        mask = (
+            output.detach().argmax(1) == code[:, None, None]
+            if self.mask is None
+            else torch.as_tensor(self.mask, device=output.device)
+        )
+        if mask.shape[-2:] != output.shape[-2:]:
+            raise ValueError(
+                f"the mask of seg_target has shape {tuple(mask.shape)}, the output {tuple(output.shape)}"
+            )
+        return (output[torch.arange(len(output), device=output.device), code] * mask).sum((1, 2))
+
+    def fix(self, output):  # logits of the pictures themselves
         "The same target with the mask that `output` gives, so that it stays put when the picture is changed."
         code = _classes(self.code, output)
-        return seg_target(code, output.detach().argmax(1) == code[:, None, None] if self.mask is None else self.mask)
-    def rows(self, i):            # index of pictures, which may repeat
+        return seg_target(
+            code, output.detach().argmax(1) == code[:, None, None] if self.mask is None else self.mask
+        )
+
+    def rows(self, i):  # index of pictures, which may repeat
         "The same target for some of the pictures."
         mask = torch.as_tensor(self.mask)
         return seg_target(self.code[i], mask[i.to(mask.device)] if mask.ndim == 3 and len(mask) > 1 else mask)
 
+# %% ../../nbs/explain/attribution.ipynb #c006-2
 def _classes(target, output):
     "A class for each row of the output, (b,) long; the predicted one for None."
     b, n = output.shape[:2]
@@ -47,76 +69,116 @@ def _classes(target, output):
         best = output.detach().argmax(1)
         return best if output.ndim == 2 else best.flatten(1).mode(1).values
     codes = torch.as_tensor(target)
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool: raise ValueError(f"target must be a class number (or one for each picture), got {target!r}")
-    if codes.ndim > 1 or codes.ndim == 1 and len(codes) not in (1, b): raise ValueError(f"target has shape {tuple(codes.shape)} for {b} pictures; give one class, or one for each")
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"target must be a class number (or one for each picture), got {target!r}")
+    if codes.ndim > 1 or codes.ndim == 1 and len(codes) not in (1, b):
+        raise ValueError(
+            f"target has shape {tuple(codes.shape)} for {b} pictures; give one class, or one for each"
+        )
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < n:
-        raise ValueError(f"target {sorted(set(codes.flatten().tolist()))} is out of range: the model has {n} classes, 0..{n - 1}")
+        raise ValueError(
+            f"target {sorted(set(codes.flatten().tolist()))} is out of range: the model has {n} classes, 0..{n - 1}"
+        )
     return codes.to(output.device).long().expand(b)
 
+# %% ../../nbs/explain/attribution.ipynb #c006-3
 def _checked(output, b):
     "The model's output if it can be explained."
-    if not torch.is_tensor(output): raise ValueError(f"the model gives a {type(output).__name__}; wrap it so that it gives a tensor of logits")
-    if output.ndim not in (2, 4) or len(output) != b: raise ValueError(f"logits must be ({b}, n) or ({b}, n, h, w), the model gives {tuple(output.shape)}")
-    if not output.detach().isfinite().all(): raise ValueError("the model gives NaN or infinite logits")
+    if not torch.is_tensor(output):
+        raise ValueError(
+            f"the model gives a {type(output).__name__}; wrap it so that it gives a tensor of logits"
+        )
+    if output.ndim not in (2, 4) or len(output) != b:
+        raise ValueError(f"logits must be ({b}, n) or ({b}, n, h, w), the model gives {tuple(output.shape)}")
+    if not output.detach().isfinite().all():
+        raise ValueError("the model gives NaN or infinite logits")
     return output
 
+# %% ../../nbs/explain/attribution.ipynb #c006
 def _score(target, output):
     "A function (output, rows) -> (len(rows),) scores; the class, or the pixels of a code, are those that `output` of the untouched pictures gives."
     output = _checked(output, len(output)).detach()
-    if output.ndim == 4 and not callable(target): target = seg_target(_classes(target, output))
+    if output.ndim == 4 and not callable(target):
+        target = seg_target(_classes(target, output))
     if isinstance(target, seg_target):
-        if output.ndim != 4: raise ValueError(f"seg_target needs a segmenter with logits (b, n, h, w), this model gives {tuple(output.shape)}")
+        if output.ndim != 4:
+            raise ValueError(
+                f"seg_target needs a segmenter with logits (b, n, h, w), this model gives {tuple(output.shape)}"
+            )
         fixed = target.fix(output)
         return lambda o, rows: fixed.rows(rows)(o)
     if callable(target):
+
         def score(o, rows):
             s = target(o)
-            if not torch.is_tensor(s) or s.shape != (len(o),): raise ValueError(f"a target function gives one score for each of the {len(o)} pictures, this one {tuple(s.shape) if torch.is_tensor(s) else type(s).__name__}")
+            if not torch.is_tensor(s) or s.shape != (len(o),):
+                raise ValueError(
+                    f"a target function gives one score for each of the {len(o)} pictures, this one {tuple(s.shape) if torch.is_tensor(s) else type(s).__name__}"
+                )
             return s
+
         return score
     codes = _classes(target, output)
     return lambda o, rows: o.gather(1, codes[rows, None])[:, 0]
 
 # %% ../../nbs/explain/attribution.ipynb #codes-b
 def class_codes(
-    model:nn.Module,              # whose outputs are meant
-    target,                       # a class name, several, or whatever else is a target
-):                                # the number of each name; anything else as it is
+    model: nn.Module,  # whose outputs are meant
+    target,  # a class name, several, or whatever else is a target
+):  # the number of each name; anything else as it is
     "Class names as numbers of the model's outputs, by `model.classes`."
-    if isinstance(target, seg_target): return seg_target(class_codes(model, target.code), target.mask)
+    if isinstance(target, seg_target):
+        return seg_target(class_codes(model, target.code), target.mask)
     several = isinstance(target, (list, tuple, np.ndarray))
     names = list(target) if several else [target]
-    if not any(isinstance(n, str) for n in names): return target
+    if not any(isinstance(n, str) for n in names):
+        return target
     classes = list(getattr(model, 'classes', None) or ())
-    if not classes: raise ValueError(f"this {type(model).__name__} does not say what its outputs mean: set its names by name_outputs(model, dls.vocab)")
+    if not classes:
+        raise ValueError(
+            f"this {type(model).__name__} does not say what its outputs mean: set its names by name_outputs(model, dls.vocab)"
+        )
     unknown = [n for n in names if n not in classes]
-    if unknown: raise ValueError(f"target {unknown} is not among the classes of the model, {classes}")
+    if unknown:
+        raise ValueError(f"target {unknown} is not among the classes of the model, {classes}")
     codes = [classes.index(n) for n in names]
     return codes if several else codes[0]
 
-# %% ../../nbs/explain/attribution.ipynb #c010
+# %% ../../nbs/explain/attribution.ipynb #c010-1
 @contextlib.contextmanager
 def _asking(model, *hooks):
     "Evaluation mode, gradients for inputs only, and forward hooks (module, function); afterwards all is as before, also after an error."
     learning, handles = [p for p in model.parameters() if p.requires_grad], []
     with torch.inference_mode(False), torch.enable_grad(), frozen_eval(model):
         try:
-            for p in learning: p.requires_grad_(False)
-            for module, hook in hooks: handles.append(module.register_forward_hook(hook))
+            for p in learning:
+                p.requires_grad_(False)
+            for module, hook in hooks:
+                handles.append(module.register_forward_hook(hook))
             yield
         finally:
-            for h in handles: h.remove()
-            for p in learning: p.requires_grad_(True)
+            for h in handles:
+                h.remove()
+            for p in learning:
+                p.requires_grad_(True)
 
+# %% ../../nbs/explain/attribution.ipynb #c010-2
 def _pictures(x):
     "The batch as a plain tensor outside of any graph; raises ValueError if it cannot be explained."
     if not torch.is_tensor(x) or x.ndim != 4 or not x.is_floating_point() or not x.numel():
-        raise ValueError(f"x must be a float batch (b, c, h, w), got {f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__}")
+        raise ValueError(
+            f"x must be a float batch (b, c, h, w), got {f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__}"
+        )
     bad = (~x.detach().isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if bad: raise ValueError(f"x holds NaN or infinite values in picture(s) {bad}")
-    with torch.inference_mode(False): return x.detach().as_subclass(torch.Tensor).clone()
+    if bad:
+        raise ValueError(f"x holds NaN or infinite values in picture(s) {bad}")
+    with torch.inference_mode(False):
+        return x.detach().as_subclass(torch.Tensor).clone()
 
-def _every(x): return torch.arange(len(x), device=x.device)
+# %% ../../nbs/explain/attribution.ipynb #c010-3
+def _every(x):
+    return torch.arange(len(x), device=x.device)
+
 
 def _input_gradient(model, x, score, rows):
     "Gradient of the summed scores (output, rows) -> (len(rows),) with respect to x."
@@ -124,215 +186,351 @@ def _input_gradient(model, x, score, rows):
     out = _checked(model(leaf.clone()), len(x))  # the clone, because a first layer may write in place
     return torch.autograd.grad(score(out, rows).sum(), leaf)[0].float()
 
+# %% ../../nbs/explain/attribution.ipynb #c010
 def _settled(model, x, target):
     "The score function of `target`, settled on the output of the untouched pictures, and that output."
-    with torch.no_grad(): out = _checked(model(x.clone()), len(x))
+    with torch.no_grad():
+        out = _checked(model(x.clone()), len(x))
     return _score(class_codes(model, target), out), out
 
 # %% ../../nbs/explain/attribution.ipynb #c012
 def saliency(
-    model:nn.Module,              # gives logits (b, n), or (b, n, h, w)
-    x,                            # (b, c, h, w) float, finite
-    target=None,                  # None (predicted class), a class (number or name), one for each picture, or a function (output) -> (b,) scores
+    model: nn.Module,  # gives logits (b, n), or (b, n, h, w)
+    x,  # (b, c, h, w) float, finite
+    target=None,  # None (predicted class), a class (number or name), one for each picture, or a function (output) -> (b,) scores
     *,
-    signed:bool=False,            # the greatest signed gradient of the channels (Arora 2020) in place of the greatest absolute one
-    per_channel:bool=False,       # the signed gradient of each channel: (b, c, h, w)
-):                                # (b, h, w) float32; with per_channel (b, c, h, w)
+    signed: bool = False,  # the greatest signed gradient of the channels (Arora 2020) in place of the greatest absolute one
+    per_channel: bool = False,  # the signed gradient of each channel: (b, c, h, w)
+):  # (b, h, w) float32; with per_channel (b, c, h, w)
     "Gradient of the score with respect to each pixel (Simonyan 2014; Arora 2020)."
     x = _pictures(x)
     target = class_codes(model, target)
-    with _asking(model): g = _input_gradient(model, x, lambda out, rows: _score(target, out)(out, rows), _every(x))
+    with _asking(model):
+        g = _input_gradient(model, x, lambda out, rows: _score(target, out)(out, rows), _every(x))
     return g if per_channel else g.amax(1) if signed else g.abs().amax(1)
 
-# %% ../../nbs/explain/attribution.ipynb #c017
+# %% ../../nbs/explain/attribution.ipynb #c017-1
 def _in_rows(x, rows, bs, each):
     "Mean over the copies of each picture: `each(row numbers, copy numbers)` gives gradients, at most `bs` at a time."
-    total, copies = torch.zeros_like(x), len(rows)//len(x)
+    total, copies = torch.zeros_like(x), len(rows) // len(x)
     for k in range(0, len(rows), bs):
-        r = rows[k:k + bs]
+        r = rows[k : k + bs]
         total.index_add_(0, r, each(r, torch.arange(k, k + len(r), device=x.device) % copies))
     return total
 
+# %% ../../nbs/explain/attribution.ipynb #c017
 def smooth_grad(
-    model:nn.Module,              # gives logits (b, n), or (b, n, h, w)
-    x,                            # (b, c, h, w) float, finite
-    target=None,                  # None (predicted class of x), a class (number or name), one for each picture, or a function (output) -> (b,) scores that judges each picture alone
+    model: nn.Module,  # gives logits (b, n), or (b, n, h, w)
+    x,  # (b, c, h, w) float, finite
+    target=None,  # None (predicted class of x), a class (number or name), one for each picture, or a function (output) -> (b,) scores that judges each picture alone
     *,
-    n:int=25,                     # noisy copies of each picture
-    sigma:float=.1,               # standard deviation of the noise, as a share of each picture's range (max - min)
-    signed:bool=False,            # the greatest signed mean gradient of the channels in place of the greatest absolute one
-    seed:int=0,                   # of the noise
-    bs:int=32,                    # pictures in one pass
-):                                # (b, h, w) float32
+    n: int = 25,  # noisy copies of each picture
+    sigma: float = 0.1,  # standard deviation of the noise, as a share of each picture's range (max - min)
+    signed: bool = False,  # the greatest signed mean gradient of the channels in place of the greatest absolute one
+    seed: int = 0,  # of the noise
+    bs: int = 32,  # pictures in one pass
+):  # (b, h, w) float32
     "Mean gradient over noisy copies of the picture (Smilkov 2017)."
-    if n < 1 or sigma < 0: raise ValueError(f"n must be at least 1 and sigma at least 0, got {n} and {sigma}")
+    if n < 1 or sigma < 0:
+        raise ValueError(f"n must be at least 1 and sigma at least 0, got {n} and {sigma}")
     x = _pictures(x)
     noise = torch.randn((n, *x.shape), generator=torch.Generator().manual_seed(seed)).to(x)
-    size = sigma*(x.amax((1, 2, 3)) - x.amin((1, 2, 3)))[:, None, None, None]
+    size = sigma * (x.amax((1, 2, 3)) - x.amin((1, 2, 3)))[:, None, None, None]
     with _asking(model):
         score, _ = _settled(model, x, target)
-        g = _in_rows(x, _every(x).repeat_interleave(n), bs, lambda r, k: _input_gradient(model, x[r] + size[r]*noise[k, r], score, r))/n
+        g = (
+            _in_rows(
+                x,
+                _every(x).repeat_interleave(n),
+                bs,
+                lambda r, k: _input_gradient(model, x[r] + size[r] * noise[k, r], score, r),
+            )
+            / n
+        )
     return g.amax(1) if signed else g.abs().amax(1)
 
 # %% ../../nbs/explain/attribution.ipynb #c021
 def integrated_gradients(
-    model:nn.Module,              # gives logits (b, n), or (b, n, h, w)
-    x,                            # (b, c, h, w) float, finite
-    target=None,                  # None (predicted class of x), a class (number or name), one for each picture, or a function (output) -> (b,) scores that judges each picture alone
+    model: nn.Module,  # gives logits (b, n), or (b, n, h, w)
+    x,  # (b, c, h, w) float, finite
+    target=None,  # None (predicted class of x), a class (number or name), one for each picture, or a function (output) -> (b,) scores that judges each picture alone
     *,
-    steps:int=32,                 # points on the way
-    baseline=0.,                  # where the way starts: a number, or a tensor that broadcasts to x
-    bs:int=32,                    # pictures in one pass
-):                                # (b, h, w) float32, summed over channels; its sum approaches score(x) - score(baseline)
+    steps: int = 32,  # points on the way
+    baseline=0.0,  # where the way starts: a number, or a tensor that broadcasts to x
+    bs: int = 32,  # pictures in one pass
+):  # (b, h, w) float32, summed over channels; its sum approaches score(x) - score(baseline)
     "Gradients added up on the way from a baseline to the picture (Sundararajan 2017)."
-    if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     x = _pictures(x)
-    t, weight = (torch.tensor(a/2, dtype=x.dtype, device=x.device)[:, None, None, None] for a in np.polynomial.legendre.leggauss(steps))
+    t, weight = (
+        torch.tensor(a / 2, dtype=x.dtype, device=x.device)[:, None, None, None]
+        for a in np.polynomial.legendre.leggauss(steps)
+    )
     base = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
     with _asking(model):
         score, _ = _settled(model, x, target)
-        g = _in_rows(x, _every(x).repeat_interleave(steps), bs, lambda r, k: weight[k]*_input_gradient(model, base[r] + (t[k] + .5)*(x - base)[r], score, r))
-    return ((x - base)*g).sum(1).float()
+        g = _in_rows(
+            x,
+            _every(x).repeat_interleave(steps),
+            bs,
+            lambda r, k: weight[k] * _input_gradient(model, base[r] + (t[k] + 0.5) * (x - base)[r], score, r),
+        )
+    return ((x - base) * g).sum(1).float()
 
-# %% ../../nbs/explain/attribution.ipynb #c025
-OCCLUSION_ARORA = dict(size=44, stride=1, fill=.185, value='centre')  # Arora 2020, for 224 x 224
+# %% ../../nbs/explain/attribution.ipynb #c025-1
+OCCLUSION_ARORA = dict(size=44, stride=1, fill=0.185, value='centre')  # Arora 2020, for 224 x 224
+
 
 def _spans(n, size, stride, value):
     "First and last+1 pixel of each window along an axis of n pixels."
-    if value == 'mean': at = np.arange(math.ceil((n - size)/stride) + 1)*stride
-    else: at = np.arange(0, n, stride) - size//2
+    if value == 'mean':
+        at = np.arange(math.ceil((n - size) / stride) + 1) * stride
+    else:
+        at = np.arange(0, n, stride) - size // 2
     return np.stack([at.clip(0), (at + size).clip(max=n)], 1)
 
+# %% ../../nbs/explain/attribution.ipynb #c025-2
 def _fan_mask(fan, x):
     "A fan as bool (b, h, w) on x's device, or None."
-    if fan is None: return None
-    fan = torch.as_tensor(fan.mask() if hasattr(fan, 'mask') and callable(fan.mask) else fan, device=x.device).bool()
-    if fan.shape not in (x.shape[-2:], (len(x), *x.shape[-2:])): raise ValueError(f"fan has shape {tuple(fan.shape)}; pictures of {tuple(x.shape)} need ({x.shape[2]}, {x.shape[3]}) or ({len(x)}, {x.shape[2]}, {x.shape[3]})")
+    if fan is None:
+        return None
+    fan = torch.as_tensor(
+        fan.mask() if hasattr(fan, 'mask') and callable(fan.mask) else fan, device=x.device
+    ).bool()
+    if fan.shape not in (x.shape[-2:], (len(x), *x.shape[-2:])):
+        raise ValueError(
+            f"fan has shape {tuple(fan.shape)}; pictures of {tuple(x.shape)} need ({x.shape[2]}, {x.shape[3]}) or ({len(x)}, {x.shape[2]}, {x.shape[3]})"
+        )
     return fan.expand(len(x), *x.shape[-2:])
 
+# %% ../../nbs/explain/attribution.ipynb #c025-3
 def _inside(fan, spans, b):
     "Which windows touch the fan: bool (b, rows of windows, columns of windows)."
     (ys, xs) = spans
-    if fan is None: return np.ones((b, len(ys), len(xs)), bool)
+    if fan is None:
+        return np.ones((b, len(ys), len(xs)), bool)
     s = np.pad(fan.cpu().numpy().astype(np.int64).cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
     s = s[:, ys[:, 1]] - s[:, ys[:, 0]]
     return s[:, :, xs[:, 1]] - s[:, :, xs[:, 0]] > 0
 
+# %% ../../nbs/explain/attribution.ipynb #c025-4
 def _covered(x, rows, y, z, fill):
     "Pictures x[rows] with a window filled in each; y and z are (n, 2): first and last+1 row and column."
     i, j = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
-    hole = ((i >= y[:, :1]) & (i < y[:, 1:]))[:, None, :, None] & ((j >= z[:, :1]) & (j < z[:, 1:]))[:, None, None]
+    hole = ((i >= y[:, :1]) & (i < y[:, 1:]))[:, None, :, None] & ((j >= z[:, :1]) & (j < z[:, 1:]))[
+        :, None, None
+    ]
     return torch.where(hole, fill, x[rows]).contiguous(memory_format=torch.channels_last)
 
+# %% ../../nbs/explain/attribution.ipynb #c025
 def _window_map(values, kept, spans, shape, value, stride):
     "Maps (b, h, w) of window values (b, rows, columns)."
     if value == 'centre':
-        at = [np.minimum((np.arange(n) + stride//2)//stride, len(s) - 1) for n, s in zip(shape, spans)]
+        at = [np.minimum((np.arange(n) + stride // 2) // stride, len(s) - 1) for n, s in zip(shape, spans)]
         return values[:, at[0]][:, :, at[1]]
-    cover = [((np.arange(n) >= s[:, :1]) & (np.arange(n) < s[:, 1:])).astype(np.float64) for n, s in zip(shape, spans)]
-    total, count = (np.einsum('brc,ry,cx->byx', a, *cover, optimize=True) for a in (values, kept.astype(np.float64)))
-    return total/np.maximum(count, 1)
+    cover = [
+        ((np.arange(n) >= s[:, :1]) & (np.arange(n) < s[:, 1:])).astype(np.float64)
+        for n, s in zip(shape, spans)
+    ]
+    total, count = (
+        np.einsum('brc,ry,cx->byx', a, *cover, optimize=True) for a in (values, kept.astype(np.float64))
+    )
+    return total / np.maximum(count, 1)
 
-# %% ../../nbs/explain/attribution.ipynb #c027
+# %% ../../nbs/explain/attribution.ipynb #c027-1
 class _Winograd:
     "What a 3x3 convolution gives, computed at 36 points for each 4x4 outputs."
+
     def __init__(self, conv):
-        def powers(n): return torch.cat([torch.tensor([0, 1, -1, .5, -2], dtype=torch.float64)[:, None]**torch.arange(n), torch.eye(n, dtype=torch.float64)[-1:]])
-        g, self.there, self.back = (torch.kron(m.contiguous(), m.contiguous()).float() for m in (powers(3), powers(6).inverse().T, powers(4).T))
-        self.weight, self.bias = (g @ conv.weight.reshape(-1, 9).T).view(36, *conv.weight.shape[:2]).transpose(1, 2), conv.bias
-    def __call__(self, x):        # (b, c, h, w)
+        def powers(n):
+            return torch.cat(
+                [
+                    torch.tensor([0, 1, -1, 0.5, -2], dtype=torch.float64)[:, None] ** torch.arange(n),
+                    torch.eye(n, dtype=torch.float64)[-1:],
+                ]
+            )
+
+        g, self.there, self.back = (
+            torch.kron(m.contiguous(), m.contiguous()).float()
+            for m in (powers(3), powers(6).inverse().T, powers(4).T)
+        )
+        self.weight, self.bias = (
+            (g @ conv.weight.reshape(-1, 9).T).view(36, *conv.weight.shape[:2]).transpose(1, 2),
+            conv.bias,
+        )
+
+    def __call__(self, x):  # (b, c, h, w)
         (h, w), c, done = x.shape[2:], x.shape[1], []
-        th, tw = -(-h//4), -(-w//4)
-        for p in x.permute(0, 2, 3, 1).split(max(1, 128//(th*tw))):                                                                # few tiles at a time stay in the cache
-            tiles = F.pad(p, (0, 0, 1, tw*4 - w + 1, 1, th*4 - h + 1)).unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)   # 6x6 pixels for 4x4
+        th, tw = -(-h // 4), -(-w // 4)
+        for p in x.permute(0, 2, 3, 1).split(
+            max(1, 128 // (th * tw))
+        ):  # few tiles at a time stay in the cache
+            tiles = (
+                F.pad(p, (0, 0, 1, tw * 4 - w + 1, 1, th * 4 - h + 1))
+                .unfold(1, 6, 4)
+                .unfold(2, 6, 4)
+                .permute(4, 5, 0, 1, 2, 3)
+            )  # 6x6 pixels for 4x4
             y = torch.bmm((self.there @ tiles.reshape(36, -1)).view(36, -1, c), self.weight)
-            y = (self.back @ y.view(36, -1)).view(4, 4, len(p), th, tw, -1).permute(2, 3, 0, 4, 1, 5).reshape(len(p), th*4, tw*4, -1)[:, :h, :w]
+            y = (
+                (self.back @ y.view(36, -1))
+                .view(4, 4, len(p), th, tw, -1)
+                .permute(2, 3, 0, 4, 1, 5)
+                .reshape(len(p), th * 4, tw * 4, -1)[:, :h, :w]
+            )
             done.append(y if self.bias is None else y + self.bias)
         return torch.cat(done).permute(0, 3, 1, 2)
 
+# %% ../../nbs/explain/attribution.ipynb #c027
 def _wide(model, x):
     "The convolutions that `_Winograd` does faster."
-    if x.device.type != 'cpu' or x.dtype != torch.float32: return []
-    return [m for m in model.modules() if type(m) is nn.Conv2d and 'forward' not in vars(m) and (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros') and min(m.weight.shape[:2]) >= 128]
+    if x.device.type != 'cpu' or x.dtype != torch.float32:
+        return []
+    return [
+        m
+        for m in model.modules()
+        if type(m) is nn.Conv2d
+        and 'forward' not in vars(m)
+        and (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros')
+        and min(m.weight.shape[:2]) >= 128
+    ]
 
-# %% ../../nbs/explain/attribution.ipynb #c030
+# %% ../../nbs/explain/attribution.ipynb #c030-1
 def _gates(model, x):
     "Modules with maps as output that every path from x to the model's output passes, in the order of the forward pass."
     calls, leaf = [], x.clone().requires_grad_()
     with contextlib.ExitStack() as hooks:
         for m in model.modules():
-            if m is not model: hooks.callback(m.register_forward_hook(lambda m, args, out: calls.append((m, out, getattr(out, 'grad_fn', None)))).remove)
+            if m is not model:
+                hooks.callback(
+                    m.register_forward_hook(
+                        lambda m, args, out: calls.append((m, out, getattr(out, 'grad_fn', None)))
+                    ).remove
+                )
         root = model(leaf.clone()).grad_fn
-    edges, todo, seen = {}, [root], {root}                              # how many edges lead to each node
+    edges, todo, seen = {}, [root], {root}  # how many edges lead to each node
     while todo:
         for node in (n for n, _ in todo.pop().next_functions if n is not None):
             edges[node] = edges.get(node, 0) + 1
-            if node not in seen: seen.add(node); todo.append(node)
+            if node not in seen:
+                seen.add(node)
+                todo.append(node)
     gates, ready, begun = set(), [root], {root}
-    while ready:                                                        # from the output towards x
-        node = ready.pop(); begun.discard(node)
-        if not begun: gates.add(node)                                   # no other node is begun: every path passes this one
+    while ready:  # from the output towards x
+        node = ready.pop()
+        begun.discard(node)
+        if not begun:
+            gates.add(node)  # no other node is begun: every path passes this one
         for n in (n for n, _ in node.next_functions if n is not None):
-            edges[n] -= 1; begun.add(n)
-            if not edges[n]: ready.append(n)
+            edges[n] -= 1
+            begun.add(n)
+            if not edges[n]:
+                ready.append(n)
     count = [m for m, _, _ in calls]
-    return [m for m, out, g in calls if g in gates and torch.is_tensor(out) and out.ndim == 4 and count.count(m) == 1]
+    return [
+        m
+        for m, out, g in calls
+        if g in gates and torch.is_tensor(out) and out.ndim == 4 and count.count(m) == 1
+    ]
 
-class _Enough(Exception): "Nothing more to learn from this pass."
+# %% ../../nbs/explain/attribution.ipynb #c030-2
+class _Enough(Exception):
+    "Nothing more to learn from this pass."
 
+# %% ../../nbs/explain/attribution.ipynb #c030-3
 def _reaches(model, x, gates):
     "For each gate its map's size and, on both axes, (step, a, b): output p reads p*step - a .. p*step + b of the gate before; None where that is unknown."
     found, size = [], x.shape[-2:]
+
     def plant(maps):
         maps = torch.nan_to_num(maps[:1]).expand(4, *maps.shape[1:]).clone()
-        for k in range(4): maps[k, :, min(maps.shape[2] - 1, maps.shape[2]//2 + k), min(maps.shape[3] - 1, maps.shape[3]//2 + k)] = torch.nan
+        for k in range(4):
+            maps[
+                k,
+                :,
+                min(maps.shape[2] - 1, maps.shape[2] // 2 + k),
+                min(maps.shape[3] - 1, maps.shape[3] // 2 + k),
+            ] = torch.nan
         return maps
+
     def look(module, args, out):
         nonlocal size
         hit, reach = out.isnan().any(1), []
         for axis, (n, m) in enumerate(zip(size, out.shape[-2:])):
-            step, reads = max(1, round(n/m)), []
+            step, reads = max(1, round(n / m)), []
             for k in range(4):
                 p = hit[k].any(1 - axis).nonzero().flatten().tolist()
-                if p: reads.append((p[-1]*step - n//2 - k, n//2 + k - p[0]*step) if 0 < p[0] and p[-1] < m - 1 else (n, n))  # up to the border: no bound is known
-            reach.append((step, *(max(0, *r) for r in zip((0, 0), *reads))) if n >= 24 and step <= 4 and -(-n//step) == m and reads else None)
+                if p:
+                    reads.append(
+                        (p[-1] * step - n // 2 - k, n // 2 + k - p[0] * step)
+                        if 0 < p[0] and p[-1] < m - 1
+                        else (n, n)
+                    )  # up to the border: no bound is known
+            reach.append(
+                (step, *(max(0, *r) for r in zip((0, 0), *reads)))
+                if n >= 24 and step <= 4 and -(-n // step) == m and reads
+                else None
+            )
         size = out.shape[-2:]
         found.append((module, tuple(size), None if None in reach else reach))
-        if None in reach: raise _Enough
+        if None in reach:
+            raise _Enough
         return plant(out)
+
     with contextlib.ExitStack() as hooks, contextlib.suppress(_Enough):
-        for m in gates: hooks.callback(m.register_forward_hook(look).remove)
+        for m in gates:
+            hooks.callback(m.register_forward_hook(look).remove)
         model(plant(x))
     return found
 
+# %% ../../nbs/explain/attribution.ipynb #c030-4
 class _Ladder:
     "Runs a model on covered pictures: its first stages on crops around the windows (`rungs`, none where that saves nothing), its wide convolutions by `_Winograd`."
-    def __init__(self, model, x, spans):  # x (1, c, h, w); spans: first and last+1 row, and column, of each window
+
+    def __init__(
+        self, model, x, spans
+    ):  # x (1, c, h, w); spans: first and last+1 row, and column, of each window
         self.model, self.rungs, self.known, self.now = model, [], [], None
         self.convs = [(m, _Winograd(m)) for m in _wide(model, x)]
         found = []
         for module, after, reach in _reaches(model, x, _gates(model, x)):
-            if found and reach == [(1, 0, 0)]*2: found[-1] = module, after, found[-1][2]                                # a ReLU goes with its convolution
-            else: found.append((module, after, reach))
+            if found and reach == [(1, 0, 0)] * 2:
+                found[-1] = module, after, found[-1][2]  # a ReLU goes with its convolution
+            else:
+                found.append((module, after, reach))
         size, touched = tuple(x.shape[-2:]), spans
-        self.levels = []                                              # per level and axis: (first pixel of each crop, its length, touched pixels, first known one of the result)
+        self.levels = []  # per level and axis: (first pixel of each crop, its length, touched pixels, first known one of the result)
         origin = [np.zeros(len(t), int) for t in touched]
         for module, after, reach in found:
-            if reach is None: break
+            if reach is None:
+                break
             axes, then = [], []
             for n, m, t, o, (step, a, b) in zip(size, after, touched, origin, reach):
-                out = np.stack([(-((b - t[:, 0])//step)).clip(0, m - 1), ((t[:, 1] - 1 + a)//step + 1).clip(1, m)], 1)
-                first = (out[:, 0]*step - a).clip(0)//step*step
-                length = int((((out[:, 1] - 1)*step + b + 1).clip(max=n) - first).max())
+                out = np.stack(
+                    [(-((b - t[:, 0]) // step)).clip(0, m - 1), ((t[:, 1] - 1 + a) // step + 1).clip(1, m)], 1
+                )
+                first = (out[:, 0] * step - a).clip(0) // step * step
+                length = int((((out[:, 1] - 1) * step + b + 1).clip(max=n) - first).max())
                 length = min(n, length + (n - length) % step)
                 first = np.minimum(first, n - length)
-                axes.append((first, length, t, o)); then.append((out, first//step))
-            if math.prod(a[1] for a in axes) > .75*math.prod(size): break
-            self.rungs.append(module); self.levels.append(axes)
+                axes.append((first, length, t, o))
+                then.append((out, first // step))
+            if math.prod(a[1] for a in axes) > 0.75 * math.prod(size):
+                break
+            self.rungs.append(module)
+            self.levels.append(axes)
             size, (touched, origin) = after, zip(*then)
-        self.levels.append([(np.zeros(len(t), int), n, t, o) for n, t, o in zip(size, touched, origin)])             # the last result is set into the whole map
-        put = lambda k: torch.as_tensor(k, device=x.device)
+        self.levels.append(
+            [(np.zeros(len(t), int), n, t, o) for n, t, o in zip(size, touched, origin)]
+        )  # the last result is set into the whole map
+
+        def put(k):
+            return torch.as_tensor(k, device=x.device)
+
         self.levels = [[(put(f), n, put(t), put(o)) for f, n, t, o in axes] for axes in self.levels]
+
     def _set(self, level, near):
         "The part of the known maps that the next stage reads, with what was computed near the window (n, rows, columns, c), or a number, set into it."
         rows, at = self.now
@@ -340,347 +538,543 @@ class _Ladder:
         place, inside, local = [], [], []
         for axis, ((first, length, touched, origin), i) in enumerate(zip(self.levels[level], at)):
             p = first[i][:, None] + torch.arange(length, device=first.device)
-            place.append(p); inside.append((p >= touched[i, :1]) & (p < touched[i, 1:]))
+            place.append(p)
+            inside.append((p >= touched[i, :1]) & (p < touched[i, 1:]))
             local.append((p - origin[i][:, None]).clamp(0, near.shape[1 + axis] - 1))
-        def pixel(rows, y, x, h, w): return (rows[:, None, None]*h + y[:, :, None])*w + x[:, None]                  # in a list of all pixels
-        far, own = pixel(rows, *place, h, w), pixel(torch.arange(len(rows), device=rows.device)*(len(near) > 1), *local, *near.shape[1:3]) + len(self.known[level])*h*w
+
+        def pixel(rows, y, x, h, w):
+            return (rows[:, None, None] * h + y[:, :, None]) * w + x[:, None]  # in a list of all pixels
+
+        far, own = (
+            pixel(rows, *place, h, w),
+            pixel(torch.arange(len(rows), device=rows.device) * (len(near) > 1), *local, *near.shape[1:3])
+            + len(self.known[level]) * h * w,
+        )
         pick = torch.where(inside[0][:, :, None] & inside[1][:, None], own, far)
-        return torch.cat([self.known[level].reshape(-1, c), near.reshape(-1, c)]).index_select(0, pick.flatten()).view(*pick.shape, c).permute(0, 3, 1, 2)
+        return (
+            torch.cat([self.known[level].reshape(-1, c), near.reshape(-1, c)])
+            .index_select(0, pick.flatten())
+            .view(*pick.shape, c)
+            .permute(0, 3, 1, 2)
+        )
+
     @contextlib.contextmanager
     def climb(self):
         "Hooks and faster convolutions in place while the block runs."
+
         def hook(level):
             def look(module, args, out):
-                if self.now is None: self.known.append(out.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format))
-                else: return self._set(level, out.permute(0, 2, 3, 1))
+                if self.now is None:
+                    self.known.append(out.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format))
+                else:
+                    return self._set(level, out.permute(0, 2, 3, 1))
+
             return look
+
         with contextlib.ExitStack() as hooks:
-            for k, m in enumerate(self.rungs, 1): hooks.callback(m.register_forward_hook(hook(k)).remove)
-            for m, fast in self.convs: m.forward = fast; hooks.callback(delattr, m, 'forward')
+            for k, m in enumerate(self.rungs, 1):
+                hooks.callback(m.register_forward_hook(hook(k)).remove)
+            for m, fast in self.convs:
+                m.forward = fast
+                hooks.callback(delattr, m, 'forward')
             yield self
+
     def learn(self, x):
         "Remember the maps of untouched pictures."
         self.now, self.known = None, [x.permute(0, 2, 3, 1).contiguous()]
         self.model(x)
-    def run(self, rows, at, fill):  # which pictures of the learnt ones; which window rows and columns; (1, c, 1, 1)
+
+    def run(
+        self, rows, at, fill
+    ):  # which pictures of the learnt ones; which window rows and columns; (1, c, 1, 1)
         "The model's output for covered pictures."
         self.now = rows, at
         return self.model(self._set(0, fill.reshape(1, 1, 1, -1).expand(1, 1, 1, self.known[0].shape[3])))
 
+# %% ../../nbs/explain/attribution.ipynb #c030
 def _ladder(model, x, spans, fill, at, full):
     "A `_Ladder` that gives what the model gives in full, or None."
-    if len(at) < 64: return None                                    # probing costs about ten passes
+    if len(at) < 64:
+        return None  # probing costs about ten passes
     a = at[at[:, 0] == at[0, 0]]
     a = a[torch.linspace(0, len(a) - 1, min(3, len(a)), device=a.device).long()]
     try:
-        with torch.enable_grad(): ladder = _Ladder(model, x[:1], spans)
-        if not ladder.rungs and not ladder.convs: return None
+        with torch.enable_grad():
+            ladder = _Ladder(model, x[:1], spans)
+        if not ladder.rungs and not ladder.convs:
+            return None
         with ladder.climb():
             ladder.learn(x[a[:1, 0]])
             fast = ladder.run(torch.zeros_like(a[:, 0]), (a[:, 1], a[:, 2]), fill)
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, AssertionError): return None  # a model that takes no crops
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, AssertionError):
+        return None  # a model that takes no crops
     slow = full(a)
-    return ladder if fast.shape == slow.shape and (fast - slow).abs().max() <= 1e-5*slow.abs().max() else None
+    return (
+        ladder if fast.shape == slow.shape and (fast - slow).abs().max() <= 1e-5 * slow.abs().max() else None
+    )
 
 # %% ../../nbs/explain/attribution.ipynb #c031
 def occlusion(
-    model:nn.Module,              # gives logits (b, n), or (b, n, h, w)
-    x,                            # (b, c, h, w) float, finite
-    target=None,                  # None (predicted class of x), a class (number or name), one for each picture, or a function (output) -> (b,) scores that judges each picture alone
+    model: nn.Module,  # gives logits (b, n), or (b, n, h, w)
+    x,  # (b, c, h, w) float, finite
+    target=None,  # None (predicted class of x), a class (number or name), one for each picture, or a function (output) -> (b,) scores that judges each picture alone
     *,
-    size:int=None,                # side of the window in pixels; by default a fifth of the width made odd, less one (44 for 224, section 3)
-    stride:int=None,              # pixels from window to window, at most size; by default a third of it
-    fill=.185,                    # what covers: a number in the units of x, or (c,) numbers
-    value:str='mean',             # 'mean' of the windows that cover a pixel, or 'centre': the window centred there (Arora 2020)
-    fan=None,                     # bool (h, w) or (b, h, w), or a Fan: windows wholly outside are skipped
-    bs:int=64,                    # covered pictures in one pass
-):                                # (b, h, w) float32: P(target | covered) - P(target), or the change of a target function's score
+    size: int = None,  # side of the window in pixels; by default a fifth of the width made odd, less one (44 for 224, section 3)
+    stride: int = None,  # pixels from window to window, at most size; by default a third of it
+    fill=0.185,  # what covers: a number in the units of x, or (c,) numbers
+    value: str = 'mean',  # 'mean' of the windows that cover a pixel, or 'centre': the window centred there (Arora 2020)
+    fan=None,  # bool (h, w) or (b, h, w), or a Fan: windows wholly outside are skipped
+    bs: int = 64,  # covered pictures in one pass
+):  # (b, h, w) float32: P(target | covered) - P(target), or the change of a target function's score
     "What covering a window does to the probability: negative where the picture speaks for the target (Arora 2020)."
     x, target = _pictures(x).contiguous(memory_format=torch.channels_last), class_codes(model, target)
     b, _, h, w = x.shape
-    size = max(1, min(h, (w//5 | 1) - 1)) if size is None else size
-    stride = max(1, size//3) if stride is None else stride
-    if not 1 <= size <= min(h, w): raise ValueError(f"size must be 1..{min(h, w)} for pictures of {h} x {w}, got {size}")
-    if not 1 <= stride <= size: raise ValueError(f"stride must be 1..{size}, the window's size, or pixels stay uncovered; got {stride}")
-    if value not in ('mean', 'centre'): raise ValueError(f"value is 'mean' or 'centre', not {value!r}")
+    size = max(1, min(h, (w // 5 | 1) - 1)) if size is None else size
+    stride = max(1, size // 3) if stride is None else stride
+    if not 1 <= size <= min(h, w):
+        raise ValueError(f"size must be 1..{min(h, w)} for pictures of {h} x {w}, got {size}")
+    if not 1 <= stride <= size:
+        raise ValueError(
+            f"stride must be 1..{size}, the window's size, or pixels stay uncovered; got {stride}"
+        )
+    if value not in ('mean', 'centre'):
+        raise ValueError(f"value is 'mean' or 'centre', not {value!r}")
     fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1)
     spans = [_spans(n, size, stride, value) for n in (h, w)]
     kept = _inside(_fan_mask(fan, x), spans, b)
-    at, edges = torch.from_numpy(np.argwhere(kept)).to(x.device), [torch.from_numpy(a).to(x.device) for a in spans]
+    at, edges = (
+        torch.from_numpy(np.argwhere(kept)).to(x.device),
+        [torch.from_numpy(a).to(x.device) for a in spans],
+    )
     found = []
     with _asking(model), torch.no_grad():
         out = _checked(model(x), b)
         likely = (lambda o: o) if callable(target) else (lambda o: o.float().softmax(1))
         score = _score(target if callable(target) else _classes(target, out), out)
         before = score(likely(out), _every(x))
-        full = lambda a: model(_covered(x, a[:, 0], edges[0][a[:, 1]], edges[1][a[:, 2]], fill))
+
+        def full(a):
+            return model(_covered(x, a[:, 0], edges[0][a[:, 1]], edges[1][a[:, 2]], fill))
+
         ladder = _ladder(model, x, spans, fill, at, full)
-        group = max(1, math.ceil(bs*b/max(1, len(at))))                  # so many pictures have windows for one batch
+        group = max(1, math.ceil(bs * b / max(1, len(at))))  # so many pictures have windows for one batch
         with ladder.climb() if ladder else contextlib.nullcontext():
             for g in range(0, b, group):
                 some = at[(at[:, 0] >= g) & (at[:, 0] < g + group)]
-                if ladder and len(some): ladder.learn(x[g:g + group])
+                if ladder and len(some):
+                    ladder.learn(x[g : g + group])
                 for a in some.split(bs):
                     out = ladder.run(a[:, 0] - g, (a[:, 1], a[:, 2]), fill) if ladder else full(a)
                     found.append(score(likely(_checked(out, len(a))), a[:, 0]) - before[a[:, 0]])
     values = np.zeros(kept.shape)
-    if found: values[kept] = torch.cat(found).double().cpu().numpy()
-    return torch.from_numpy(_window_map(values, kept, spans, (h, w), value, stride)).to(x.device, torch.float32)
+    if found:
+        values[kept] = torch.cat(found).double().cpu().numpy()
+    return torch.from_numpy(_window_map(values, kept, spans, (h, w), value, stride)).to(
+        x.device, torch.float32
+    )
 
-# %% ../../nbs/explain/attribution.ipynb #c039
+# %% ../../nbs/explain/attribution.ipynb #c039-1
 def _named_layer(model, layer):
     "Name and module of a layer given as either."
     names = dict(model.named_modules())
     if isinstance(layer, str):
-        if layer in names and layer: return layer, names[layer]
+        if layer in names and layer:
+            return layer, names[layer]
         near = difflib.get_close_matches(layer, [n for n in names if n], 3, 0)
         raise ValueError(f"the model has no layer {layer!r}; the nearest names are {near}")
     for name, m in names.items():
-        if m is layer: return name, m
+        if m is layer:
+            return name, m
     raise ValueError(f"layer must be a name, or a module of this model, got {type(layer).__name__}")
 
+# %% ../../nbs/explain/attribution.ipynb #c039-2
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _PASS = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten)
 
+
 def cam_layer(
-    model:nn.Module,              # any convolutional network
-    x=None,                       # (b, c, h, w) float pictures to find it with; by default a black one of the model's own size, or 224
-):                                # its name, and the module
+    model: nn.Module,  # any convolutional network
+    x=None,  # (b, c, h, w) float pictures to find it with; by default a black one of the model's own size, or 224
+):  # its name, and the module
     "The layer that Grad-CAM explains: the last of those with the smallest map that is still a map; ValueError for a model without convolutions."
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     patches = len(convs) == 1 and convs[0].stride == convs[0].kernel_size != (1, 1)
     if not convs or patches:
-        raise ValueError(f"{type(model).__name__} has no convolution{' but the one that cuts the picture into patches' if patches else ''}; Grad-CAM needs a layer with maps: name one with layer=, or use another method")
+        raise ValueError(
+            f"{type(model).__name__} has no convolution{' but the one that cuts the picture into patches' if patches else ''}; Grad-CAM needs a layer with maps: name one with layer=, or use another method"
+        )
     if x is None:
         p = next(model.parameters())
-        c, h, w = ((getattr(model, 'default_cfg', None) or {}).get('input_size') or (0, 224, 224))
+        c, h, w = (getattr(model, 'default_cfg', None) or {}).get('input_size') or (0, 224, 224)
         x = torch.zeros(1, convs[0].in_channels, h, w, dtype=p.dtype, device=p.device)
     ran, pooled, keep = [], set(), []
+
     def look(name):
         def hook(module, args, out):
-            if isinstance(module, nn.Conv2d): ran.append(name)
-            if not torch.is_tensor(out) or out.ndim != 4 or not out.is_floating_point(): return
-            keep.append((name, module, out.shape, id(out), out))  # `out` is kept, so that no other tensor gets its id
-            if isinstance(module, _POOLS) or 'Pool' in type(module).__name__ and not list(module.children()): pooled.add(id(out))
+            if isinstance(module, nn.Conv2d):
+                ran.append(name)
+            if not torch.is_tensor(out) or out.ndim != 4 or not out.is_floating_point():
+                return
+            keep.append(
+                (name, module, out.shape, id(out), out)
+            )  # `out` is kept, so that no other tensor gets its id
+            if isinstance(module, _POOLS) or 'Pool' in type(module).__name__ and not list(module.children()):
+                pooled.add(id(out))
+
         return hook
-    with _asking(model, *((m, look(n)) for n, m in model.named_modules() if n)), torch.no_grad(): out = model(_pictures(x[:1]))
+
+    with _asking(model, *((m, look(n)) for n, m in model.named_modules() if n)), torch.no_grad():
+        out = model(_pictures(x[:1]))
     codes = out.shape[1] if torch.is_tensor(out) and out.ndim == 4 else None
-    good = [(s[-2]*s[-1], n, m) for n, m, s, i, _ in keep if s[-2]*s[-1] > 1 and i not in pooled and not isinstance(m, _PASS) and s[1] != codes]
-    if not good: raise ValueError(f"no layer of {type(model).__name__} has a map of more than 1 x 1 for pictures of {tuple(x.shape[-2:])}; use larger ones, or name one with layer=")
+    good = [
+        (s[-2] * s[-1], n, m)
+        for n, m, s, i, _ in keep
+        if s[-2] * s[-1] > 1 and i not in pooled and not isinstance(m, _PASS) and s[1] != codes
+    ]
+    if not good:
+        raise ValueError(
+            f"no layer of {type(model).__name__} has a map of more than 1 x 1 for pictures of {tuple(x.shape[-2:])}; use larger ones, or name one with layer="
+        )
     least = min(a for a, _, _ in good)
     return [(n, m) for a, n, m in good if a == least][-1]
 
+# %% ../../nbs/explain/attribution.ipynb #c039-3
 def _layer_gradient(model, x, target, layer):
     "Activations of a layer and the gradient of the score with respect to them, both (b, k, h, w)."
     name, module = cam_layer(model, x) if layer is None else _named_layer(model, layer)
     leaf = None
+
     def cut(module, args, out):
         nonlocal leaf
-        if not torch.is_tensor(out) or out.ndim != 4: raise ValueError(f"layer {name!r} gives no maps (b, k, h, w) but {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__}; choose one with convolutions")
+        if not torch.is_tensor(out) or out.ndim != 4:
+            raise ValueError(
+                f"layer {name!r} gives no maps (b, k, h, w) but {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__}; choose one with convolutions"
+            )
         leaf = out.detach().clone().requires_grad_()
         return leaf.clone()  # what follows may write in place
+
     with _asking(model, (module, cut)):
         out = _checked(model(x), len(x))
-        if leaf is None: raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
+        if leaf is None:
+            raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
         score = _score(class_codes(model, target), out)(out, _every(x)).sum()
         g = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
-    if g is None: raise ValueError(f"the score does not depend on layer {name!r}")
+    if g is None:
+        raise ValueError(f"the score does not depend on layer {name!r}")
     return leaf.detach(), g, module
 
-def _enlarged(cam, x): return F.interpolate(cam[:, None].float(), x.shape[-2:], mode='bilinear', align_corners=False)[:, 0]
+# %% ../../nbs/explain/attribution.ipynb #c039-4
+def _enlarged(cam, x):
+    return F.interpolate(cam[:, None].float(), x.shape[-2:], mode='bilinear', align_corners=False)[:, 0]
 
+# %% ../../nbs/explain/attribution.ipynb #c039
 def grad_cam(
-    model:nn.Module,              # gives logits (b, n), or (b, n, h, w); with convolutions
-    x,                            # (b, c, h, w) float, finite
-    target=None,                  # None (predicted class), a class (number or name), one for each picture, or a function (output) -> (b,) scores
+    model: nn.Module,  # gives logits (b, n), or (b, n, h, w); with convolutions
+    x,  # (b, c, h, w) float, finite
+    target=None,  # None (predicted class), a class (number or name), one for each picture, or a function (output) -> (b,) scores
     *,
-    layer=None,                   # name or module with maps as output; by default cam_layer
-):                                # (b, h, w) float32, signed: positive where the layer speaks for the target
+    layer=None,  # name or module with maps as output; by default cam_layer
+):  # (b, h, w) float32, signed: positive where the layer speaks for the target
     "Channels of a late layer, weighed by their mean gradient (Selvaraju 2017), without its ReLU and without scaling."
     x = _pictures(x)
     a, g, _ = _layer_gradient(model, x, target, layer)
-    return _enlarged((a*g.mean((2, 3), keepdim=True)).sum(1), x)
+    return _enlarged((a * g.mean((2, 3), keepdim=True)).sum(1), x)
 
 # %% ../../nbs/explain/attribution.ipynb #c044
-_CAMS = {'gradcam': 'GradCAM', 'gradcam++': 'GradCAMPlusPlus', 'xgradcam': 'XGradCAM', 'hirescam': 'HiResCAM', 'layercam': 'LayerCAM', 'gradcam-elementwise': 'GradCAMElementWise',
-         'eigencam': 'EigenCAM', 'eigengradcam': 'EigenGradCAM'}
+_CAMS = {
+    'gradcam': 'GradCAM',
+    'gradcam++': 'GradCAMPlusPlus',
+    'xgradcam': 'XGradCAM',
+    'hirescam': 'HiResCAM',
+    'layercam': 'LayerCAM',
+    'gradcam-elementwise': 'GradCAMElementWise',
+    'eigencam': 'EigenCAM',
+    'eigengradcam': 'EigenGradCAM',
+}
+
 
 def cam(
-    model:nn.Module,              # gives logits (b, n), or (b, n, h, w); with convolutions
-    x,                            # (b, c, h, w) float, finite
-    target=None,                  # None (predicted class), a class (number or name), one for each picture, or a function (output) -> (b,) scores
+    model: nn.Module,  # gives logits (b, n), or (b, n, h, w); with convolutions
+    x,  # (b, c, h, w) float, finite
+    target=None,  # None (predicted class), a class (number or name), one for each picture, or a function (output) -> (b,) scores
     *,
-    method:str='gradcam++',       # gradcam, gradcam++, xgradcam, hirescam, layercam, gradcam-elementwise, eigencam or eigengradcam
-    layer=None,                   # name or module with maps as output; by default cam_layer
-):                                # (b, h, w) float32, before any ReLU or scaling
+    method: str = 'gradcam++',  # gradcam, gradcam++, xgradcam, hirescam, layercam, gradcam-elementwise, eigencam or eigengradcam
+    layer=None,  # name or module with maps as output; by default cam_layer
+):  # (b, h, w) float32, before any ReLU or scaling
     "A class activation map by a method of the package `grad-cam`, raw."
-    if method not in _CAMS: raise ValueError(f"method must be one of {list(_CAMS)}, got {method!r}")
+    if method not in _CAMS:
+        raise ValueError(f"method must be one of {list(_CAMS)}, got {method!r}")
     import warnings
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             import pytorch_grad_cam
-    except ImportError as e: raise ImportError("cam needs the package grad-cam: pip install grad-cam") from e
+    except ImportError as e:
+        raise ImportError("cam needs the package grad-cam: pip install grad-cam") from e
     x = _pictures(x)
     a, g, module = _layer_gradient(model, x, target, layer)
     formula = getattr(pytorch_grad_cam, _CAMS[method])
-    formula = formula.__new__(formula)  # without its __init__, which would hook the model and leave it in evaluation mode
+    formula = formula.__new__(
+        formula
+    )  # without its __init__, which would hook the model and leave it in evaluation mode
     formula.activations_and_grads = contextlib.nullcontext()
     formula.activations_and_grads.release = lambda: None
     raw = formula.get_cam_image(x, module, None, a.cpu().numpy(), g.cpu().numpy(), False)
     return _enlarged(torch.from_numpy(np.ascontiguousarray(raw)).to(x.device), x)
 
 # %% ../../nbs/explain/attribution.ipynb #c046
-EXPLAINERS = {'saliency': saliency, 'smooth-grad': smooth_grad, 'integrated gradients': integrated_gradients, 'occlusion': occlusion, 'grad-cam': grad_cam, 'grad-cam++': cam}  # by the name to show
+EXPLAINERS = {
+    'saliency': saliency,
+    'smooth-grad': smooth_grad,
+    'integrated gradients': integrated_gradients,
+    'occlusion': occlusion,
+    'grad-cam': grad_cam,
+    'grad-cam++': cam,
+}  # by the name to show
 
-# %% ../../nbs/explain/attribution.ipynb #c048
+# %% ../../nbs/explain/attribution.ipynb #c048-1
 def _first_channels(model):
     for m in model.modules():
-        if isinstance(m, nn.Conv2d): return m.in_channels
+        if isinstance(m, nn.Conv2d):
+            return m.in_channels
     return 1
 
+# %% ../../nbs/explain/attribution.ipynb #c048
 def explain_clip(
-    model:nn.Module,              # gives logits (b, n), or (b, n, h, w)
-    frames,                       # (n, h, w) uint8 (passed to the model as 0..1) or float (passed as they are), or (n, c, h, w) float
-    method='grad-cam',            # a name in EXPLAINERS, or a function that is called like these
-    target=None,                  # None (predicted class of each frame), a class (number or name), one for each frame, or a function (output) -> (b,) scores
-    bs:int=16,                    # frames in one pass
-    fan=None,                     # bool (h, w) or (n, h, w), or a Fan: occlusion skips windows outside; the other methods see the whole frame anyhow
-    **options,                    # of the method
-):                                # maps (n, h, w) float32 array, and probabilities (n, classes): of a segmenter each code's mean over the frame
+    model: nn.Module,  # gives logits (b, n), or (b, n, h, w)
+    frames,  # (n, h, w) uint8 (passed to the model as 0..1) or float (passed as they are), or (n, c, h, w) float
+    method='grad-cam',  # a name in EXPLAINERS, or a function that is called like these
+    target=None,  # None (predicted class of each frame), a class (number or name), one for each frame, or a function (output) -> (b,) scores
+    bs: int = 16,  # frames in one pass
+    fan=None,  # bool (h, w) or (n, h, w), or a Fan: occlusion skips windows outside; the other methods see the whole frame anyhow
+    **options,  # of the method
+):  # maps (n, h, w) float32 array, and probabilities (n, classes): of a segmenter each code's mean over the frame
     "A raw map and the class probabilities for each frame of a clip; grey frames are copied to as many channels as the first convolution takes."
-    if isinstance(method, str) and method not in EXPLAINERS: raise ValueError(f"method must be one of {list(EXPLAINERS)}, or a function, got {method!r}")
+    if isinstance(method, str) and method not in EXPLAINERS:
+        raise ValueError(f"method must be one of {list(EXPLAINERS)}, or a function, got {method!r}")
     explain = EXPLAINERS[method] if isinstance(method, str) else method
     frames = frames if torch.is_tensor(frames) else torch.from_numpy(np.ascontiguousarray(frames))
-    if frames.ndim not in (3, 4) or not len(frames) or not (frames.dtype == torch.uint8 or frames.is_floating_point()): raise ValueError(f"frames must be (n, h, w) uint8 or float, and at least one, got {frames.dtype} {tuple(frames.shape)}")
+    if (
+        frames.ndim not in (3, 4)
+        or not len(frames)
+        or not (frames.dtype == torch.uint8 or frames.is_floating_point())
+    ):
+        raise ValueError(
+            f"frames must be (n, h, w) uint8 or float, and at least one, got {frames.dtype} {tuple(frames.shape)}"
+        )
     first = next(model.parameters(), torch.zeros(0))
     fan, channels = _fan_mask(fan, frames[:, None] if frames.ndim == 3 else frames), _first_channels(model)
     target = class_codes(model, target)
     each = torch.is_tensor(target) and target.ndim or isinstance(target, (list, tuple, np.ndarray))
-    if each and len(target) != len(frames): raise ValueError(f"{len(target)} targets for {len(frames)} frames")
+    if each and len(target) != len(frames):
+        raise ValueError(f"{len(target)} targets for {len(frames)} frames")
     maps, probs = [], []
     for k in progress(range(0, len(frames), bs)):
-        x = frames[k:k + bs].to(first.device)
-        x = x.float()/255 if x.dtype == torch.uint8 else x
+        x = frames[k : k + bs].to(first.device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
         x = (x if x.ndim == 4 else x[:, None].expand(-1, channels, -1, -1)).to(first.dtype)
-        if explain in (grad_cam, cam) and options.get('layer') is None: options['layer'] = cam_layer(model, x)[1]
+        if explain in (grad_cam, cam) and options.get('layer') is None:
+            options['layer'] = cam_layer(model, x)[1]
         seen = []
+
         def look(module, args, out):
-            if not seen: seen.append(out.detach())  # every method asks for the frames themselves first
+            if not seen:
+                seen.append(out.detach())  # every method asks for the frames themselves first
+
         hook = model.register_forward_hook(look)
-        try: m = explain(model, x, target[k:k + bs] if each else target, **options, **(dict(fan=fan[k:k + bs]) if fan is not None and explain is occlusion else {}))
-        finally: hook.remove()
+        try:
+            m = explain(
+                model,
+                x,
+                target[k : k + bs] if each else target,
+                **options,
+                **(dict(fan=fan[k : k + bs]) if fan is not None and explain is occlusion else {}),
+            )
+        finally:
+            hook.remove()
         p = seen[0].float().softmax(1)
-        maps.append(m.cpu().numpy()); probs.append((p if p.ndim == 2 else p.mean((2, 3))).cpu().numpy())
+        maps.append(m.cpu().numpy())
+        probs.append((p if p.ndim == 2 else p.mean((2, 3))).cpu().numpy())
     return np.concatenate(maps), np.concatenate(probs)
 
-# %% ../../nbs/explain/attribution.ipynb #c050
+# %% ../../nbs/explain/attribution.ipynb #c050-1
 _WARM = np.array([(120, 28, 8), (213, 94, 0), (255, 226, 120)])
 _COOL = np.array([(10, 30, 110), (0, 114, 200), (150, 225, 255)])
 
+
 def map_rgb(
-    frames,                       # (n, h, w) or (h, w): uint8, or float in 0..1
-    maps,                         # raw maps of the same shape, array or tensor
-    opacity:float=.7,             # of the strongest colour, 0..1
-    limit:float=None,             # magnitude with the strongest colour; by default the 99.5th percentile over all these maps
-) -> np.ndarray:                  # frames.shape + (3,) uint8
+    frames,  # (n, h, w) or (h, w): uint8, or float in 0..1
+    maps,  # raw maps of the same shape, array or tensor
+    opacity: float = 0.7,  # of the strongest colour, 0..1
+    limit: float = None,  # magnitude with the strongest colour; by default the 99.5th percentile over all these maps
+) -> np.ndarray:  # frames.shape + (3,) uint8
     "Frames tinted by signed maps on one scale: orange above zero, blue below."
     frames, maps = (np.asarray(o.detach().cpu() if torch.is_tensor(o) else o) for o in (frames, maps))
-    if frames.shape != maps.shape or frames.ndim not in (2, 3): raise ValueError(f"frames {frames.shape} and maps {maps.shape} must both be (n, h, w), or (h, w)")
-    if not np.isfinite(maps).all(): raise ValueError("the maps hold NaN or infinite values")
-    if not 0 <= opacity <= 1: raise ValueError(f"opacity must be 0..1, got {opacity}")
+    if frames.shape != maps.shape or frames.ndim not in (2, 3):
+        raise ValueError(f"frames {frames.shape} and maps {maps.shape} must both be (n, h, w), or (h, w)")
+    if not np.isfinite(maps).all():
+        raise ValueError("the maps hold NaN or infinite values")
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must be 0..1, got {opacity}")
     limit = _limit(maps) if limit is None else limit
-    grey = frames.astype(np.float32) if frames.dtype == np.uint8 else frames.astype(np.float32).clip(0, 1)*255
-    m = np.clip(maps/limit if limit > 0 else maps*0., -1, 1).astype(np.float32)
-    ramp = np.stack([np.interp(np.linspace(-1, 1, 511), (-1, -.5, 0, 0, .5, 1), np.r_[_COOL[::-1], _WARM][:, c]) for c in range(3)], 1)
-    a = np.abs(m)[..., None]*np.float32(opacity)
-    return (grey[..., None]*(1 - a) + ramp[np.rint((m + 1)*255).astype(int)].astype(np.float32)*a).round().astype(np.uint8)
+    grey = (
+        frames.astype(np.float32) if frames.dtype == np.uint8 else frames.astype(np.float32).clip(0, 1) * 255
+    )
+    m = np.clip(maps / limit if limit > 0 else maps * 0.0, -1, 1).astype(np.float32)
+    ramp = np.stack(
+        [
+            np.interp(np.linspace(-1, 1, 511), (-1, -0.5, 0, 0, 0.5, 1), np.r_[_COOL[::-1], _WARM][:, c])
+            for c in range(3)
+        ],
+        1,
+    )
+    a = np.abs(m)[..., None] * np.float32(opacity)
+    return (
+        (grey[..., None] * (1 - a) + ramp[np.rint((m + 1) * 255).astype(int)].astype(np.float32) * a)
+        .round()
+        .astype(np.uint8)
+    )
 
+# %% ../../nbs/explain/attribution.ipynb #c050
 def _limit(maps):
     "The 99.5th percentile of the magnitude, or the greatest where that is 0: a few pixels must not leave all others dark."
     size = np.abs(np.asarray(maps))
-    return float(np.quantile(size, .995, method='higher') or size.max()) if size.size else 0.
+    return float(np.quantile(size, 0.995, method='higher') or size.max()) if size.size else 0.0
 
-# %% ../../nbs/explain/attribution.ipynb #c052
+# %% ../../nbs/explain/attribution.ipynb #c052-1
 def show_map(
-    frame,                        # (h, w): uint8, or float in 0..1
-    map,                          # raw map (h, w), array or tensor
-    fan=None,                     # bool (h, w) or a Fan, drawn as an outline
-    ax=None,                      # matplotlib axes; a new figure by default
-    opacity:float=.7,             # of the strongest colour, 0..1
-    limit:float=None,             # magnitude with the strongest colour; by default this map's 99.5th percentile
-    title:str='',                 # above the picture
-):                                # the axes
+    frame,  # (h, w): uint8, or float in 0..1
+    map,  # raw map (h, w), array or tensor
+    fan=None,  # bool (h, w) or a Fan, drawn as an outline
+    ax=None,  # matplotlib axes; a new figure by default
+    opacity: float = 0.7,  # of the strongest colour, 0..1
+    limit: float = None,  # magnitude with the strongest colour; by default this map's 99.5th percentile
+    title: str = '',  # above the picture
+):  # the axes
     "One frame with its map."
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(3, 3), dpi=80)[1]
+
+    if ax is None:
+        ax = plt.subplots(figsize=(3, 3), dpi=80)[1]
     ax.imshow(map_rgb(frame, map, opacity, limit), interpolation='nearest')
     if fan is not None:
-        fan = np.asarray(fan.mask() if hasattr(fan, 'mask') and callable(fan.mask) else torch.as_tensor(fan).cpu()).astype(bool)
-        ax.contour(np.pad(fan, 1)[1:-1, 1:-1], [.5], colors='white', linewidths=.8, linestyles='dotted') if fan.any() and not fan.all() else None
-    ax.set_title(title, fontsize=9); ax.set_axis_off()
+        fan = np.asarray(
+            fan.mask() if hasattr(fan, 'mask') and callable(fan.mask) else torch.as_tensor(fan).cpu()
+        ).astype(bool)
+        ax.contour(
+            np.pad(fan, 1)[1:-1, 1:-1], [0.5], colors='white', linewidths=0.8, linestyles='dotted'
+        ) if fan.any() and not fan.all() else None
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
     return ax
 
+# %% ../../nbs/explain/attribution.ipynb #c052
 def show_maps(
-    frames,                       # (n, h, w) frames, or one (h, w) for all
-    maps,                         # n raw maps (h, w)
-    titles=None,                  # n texts
-    fan=None,                     # bool (h, w) or a Fan, drawn as an outline
-    opacity:float=.7,             # of the strongest colour, 0..1
-    limit='shared',               # 'shared' (one for all), 'each' (for methods with different units), or a number
-    columns:int=6,                # panels in a row
-):                                # matplotlib Figure
+    frames,  # (n, h, w) frames, or one (h, w) for all
+    maps,  # n raw maps (h, w)
+    titles=None,  # n texts
+    fan=None,  # bool (h, w) or a Fan, drawn as an outline
+    opacity: float = 0.7,  # of the strongest colour, 0..1
+    limit='shared',  # 'shared' (one for all), 'each' (for methods with different units), or a number
+    columns: int = 6,  # panels in a row
+):  # matplotlib Figure
     "A panel of frames with their maps, and a bar that says what the colours mean."
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
+
     maps = [np.asarray(m.detach().cpu() if torch.is_tensor(m) else m) for m in maps]
-    if not maps: raise ValueError("there is no map to show")
-    frames = [frames]*len(maps) if np.ndim(frames) == 2 else list(frames)
-    if len(frames) != len(maps) or titles is not None and len(titles) != len(maps): raise ValueError(f"{len(frames)} frames, {len(maps)} maps{f' and {len(titles)} titles' if titles is not None else ''} do not fit")
+    if not maps:
+        raise ValueError("there is no map to show")
+    frames = [frames] * len(maps) if np.ndim(frames) == 2 else list(frames)
+    if len(frames) != len(maps) or titles is not None and len(titles) != len(maps):
+        raise ValueError(
+            f"{len(frames)} frames, {len(maps)} maps{f' and {len(titles)} titles' if titles is not None else ''} do not fit"
+        )
     limits = [_limit(m) for m in maps]
     top = _limit(np.stack(maps)) if limit == 'shared' else limit
-    rows = math.ceil(len(maps)/columns)
+    rows = math.ceil(len(maps) / columns)
     columns = min(columns, len(maps))
-    fig, axs = plt.subplots(rows, columns, figsize=(1.75*columns + .9, (1.95*maps[0].shape[0]/maps[0].shape[1])*rows), dpi=80, squeeze=False, layout='constrained')
-    for ax in axs.flat: ax.set_axis_off()
-    for k, (f, m) in enumerate(zip(frames, maps)): show_map(f, m, fan, axs.flat[k], opacity, limits[k] if limit == 'each' else top, titles[k] if titles is not None else '')
-    strip = map_rgb(np.zeros((1, 511)), np.linspace(-1, 1, 511)[None], 1.)[0]/255
-    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(-1, 1), ListedColormap(strip)), ax=axs, shrink=.85, pad=.01)
-    bar.set_ticks([-1, 0, 1], labels=['−', '0', '+'] if limit == 'each' else [f'{-top:.2g}', '0', f'{top:.2g}'])
-    bar.ax.tick_params(labelsize=8); bar.outline.set_visible(False)
+    fig, axs = plt.subplots(
+        rows,
+        columns,
+        figsize=(1.75 * columns + 0.9, (1.95 * maps[0].shape[0] / maps[0].shape[1]) * rows),
+        dpi=80,
+        squeeze=False,
+        layout='constrained',
+    )
+    for ax in axs.flat:
+        ax.set_axis_off()
+    for k, (f, m) in enumerate(zip(frames, maps)):
+        show_map(
+            f,
+            m,
+            fan,
+            axs.flat[k],
+            opacity,
+            limits[k] if limit == 'each' else top,
+            titles[k] if titles is not None else '',
+        )
+    strip = map_rgb(np.zeros((1, 511)), np.linspace(-1, 1, 511)[None], 1.0)[0] / 255
+    bar = fig.colorbar(
+        plt.cm.ScalarMappable(plt.Normalize(-1, 1), ListedColormap(strip)), ax=axs, shrink=0.85, pad=0.01
+    )
+    bar.set_ticks(
+        [-1, 0, 1], labels=['−', '0', '+'] if limit == 'each' else [f'{-top:.2g}', '0', f'{top:.2g}']
+    )
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
     return fig
 
-# %% ../../nbs/explain/attribution.ipynb #c054
+# %% ../../nbs/explain/attribution.ipynb #c054-1
 def write_map_video(
-    path,                         # target file, .mp4 (H.264) or .gif
-    frames,                       # (n, h, w): uint8, or float in 0..1
-    maps,                         # (n, h, w) raw maps
-    rate:float,                   # frames a second, above 0; a GIF rounds to hundredths of a second
-    opacity:float=.7,             # of the strongest colour, 0..1
-    limit:float=None,             # magnitude with the strongest colour; by default the 99.5th percentile over the whole clip
+    path,  # target file, .mp4 (H.264) or .gif
+    frames,  # (n, h, w): uint8, or float in 0..1
+    maps,  # (n, h, w) raw maps
+    rate: float,  # frames a second, above 0; a GIF rounds to hundredths of a second
+    opacity: float = 0.7,  # of the strongest colour, 0..1
+    limit: float = None,  # magnitude with the strongest colour; by default the 99.5th percentile over the whole clip
 ):
     "A clip tinted by its maps, on one scale, as a video; an odd width or height gets one more row or column in MP4."
     path = Path(path)
-    if path.suffix.lower() not in ('.mp4', '.gif'): raise ValueError(f"{path.name}: write an .mp4 or a .gif")
-    if not (np.isfinite(rate) and rate > 0): raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
+    if path.suffix.lower() not in ('.mp4', '.gif'):
+        raise ValueError(f"{path.name}: write an .mp4 or a .gif")
+    if not (np.isfinite(rate) and rate > 0):
+        raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
     rgb = map_rgb(frames, maps, opacity, limit)
-    if rgb.ndim != 4 or not len(rgb): raise ValueError(f"frames must be (n, h, w), and at least one; got {np.shape(frames)}")
-    with atomic_path(path) as tmp: (_write_gif if path.suffix.lower() == '.gif' else _write_mp4)(tmp, rgb, rate)
+    if rgb.ndim != 4 or not len(rgb):
+        raise ValueError(f"frames must be (n, h, w), and at least one; got {np.shape(frames)}")
+    with atomic_path(path) as tmp:
+        (_write_gif if path.suffix.lower() == '.gif' else _write_mp4)(tmp, rgb, rate)
 
+# %% ../../nbs/explain/attribution.ipynb #c054-2
 def _write_gif(path, rgb, rate):
     from PIL import Image
-    ends = np.rint(np.arange(len(rgb) + 1)*100/rate).astype(int)  # a GIF counts in hundredths of a second
-    first, *others = [Image.fromarray(f) for f in rgb]
-    first.save(path, save_all=True, append_images=others, duration=[int(10*max(1, d)) for d in np.diff(ends)], loop=0)
 
+    ends = np.rint(np.arange(len(rgb) + 1) * 100 / rate).astype(int)  # a GIF counts in hundredths of a second
+    first, *others = [Image.fromarray(f) for f in rgb]
+    first.save(
+        path,
+        save_all=True,
+        append_images=others,
+        duration=[int(10 * max(1, d)) for d in np.diff(ends)],
+        loop=0,
+    )
+
+# %% ../../nbs/explain/attribution.ipynb #c054
 def _write_mp4(path, rgb, rate):
-    import av
     from fractions import Fraction
-    rgb = np.pad(rgb, ((0, 0), (0, rgb.shape[1] % 2), (0, rgb.shape[2] % 2), (0, 0)), mode='edge')  # H.264 halves the colours in both directions
+
+    import av
+
+    rgb = np.pad(
+        rgb, ((0, 0), (0, rgb.shape[1] % 2), (0, rgb.shape[2] % 2), (0, 0)), mode='edge'
+    )  # H.264 halves the colours in both directions
     with av.open(str(path), 'w', options=dict(fflags='+bitexact')) as out:
         stream = out.add_stream('libx264', rate=Fraction(rate).limit_denominator(1000))
         stream.height, stream.width = rgb.shape[1:3]
         stream.pix_fmt, stream.options = 'yuv420p', dict(crf='20', preset='veryfast')
         stream.codec_context.thread_count = 1  # the same bytes on any machine
-        for f in rgb: out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format='rgb24')))
+        for f in rgb:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format='rgb24')))
         out.mux(stream.encode())

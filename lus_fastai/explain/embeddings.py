@@ -8,50 +8,87 @@ Docs: https://lus-fastai.github.io/lus_fastai/explain/embeddings.html.md"""
 __all__ = ['features', 'FeatureMap', 'tsne_map', 'pca_map', 'place', 'plot_embedding', 'plot_thumbnails', 'purity', 'plot_purity']
 
 # %% ../../nbs/explain/embeddings.ipynb #c005
-import contextlib, difflib, hashlib, math, time, warnings
+import difflib
+import hashlib
+import math
+import time
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
-import numpy as np, pandas as pd, torch
-from torch import nn
-from fastai.vision.all import IntToFloatTensor
-from ..core import TableError, atomic_path, frozen_eval, progress
-from ..data.store import FrameStore, store_rows
-from ..data.loaders import ReadFrame
-from ..stats.classification import bootstrap, overall_accuracy
-from ..report import _INK, _PALETTE, _MARKERS, _canvas, _columns
 
-# %% ../../nbs/explain/embeddings.ipynb #c011
+import numpy as np
+import pandas as pd
+import torch
+from fastai.vision.all import IntToFloatTensor
+from torch import nn
+
+from ..core import TableError, atomic_path, frozen_eval, progress
+from ..data.loaders import ReadFrame
+from ..data.store import FrameStore, store_rows
+from ..report import _INK, _MARKERS, _PALETTE, _canvas, _columns
+from ..stats.classification import bootstrap, overall_accuracy
+
+# %% ../../nbs/explain/embeddings.ipynb #c011-1
 def _find_layer(model, layer):
     "The module to read, and whether its input is meant instead of its output."
     modules = {name: m for name, m in model.named_modules() if name}
     if layer is None:
         linear = [m for m in [model, *modules.values()] if isinstance(m, nn.Linear)]
-        if not linear: raise ValueError("the model has no Linear layer whose input could be taken: name a `layer`")
+        if not linear:
+            raise ValueError("the model has no Linear layer whose input could be taken: name a `layer`")
         return linear[-1], True
     if layer not in modules:
-        near = difflib.get_close_matches(str(layer), modules, 3, .3) or list(modules)[-3:]
+        near = difflib.get_close_matches(str(layer), modules, 3, 0.3) or list(modules)[-3:]
         raise ValueError(f"the model has no layer {layer!r}; nearest: {', '.join(map(repr, near))}")
     return modules[layer], False
 
+# %% ../../nbs/explain/embeddings.ipynb #c011-2
 def _pixel_axes(shape, frame):
     "The axes of a map (b, c, h, w), or (b, h, w, c), that are nearer to the proportions of the frame."
-    off = [abs(math.log(shape[k]/shape[k + 1]*frame[1]/frame[0])) for k in (2, 1)]
+    off = [abs(math.log(shape[k] / shape[k + 1] * frame[1] / frame[0])) for k in (2, 1)]
     return (1, 2) if shape[3] > 1 and off[1] < off[0] else (2, 3)
 
+# %% ../../nbs/explain/embeddings.ipynb #c011-3
 def _pooled(x, n, frame):
     "(n, d) float32 array of a layer's input or output: a copy, since a layer behind it may work in place."
-    if not torch.is_tensor(x) or not x.ndim or len(x) != n: raise ValueError(f"the layer gives {f'shape {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__} for {n} frames, not a row a frame: choose another `layer`")
+    if not torch.is_tensor(x) or not x.ndim or len(x) != n:
+        raise ValueError(
+            f"the layer gives {f'shape {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__} for {n} frames, not a row a frame: choose another `layer`"
+        )
     x = x.detach().float()
-    return (x.mean(1) if x.ndim == 3 else x.mean(_pixel_axes(x.shape, frame)) if x.ndim == 4 else x.flatten(2).mean(2) if x.ndim > 3 else x.reshape(n, -1)).cpu().numpy().copy()
+    return (
+        (
+            x.mean(1)
+            if x.ndim == 3
+            else x.mean(_pixel_axes(x.shape, frame))
+            if x.ndim == 4
+            else x.flatten(2).mean(2)
+            if x.ndim > 3
+            else x.reshape(n, -1)
+        )
+        .cpu()
+        .numpy()
+        .copy()
+    )
 
+# %% ../../nbs/explain/embeddings.ipynb #c011-4
 @contextlib.contextmanager
 def _reading(module, before, got):
     "While the block runs, what enters or leaves `module` is appended to `got`."
-    def read(x): got.append(_pooled(x, got.n, got.frame))
-    handle = module.register_forward_pre_hook(lambda m, x: read(x[0])) if before else module.register_forward_hook(lambda m, x, y: read(y))
-    try: yield
-    finally: handle.remove()
 
+    def read(x):
+        got.append(_pooled(x, got.n, got.frame))
+
+    handle = (
+        module.register_forward_pre_hook(lambda m, x: read(x[0]))
+        if before
+        else module.register_forward_hook(lambda m, x, y: read(y))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+# %% ../../nbs/explain/embeddings.ipynb #c011-5
 def _weights_key(model):
     "SHA-256 of a model's text, parameters and buffers."
     h = hashlib.sha256(repr(model).encode())
@@ -60,289 +97,499 @@ def _weights_key(model):
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+# %% ../../nbs/explain/embeddings.ipynb #c011-6
 def _load_part(path, key, n):
     "The rows of a cache file that belong to `key`, or None: no file, a damaged one, or one of another model, layer or table."
     try:
-        with np.load(path, allow_pickle=False) as f: there, x = str(f['key']), f['x']
-    except Exception: return None                                      # a damaged archive fails in a dozen ways, and is made again
+        with np.load(path, allow_pickle=False) as f:
+            there, x = str(f['key']), f['x']
+    except Exception:
+        return None  # a damaged archive fails in a dozen ways, and is made again
     return x if there == key and x.ndim == 2 and 0 < len(x) <= n and x.dtype == np.float32 else None
 
+# %% ../../nbs/explain/embeddings.ipynb #c011-7
 def _save_part(path, key, x):
     try:
-        with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez(f, key=np.array(key), x=x)
-    except OSError as e: warnings.warn(f"the features cannot be kept in {path}: {e}", stacklevel=3)
+        with atomic_path(path) as tmp, open(tmp, 'wb') as f:
+            np.savez(f, key=np.array(key), x=x)
+    except OSError as e:
+        warnings.warn(f"the features cannot be kept in {path}: {e}", stacklevel=3)
 
-class _Rows(list): n, frame = 0, (1, 1)     # arrays that a hook has read, how many frames the batch has, and their height and width
 
+class _Rows(list):
+    n, frame = (
+        0,
+        (1, 1),
+    )  # arrays that a hook has read, how many frames the batch has, and their height and width
+
+# %% ../../nbs/explain/embeddings.ipynb #c011
 class _Pixels:
     "An array of frames that `ReadFrame` can read as it reads a store."
-    def __init__(self, images):
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 3: raise ValueError(f"frames come in a FrameStore or as an (n, h, w) uint8 array, not as {getattr(images, 'dtype', type(images).__name__)} {getattr(images, 'shape', '')}")
-        self.images = images
-    def __len__(self): return len(self.images)
 
-_EVERY = 60   # seconds between two savings of what is there
+    def __init__(self, images):
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 3:
+            raise ValueError(
+                f"frames come in a FrameStore or as an (n, h, w) uint8 array, not as {getattr(images, 'dtype', type(images).__name__)} {getattr(images, 'shape', '')}"
+            )
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+
+_EVERY = 60  # seconds between two savings of what is there
 
 # %% ../../nbs/explain/embeddings.ipynb #c013
 def features(
-    model:nn.Module,          # takes (b, channels, h, w) in 0..1
-    store,                    # a FrameStore, or frames as an (n, h, w) uint8 array
-    frames:pd.DataFrame=None, # frame table, rows of store.frames in any order; all of the store when None
-    layer:str=None,           # name in model.named_modules() whose output is taken, 'head.0' for the figure of Arora 2020; None takes the input of the last Linear
+    model: nn.Module,  # takes (b, channels, h, w) in 0..1
+    store,  # a FrameStore, or frames as an (n, h, w) uint8 array
+    frames: pd.DataFrame = None,  # frame table, rows of store.frames in any order; all of the store when None
+    layer: str = None,  # name in model.named_modules() whose output is taken, 'head.0' for the figure of Arora 2020; None takes the input of the last Linear
     *,
-    bs:int=64,                # frames a batch
-    channels:int=1,           # 1, or 3 identical ones, as in training
-    path=None,                # file to keep the features in (.npz); used again only for the same weights, layer, rows and pixels
-    device=None,              # where to compute; the model is back where it was afterwards. None: where the model is
-) -> np.ndarray:              # (N, d) float32, in the order of the rows
+    bs: int = 64,  # frames a batch
+    channels: int = 1,  # 1, or 3 identical ones, as in training
+    path=None,  # file to keep the features in (.npz); used again only for the same weights, layer, rows and pixels
+    device=None,  # where to compute; the model is back where it was afterwards. None: where the model is
+) -> np.ndarray:  # (N, d) float32, in the order of the rows
     "Features of a layer for every row of a frame table; a map is averaged over its pixels, tokens over their sequence."
     module, before = _find_layer(model, layer)
-    if int(bs) != bs or bs < 1: raise ValueError(f"bs is a whole number of at least 1, not {bs!r}")
-    if path is not None and (path := Path(path)).suffix != '.npz': raise ValueError(f"path names a file that ends in .npz, not {path.name!r}")
+    if int(bs) != bs or bs < 1:
+        raise ValueError(f"bs is a whole number of at least 1, not {bs!r}")
+    if path is not None and (path := Path(path)).suffix != '.npz':
+        raise ValueError(f"path names a file that ends in .npz, not {path.name!r}")
     pixels = store if isinstance(store, FrameStore) else _Pixels(store)
     read, scale = ReadFrame(pixels, channels), IntToFloatTensor()
-    if frames is not None and pixels is not store:                     # an array has no name: rows count in it
+    if frames is not None and pixels is not store:  # an array has no name: rows count in it
         frames = frames.drop(columns='store', errors='ignore')
     rows = np.arange(len(pixels)) if frames is None else store_rows(frames, pixels)
     keys = np.stack([rows, np.zeros_like(rows)], 1)
     n, x, key = len(keys), None, None
-    if not n: raise TableError("there are no frames to compute features of: the frame table is empty")
+    if not n:
+        raise TableError("there are no frames to compute features of: the frame table is empty")
     if path is not None:
-        source = [pixels.meta['files']['images'], *pixels.images.shape] if pixels is store else [hashlib.sha256(np.ascontiguousarray(store)).hexdigest(), *store.shape]
-        key = hashlib.sha256(repr((2, _weights_key(model), str(layer), source, hashlib.sha256(np.ascontiguousarray(keys)).hexdigest(), channels, 'uint8/255')).encode()).hexdigest()
+        source = (
+            [pixels.meta['files']['images'], *pixels.images.shape]
+            if pixels is store
+            else [hashlib.sha256(np.ascontiguousarray(store)).hexdigest(), *store.shape]
+        )
+        key = hashlib.sha256(
+            repr(
+                (
+                    2,
+                    _weights_key(model),
+                    str(layer),
+                    source,
+                    hashlib.sha256(np.ascontiguousarray(keys)).hexdigest(),
+                    channels,
+                    'uint8/255',
+                )
+            ).encode()
+        ).hexdigest()
         x = _load_part(path, key, n)
     done = start = 0 if x is None else len(x)
-    if done == n: return x
+    if done == n:
+        return x
     parts, got, saved = [] if x is None else [x], _Rows(), time.monotonic()
     home = next((p.device for p in model.parameters()), torch.device('cpu'))
     device = home if device is None else torch.device(device)
     try:
         with frozen_eval(model), torch.no_grad(), _reading(module, before, got):
-            if device != home: model.to(device)
+            if device != home:
+                model.to(device)
             for i in progress(range(start, n, bs), desc='features'):
-                batch = keys[i:i+bs]
-                got.n, got.frame = len(batch), pixels.images.shape[1:]; got.clear()
+                batch = keys[i : i + bs]
+                got.n, got.frame = len(batch), pixels.images.shape[1:]
+                got.clear()
                 model(scale(read.take(np.pad(batch, ((0, 0), (0, 1)))).to(device)).as_subclass(torch.Tensor))
-                if not got: raise ValueError(f"the model's forward pass does not run the layer {layer!r}: choose another")
-                parts.append(got[-1]); done = i + len(batch)
-                if path is not None and time.monotonic() - saved > _EVERY: _save_part(path, key, np.concatenate(parts)); saved = time.monotonic()
+                if not got:
+                    raise ValueError(
+                        f"the model's forward pass does not run the layer {layer!r}: choose another"
+                    )
+                parts.append(got[-1])
+                done = i + len(batch)
+                if path is not None and time.monotonic() - saved > _EVERY:
+                    _save_part(path, key, np.concatenate(parts))
+                    saved = time.monotonic()
     finally:
-        if device != home: model.to(home)
-        if path is not None and done > start: _save_part(path, key, np.concatenate(parts))
+        if device != home:
+            model.to(home)
+        if path is not None and done > start:
+            _save_part(path, key, np.concatenate(parts))
     return np.concatenate(parts)
 
-# %% ../../nbs/explain/embeddings.ipynb #c018
+# %% ../../nbs/explain/embeddings.ipynb #c018-1
 @dataclass(repr=False, eq=False)
 class FeatureMap:
     "Points in the plane, and what is needed to `place` others among them."
-    points:np.ndarray         # (N, 2) float64
-    method:str                # 't-SNE' or 'PCA'
-    width:int                 # features of a point
-    fitted:object             # openTSNE's embedding, or scikit-learn's PCA
-    def __repr__(self): return f'FeatureMap({self.method} of {len(self.points)} points with {self.width} features)'
 
+    points: np.ndarray  # (N, 2) float64
+    method: str  # 't-SNE' or 'PCA'
+    width: int  # features of a point
+    fitted: object  # openTSNE's embedding, or scikit-learn's PCA
+
+    def __repr__(self):
+        return f'FeatureMap({self.method} of {len(self.points)} points with {self.width} features)'
+
+# %% ../../nbs/explain/embeddings.ipynb #c018-2
 def _checked(x, name):
     x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
-    if x.ndim != 2 or x.shape[1] < 2 or not np.issubdtype(x.dtype, np.number): raise ValueError(f"{name} must be (N, d) numbers with d of at least 2, got {x.dtype} of shape {x.shape}")
+    if x.ndim != 2 or x.shape[1] < 2 or not np.issubdtype(x.dtype, np.number):
+        raise ValueError(
+            f"{name} must be (N, d) numbers with d of at least 2, got {x.dtype} of shape {x.shape}"
+        )
     bad = np.flatnonzero(~np.isfinite(x).all(1))
-    if len(bad): raise ValueError(f"{name} is NaN or infinite in row(s) {', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}: leave them out")
+    if len(bad):
+        raise ValueError(
+            f"{name} is NaN or infinite in row(s) {', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}: leave them out"
+        )
     return np.ascontiguousarray(x, np.float64)
 
-_EARLY, _LATER, _BLOCK, _GAIN = 100, 650, 50, .005    # iterations with exaggeration, at most without, between two looks at the divergence; its least relative fall
+# %% ../../nbs/explain/embeddings.ipynb #c018-3
+_EARLY, _LATER, _BLOCK, _GAIN = (
+    100,
+    650,
+    50,
+    0.005,
+)  # iterations with exaggeration, at most without, between two looks at the divergence; its least relative fall
+
 
 def tsne_map(
-    x,                        # (N, d) features
-    perplexity:float=30,      # neighbours a point has, roughly; below N/3
-    seed:int=0,               # same seed, same map, whatever n_jobs is
-    n_jobs:int=None,          # threads; None: those of PyTorch above 1,000 points, one below, where more do not pay
-) -> FeatureMap:              # points are centred on 0
+    x,  # (N, d) features
+    perplexity: float = 30,  # neighbours a point has, roughly; below N/3
+    seed: int = 0,  # same seed, same map, whatever n_jobs is
+    n_jobs: int = None,  # threads; None: those of PyTorch above 1,000 points, one below, where more do not pay
+) -> FeatureMap:  # points are centred on 0
     "t-SNE by openTSNE from a PCA start, until it has settled (750 iterations at most); ValueError with fewer points than the perplexity needs."
     x = _checked(x, 'x')
-    if not perplexity > 0: raise ValueError(f"perplexity must be above 0, not {perplexity}")
-    if len(x) <= 3*perplexity:
-        raise ValueError(f"{len(x)} points are too few for perplexity {perplexity:g}, which needs more than {3*perplexity:g}" + (f": it can be at most {(len(x) - 1)//3}" if len(x) > 3 else "; t-SNE takes at least 4"))
-    if not np.ptp(x, 0).any(): raise ValueError(f"all {len(x)} rows of x are the same: there is nothing to map")
-    try: from openTSNE import TSNE
-    except ImportError: raise ImportError("t-SNE needs openTSNE: pip install openTSNE") from None
-    far = dict(negative_gradient_method='fft', ints_in_interval=2) if len(x) > 3000 else dict(negative_gradient_method='bh')
-    fitted = TSNE(perplexity=perplexity, random_state=seed, neighbors='exact', n_jobs=n_jobs or (1 if len(x) <= 1000 else torch.get_num_threads()), **far).prepare_initial(x)
+    if not perplexity > 0:
+        raise ValueError(f"perplexity must be above 0, not {perplexity}")
+    if len(x) <= 3 * perplexity:
+        raise ValueError(
+            f"{len(x)} points are too few for perplexity {perplexity:g}, which needs more than {3 * perplexity:g}"
+            + (f": it can be at most {(len(x) - 1) // 3}" if len(x) > 3 else "; t-SNE takes at least 4")
+        )
+    if not np.ptp(x, 0).any():
+        raise ValueError(f"all {len(x)} rows of x are the same: there is nothing to map")
+    try:
+        from openTSNE import TSNE
+    except ImportError:
+        raise ImportError("t-SNE needs openTSNE: pip install openTSNE") from None
+    far = (
+        dict(negative_gradient_method='fft', ints_in_interval=2)
+        if len(x) > 3000
+        else dict(negative_gradient_method='bh')
+    )
+    fitted = TSNE(
+        perplexity=perplexity,
+        random_state=seed,
+        neighbors='exact',
+        n_jobs=n_jobs or (1 if len(x) <= 1000 else torch.get_num_threads()),
+        **far,
+    ).prepare_initial(x)
     fitted.optimize(_EARLY, exaggeration=12, inplace=True)
-    for k in range(_LATER//_BLOCK):
+    for k in range(_LATER // _BLOCK):
         before = fitted.kl_divergence
         fitted.optimize(_BLOCK, inplace=True)
-        if k and before - fitted.kl_divergence < _GAIN*before: break
-    fitted -= (fitted.max(0) + fitted.min(0))/2                        # openTSNE would move it so when it places points
+        if k and before - fitted.kl_divergence < _GAIN * before:
+            break
+    fitted -= (fitted.max(0) + fitted.min(0)) / 2  # openTSNE would move it so when it places points
     return FeatureMap(np.array(fitted), 't-SNE', x.shape[1], fitted)
 
+# %% ../../nbs/explain/embeddings.ipynb #c018-4
 def pca_map(
-    x,                        # (N, d) features
-) -> FeatureMap:              # fitted.explained_variance_ratio_ says how much of the spread the plane holds
+    x,  # (N, d) features
+) -> FeatureMap:  # fitted.explained_variance_ratio_ says how much of the spread the plane holds
     "The first two principal components."
     from sklearn.decomposition import PCA
+
     x = _checked(x, 'x')
-    if len(x) < 3: raise ValueError(f"{len(x)} points are too few for a map: PCA takes at least 3")
+    if len(x) < 3:
+        raise ValueError(f"{len(x)} points are too few for a map: PCA takes at least 3")
     fitted = PCA(2, svd_solver='full').fit(x)
     return FeatureMap(fitted.transform(x), 'PCA', x.shape[1], fitted)
 
+# %% ../../nbs/explain/embeddings.ipynb #c018
 def place(
-    map:FeatureMap,           # from tsne_map or pca_map; it stays as it is
-    new_x,                    # (n, d) features of other frames, from the same layer
-) -> np.ndarray:              # (n, 2) float64, each where it would be if it came alone
+    map: FeatureMap,  # from tsne_map or pca_map; it stays as it is
+    new_x,  # (n, d) features of other frames, from the same layer
+) -> np.ndarray:  # (n, 2) float64, each where it would be if it came alone
     "Put new points into an existing map."
     x = _checked(new_x, 'new_x')
-    if x.shape[1] != map.width: raise ValueError(f"new_x has {x.shape[1]} features, the map was made of {map.width}: take the same layer")
-    if map.method == 'PCA': return map.fitted.transform(x)
-    return np.array(map.fitted.transform(x, perplexity=min(5, (len(map.points) - 1)/3)))
+    if x.shape[1] != map.width:
+        raise ValueError(
+            f"new_x has {x.shape[1]} features, the map was made of {map.width}: take the same layer"
+        )
+    if map.method == 'PCA':
+        return map.fitted.transform(x)
+    return np.array(map.fitted.transform(x, perplexity=min(5, (len(map.points) - 1) / 3)))
 
-# %% ../../nbs/explain/embeddings.ipynb #c021
+# %% ../../nbs/explain/embeddings.ipynb #c021-1
 def _points(points, n, what):
     points = np.asarray(points, float)
-    if points.ndim != 2 or points.shape[1] != 2: raise ValueError(f"points are (N, 2), got shape {points.shape}: `tsne_map(x).points` is such an array")
-    if len(points) != n: raise ValueError(f"{len(points)} points, but {n} {what}")
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(
+            f"points are (N, 2), got shape {points.shape}: `tsne_map(x).points` is such an array"
+        )
+    if len(points) != n:
+        raise ValueError(f"{len(points)} points, but {n} {what}")
     return points
 
+# %% ../../nbs/explain/embeddings.ipynb #c021-2
 def _named(table, columns):
     missing = [c for c in columns if c not in table]
-    if missing: raise TableError(f"missing column(s) {missing}; the table has {list(table.columns)}")
+    if missing:
+        raise TableError(f"missing column(s) {missing}; the table has {list(table.columns)}")
     return table[list(columns)].astype(str)
 
+# %% ../../nbs/explain/embeddings.ipynb #c021
 def plot_embedding(
-    points,                   # (N, 2), such as tsne_map(x).points
-    table:pd.DataFrame,       # frame table of N rows
-    by='label',               # column that colours the points, or several: a panel each
-    style:str=None,           # column that gives them different marks
-    title:str='',             # above the figure
-):                            # matplotlib Figure; a column of more than 12 values gets no legend
+    points,  # (N, 2), such as tsne_map(x).points
+    table: pd.DataFrame,  # frame table of N rows
+    by='label',  # column that colours the points, or several: a panel each
+    style: str = None,  # column that gives them different marks
+    title: str = '',  # above the figure
+):  # matplotlib Figure; a column of more than 12 values gets no legend
     "Points of a map, coloured by label, patient, source or any other column."
-    try: import seaborn as sns
-    except ImportError: raise ImportError("the scatter needs seaborn: pip install seaborn") from None
+    try:
+        import seaborn as sns
+    except ImportError:
+        raise ImportError("the scatter needs seaborn: pip install seaborn") from None
     by = [by] if isinstance(by, str) else list(by)
     points = _points(points, len(table), 'rows in the table')
     columns = _named(table, [*by, *([style] if style else [])])
-    shape = {} if style is None else dict(style=columns[style].to_numpy(), style_order=sorted(columns[style].unique()), markers=[_MARKERS[k % len(_MARKERS)] for k in range(columns[style].nunique())])
+    shape = (
+        {}
+        if style is None
+        else dict(
+            style=columns[style].to_numpy(),
+            style_order=sorted(columns[style].unique()),
+            markers=[_MARKERS[k % len(_MARKERS)] for k in range(columns[style].nunique())],
+        )
+    )
     names = {c: sorted(columns[c].unique()) for c in by}
-    rows = max([math.ceil(len(v)/_columns(v, 3.2)) for v in names.values() if len(v) <= 12], default=0) + (1 if style else 0)
-    with _canvas(3.3*len(by), 3.5 + .2*rows) as fig:
+    rows = max([math.ceil(len(v) / _columns(v, 3.2)) for v in names.values() if len(v) <= 12], default=0) + (
+        1 if style else 0
+    )
+    with _canvas(3.3 * len(by), 3.5 + 0.2 * rows) as fig:
         for ax, c in zip(fig.subplots(1, len(by), squeeze=False)[0], by):
             v, many = names[c], len(names[c]) > 12
-            colors = list(_PALETTE[:len(v)]) if len(v) <= len(_PALETTE) else sns.color_palette('husl', len(v))
-            sns.scatterplot(x=points[:, 0], y=points[:, 1], hue=columns[c].to_numpy(), hue_order=v, palette=colors, s=22, linewidth=.3, ax=ax, legend=False if many else 'full', **shape)
-            ax.set(xticks=[], yticks=[], xlabel='', ylabel='', title=f'{c} ({len(v)} values)' if many else c); ax.set_aspect('equal', 'datalim'); ax.spines[:].set_visible(True); ax.spines[:].set_alpha(.25)
-            if not many: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.01), ncols=_columns(v, 3.2), handletextpad=.1, columnspacing=1)
-        if title: fig.suptitle(title)
+            colors = (
+                list(_PALETTE[: len(v)]) if len(v) <= len(_PALETTE) else sns.color_palette('husl', len(v))
+            )
+            sns.scatterplot(
+                x=points[:, 0],
+                y=points[:, 1],
+                hue=columns[c].to_numpy(),
+                hue_order=v,
+                palette=colors,
+                s=22,
+                linewidth=0.3,
+                ax=ax,
+                legend=False if many else 'full',
+                **shape,
+            )
+            ax.set(xticks=[], yticks=[], xlabel='', ylabel='', title=f'{c} ({len(v)} values)' if many else c)
+            ax.set_aspect('equal', 'datalim')
+            ax.spines[:].set_visible(True)
+            ax.spines[:].set_alpha(0.25)
+            if not many:
+                ax.legend(
+                    loc='upper center',
+                    bbox_to_anchor=(0.5, -0.01),
+                    ncols=_columns(v, 3.2),
+                    handletextpad=0.1,
+                    columnspacing=1,
+                )
+        if title:
+            fig.suptitle(title)
     return fig
 
-# %% ../../nbs/explain/embeddings.ipynb #c027
+# %% ../../nbs/explain/embeddings.ipynb #c027-1
 def _cells(points, n):
     "The finest grid of which at most n cells hold points: cells on a side, and (m, 3) of column, row from below, and the point shown."
     span = np.maximum(np.ptp(points, 0), 1e-12)
     best = None
-    for g in range(1, 2*math.isqrt(n) + 2):
-        at = (points - points.min(0))/span*g
+    for g in range(1, 2 * math.isqrt(n) + 2):
+        at = (points - points.min(0)) / span * g
         col, row = np.minimum(at.astype(int), g - 1).T
-        off = ((at - np.stack([col, row], 1) - .5)**2).sum(1)
-        first = np.lexsort((off, row*g + col))
-        used, take = np.unique((row*g + col)[first], return_index=True)
-        if len(used) <= n: best = g, np.stack([used % g, used // g, first[take]], 1)
+        off = ((at - np.stack([col, row], 1) - 0.5) ** 2).sum(1)
+        first = np.lexsort((off, row * g + col))
+        used, take = np.unique((row * g + col)[first], return_index=True)
+        if len(used) <= n:
+            best = g, np.stack([used % g, used // g, first[take]], 1)
     return best
 
+# %% ../../nbs/explain/embeddings.ipynb #c027
 def plot_thumbnails(
-    points,                   # (N, 2), such as tsne_map(x).points
-    images,                   # (N, h, w) uint8 frames, such as store[frames['row']]
-    labels,                   # N class names, which colour the borders
-    n:int=100,                # thumbnails at most
-    title:str='',             # above the figure
-):                            # matplotlib Figure
+    points,  # (N, 2), such as tsne_map(x).points
+    images,  # (N, h, w) uint8 frames, such as store[frames['row']]
+    labels,  # N class names, which colour the borders
+    n: int = 100,  # thumbnails at most
+    title: str = '',  # above the figure
+):  # matplotlib Figure
     "A map of frames: in each cell of a grid the one nearest its centre, in a border of its class's colour."
     import matplotlib as mpl
     from matplotlib.patches import Patch
+
     images, labels = np.asarray(images), np.asarray(labels, str)
-    if images.ndim != 3 or images.dtype != np.uint8: raise ValueError(f"images are (N, h, w) uint8, got {images.dtype} of shape {images.shape}")
+    if images.ndim != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images are (N, h, w) uint8, got {images.dtype} of shape {images.shape}")
     points = _points(_points(points, len(images), 'images'), len(labels), 'labels')
-    if not len(points) or n < 1: raise ValueError(f"n is at least 1 and there is at least one point, got n={n} and {len(points)} points")
+    if not len(points) or n < 1:
+        raise ValueError(
+            f"n is at least 1 and there is at least one point, got n={n} and {len(points)} points"
+        )
     g, cells = _cells(points, n)
     names = sorted(set(labels))
     width, (h, w) = 6.2, images.shape[1:]
-    side = max(16, 900//g)                             # pixels of a cell
-    tall, edge = max(1, round(side*h/w)), max(2, side//16)
-    sheet = np.full((tall*g, side*g, 3), 255, np.uint8)
-    colors = {c: np.array(mpl.colors.to_rgb(_PALETTE[k % len(_PALETTE)]))*255 for k, c in enumerate(names)}
+    side = max(16, 900 // g)  # pixels of a cell
+    tall, edge = max(1, round(side * h / w)), max(2, side // 16)
+    sheet = np.full((tall * g, side * g, 3), 255, np.uint8)
+    colors = {c: np.array(mpl.colors.to_rgb(_PALETTE[k % len(_PALETTE)])) * 255 for k, c in enumerate(names)}
     for col, row, i in cells:
-        cell = sheet[tall*(g - 1 - row) + 1:tall*(g - row) - 1, side*col + 1:side*(col + 1) - 1]
+        cell = sheet[tall * (g - 1 - row) + 1 : tall * (g - row) - 1, side * col + 1 : side * (col + 1) - 1]
         cell[:] = colors[labels[i]]
         inner = cell[edge:-edge, edge:-edge]
-        inner[:] = nn.functional.interpolate(torch.tensor(images[i])[None, None].float(), inner.shape[:2], mode='area' if h > inner.shape[0] else 'bilinear')[0, 0].round().byte().numpy()[..., None]
-    with _canvas(width, width*h/w + .45 + (.3 if title else 0)) as fig:
+        inner[:] = (
+            nn.functional.interpolate(
+                torch.tensor(images[i])[None, None].float(),
+                inner.shape[:2],
+                mode='area' if h > inner.shape[0] else 'bilinear',
+            )[0, 0]
+            .round()
+            .byte()
+            .numpy()[..., None]
+        )
+    with _canvas(width, width * h / w + 0.45 + (0.3 if title else 0)) as fig:
         ax = fig.add_subplot()
-        ax.imshow(sheet, interpolation='antialiased'); ax.set_axis_off(); ax.set_title(title)
-        fig.legend(handles=[Patch(color=colors[c]/255, label=c) for c in names], loc='outside lower center', ncols=_columns(names, width))
+        ax.imshow(sheet, interpolation='antialiased')
+        ax.set_axis_off()
+        ax.set_title(title)
+        fig.legend(
+            handles=[Patch(color=colors[c] / 255, label=c) for c in names],
+            loc='outside lower center',
+            ncols=_columns(names, width),
+        )
     return fig
 
-# %% ../../nbs/explain/embeddings.ipynb #c031
+# %% ../../nbs/explain/embeddings.ipynb #c031-1
 def _hits(x, codes, patient, k):
     "(2, B, N) neighbours that share each value, and (2, N) neighbours there are: of all points, and of other patients' only."
     hits, there = np.zeros((2, *codes.shape), np.int64), np.zeros((2, len(x)), np.int64)
-    square = (x*x).sum(1)
+    square = (x * x).sum(1)
     for s in range(0, len(x), 512):
         rows = np.arange(s, min(s + 512, len(x)))
-        far = np.maximum(square[rows, None] + square - 2*x[rows] @ x.T, 0)
+        far = np.maximum(square[rows, None] + square - 2 * x[rows] @ x.T, 0)
         far[np.arange(len(rows)), rows] = np.inf
         for j in range(2):
-            if j: far[patient[rows, None] == patient] = np.inf
+            if j:
+                far[patient[rows, None] == patient] = np.inf
             nearest = np.argpartition(far, k - 1, 1)[:, :k]
             known = np.isfinite(np.take_along_axis(far, nearest, 1))
-            hits[j][:, rows], there[j, rows] = ((codes[:, nearest] == codes[:, rows, None]) & known).sum(-1), known.sum(1)
+            hits[j][:, rows], there[j, rows] = (
+                ((codes[:, nearest] == codes[:, rows, None]) & known).sum(-1),
+                known.sum(1),
+            )
     return hits, there
 
+# %% ../../nbs/explain/embeddings.ipynb #c031-2
 def _same(a, b=None):
     "How many points have the value of each point, itself included; of value and patient with two arguments."
     code = a if b is None else np.unique(np.stack([a, b]), axis=1, return_inverse=True)[1].ravel()
     return np.bincount(code)[code]
 
+# %% ../../nbs/explain/embeddings.ipynb #c031
 def purity(
-    x,                        # (N, d) features, or (N, 2) points of a map
-    table:pd.DataFrame,       # frame table of N rows, with a column patient
-    k:int=10,                 # neighbours of each point
-    by=('label', 'patient', 'source'),   # columns whose values neighbours may share
-    n_boot:int=1000,          # resamples of patients
-    seed:int=0,               # of the resampling
-) -> pd.DataFrame:            # by, neighbours ('all' or 'other patients'), purity, low, high, chance, k, n, patients; NaN where there are no such neighbours
+    x,  # (N, d) features, or (N, 2) points of a map
+    table: pd.DataFrame,  # frame table of N rows, with a column patient
+    k: int = 10,  # neighbours of each point
+    by=('label', 'patient', 'source'),  # columns whose values neighbours may share
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # by, neighbours ('all' or 'other patients'), purity, low, high, chance, k, n, patients; NaN where there are no such neighbours
     "Share of nearest neighbours that have a point's value, beside chance, among all points and among other patients' only."
     x, by = _checked(x, 'x'), [by] if isinstance(by, str) else list(by)
-    if len(x) != len(table): raise ValueError(f"{len(x)} points, but {len(table)} rows in the table")
-    if int(k) != k or not 1 <= k < len(x): raise ValueError(f"k is a whole number from 1 to {len(x) - 1} with {len(x)} points, not {k!r}")
+    if len(x) != len(table):
+        raise ValueError(f"{len(x)} points, but {len(table)} rows in the table")
+    if int(k) != k or not 1 <= k < len(x):
+        raise ValueError(f"k is a whole number from 1 to {len(x) - 1} with {len(x)} points, not {k!r}")
     codes = np.stack([pd.factorize(v)[0] for _, v in _named(table, ['patient', *by]).items()])
     patient, codes = codes[0], codes[1:]
     hits, there = _hits(x - x.mean(0), codes, patient, int(k))
     rows, n = [], len(x)
     for c, code, hit in zip(by, codes, hits.swapaxes(0, 1)):
         same, own, together = _same(code), _same(patient), _same(code, patient)
-        for j, (name, chance) in enumerate((('all', (same - 1)/(n - 1)), ('other patients', np.divide(same - together, n - own, out=np.full(n, np.nan), where=n > own)))):
-            if j and c == 'patient': continue
-            counts = np.zeros((patient.max() + 1, 2, 2), np.int64)          # hits and misses as a confusion matrix of one row: its accuracy is the purity
+        for j, (name, chance) in enumerate(
+            (
+                ('all', (same - 1) / (n - 1)),
+                (
+                    'other patients',
+                    np.divide(same - together, n - own, out=np.full(n, np.nan), where=n > own),
+                ),
+            )
+        ):
+            if j and c == 'patient':
+                continue
+            counts = np.zeros(
+                (patient.max() + 1, 2, 2), np.int64
+            )  # hits and misses as a confusion matrix of one row: its accuracy is the purity
             np.add.at(counts, (patient, 0), np.stack([hit[j], there[j] - hit[j]], 1))
             value, low, high = bootstrap(counts, overall_accuracy, n_boot, seed)
-            rows.append((c, name, float(value), float(low), float(high), np.nanmean(chance) if np.isfinite(chance).any() else np.nan, int(k), n, len(counts)))
-    return pd.DataFrame(rows, columns=['by', 'neighbours', 'purity', 'low', 'high', 'chance', 'k', 'n', 'patients'])
+            rows.append(
+                (
+                    c,
+                    name,
+                    float(value),
+                    float(low),
+                    float(high),
+                    np.nanmean(chance) if np.isfinite(chance).any() else np.nan,
+                    int(k),
+                    n,
+                    len(counts),
+                )
+            )
+    return pd.DataFrame(
+        rows, columns=['by', 'neighbours', 'purity', 'low', 'high', 'chance', 'k', 'n', 'patients']
+    )
 
 # %% ../../nbs/explain/embeddings.ipynb #c036
 def plot_purity(
-    scores:pd.DataFrame,      # what purity returns; several of them with a column features for a panel each
-    title:str='',             # above the figure
-):                            # matplotlib Figure
+    scores: pd.DataFrame,  # what purity returns; several of them with a column features for a panel each
+    title: str = '',  # above the figure
+):  # matplotlib Figure
     "Purity among all neighbours and among other patients' as bars with intervals, and chance as a black line across each."
-    try: import seaborn as sns
-    except ImportError: raise ImportError("the bars need seaborn: pip install seaborn") from None
+    try:
+        import seaborn as sns
+    except ImportError:
+        raise ImportError("the bars need seaborn: pip install seaborn") from None
     groups = [(None, scores)] if 'features' not in scores else list(scores.groupby('features', sort=False))
     order, hues = list(dict.fromkeys(scores['by'])), ['all', 'other patients']
-    with _canvas(.6 + 2.5*len(groups), 2.9 + .3*bool(title)) as fig:
+    with _canvas(0.6 + 2.5 * len(groups), 2.9 + 0.3 * bool(title)) as fig:
         axs = fig.subplots(1, len(groups), squeeze=False, sharey=True)[0]
         for ax, (name, rows) in zip(axs, groups):
-            sns.barplot(rows, x='by', y='purity', hue='neighbours', order=order, hue_order=hues, palette=[_PALETTE[4], _PALETTE[0]], saturation=1, errorbar=None, ax=ax)
-            at = np.array([order.index(b) for b in rows['by']]) + np.where(rows['neighbours'] == hues[0], -.2, .2)
-            ax.vlines(at, rows['low'], rows['high'], color=_INK, lw=1, alpha=.6); ax.hlines(rows['chance'], at - .2, at + .2, color=_INK, lw=2)
-            ax.set(xlabel='', ylabel='share of neighbours', ylim=(0, 1.05), title=name or ''); ax.tick_params(axis='x', length=0); ax.grid(axis='y')
-            handles = ax.get_legend_handles_labels(); ax.get_legend().remove()
+            sns.barplot(
+                rows,
+                x='by',
+                y='purity',
+                hue='neighbours',
+                order=order,
+                hue_order=hues,
+                palette=[_PALETTE[4], _PALETTE[0]],
+                saturation=1,
+                errorbar=None,
+                ax=ax,
+            )
+            at = np.array([order.index(b) for b in rows['by']]) + np.where(
+                rows['neighbours'] == hues[0], -0.2, 0.2
+            )
+            ax.vlines(at, rows['low'], rows['high'], color=_INK, lw=1, alpha=0.6)
+            ax.hlines(rows['chance'], at - 0.2, at + 0.2, color=_INK, lw=2)
+            ax.set(xlabel='', ylabel='share of neighbours', ylim=(0, 1.05), title=name or '')
+            ax.tick_params(axis='x', length=0)
+            ax.grid(axis='y')
+            handles = ax.get_legend_handles_labels()
+            ax.get_legend().remove()
         fig.legend(*handles, loc='outside lower center', ncols=2, title='neighbours')
-        if title: fig.suptitle(title)
+        if title:
+            fig.suptitle(title)
     return fig

@@ -8,173 +8,289 @@ Docs: https://lus-fastai.github.io/lus_fastai/explain/feature_visualization.html
 __all__ = ['maximise_class', 'show_imagined', 'invert_features', 'show_inversions']
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c003
-import difflib, math
-import torch, torch.nn.functional as F
+import difflib
+import math
+
+import torch
+import torch.nn.functional as F
 from fastcore.meta import delegates
+
 from ..core import frozen_eval, progress
 from .attribution import class_codes
 from ..models.transfer import name_outputs
 
-# %% ../../nbs/explain/feature_visualization.ipynb #c008
+# %% ../../nbs/explain/feature_visualization.ipynb #c008-1
 def _blur(x, sigma):
     "Gaussian blur of (b, c, h, w), mirrored at the edges."
     radius = min(math.ceil(4 * sigma), min(x.shape[-2:]) - 1)
-    kernel = torch.exp(-.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma)**2)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
     kernel, c = (kernel / kernel.sum()).to(x.dtype), x.shape[1]
     x = F.pad(x, [radius] * 4, mode='reflect')
-    return F.conv2d(F.conv2d(x, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c), kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
+    return F.conv2d(
+        F.conv2d(x, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c),
+        kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1),
+        groups=c,
+    )
 
+# %% ../../nbs/explain/feature_visualization.ipynb #c008-2
 def _score(out, target):
     "A score per picture: what a callable says, else the target's logit, for a segmenter its mean over the picture."
     if callable(target):
         score = target(out)
-        if score.shape != out.shape[:1]: raise ValueError(f"the target function must give a score per picture, shape {tuple(out.shape[:1])}, not {tuple(score.shape)}")
+        if score.shape != out.shape[:1]:
+            raise ValueError(
+                f"the target function must give a score per picture, shape {tuple(out.shape[:1])}, not {tuple(score.shape)}"
+            )
         return score
-    if out.ndim not in (2, 4): raise ValueError(f"logits must be (b, classes) or (b, codes, h, w), the model gives {tuple(out.shape)}: pass a function of the output as target")
-    if target.min() < 0 or target.max() >= out.shape[1]: raise ValueError(f"target {target.tolist()} is out of range: the model has {out.shape[1]} outputs, 0 to {out.shape[1] - 1}")
-    return out[torch.arange(len(out), device=out.device), target].flatten(1).mean(1) if out.ndim == 4 else out.gather(1, target[:, None])[:, 0]
+    if out.ndim not in (2, 4):
+        raise ValueError(
+            f"logits must be (b, classes) or (b, codes, h, w), the model gives {tuple(out.shape)}: pass a function of the output as target"
+        )
+    if target.min() < 0 or target.max() >= out.shape[1]:
+        raise ValueError(
+            f"target {target.tolist()} is out of range: the model has {out.shape[1]} outputs, 0 to {out.shape[1] - 1}"
+        )
+    return (
+        out[torch.arange(len(out), device=out.device), target].flatten(1).mean(1)
+        if out.ndim == 4
+        else out.gather(1, target[:, None])[:, 0]
+    )
 
-def _device(model): return next((p.device for p in model.parameters()), torch.device('cpu'))
+# %% ../../nbs/explain/feature_visualization.ipynb #c008-3
+def _device(model):
+    return next((p.device for p in model.parameters()), torch.device('cpu'))
 
+# %% ../../nbs/explain/feature_visualization.ipynb #c008
 def maximise_class(
-    model:torch.nn.Module,    # (b, channels, h, w) -> logits (b, classes), or (b, codes, h, w)
-    target,                   # class number, or name (see class_codes); several for a picture each; or a function of the output that gives scores (b,)
-    size:tuple,               # (height, width) of the picture
-    channels:int=3,           # that the model takes: 1 or 3
+    model: torch.nn.Module,  # (b, channels, h, w) -> logits (b, classes), or (b, codes, h, w)
+    target,  # class number, or name (see class_codes); several for a picture each; or a function of the output that gives scores (b,)
+    size: tuple,  # (height, width) of the picture
+    channels: int = 3,  # that the model takes: 1 or 3
     *,
-    steps:int=100,            # uphill
-    step:float=25.,           # length of a step, L2 norm, on 3x224x224 numbers; other sizes: the same root mean square
-    decay:float=1e-3,         # weight of the squared norm that is taken off the score
-    jitter:int=16,            # largest roll along each axis, pixels
-    blur:float=.5,            # standard deviation of the Gaussian, pixels; 0 for none
-    every:int=10,             # steps from one blur to the next
-    clamp:tuple=(0., 1.),     # range of the model's input; None leaves it free
-    gray:bool=True,           # the grayscale rule; without it the channels go their own ways
-    seed:int=0,               # of noise and jitter, which are the same for all targets
-) -> tuple:                   # (picture (channels, h, w), scores (steps + 1,)), with a further first axis for several targets; the last score is the picture's own
+    steps: int = 100,  # uphill
+    step: float = 25.0,  # length of a step, L2 norm, on 3x224x224 numbers; other sizes: the same root mean square
+    decay: float = 1e-3,  # weight of the squared norm that is taken off the score
+    jitter: int = 16,  # largest roll along each axis, pixels
+    blur: float = 0.5,  # standard deviation of the Gaussian, pixels; 0 for none
+    every: int = 10,  # steps from one blur to the next
+    clamp: tuple = (0.0, 1.0),  # range of the model's input; None leaves it free
+    gray: bool = True,  # the grayscale rule; without it the channels go their own ways
+    seed: int = 0,  # of noise and jitter, which are the same for all targets
+) -> tuple:  # (picture (channels, h, w), scores (steps + 1,)), with a further first axis for several targets; the last score is the picture's own
     "Make up the picture that raises a class's score, as Arora 2020 intended it (spec: class visualisation)."
-    if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
-    if steps < 1 or jitter < 0 or blur < 0 or every < 1: raise ValueError(f"steps and every must be at least 1, jitter and blur at least 0, got {steps}, {every}, {jitter}, {blur}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels is 1 or 3, not {channels}")
+    if steps < 1 or jitter < 0 or blur < 0 or every < 1:
+        raise ValueError(
+            f"steps and every must be at least 1, jitter and blur at least 0, got {steps}, {every}, {jitter}, {blur}"
+        )
     target = class_codes(model, target)
-    device, draw, several = _device(model), torch.Generator().manual_seed(seed), not callable(target) and torch.as_tensor(target).ndim > 0
-    if not callable(target): target = torch.as_tensor(target, device=device).long().reshape(-1)
+    device, draw, several = (
+        _device(model),
+        torch.Generator().manual_seed(seed),
+        not callable(target) and torch.as_tensor(target).ndim > 0,
+    )
+    if not callable(target):
+        target = torch.as_tensor(target, device=device).long().reshape(-1)
     n = 1 if callable(target) else len(target)
     x = torch.randn(1, 1, *size, generator=draw).to(device).repeat(n, channels, 1, 1)
-    if clamp is not None: x = x.clamp(*clamp)
-    rolls, length, scores = torch.randint(-jitter, jitter + 1, (steps, 2), generator=draw).tolist(), step * math.sqrt(x[0].numel() / (3 * 224**2)), []
+    if clamp is not None:
+        x = x.clamp(*clamp)
+    rolls, length, scores = (
+        torch.randint(-jitter, jitter + 1, (steps, 2), generator=draw).tolist(),
+        step * math.sqrt(x[0].numel() / (3 * 224**2)),
+        [],
+    )
     with torch.inference_mode(False), torch.enable_grad(), frozen_eval(model):
         for t, roll in enumerate(rolls):
             rolled = x.roll(roll, (2, 3)).requires_grad_()
-            score = _score(model(rolled.clone()), target)          # the clone, because a first layer may write in place
-            g, = torch.autograd.grad((score - decay * rolled.square().sum((1, 2, 3))).sum(), rolled)
-            if not torch.isfinite(g).all(): raise ValueError(f"the gradient is not finite at step {t}: are there NaNs in the model's weights?")
-            if gray: g = g.mean(1, keepdim=True).expand_as(g)
-            x = (rolled.detach() + length * g / g.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]).roll([-r for r in roll], (2, 3))
-            if clamp is not None: x = x.clamp(*clamp)
-            if blur and t % every == 0: x = _blur(x, blur)
+            score = _score(
+                model(rolled.clone()), target
+            )  # the clone, because a first layer may write in place
+            (g,) = torch.autograd.grad((score - decay * rolled.square().sum((1, 2, 3))).sum(), rolled)
+            if not torch.isfinite(g).all():
+                raise ValueError(
+                    f"the gradient is not finite at step {t}: are there NaNs in the model's weights?"
+                )
+            if gray:
+                g = g.mean(1, keepdim=True).expand_as(g)
+            x = (
+                rolled.detach() + length * g / g.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+            ).roll([-r for r in roll], (2, 3))
+            if clamp is not None:
+                x = x.clamp(*clamp)
+            if blur and t % every == 0:
+                x = _blur(x, blur)
             scores.append(score.detach())
-        with torch.no_grad(): scores = torch.stack([*scores, _score(model(x.clone()), target)], 1)
+        with torch.no_grad():
+            scores = torch.stack([*scores, _score(model(x.clone()), target)], 1)
     return (x, scores) if several else (x[0], scores[0])
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c022
 @delegates(maximise_class)
 def show_imagined(
-    model,                    # (b, channels, h, w) -> logits (b, classes)
-    size:tuple,               # (height, width) of the pictures
-    names=None,               # classes in the order of the outputs; default: model.classes
-    channels:int=3,           # that the model takes; with 1 the rule changes nothing and there is one row
-    **kwargs,                 # options of maximise_class, but for gray
-) -> dict:                    # {True: with the rule, False: without}, each (pictures (classes, channels, h, w), scores (classes, steps + 1))
+    model,  # (b, channels, h, w) -> logits (b, classes)
+    size: tuple,  # (height, width) of the pictures
+    names=None,  # classes in the order of the outputs; default: model.classes
+    channels: int = 3,  # that the model takes; with 1 the rule changes nothing and there is one row
+    **kwargs,  # options of maximise_class, but for gray
+) -> dict:  # {True: with the rule, False: without}, each (pictures (classes, channels, h, w), scores (classes, steps + 1))
     "Draw what a network imagines for each class, with the grayscale rule and without."
     import matplotlib.pyplot as plt
-    if names is not None: name_outputs(model, names)
-    elif not hasattr(model, 'classes'): raise ValueError("the model does not say what its outputs mean: give their names")
+
+    if names is not None:
+        name_outputs(model, names)
+    elif not hasattr(model, 'classes'):
+        raise ValueError("the model does not say what its outputs mean: give their names")
     names, rules = model.classes, (True,) if channels == 1 else (True, False)
-    out = {gray: maximise_class(model, range(len(names)), size, channels, gray=gray, **kwargs) for gray in rules}
-    fig, axs = plt.subplots(len(rules), len(names), figsize=(1.6*len(names), 1.8*len(rules)), dpi=72, squeeze=False)
+    out = {
+        gray: maximise_class(model, range(len(names)), size, channels, gray=gray, **kwargs) for gray in rules
+    }
+    fig, axs = plt.subplots(
+        len(rules), len(names), figsize=(1.6 * len(names), 1.8 * len(rules)), dpi=72, squeeze=False
+    )
     for row, (gray, (pictures, scores)) in zip(axs, out.items()):
         low, high = (float(v) for v in (kwargs.get('clamp', (0, 1)) or (pictures.min(), pictures.max())))
         for ax, name, picture, score in zip(row, names, pictures.cpu(), scores):
-            ax.imshow(((picture - low)/(high - low)).expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest')
-            ax.set_title(f'{name}: {score[-1]:.0f}', fontsize=9); ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel('one channel' if channels == 1 else 'with the rule' if gray else 'without', fontsize=9)
+            ax.imshow(
+                ((picture - low) / (high - low)).expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(),
+                interpolation='nearest',
+            )
+            ax.set_title(f'{name}: {score[-1]:.0f}', fontsize=9)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(
+            'one channel' if channels == 1 else 'with the rule' if gray else 'without', fontsize=9
+        )
     fig.tight_layout()
     return out
 
-# %% ../../nbs/explain/feature_visualization.ipynb #c029
-class _Reached(Exception): "Carries a layer's output out of the forward pass; what comes after the layer is not computed."
+# %% ../../nbs/explain/feature_visualization.ipynb #c029-1
+class _Reached(Exception):
+    "Carries a layer's output out of the forward pass; what comes after the layer is not computed."
+
 
 def _layer(model, name):
     layers = dict(model.named_modules())
-    if name in layers: return layers[name]
-    near = difflib.get_close_matches(str(name), layers, 5, 0.)
+    if name in layers:
+        return layers[name]
+    near = difflib.get_close_matches(str(name), layers, 5, 0.0)
     raise ValueError(f"the model has no layer {name!r}; the nearest names are {near}")
 
+# %% ../../nbs/explain/feature_visualization.ipynb #c029-2
 def _features(model, layer, name, x):
-    def stop(module, args, out): raise _Reached(out)
+    def stop(module, args, out):
+        raise _Reached(out)
+
     hook = layer.register_forward_hook(stop)
-    try: model(x.clone())
-    except _Reached as e: out = e.args[0]
-    else: raise ValueError(f"the forward pass does not come through layer {name!r}")
-    finally: hook.remove()
-    if not torch.is_tensor(out): raise ValueError(f"layer {name!r} gives a {type(out).__name__}, not a tensor: name a layer within it")
+    try:
+        model(x.clone())
+    except _Reached as e:
+        out = e.args[0]
+    else:
+        raise ValueError(f"the forward pass does not come through layer {name!r}")
+    finally:
+        hook.remove()
+    if not torch.is_tensor(out):
+        raise ValueError(f"layer {name!r} gives a {type(out).__name__}, not a tensor: name a layer within it")
     return out.float()
 
-def _norms(x): return x.flatten(1).norm(dim=1)
+# %% ../../nbs/explain/feature_visualization.ipynb #c029-3
+def _norms(x):
+    return x.flatten(1).norm(dim=1)
 
+# %% ../../nbs/explain/feature_visualization.ipynb #c029
 def invert_features(
-    model:torch.nn.Module,    # any network
-    x,                        # (b, c, h, w) float pictures whose features are to be matched
-    layer:str,                # a name of model.named_modules(); '' is the output
+    model: torch.nn.Module,  # any network
+    x,  # (b, c, h, w) float pictures whose features are to be matched
+    layer: str,  # a name of model.named_modules(); '' is the output
     *,
-    steps:int=200,            # of Adam
-    lr:float=.1,              # at the start, in units of the input
-    tv:float=.3,              # weight of the total variation
-    clamp:tuple=(0., 1.),     # range of the input; None leaves it free
-    seed:int=0,               # of the noise that the search starts from, the same for every picture
-) -> tuple:                   # (pictures (b, c, h, w), relative feature errors (b,): 0 is a match, 1 is as far as no features at all)
+    steps: int = 200,  # of Adam
+    lr: float = 0.1,  # at the start, in units of the input
+    tv: float = 0.3,  # weight of the total variation
+    clamp: tuple = (0.0, 1.0),  # range of the input; None leaves it free
+    seed: int = 0,  # of the noise that the search starts from, the same for every picture
+) -> (
+    tuple
+):  # (pictures (b, c, h, w), relative feature errors (b,): 0 is a match, 1 is as far as no features at all)
     "Find pictures with the same features at a layer (Mahendran & Vedaldi 2015)."
-    if not torch.is_tensor(x) or x.ndim != 4 or not x.is_floating_point(): raise ValueError(f"x must be a float tensor (b, c, h, w), got {f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__}")
-    if not torch.isfinite(x).all(): raise ValueError(f"picture(s) {(~torch.isfinite(x)).flatten(1).any(1).nonzero()[:, 0].tolist()} of x hold NaN or infinity")
-    if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+    if not torch.is_tensor(x) or x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be a float tensor (b, c, h, w), got {f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__}"
+        )
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            f"picture(s) {(~torch.isfinite(x)).flatten(1).any(1).nonzero()[:, 0].tolist()} of x hold NaN or infinity"
+        )
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     module, c, draw = _layer(model, layer), x.shape[1], torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.enable_grad(), frozen_eval(model):
         x = x.detach().as_subclass(torch.Tensor).clone()
-        with torch.no_grad(): goal = _features(model, module, layer, x)
+        with torch.no_grad():
+            goal = _features(model, module, layer, x)
         size = _norms(goal)
-        if not (size > 0).all(): raise ValueError(f"the features of picture(s) {(size == 0).nonzero()[:, 0].tolist()} at layer {layer!r} are all zero: there is nothing to match")
-        free = 1 if (x == x[:, :1]).all() else c                    # grey copies: one channel to search
-        y = (.1*torch.randn(1, free, *x.shape[2:], generator=draw).abs() + (0. if clamp is None else clamp[0])).to(x).repeat(len(x), 1, 1, 1).requires_grad_()
+        if not (size > 0).all():
+            raise ValueError(
+                f"the features of picture(s) {(size == 0).nonzero()[:, 0].tolist()} at layer {layer!r} are all zero: there is nothing to match"
+            )
+        free = 1 if (x == x[:, :1]).all() else c  # grey copies: one channel to search
+        y = (
+            (
+                0.1 * torch.randn(1, free, *x.shape[2:], generator=draw).abs()
+                + (0.0 if clamp is None else clamp[0])
+            )
+            .to(x)
+            .repeat(len(x), 1, 1, 1)
+            .requires_grad_()
+        )
         adam = torch.optim.Adam([y], lr)
         for t in progress(range(steps), desc=layer):
-            adam.param_groups[0]['lr'] = lr*(1 + math.cos(math.pi*t/steps))/2
-            far = (_norms(_features(model, module, layer, y.expand(-1, c, -1, -1)) - goal)/size).square()
+            adam.param_groups[0]['lr'] = lr * (1 + math.cos(math.pi * t / steps)) / 2
+            far = (_norms(_features(model, module, layer, y.expand(-1, c, -1, -1)) - goal) / size).square()
             rough = y.diff(dim=2).square().mean((1, 2, 3)) + y.diff(dim=3).square().mean((1, 2, 3))
-            y.grad, = torch.autograd.grad((far + tv*rough).sum(), y)
+            (y.grad,) = torch.autograd.grad((far + tv * rough).sum(), y)
             adam.step()
-            if clamp is not None: y.data.clamp_(*clamp)
+            if clamp is not None:
+                y.data.clamp_(*clamp)
         found = y.detach().expand(-1, c, -1, -1).clone()
-        with torch.no_grad(): return found, _norms(_features(model, module, layer, found) - goal)/size
+        with torch.no_grad():
+            return found, _norms(_features(model, module, layer, found) - goal) / size
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c034
 @delegates(invert_features)
 def show_inversions(
-    model,                    # any network
-    x,                        # (b, c, h, w) float pictures
-    layers,                   # names of layers, from shallow to deep
-    **kwargs,                 # options of invert_features
-) -> list:                    # a dict per layer: layer, feature_error and pixel_error (relative, means over the pictures), pictures (b, c, h, w)
+    model,  # any network
+    x,  # (b, c, h, w) float pictures
+    layers,  # names of layers, from shallow to deep
+    **kwargs,  # options of invert_features
+) -> list:  # a dict per layer: layer, feature_error and pixel_error (relative, means over the pictures), pictures (b, c, h, w)
     "Draw the pictures that are found again from each of several layers."
     import matplotlib.pyplot as plt
+
     rows = []
     for layer in layers:
         found, error = invert_features(model, x, layer, **kwargs)
-        rows.append(dict(layer=layer, feature_error=float(error.mean()), pixel_error=float((_norms(found - x)/_norms(x).clamp_min(1e-12)).mean()), pictures=found))
-    fig, axs = plt.subplots(len(x), len(rows) + 1, figsize=(1.35*(len(rows) + 1), 1.5*len(x)), dpi=72, squeeze=False)
+        rows.append(
+            dict(
+                layer=layer,
+                feature_error=float(error.mean()),
+                pixel_error=float((_norms(found - x) / _norms(x).clamp_min(1e-12)).mean()),
+                pictures=found,
+            )
+        )
+    fig, axs = plt.subplots(
+        len(x), len(rows) + 1, figsize=(1.35 * (len(rows) + 1), 1.5 * len(x)), dpi=72, squeeze=False
+    )
     for i, line in enumerate(axs):
         for ax, pictures in zip(line, [x, *(r['pictures'] for r in rows)]):
-            picture = pictures[i].detach().cpu() if x.shape[1] in (1, 3) else pictures[i].detach().cpu().mean(0, keepdim=True)
-            ax.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest'); ax.set(xticks=[], yticks=[])
-    for ax, title in zip(axs[0], ['frame', *(r['layer'] or 'output' for r in rows)]): ax.set_title(title, fontsize=9)
+            picture = (
+                pictures[i].detach().cpu()
+                if x.shape[1] in (1, 3)
+                else pictures[i].detach().cpu().mean(0, keepdim=True)
+            )
+            ax.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest')
+            ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axs[0], ['frame', *(r['layer'] or 'output' for r in rows)]):
+        ax.set_title(title, fontsize=9)
     fig.tight_layout()
     return rows

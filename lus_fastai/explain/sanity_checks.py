@@ -10,263 +10,429 @@ __all__ = ['randomise_layers', 'rank_correlation', 'structural_similarity', 'edg
            'small_learner', 'outside_fan_check', 'predict_source']
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c003
-import copy, hashlib, json
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from torch import nn
+import copy
+import hashlib
+import json
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, Learner
+from torch import nn
+
 from ..core import DENSE, TableError, frozen_eval, progress
+from ..data.fan import Fan
+from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
 from .attribution import EXPLAINERS, class_codes
-from ..data.folds import patient_folds
 from ..stats.classification import evaluate
-from ..data.fan import Fan
 from ..train.cross_validation import ClassProbs, cross_validate
 
-# %% ../../nbs/explain/sanity_checks.ipynb #c008
+# %% ../../nbs/explain/sanity_checks.ipynb #c008-1
 def _layers(model):
     "The modules that hold parameters, grouped into layers, in order of definition; a norm goes with the weights before it."
     groups, last = {}, None
     for name, m in model.named_modules():
         own = list(m.parameters(recurse=False))
-        if not own: continue
-        if last is None or any(p.ndim > 1 for p in own): last = name
+        if not own:
+            continue
+        if last is None or any(p.ndim > 1 for p in own):
+            last = name
         groups.setdefault(last, []).append(name)
-    if not groups: raise ValueError("the model has no parameters: there is nothing to randomise")
+    if not groups:
+        raise ValueError("the model has no parameters: there is nothing to randomise")
     return groups
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c008
 def randomise_layers(
-    model:nn.Module,          # stays as it is
-    seed:int=0,               # a layer's noise depends on the seed and on the layer alone
-    cascade:bool=True,        # keep what was randomised before; without, one layer at a time
-    layers=None,              # names, from the top down; by default all with weights, the last defined first
-):                            # yields (layer name, copy of the model), one by one
+    model: nn.Module,  # stays as it is
+    seed: int = 0,  # a layer's noise depends on the seed and on the layer alone
+    cascade: bool = True,  # keep what was randomised before; without, one layer at a time
+    layers=None,  # names, from the top down; by default all with weights, the last defined first
+):  # yields (layer name, copy of the model), one by one
     "Copies of a model with its layers replaced by noise (Adebayo 2018, section 3)."
     groups = _layers(model)
-    names, number = list(groups)[::-1] if layers is None else list(layers), {name: i for i, name in enumerate(groups)}
+    names, number = (
+        list(groups)[::-1] if layers is None else list(layers),
+        {name: i for i, name in enumerate(groups)},
+    )
     unknown = [n for n in names if n not in groups]
-    if unknown: raise ValueError(f"no layer(s) with weights named {unknown}; there are {list(groups)}")
+    if unknown:
+        raise ValueError(f"no layer(s) with weights named {unknown}; there are {list(groups)}")
+
     def copies():
         worn = model
         for name in names:
             new = copy.deepcopy(worn if cascade else model)
-            draw, modules = torch.Generator().manual_seed(seed*100_003 + number[name]), dict(new.named_modules())
+            draw, modules = (
+                torch.Generator().manual_seed(seed * 100_003 + number[name]),
+                dict(new.named_modules()),
+            )
             with torch.no_grad():
-                for p in (p for m in groups[name] for p in modules[m].parameters(recurse=False)): p.copy_(torch.randn(p.shape, generator=draw)*p.float().square().mean().sqrt().cpu())
+                for p in (p for m in groups[name] for p in modules[m].parameters(recurse=False)):
+                    p.copy_(torch.randn(p.shape, generator=draw) * p.float().square().mean().sqrt().cpu())
             worn = new
             yield name, copy.deepcopy(new) if cascade else new
+
     return copies()
 
-# %% ../../nbs/explain/sanity_checks.ipynb #c011
+# %% ../../nbs/explain/sanity_checks.ipynb #c011-1
 def _finite_maps(maps, name='maps'):
     maps = maps.detach().cpu().numpy() if torch.is_tensor(maps) else np.asarray(maps)
-    if maps.ndim == 2: maps = maps[None]
-    if maps.ndim != 3 or not maps.size: raise ValueError(f"{name} must be (n, h, w), got shape {maps.shape}")
+    if maps.ndim == 2:
+        maps = maps[None]
+    if maps.ndim != 3 or not maps.size:
+        raise ValueError(f"{name} must be (n, h, w), got shape {maps.shape}")
     bad = np.flatnonzero(~np.isfinite(maps).all((1, 2)))
-    if len(bad): raise ValueError(f"{name} of frame(s) {bad[:5].tolist()} hold NaN or infinity")
+    if len(bad):
+        raise ValueError(f"{name} of frame(s) {bad[:5].tolist()} hold NaN or infinity")
     return maps.astype(np.float64)
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c011-2
 def _pair(a, b):
     a, b = _finite_maps(a, 'first maps'), _finite_maps(b, 'second maps')
-    if a.shape != b.shape: raise ValueError(f"maps of shape {a.shape} and {b.shape} cannot be compared")
+    if a.shape != b.shape:
+        raise ValueError(f"maps of shape {a.shape} and {b.shape} cannot be compared")
     return a, b
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c011-3
 def rank_correlation(
-    a,                        # (n, h, w) maps
-    b,                        # (n, h, w) maps
-) -> np.ndarray:              # (n,) -1..1; 0 where a map is constant
+    a,  # (n, h, w) maps
+    b,  # (n, h, w) maps
+) -> np.ndarray:  # (n,) -1..1; 0 where a map is constant
     "Spearman's rank correlation of two maps, frame by frame; ties share their mean rank."
     from scipy.stats import rankdata
+
     a, b = (rankdata(m.reshape(len(m), -1), axis=1) for m in _pair(a, b))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    size = np.sqrt((a**2).sum(1)*(b**2).sum(1))
-    return np.divide((a*b).sum(1), size, out=np.zeros(len(a)), where=size > 0)
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), size, out=np.zeros(len(a)), where=size > 0)
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c011
 def structural_similarity(
-    a,                        # (n, h, w) maps
-    b,                        # (n, h, w) maps
-) -> np.ndarray:              # (n,) up to 1
+    a,  # (n, h, w) maps
+    b,  # (n, h, w) maps
+) -> np.ndarray:  # (n,) up to 1
     "SSIM (Wang 2004) of absolute values, each map scaled to 0..1; Gaussian window of 11 pixels, sigma 1.5."
     a, b = _pair(a, b)
-    if min(a.shape[1:]) < 11: raise ValueError(f"SSIM needs maps of at least 11x11 pixels, got {a.shape[1:]}")
-    def scaled(m):
-        m = np.abs(m); low, high = m.min((1, 2), keepdims=True), m.max((1, 2), keepdims=True)
-        return torch.from_numpy((m - low)/np.where(high > low, high - low, 1))[:, None]
-    a, b, k = scaled(a), scaled(b), torch.exp(-.5*(torch.arange(-5., 6., dtype=torch.float64)/1.5)**2)
-    k = k/k.sum()
-    mean = lambda m: F.conv2d(F.conv2d(m, k.view(1, 1, -1, 1)), k.view(1, 1, 1, -1))
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a*a) - ma**2, mean(b*b) - mb**2, mean(a*b) - ma*mb
-    return ((2*ma*mb + 1e-4)*(2*cov + 9e-4)/((ma**2 + mb**2 + 1e-4)*(va + vb + 9e-4))).mean((1, 2, 3)).numpy()
+    if min(a.shape[1:]) < 11:
+        raise ValueError(f"SSIM needs maps of at least 11x11 pixels, got {a.shape[1:]}")
 
-# %% ../../nbs/explain/sanity_checks.ipynb #c014
+    def scaled(m):
+        m = np.abs(m)
+        low, high = m.min((1, 2), keepdims=True), m.max((1, 2), keepdims=True)
+        return torch.from_numpy((m - low) / np.where(high > low, high - low, 1))[:, None]
+
+    a, b, k = (
+        scaled(a),
+        scaled(b),
+        torch.exp(-0.5 * (torch.arange(-5.0, 6.0, dtype=torch.float64) / 1.5) ** 2),
+    )
+    k = k / k.sum()
+
+    def mean(m):
+        return F.conv2d(F.conv2d(m, k.view(1, 1, -1, 1)), k.view(1, 1, 1, -1))
+
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    return (
+        ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
+        .mean((1, 2, 3))
+        .numpy()
+    )
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c014-1
 def edge_map(
-    model,                    # not used
-    x,                        # (b, c, h, w) pictures
-    target=None,              # not used
-):                            # (b, h, w) float32
+    model,  # not used
+    x,  # (b, c, h, w) pictures
+    target=None,  # not used
+):  # (b, h, w) float32
     "Strength of edges (Sobel), in the form of an explanation that ignores the network: what a good explanation must differ from."
-    k = torch.tensor([[1., 0, -1], [2, 0, -2], [1, 0, -1]], device=x.device)
-    g = F.conv2d(F.pad(x.detach().float().mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate'), torch.stack([k, k.T])[:, None])
+    k = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=x.device)
+    g = F.conv2d(
+        F.pad(x.detach().float().mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate'),
+        torch.stack([k, k.T])[:, None],
+    )
     return g.square().sum(1).sqrt()
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c014-2
 def _predicted(model, x):
-    with frozen_eval(model), torch.no_grad(): out = model(x)
+    with frozen_eval(model), torch.no_grad():
+        out = model(x)
     return out.argmax(1) if out.ndim == 2 else out.argmax(1).flatten(1).mode(1).values
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c014-3
 def _from_the_top(model, x):
     "Names of the layers, the last to be run first; one that is never called keeps its place after the one defined before it."
     groups, modules, calls = _layers(model), dict(model.named_modules()), {}
+
     def note(name):
-        def hook(m, args): calls.setdefault(name, len(calls))
+        def hook(m, args):
+            calls.setdefault(name, len(calls))
+
         return hook
+
     hooks = [modules[n].register_forward_pre_hook(note(n)) for n in groups]
     try:
-        with frozen_eval(model), torch.no_grad(): model(x[:1])
+        with frozen_eval(model), torch.no_grad():
+            model(x[:1])
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     place, last = {}, -1
-    for n in groups: last = place[n] = calls.get(n, last)
+    for n in groups:
+        last = place[n] = calls.get(n, last)
     return sorted(groups, key=place.get)[::-1]
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c014
 def randomisation_check(
-    model:nn.Module,          # gives logits
-    x,                        # (b, c, h, w) float pictures; a few will do
-    method='saliency',        # a name in EXPLAINERS, or a function (model, x, target) -> maps (b, h, w)
-    target=None,              # what is explained; default: what the trained model predicts, for all copies
+    model: nn.Module,  # gives logits
+    x,  # (b, c, h, w) float pictures; a few will do
+    method='saliency',  # a name in EXPLAINERS, or a function (model, x, target) -> maps (b, h, w)
+    target=None,  # what is explained; default: what the trained model predicts, for all copies
     *,
-    seed:int=0,               # of the noise
-    cascade:bool=True,        # from the top down, or one layer at a time
-    layers=None,              # names from the top down; by default all, in the order of the forward pass
-    **options,                # passed on to the method
-) -> pd.DataFrame:            # a row per layer: layer, spearman, spearman_abs, ssim, each the mean over the pictures
+    seed: int = 0,  # of the noise
+    cascade: bool = True,  # from the top down, or one layer at a time
+    layers=None,  # names from the top down; by default all, in the order of the forward pass
+    **options,  # passed on to the method
+) -> pd.DataFrame:  # a row per layer: layer, spearman, spearman_abs, ssim, each the mean over the pictures
     "How much maps of a model with randomised layers are like those of the trained one (Adebayo 2018)."
     explain = EXPLAINERS[method] if isinstance(method, str) and method in EXPLAINERS else method
-    if not callable(explain): raise ValueError(f"method must be one of {list(EXPLAINERS)}, or a function, got {method!r}")
+    if not callable(explain):
+        raise ValueError(f"method must be one of {list(EXPLAINERS)}, or a function, got {method!r}")
     target = _predicted(model, x) if target is None else target
     first = _finite_maps(explain(model, x, target, **options))
     flat = np.flatnonzero(np.ptp(first, (1, 2)) == 0)
-    if len(flat): raise ValueError(f"the trained model's map of picture(s) {flat[:5].tolist()} is constant: there is nothing to compare")
+    if len(flat):
+        raise ValueError(
+            f"the trained model's map of picture(s) {flat[:5].tolist()} is constant: there is nothing to compare"
+        )
     names, rows = list(layers) if layers is not None else _from_the_top(model, x), []
-    for name, worn in progress(randomise_layers(model, seed, cascade, names), total=len(names), desc='layers'):
+    for name, worn in progress(
+        randomise_layers(model, seed, cascade, names), total=len(names), desc='layers'
+    ):
         m = _finite_maps(explain(worn, x, target, **options))
-        rows.append((name, rank_correlation(first, m).mean(), rank_correlation(abs(first), abs(m)).mean(), structural_similarity(first, m).mean()))
+        rows.append(
+            (
+                name,
+                rank_correlation(first, m).mean(),
+                rank_correlation(abs(first), abs(m)).mean(),
+                structural_similarity(first, m).mean(),
+            )
+        )
     return pd.DataFrame(rows, columns=['layer', 'spearman', 'spearman_abs', 'ssim'])
 
-# %% ../../nbs/explain/sanity_checks.ipynb #c018
+# %% ../../nbs/explain/sanity_checks.ipynb #c018-1
 def _fan_masks(fans, n, size):
     "Fans as bool (n, h, w)."
     fans = [fans] if hasattr(fans, 'mask') and callable(fans.mask) else fans
-    if isinstance(fans, (list, tuple)) and len(fans) and hasattr(fans[0], 'mask'): fans = np.stack([f.mask() for f in fans])
+    if isinstance(fans, (list, tuple)) and len(fans) and hasattr(fans[0], 'mask'):
+        fans = np.stack([f.mask() for f in fans])
     fans = fans.detach().cpu().numpy() if torch.is_tensor(fans) else np.asarray(fans)
-    if fans.dtype != bool and not np.isin(fans, (0, 1)).all(): raise ValueError("a fan mask is True (or 1) inside the fan and False (or 0) outside; this one holds other values")
+    if fans.dtype != bool and not np.isin(fans, (0, 1)).all():
+        raise ValueError(
+            "a fan mask is True (or 1) inside the fan and False (or 0) outside; this one holds other values"
+        )
     fans = fans.astype(bool)[None] if fans.ndim == 2 else fans.astype(bool)
-    if fans.ndim != 3 or fans.shape[1:] != tuple(size) or len(fans) not in (1, n): raise ValueError(f"{n} frames of {tuple(size)} need fans of (h, w) or (n, h, w), got {fans.shape}: resize the fan to the frames, `Fan.resize`")
+    if fans.ndim != 3 or fans.shape[1:] != tuple(size) or len(fans) not in (1, n):
+        raise ValueError(
+            f"{n} frames of {tuple(size)} need fans of (h, w) or (n, h, w), got {fans.shape}: resize the fan to the frames, `Fan.resize`"
+        )
     return np.broadcast_to(fans, (n, *size))
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c018-2
 def heat_in_fan(
-    maps,                     # (b, h, w) raw signed maps, array or tensor
-    fans,                     # bool (h, w) or (b, h, w), or a Fan, or a list of them
-    positive:bool=False,      # count positive values only, not the absolute ones
-) -> np.ndarray:              # (b,) 0..1; NaN for a map without heat
+    maps,  # (b, h, w) raw signed maps, array or tensor
+    fans,  # bool (h, w) or (b, h, w), or a Fan, or a list of them
+    positive: bool = False,  # count positive values only, not the absolute ones
+) -> np.ndarray:  # (b,) 0..1; NaN for a map without heat
     "Share of a map's heat that lies inside the fan."
     maps = _finite_maps(maps)
-    heat, inside = np.clip(maps, 0, None) if positive else np.abs(maps), _fan_masks(fans, len(maps), maps.shape[1:])
+    heat, inside = (
+        np.clip(maps, 0, None) if positive else np.abs(maps),
+        _fan_masks(fans, len(maps), maps.shape[1:]),
+    )
     total = heat.sum((1, 2))
-    return np.divide((heat*inside).sum((1, 2)), total, out=np.full(len(maps), np.nan), where=total > 0)
+    return np.divide((heat * inside).sum((1, 2)), total, out=np.full(len(maps), np.nan), where=total > 0)
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c018
 def heat_table(
-    maps,                     # (b, h, w) raw signed maps
-    fans,                     # as for heat_in_fan
-    positive:bool=False,      # as for heat_in_fan
-) -> pd.DataFrame:            # a row per frame: heat (share inside), area (the fan's share of the picture), ratio (heat/area; 1 is chance)
+    maps,  # (b, h, w) raw signed maps
+    fans,  # as for heat_in_fan
+    positive: bool = False,  # as for heat_in_fan
+) -> pd.DataFrame:  # a row per frame: heat (share inside), area (the fan's share of the picture), ratio (heat/area; 1 is chance)
     "The share of heat inside the fan beside what area alone would give."
     maps = _finite_maps(maps)
     heat, area = heat_in_fan(maps, fans, positive), _fan_masks(fans, len(maps), maps.shape[1:]).mean((1, 2))
-    return pd.DataFrame(dict(heat=heat, area=area, ratio=np.divide(heat, area, out=np.full(len(heat), np.nan), where=area > 0)))
+    return pd.DataFrame(
+        dict(
+            heat=heat, area=area, ratio=np.divide(heat, area, out=np.full(len(heat), np.nan), where=area > 0)
+        )
+    )
 
-# %% ../../nbs/explain/sanity_checks.ipynb #c022
+# %% ../../nbs/explain/sanity_checks.ipynb #c022-1
 def deletion_insertion(
-    model:nn.Module,          # gives logits (b, classes)
-    x,                        # (b, c, h, w) float pictures
-    maps,                     # (b, h, w) raw maps; the largest values go first
-    target=None,              # class (number or name), or one per picture; default: the predicted ones
+    model: nn.Module,  # gives logits (b, classes)
+    x,  # (b, c, h, w) float pictures
+    maps,  # (b, h, w) raw maps; the largest values go first
+    target=None,  # class (number or name), or one per picture; default: the predicted ones
     *,
-    steps:int=20,             # equal parts in which the pixels go
-    fill=0.,                  # number, or tensor that broadcasts to x (a blurred copy, say), that is painted
-    seed:int=0,               # of the random order
-    bs:int=64,                # pictures in a batch
-) -> tuple:                   # (curves, areas): DataFrames with columns frame mode order share probability, and frame mode order auc
+    steps: int = 20,  # equal parts in which the pixels go
+    fill=0.0,  # number, or tensor that broadcasts to x (a blurred copy, say), that is painted
+    seed: int = 0,  # of the random order
+    bs: int = 64,  # pictures in a batch
+) -> (
+    tuple
+):  # (curves, areas): DataFrames with columns frame mode order share probability, and frame mode order auc
     "Probability of a class while pixels are deleted or inserted: in the map's order, in random order and in the map's reversed order."
     m = torch.from_numpy(_finite_maps(maps)).flatten(1)
-    if (len(m), m.shape[1]) != (len(x), x.shape[2]*x.shape[3]): raise ValueError(f"maps of shape {tuple(np.shape(maps))} do not fit pictures of shape {tuple(x.shape)}")
-    if not 1 <= steps <= m.shape[1]: raise ValueError(f"steps must be 1..{m.shape[1]} (the pixels), got {steps}")
+    if (len(m), m.shape[1]) != (len(x), x.shape[2] * x.shape[3]):
+        raise ValueError(
+            f"maps of shape {tuple(np.shape(maps))} do not fit pictures of shape {tuple(x.shape)}"
+        )
+    if not 1 <= steps <= m.shape[1]:
+        raise ValueError(f"steps must be 1..{m.shape[1]} (the pixels), got {steps}")
     (b, pixels), x = m.shape, x.detach()
-    fill, rng = torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x), torch.Generator().manual_seed(seed)
-    hottest = m.argsort(dim=1, descending=True, stable=True).argsort(dim=1)         # rank of each pixel
-    ranks = dict(map=hottest, random=torch.rand(b, pixels, generator=rng).argsort(dim=1).argsort(dim=1), reversed=pixels - 1 - hottest)
-    counts, curves = [round(pixels*k/steps) for k in range(steps + 1)], {}
+    fill, rng = (
+        torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x),
+        torch.Generator().manual_seed(seed),
+    )
+    hottest = m.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # rank of each pixel
+    ranks = dict(
+        map=hottest,
+        random=torch.rand(b, pixels, generator=rng).argsort(dim=1).argsort(dim=1),
+        reversed=pixels - 1 - hottest,
+    )
+    counts, curves = [round(pixels * k / steps) for k in range(steps + 1)], {}
     with frozen_eval(model), torch.no_grad():
         out = torch.cat([model(p) for p in x.split(bs)])
-        if out.ndim != 2: raise ValueError(f"deletion and insertion follow a class probability: logits must be (b, classes), the model gives {tuple(out.shape)}")
-        target = out.argmax(1) if target is None else torch.as_tensor(class_codes(model, target), device=out.device).long().expand(b)
-        if target.min() < 0 or target.max() >= out.shape[1]: raise ValueError(f"target {target.tolist()} is out of range: the model has {out.shape[1]} classes")
+        if out.ndim != 2:
+            raise ValueError(
+                f"deletion and insertion follow a class probability: logits must be (b, classes), the model gives {tuple(out.shape)}"
+            )
+        target = (
+            out.argmax(1)
+            if target is None
+            else torch.as_tensor(class_codes(model, target), device=out.device).long().expand(b)
+        )
+        if target.min() < 0 or target.max() >= out.shape[1]:
+            raise ValueError(
+                f"target {target.tolist()} is out of range: the model has {out.shape[1]} classes"
+            )
         for order, rank in progress(ranks.items(), desc='orders'):
             rank = rank.view(b, 1, *x.shape[2:]).to(x.device)
             for mode in ('deletion', 'insertion'):
                 first, then = (fill, x) if mode == 'deletion' else (x, fill)
-                ps = [torch.cat([model(p) for p in torch.where(rank < k, first, then).split(bs)]).float().softmax(1).gather(1, target[:, None])[:, 0] for k in counts]
+                ps = [
+                    torch.cat([model(p) for p in torch.where(rank < k, first, then).split(bs)])
+                    .float()
+                    .softmax(1)
+                    .gather(1, target[:, None])[:, 0]
+                    for k in counts
+                ]
                 curves[mode, order] = torch.stack(ps, 1).cpu().numpy()
-    share = np.array(counts)/pixels
-    long = [pd.DataFrame(dict(frame=np.repeat(np.arange(b), len(share)), mode=mode, order=order, share=np.tile(share, b), probability=c.ravel())) for (mode, order), c in curves.items()]
-    areas = [pd.DataFrame(dict(frame=np.arange(b), mode=mode, order=order, auc=((c[:, 1:] + c[:, :-1])/2*np.diff(share)).sum(1))) for (mode, order), c in curves.items()]
+    share = np.array(counts) / pixels
+    long = [
+        pd.DataFrame(
+            dict(
+                frame=np.repeat(np.arange(b), len(share)),
+                mode=mode,
+                order=order,
+                share=np.tile(share, b),
+                probability=c.ravel(),
+            )
+        )
+        for (mode, order), c in curves.items()
+    ]
+    areas = [
+        pd.DataFrame(
+            dict(
+                frame=np.arange(b),
+                mode=mode,
+                order=order,
+                auc=((c[:, 1:] + c[:, :-1]) / 2 * np.diff(share)).sum(1),
+            )
+        )
+        for (mode, order), c in curves.items()
+    ]
     return pd.concat(long, ignore_index=True), pd.concat(areas, ignore_index=True)
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c022
 def show_deletion(
-    curves:pd.DataFrame,      # from deletion_insertion
-    axs=None,                 # two matplotlib axes; new ones when None
-):                            # the axes
+    curves: pd.DataFrame,  # from deletion_insertion
+    axs=None,  # two matplotlib axes; new ones when None
+):  # the axes
     "Deletion and insertion curves, means over the frames, with both baselines."
     import matplotlib.pyplot as plt
+
     axs = plt.subplots(1, 2, figsize=(7, 2.8), dpi=80, sharey=True)[1] if axs is None else axs
     mean = curves.groupby(['mode', 'order', 'share'])['probability'].mean()
     for ax, mode in zip(axs, ('deletion', 'insertion')):
-        for order, style in dict(map='-', random='--', reversed=':').items(): ax.plot(mean[mode, order].index, mean[mode, order], style, label=order)
+        for order, style in dict(map='-', random='--', reversed=':').items():
+            ax.plot(mean[mode, order].index, mean[mode, order], style, label=order)
         ax.set(title=mode, xlabel='share of the pixels', ylim=(0, 1.02))
-    axs[0].set_ylabel('probability'); axs[0].legend(frameon=False, fontsize=8); axs[0].figure.tight_layout()
+    axs[0].set_ylabel('probability')
+    axs[0].legend(frameon=False, fontsize=8)
+    axs[0].figure.tight_layout()
     return axs
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c029
 def pointing_game(
-    maps,                     # (n, h, w) raw maps
-    masks,                    # (n, h, w) integer codes, e.g. the phantom's dense ones
-    code='B-line',            # which code is the finding: a name of DENSE, or a number
-    tolerance:float=3,        # pixels from the finding that still count
-) -> dict:                    # hits, total (frames with the finding), left_out (frames without), rate (hits/total), chance; NaN when total is 0
+    maps,  # (n, h, w) raw maps
+    masks,  # (n, h, w) integer codes, e.g. the phantom's dense ones
+    code='B-line',  # which code is the finding: a name of DENSE, or a number
+    tolerance: float = 3,  # pixels from the finding that still count
+) -> dict:  # hits, total (frames with the finding), left_out (frames without), rate (hits/total), chance; NaN when total is 0
     "Share of frames in which a map's largest value is on a finding (Zhang 2018)."
     from scipy.ndimage import distance_transform_edt
+
     maps, masks = _finite_maps(maps), masks.cpu().numpy() if torch.is_tensor(masks) else np.asarray(masks)
     masks = masks[None] if masks.ndim == 2 else masks
-    if maps.shape != masks.shape: raise ValueError(f"maps {maps.shape} and masks {masks.shape} differ in shape")
-    if isinstance(code, str) and code not in DENSE: raise ValueError(f"no code named {code!r}; there are {DENSE}")
-    if tolerance < 0: raise ValueError(f"tolerance must be at least 0 pixels, got {tolerance}")
+    if maps.shape != masks.shape:
+        raise ValueError(f"maps {maps.shape} and masks {masks.shape} differ in shape")
+    if isinstance(code, str) and code not in DENSE:
+        raise ValueError(f"no code named {code!r}; there are {DENSE}")
+    if tolerance < 0:
+        raise ValueError(f"tolerance must be at least 0 pixels, got {tolerance}")
     there = masks == (DENSE.index(code) if isinstance(code, str) else code)
     seen = np.flatnonzero(there.any((1, 2)))
     near = [distance_transform_edt(~there[i]) <= tolerance for i in seen]
     hits = sum(float(t[maps[i] == maps[i].max()].mean()) for i, t in zip(seen, near))
     n = len(seen)
-    return dict(hits=hits, total=n, left_out=len(maps) - n, rate=hits/n if n else float('nan'), chance=float(np.mean([t.mean() for t in near])) if n else float('nan'))
+    return dict(
+        hits=hits,
+        total=n,
+        left_out=len(maps) - n,
+        rate=hits / n if n else float('nan'),
+        chance=float(np.mean([t.mean() for t in near])) if n else float('nan'),
+    )
 
-# %% ../../nbs/explain/sanity_checks.ipynb #c036
+# %% ../../nbs/explain/sanity_checks.ipynb #c036-1
 class _FanView:
     "A frame store in which every pixel outside `keep` reads as `fill`."
+
     def __init__(self, store, keep, fill):
         self.store, self.keep, self.fill = store, keep, np.uint8(fill)
-        self.frames, self.masks, self.folder, self.size, self.images = store.frames, store.masks, store.folder, store.size, self
-        self.id = getattr(store, 'id', None)                    # its rows are those of the store
-    def __len__(self): return len(self.store)
-    def __deepcopy__(self, memo): return self                   # nothing in it changes, and DataLoaders copy their transforms
-    def __getitem__(self, rows): return np.where(self.keep[rows], self.store.images[rows], self.fill)
+        self.frames, self.masks, self.folder, self.size, self.images = (
+            store.frames,
+            store.masks,
+            store.folder,
+            store.size,
+            self,
+        )
+        self.id = getattr(store, 'id', None)  # its rows are those of the store
 
+    def __len__(self):
+        return len(self.store)
+
+    def __deepcopy__(self, memo):
+        return self  # nothing in it changes, and DataLoaders copy their transforms
+
+    def __getitem__(self, rows):
+        return np.where(self.keep[rows], self.store.images[rows], self.fill)
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c036-2
 def _keep(frames, fan, fill, inside):
     if hasattr(frames, 'images') and hasattr(frames, 'frames'):
         fan = _fan_masks(fan, len(frames), frames.size)
@@ -275,106 +441,206 @@ def _keep(frames, fan, fill, inside):
     n, size = 1 if single else len(frames), frames.shape[-2:]
     fan = _fan_masks(fan, n, size)
     keep = fan if inside else ~fan
-    keep = keep[0] if single else keep.reshape(n, *[1]*(frames.ndim - 3), *size)
-    if torch.is_tensor(frames): return torch.where(torch.from_numpy(keep.copy()).to(frames.device), frames, torch.as_tensor(fill, dtype=frames.dtype, device=frames.device))
+    keep = keep[0] if single else keep.reshape(n, *[1] * (frames.ndim - 3), *size)
+    if torch.is_tensor(frames):
+        return torch.where(
+            torch.from_numpy(keep.copy()).to(frames.device),
+            frames,
+            torch.as_tensor(fill, dtype=frames.dtype, device=frames.device),
+        )
     return np.where(keep, frames, np.asarray(fill, frames.dtype))
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c036-3
 def only_outside(
-    frames,                   # (h, w), (n, h, w) or (n, c, h, w) array or tensor, or a FrameStore
-    fan,                      # bool (h, w) or (n, h, w), or a Fan, or a list of them
-    fill=0,                   # value of the blanked pixels
-):                            # like frames, the inside of the fan blanked; of a store a view that reads so
+    frames,  # (h, w), (n, h, w) or (n, c, h, w) array or tensor, or a FrameStore
+    fan,  # bool (h, w) or (n, h, w), or a Fan, or a list of them
+    fill=0,  # value of the blanked pixels
+):  # like frames, the inside of the fan blanked; of a store a view that reads so
     "Cover up the patient: what is left is outside the fan."
     return _keep(frames, fan, fill, False)
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c036
 def only_inside(
-    frames,                   # as for only_outside
-    fan,                      # as for only_outside
-    fill=0,                   # value of the blanked pixels
-):                            # like frames, the outside of the fan blanked
+    frames,  # as for only_outside
+    fan,  # as for only_outside
+    fill=0,  # value of the blanked pixels
+):  # like frames, the outside of the fan blanked
     "Cover up everything but the patient."
     return _keep(frames, fan, fill, True)
 
-# %% ../../nbs/explain/sanity_checks.ipynb #c039
+# %% ../../nbs/explain/sanity_checks.ipynb #c039-1
 def small_learner(
-    dls,                      # DataLoaders of one-channel frames with labels, from frame_dls
-) -> Learner:                 # of a network with some 27,000 parameters at three classes
+    dls,  # DataLoaders of one-channel frames with labels, from frame_dls
+) -> Learner:  # of a network with some 27,000 parameters at three classes
     "A small network that can see where things are: four strided convolutions, then 4x4 cells and one linear layer."
-    block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.GroupNorm(4, o), nn.ReLU(inplace=True))     # group norm: no running statistics, which a short training leaves behind
-    net = nn.Sequential(block(1, 8), block(8, 16), block(16, 32), block(32, 64), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64*16, len(dls.vocab)))
+
+    def block(i, o):
+        return nn.Sequential(
+            nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.GroupNorm(4, o), nn.ReLU(inplace=True)
+        )  # group norm: no running statistics, which a short training leaves behind
+
+    net = nn.Sequential(
+        block(1, 8),
+        block(8, 16),
+        block(16, 32),
+        block(32, 64),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(64 * 16, len(dls.vocab)),
+    )
     return Learner(dls, net, loss_func=CrossEntropyLossFlat())
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c039-2
 def _told(store, frames, label, note, *, folds, build, epochs, path, bs, lr, seed):
     "Cross-validate a classifier of `label`; a row of clip scores beside the commonest class."
     frames = frames.assign(label=label)
     classes = sorted(set(label))
     fold = patient_folds(frames, folds, seed)
-    preds = cross_validate(build, frames, fold, data=lambda a, b: frame_dls(store, a, b, classes=classes, bs=bs), collect=ClassProbs(), epochs=epochs, path=path, lr=lr, seed=seed)
-    scores, clips = evaluate(preds, ['clip'], seed=seed).set_index(['class', 'metric']).loc['all'], preds.drop_duplicates('clip')
-    row = dict(**scores.loc['accuracy', ['value', 'low', 'high']].rename({'value': 'accuracy'}), majority=clips['label'].value_counts(normalize=True).iloc[0],
-               balanced_accuracy=scores.loc['balanced_accuracy', 'value'], chance=1/len(classes))
-    return {**{k: float(v) for k, v in row.items()}, 'classes': len(classes), 'clips': len(clips), 'patients': frames['patient'].nunique(), 'left_out': note}
+    preds = cross_validate(
+        build,
+        frames,
+        fold,
+        data=lambda a, b: frame_dls(store, a, b, classes=classes, bs=bs),
+        collect=ClassProbs(),
+        epochs=epochs,
+        path=path,
+        lr=lr,
+        seed=seed,
+    )
+    scores, clips = (
+        evaluate(preds, ['clip'], seed=seed).set_index(['class', 'metric']).loc['all'],
+        preds.drop_duplicates('clip'),
+    )
+    row = dict(
+        **scores.loc['accuracy', ['value', 'low', 'high']].rename({'value': 'accuracy'}),
+        majority=clips['label'].value_counts(normalize=True).iloc[0],
+        balanced_accuracy=scores.loc['balanced_accuracy', 'value'],
+        chance=1 / len(classes),
+    )
+    return {
+        **{k: float(v) for k, v in row.items()},
+        'classes': len(classes),
+        'clips': len(clips),
+        'patients': frames['patient'].nunique(),
+        'left_out': note,
+    }
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c039-3
 def _digest(frames, label, keep=None):
-    text = '\n'.join(map(str, label)).encode() + (b'' if keep is None else np.packbits(np.asarray(keep)).tobytes())
+    text = '\n'.join(map(str, label)).encode() + (
+        b'' if keep is None else np.packbits(np.asarray(keep)).tobytes()
+    )
     return hashlib.sha256(text + np.asarray(frames['row']).tobytes()).hexdigest()[:8]
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c039-4
 def outside_fan_check(
-    store,                    # a FrameStore; store.frames has patients and labels
-    fans=None,                # bool (h, w), or (N, h, w) a row per frame of the store; default: its column fan of preprocess.add_fans
+    store,  # a FrameStore; store.frames has patients and labels
+    fans=None,  # bool (h, w), or (N, h, w) a row per frame of the store; default: its column fan of preprocess.add_fans
     *,
-    path,                     # folder for checkpoints and predictions
-    sees=('outside',),        # any of 'outside', 'inside' and 'all': a network is trained for each
-    build=small_learner,      # function (dls) -> Learner; dls.vocab holds the classes
-    epochs:int=10,            # at least 1
-    folds:int=3,              # by patient
-    bs:int=32,                # batch size
-    lr:float=1e-3,            # learning rate
-    seed:int=0,               # of folds and training
-) -> pd.DataFrame:            # a row per view: accuracy of clips with low and high, majority, balanced_accuracy, chance, classes, clips, patients, left_out
+    path,  # folder for checkpoints and predictions
+    sees=('outside',),  # any of 'outside', 'inside' and 'all': a network is trained for each
+    build=small_learner,  # function (dls) -> Learner; dls.vocab holds the classes
+    epochs: int = 10,  # at least 1
+    folds: int = 3,  # by patient
+    bs: int = 32,  # batch size
+    lr: float = 1e-3,  # learning rate
+    seed: int = 0,  # of folds and training
+) -> pd.DataFrame:  # a row per view: accuracy of clips with low and high, majority, balanced_accuracy, chance, classes, clips, patients, left_out
     "How well the label can be told by a network that sees only what is outside the fan."
     wrong = [s for s in sees if s not in ('outside', 'inside', 'all')]
-    if wrong: raise ValueError(f"sees holds 'outside', 'inside' or 'all', got {wrong}")
+    if wrong:
+        raise ValueError(f"sees holds 'outside', 'inside' or 'all', got {wrong}")
     frames = store.frames
     if fans is None:
-        if 'fan' not in frames: raise TableError("the store's frame table has no column 'fan': pass `fans`, or build the store from a table with `add_fans`")
+        if 'fan' not in frames:
+            raise TableError(
+                "the store's frame table has no column 'fan': pass `fans`, or build the store from a table with `add_fans`"
+            )
         found = frames['fan'].fillna('').astype(str).str.strip() != ''
-        if not found.any(): raise TableError("the column 'fan' is empty in every row: no fan was found in any clip")
-        made = {t: Fan.from_dict(json.loads(t)).resize(store.size).mask() for t in frames.loc[found, 'fan'].unique()}
+        if not found.any():
+            raise TableError("the column 'fan' is empty in every row: no fan was found in any clip")
+        made = {
+            t: Fan.from_dict(json.loads(t)).resize(store.size).mask()
+            for t in frames.loc[found, 'fan'].unique()
+        }
         fans = np.stack([made.get(t, np.zeros(store.size, bool)) for t in frames['fan']])
-        frames, note = frames[found], f"{frames.loc[~found, 'clip'].nunique()} clips without a fan" if not found.all() else ''
-    else: note = ''
-    if frames['label'].nunique() < 2: raise ValueError(f"all frames have the label {frames['label'].iloc[0]!r}: there is nothing to tell apart")
+        frames, note = (
+            frames[found],
+            f"{frames.loc[~found, 'clip'].nunique()} clips without a fan" if not found.all() else '',
+        )
+    else:
+        note = ''
+    if frames['label'].nunique() < 2:
+        raise ValueError(
+            f"all frames have the label {frames['label'].iloc[0]!r}: there is nothing to tell apart"
+        )
     fans, rows, label = _fan_masks(fans, len(store), store.size), {}, frames['label'].astype(str)
     for s in sees:
         view = store if s == 'all' else (only_outside if s == 'outside' else only_inside)(store, fans)
-        rows[s] = _told(view, frames, label, note, folds=folds, build=build, epochs=epochs, path=f'{path}/{s}-{_digest(frames, label, None if s == "all" else fans)}', bs=bs, lr=lr, seed=seed)
+        rows[s] = _told(
+            view,
+            frames,
+            label,
+            note,
+            folds=folds,
+            build=build,
+            epochs=epochs,
+            path=f'{path}/{s}-{_digest(frames, label, None if s == "all" else fans)}',
+            bs=bs,
+            lr=lr,
+            seed=seed,
+        )
     return pd.DataFrame(rows).T.rename_axis('sees').convert_dtypes()
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c039
 def predict_source(
-    store,                    # a FrameStore, or a view of one by only_inside or only_outside
-    columns=('source', 'probe'),   # of its frame table: what is to be told
+    store,  # a FrameStore, or a view of one by only_inside or only_outside
+    columns=('source', 'probe'),  # of its frame table: what is to be told
     *,
-    path,                     # folder for checkpoints and predictions
-    build=small_learner,      # function (dls) -> Learner; dls.vocab holds the classes
-    epochs:int=10,            # at least 1
-    folds:int=3,              # by patient; values with fewer patients than folds are left out
-    bs:int=32,                # batch size
-    lr:float=1e-3,            # learning rate
-    seed:int=0,               # of folds and training
-) -> pd.DataFrame:            # a row per column: as outside_fan_check; left_out names values with too few patients; NaN where fewer than two values remain
+    path,  # folder for checkpoints and predictions
+    build=small_learner,  # function (dls) -> Learner; dls.vocab holds the classes
+    epochs: int = 10,  # at least 1
+    folds: int = 3,  # by patient; values with fewer patients than folds are left out
+    bs: int = 32,  # batch size
+    lr: float = 1e-3,  # learning rate
+    seed: int = 0,  # of folds and training
+) -> pd.DataFrame:  # a row per column: as outside_fan_check; left_out names values with too few patients; NaN where fewer than two values remain
     "How well a network can tell where frames come from."
     missing = [c for c in columns if c not in store.frames]
-    if missing: raise TableError(f"missing column(s) {missing}; the store's frame table has {list(store.frames.columns)}")
+    if missing:
+        raise TableError(
+            f"missing column(s) {missing}; the store's frame table has {list(store.frames.columns)}"
+        )
     rows = {}
     for c in columns:
         value = store.frames[c].fillna('').astype(str).str.strip()
         count = store.frames.groupby(value)['patient'].nunique()
         few = [v for v in count.index if count[v] < folds or not v]
         kept = ~value.isin(few)
-        note = 'fewer than {} patients: {}'.format(folds, ', '.join(v or '(empty)' for v in few)) if few else ''
-        if value[kept].nunique() < 2: rows[c] = dict(classes=value[kept].nunique(), left_out='; '.join(filter(None, [note, 'fewer than two values remain'])))
-        else: rows[c] = _told(store, store.frames[kept], value[kept], note, folds=folds, build=build, epochs=epochs,
-                              path=f"{path}/{c}-{_digest(store.frames[kept], value[kept], getattr(store, 'keep', None))}", bs=bs, lr=lr, seed=seed)
-    if all(r['classes'] < 2 for r in rows.values()): raise ValueError(f"none of the columns {list(columns)} has two values with at least {folds} patients each: nothing can be told apart")
+        note = (
+            'fewer than {} patients: {}'.format(folds, ', '.join(v or '(empty)' for v in few)) if few else ''
+        )
+        if value[kept].nunique() < 2:
+            rows[c] = dict(
+                classes=value[kept].nunique(),
+                left_out='; '.join(filter(None, [note, 'fewer than two values remain'])),
+            )
+        else:
+            rows[c] = _told(
+                store,
+                store.frames[kept],
+                value[kept],
+                note,
+                folds=folds,
+                build=build,
+                epochs=epochs,
+                path=f"{path}/{c}-{_digest(store.frames[kept], value[kept], getattr(store, 'keep', None))}",
+                bs=bs,
+                lr=lr,
+                seed=seed,
+            )
+    if all(r['classes'] < 2 for r in rows.values()):
+        raise ValueError(
+            f"none of the columns {list(columns)} has two values with at least {folds} patients each: nothing can be told apart"
+        )
     return pd.DataFrame(rows).T.rename_axis('column').convert_dtypes()

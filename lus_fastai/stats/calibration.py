@@ -9,113 +9,183 @@ __all__ = ['reliability', 'ece', 'calibration_scores', 'apply_temperature', 'fit
            'confidence', 'abstention']
 
 # %% ../../nbs/stats/calibration.ipynb #c005
-import contextlib, random
-import numpy as np, pandas as pd, torch
+import contextlib
+import random
+
+import numpy as np
+import pandas as pd
+import torch
+
 from ..core import TableError, frozen_eval
 from ..data.folds import assert_disjoint
 from .classification import _draws, _percentiles, check_predictions, pred_classes, predicted
 
-# %% ../../nbs/stats/calibration.ipynb #c010
-def _probs(preds): return preds[['p_' + c for c in pred_classes(preds)]].to_numpy(float)
+# %% ../../nbs/stats/calibration.ipynb #c010-1
+def _probs(preds):
+    return preds[['p_' + c for c in pred_classes(preds)]].to_numpy(float)
+
 
 def _hits(preds):
     "Check a prediction table; largest probability, whether it was right, number of each row's patient."
     check_predictions(preds, [c for c in ('clip', 'frame') if c in preds])
-    return _probs(preds).max(1), (predicted(preds) == preds['label'].astype(str)).to_numpy(), pd.factorize(preds['patient'].astype(str), sort=True)[0]
+    return (
+        _probs(preds).max(1),
+        (predicted(preds) == preds['label'].astype(str)).to_numpy(),
+        pd.factorize(preds['patient'].astype(str), sort=True)[0],
+    )
 
+# %% ../../nbs/stats/calibration.ipynb #c010-2
 def _bin_sums(preds, bins):
     "(patients, bins, 3): rows, sum of confidence, rows that are right."
-    if not isinstance(bins, (int, np.integer)) or bins < 1: raise ValueError(f"bins is a whole number from 1, got {bins!r}")
+    if not isinstance(bins, (int, np.integer)) or bins < 1:
+        raise ValueError(f"bins is a whole number from 1, got {bins!r}")
     conf, right, group = _hits(preds)
     out = np.zeros((group.max() + 1, bins, 3))
-    np.add.at(out, (group, np.digitize(conf, np.linspace(0, 1, bins + 1)[1:-1], right=True)), np.stack([np.ones_like(conf), conf, right], 1))
+    np.add.at(
+        out,
+        (group, np.digitize(conf, np.linspace(0, 1, bins + 1)[1:-1], right=True)),
+        np.stack([np.ones_like(conf), conf, right], 1),
+    )
     return out
 
-def _safe(a, b): return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
+# %% ../../nbs/stats/calibration.ipynb #c010-3
+def _safe(a, b):
+    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
 
+# %% ../../nbs/stats/calibration.ipynb #c010-4
 def reliability(
-    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
-    bins:int=10,          # number of bins of equal width over 0..1
-    n_boot:int=1000,      # resamples of patients
-    seed:int=0,           # of the resampling
-) -> pd.DataFrame:        # a row per bin: above, to (its ends), confidence, accuracy, low, high (95 % interval of the accuracy), n; NaN in an empty bin
+    preds: pd.DataFrame,  # prediction table of frames, or what vote returns
+    bins: int = 10,  # number of bins of equal width over 0..1
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # a row per bin: above, to (its ends), confidence, accuracy, low, high (95 % interval of the accuracy), n; NaN in an empty bin
     "Mean probability of the called class and share that was right, bin by bin."
     sums = _bin_sums(preds, bins)
     n, conf, right = sums.sum(0).T
     drawn = np.tensordot(_draws(len(sums), n_boot, seed).astype(float), sums[..., [0, 2]], 1)
     low, high = _percentiles(_safe(drawn[..., 1], drawn[..., 0]), len(sums))
     ends = np.linspace(0, 1, bins + 1)
-    return pd.DataFrame(dict(above=ends[:-1], to=ends[1:], confidence=_safe(conf, n), accuracy=_safe(right, n), low=low, high=high, n=n.astype(int)))
+    return pd.DataFrame(
+        dict(
+            above=ends[:-1],
+            to=ends[1:],
+            confidence=_safe(conf, n),
+            accuracy=_safe(right, n),
+            low=low,
+            high=high,
+            n=n.astype(int),
+        )
+    )
 
+# %% ../../nbs/stats/calibration.ipynb #c010
 def ece(
-    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
-    bins:int=10,          # number of bins of equal width over 0..1
-) -> float:               # 0 (promises kept) to 1
+    preds: pd.DataFrame,  # prediction table of frames, or what vote returns
+    bins: int = 10,  # number of bins of equal width over 0..1
+) -> float:  # 0 (promises kept) to 1
     "Expected calibration error: mean distance of confidence and accuracy over the bins, weighted by their rows."
     n, conf, right = _bin_sums(preds, bins).sum(0).T
-    return float(np.abs(conf - right).sum()/n.sum())
+    return float(np.abs(conf - right).sum() / n.sum())
 
 # %% ../../nbs/stats/calibration.ipynb #c016
-_FLOOR = 1e-12                # a probability of 0 has no logarithm
+_FLOOR = 1e-12  # a probability of 0 has no logarithm
+
 
 def calibration_scores(
-    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
-    bins:int=10,          # of the ECE
-    n_boot:int=1000,      # resamples of patients
-    seed:int=0,           # of the resampling
-) -> pd.DataFrame:        # metric ('ece', 'nll', 'brier', 'confidence', 'accuracy'), value, low, high, n (rows), patients
+    preds: pd.DataFrame,  # prediction table of frames, or what vote returns
+    bins: int = 10,  # of the ECE
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> (
+    pd.DataFrame
+):  # metric ('ece', 'nll', 'brier', 'confidence', 'accuracy'), value, low, high, n (rows), patients
     "ECE, negative log likelihood, Brier score, mean confidence and accuracy with 95 % intervals over patients; the ECE, biased upwards by chance, has none."
     sums, (_, _, group), p = _bin_sums(preds, bins), _hits(preds), _probs(preds)
     hot = preds['label'].astype(str).to_numpy()[:, None] == np.array(pred_classes(preds))
-    rows = [-np.log(np.clip(p[hot], _FLOOR, None)), ((p - hot)**2).sum(1)]
-    sums = np.concatenate([np.stack([np.bincount(group, r) for r in rows], 1), sums[..., 1:].sum(1), sums[..., :1].sum(1)], 1)      # (patients, 5): nll, brier, confidence, right, rows
+    rows = [-np.log(np.clip(p[hot], _FLOOR, None)), ((p - hot) ** 2).sum(1)]
+    sums = np.concatenate(
+        [np.stack([np.bincount(group, r) for r in rows], 1), sums[..., 1:].sum(1), sums[..., :1].sum(1)], 1
+    )  # (patients, 5): nll, brier, confidence, right, rows
     value, drawn = sums.sum(0), _draws(len(sums), n_boot, seed).astype(float) @ sums
-    low, high = _percentiles(drawn[:, :4]/drawn[:, 4:], len(sums))
-    return pd.DataFrame(dict(metric=['ece', 'nll', 'brier', 'confidence', 'accuracy'], value=[ece(preds, bins), *value[:4]/value[4]], low=[np.nan, *low], high=[np.nan, *high], n=len(preds), patients=len(sums)))
+    low, high = _percentiles(drawn[:, :4] / drawn[:, 4:], len(sums))
+    return pd.DataFrame(
+        dict(
+            metric=['ece', 'nll', 'brier', 'confidence', 'accuracy'],
+            value=[ece(preds, bins), *value[:4] / value[4]],
+            low=[np.nan, *low],
+            high=[np.nan, *high],
+            n=len(preds),
+            patients=len(sums),
+        )
+    )
 
-# %% ../../nbs/stats/calibration.ipynb #c019
-_COLDEST, _HOTTEST = .05, 20.
+# %% ../../nbs/stats/calibration.ipynb #c019-1
+_COLDEST, _HOTTEST = 0.05, 20.0
+
 
 def _softmax(z):
     z = np.exp(z - z.max(1, keepdims=True))
-    return z/z.sum(1, keepdims=True)
+    return z / z.sum(1, keepdims=True)
 
+# %% ../../nbs/stats/calibration.ipynb #c019-2
 def _logits(x):
     x = (x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)).astype(float)
-    if x.ndim != 2 or not len(x): raise ValueError(f"logits or probabilities are (n, classes) with at least one row, got shape {x.shape}")
-    if not np.isfinite(x).all(): raise ValueError(f"logits or probabilities are NaN or infinite in row(s) {np.flatnonzero(~np.isfinite(x).all(1))[:5].tolist()}")
+    if x.ndim != 2 or not len(x):
+        raise ValueError(
+            f"logits or probabilities are (n, classes) with at least one row, got shape {x.shape}"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f"logits or probabilities are NaN or infinite in row(s) {np.flatnonzero(~np.isfinite(x).all(1))[:5].tolist()}"
+        )
     return np.log(np.clip(x, _FLOOR, None)) if (x >= 0).all() and np.allclose(x.sum(1), 1, atol=1e-3) else x
 
+# %% ../../nbs/stats/calibration.ipynb #c019-3
 def apply_temperature(
-    logits,               # (n, classes) logits, or probabilities: rows from 0 that add up to one
-    temperature:float,    # above 0; more than 1 makes forecasts more modest
-) -> np.ndarray:          # (n, classes) probabilities
+    logits,  # (n, classes) logits, or probabilities: rows from 0 that add up to one
+    temperature: float,  # above 0; more than 1 makes forecasts more modest
+) -> np.ndarray:  # (n, classes) probabilities
     "Softmax of logits divided by the temperature; the order of the classes stays."
-    if not temperature > 0: raise ValueError(f"a temperature is above 0, got {temperature}")
-    return _softmax(_logits(logits)/temperature)
+    if not temperature > 0:
+        raise ValueError(f"a temperature is above 0, got {temperature}")
+    return _softmax(_logits(logits) / temperature)
 
+# %% ../../nbs/stats/calibration.ipynb #c019
 def fit_temperature(
-    logits,               # (n, classes) logits, or probabilities: rows from 0 that add up to one
-    labels,               # (n,) true codes 0..classes-1
-) -> float:               # from 0.05 to 20
+    logits,  # (n, classes) logits, or probabilities: rows from 0 that add up to one
+    labels,  # (n,) true codes 0..classes-1
+) -> float:  # from 0.05 to 20
     "The temperature that minimises the negative log likelihood of the labels."
     z, y = _logits(logits), labels.detach().cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
-    if y.shape != z.shape[:1] or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= z.shape[1]: raise ValueError(f"labels are {len(z)} codes 0..{z.shape[1]-1}, got {y.dtype} of shape {y.shape}")
+    if (
+        y.shape != z.shape[:1]
+        or not np.issubdtype(y.dtype, np.integer)
+        or y.min() < 0
+        or y.max() >= z.shape[1]
+    ):
+        raise ValueError(f"labels are {len(z)} codes 0..{z.shape[1] - 1}, got {y.dtype} of shape {y.shape}")
     true = z[np.arange(len(z)), y]
-    slope = lambda log_t: ((_softmax(z*np.exp(-log_t))*z).sum(1) - true).mean()                # of the likelihood in 1/T: falls as T grows
+
+    def slope(log_t):
+        return (
+            (_softmax(z * np.exp(-log_t)) * z).sum(1) - true
+        ).mean()  # of the likelihood in 1/T: falls as T grows
+
     low, high = np.log([_COLDEST, _HOTTEST])
-    for _ in range(50): low, high = ((low + high)/2, high) if slope((low + high)/2) > 0 else (low, (low + high)/2)
-    return float(np.exp((low + high)/2))
+    for _ in range(50):
+        low, high = ((low + high) / 2, high) if slope((low + high) / 2) > 0 else (low, (low + high) / 2)
+    return float(np.exp((low + high) / 2))
 
 # %% ../../nbs/stats/calibration.ipynb #c024
 def calibrate(
-    preds:pd.DataFrame,   # out-of-fold predictions with a column fold, from folds by patient; frames, or what vote returns
-) -> tuple:               # (the table with scaled p_ columns, Series of the temperature of each fold)
+    preds: pd.DataFrame,  # out-of-fold predictions with a column fold, from folds by patient; frames, or what vote returns
+) -> tuple:  # (the table with scaled p_ columns, Series of the temperature of each fold)
     "Scale each fold's probabilities by the temperature of all other folds; raises LeakError when a patient stands in two folds."
     check_predictions(preds, ['fold'] + [c for c in ('clip', 'frame') if c in preds])
     gone = preds['fold'].isna()
-    if gone.any(): raise TableError(f"no fold in {gone.sum()} row(s), such as {preds.index[gone][0]}")
-    if preds['fold'].nunique() < 2: raise TableError("a temperature is fitted on the other folds: at least two are needed")
+    if gone.any():
+        raise TableError(f"no fold in {gone.sum()} row(s), such as {preds.index[gone][0]}")
+    if preds['fold'].nunique() < 2:
+        raise TableError("a temperature is fitted on the other folds: at least two are needed")
     codes = preds['label'].astype(str).map({c: i for i, c in enumerate(pred_classes(preds))}).to_numpy(int)
     p, temperatures = _probs(preds), {}
     out = np.empty_like(p)
@@ -124,10 +194,20 @@ def calibrate(
         assert_disjoint(preds[~held], preds[held])
         temperatures[k] = fit_temperature(p[~held], codes[~held])
         out[held] = apply_temperature(p[held], temperatures[k])
-    return preds.assign(**{f'p_{c}': out[:, i] for i, c in enumerate(pred_classes(preds))}), pd.Series(temperatures, name='temperature').rename_axis('fold')
+    return preds.assign(**{f'p_{c}': out[:, i] for i, c in enumerate(pred_classes(preds))}), pd.Series(
+        temperatures, name='temperature'
+    ).rename_axis('fold')
 
-# %% ../../nbs/stats/calibration.ipynb #c027
-_DROPOUT = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout)
+# %% ../../nbs/stats/calibration.ipynb #c027-1
+_DROPOUT = (
+    torch.nn.Dropout,
+    torch.nn.Dropout1d,
+    torch.nn.Dropout2d,
+    torch.nn.Dropout3d,
+    torch.nn.AlphaDropout,
+    torch.nn.FeatureAlphaDropout,
+)
+
 
 @contextlib.contextmanager
 def _seeded(device, seed):
@@ -135,80 +215,120 @@ def _seeded(device, seed):
     python, numpy, cuda = random.getstate(), np.random.get_state(), device.type == 'cuda'
     with torch.random.fork_rng(devices=[device] if cuda else []):
         try:
-            random.seed(seed); np.random.seed(seed % 2**32); torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
             if cuda:
-                with torch.cuda.device(device): torch.cuda.manual_seed(seed)
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
-        finally: random.setstate(python); np.random.set_state(numpy)
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
+# %% ../../nbs/stats/calibration.ipynb #c027-2
 def _passes(model, inputs, n, seed, device):
-    if not isinstance(n, (int, np.integer)) or n < 2: raise ValueError(f"n passes, at least 2 to see them differ, got {n!r}")
-    with torch.no_grad(), _seeded(device, seed): probs = torch.stack([model(inputs()).float().softmax(1) for _ in range(n)])
-    if not torch.isfinite(probs).all(): raise ValueError("the model's probabilities are NaN: is there a NaN in x?")
+    if not isinstance(n, (int, np.integer)) or n < 2:
+        raise ValueError(f"n passes, at least 2 to see them differ, got {n!r}")
+    with torch.no_grad(), _seeded(device, seed):
+        probs = torch.stack([model(inputs()).float().softmax(1) for _ in range(n)])
+    if not torch.isfinite(probs).all():
+        raise ValueError("the model's probabilities are NaN: is there a NaN in x?")
     return probs
 
+# %% ../../nbs/stats/calibration.ipynb #c027-3
 def mc_dropout(
-    model,                # gives logits (b, classes); has dropout layers (nn.Dropout and its kin, with p above 0)
-    x,                    # (b, c, h, w) batch on the model's device
-    n:int=10,             # passes, at least 2
-    seed:int=0,           # of the dropout
-) -> torch.Tensor:        # (n, b, classes) probabilities
+    model,  # gives logits (b, classes); has dropout layers (nn.Dropout and its kin, with p above 0)
+    x,  # (b, c, h, w) batch on the model's device
+    n: int = 10,  # passes, at least 2
+    seed: int = 0,  # of the dropout
+) -> torch.Tensor:  # (n, b, classes) probabilities
     "Passes with only the dropout layers in training mode; modes and random generators are restored; ValueError without a dropout layer."
     layers = [m for m in model.modules() if isinstance(m, _DROPOUT) and m.p > 0]
-    if not layers: raise ValueError(f"{type(model).__name__} has no dropout layer (nn.Dropout with p above 0), so all passes would be equal: use tta instead")
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no dropout layer (nn.Dropout with p above 0), so all passes would be equal: use tta instead"
+        )
     with frozen_eval(model):
-        for m in layers: m.training = True
+        for m in layers:
+            m.training = True
         return _passes(model, lambda: x, n, seed, x.device)
 
+# %% ../../nbs/stats/calibration.ipynb #c027-4
 def tta(
-    model,                # gives logits (b, classes)
-    x,                    # (b, c, h, w) batch on the model's device
-    augment,              # function of a batch that gives a randomly changed one of the same shape
-    n:int=10,             # passes, at least 2
-    seed:int=0,           # of the augmentation, if it draws from the generators of torch, numpy or random
-) -> torch.Tensor:        # (n, b, classes) probabilities
+    model,  # gives logits (b, classes)
+    x,  # (b, c, h, w) batch on the model's device
+    augment,  # function of a batch that gives a randomly changed one of the same shape
+    n: int = 10,  # passes, at least 2
+    seed: int = 0,  # of the augmentation, if it draws from the generators of torch, numpy or random
+) -> torch.Tensor:  # (n, b, classes) probabilities
     "Passes in evaluation mode over augmented copies; modes and random generators are restored."
+
     def changed():
         out = augment(x.clone())
-        if not torch.is_tensor(out) or out.shape != x.shape: raise ValueError(f"augment must give a batch of shape {tuple(x.shape)}, got {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__}")
+        if not torch.is_tensor(out) or out.shape != x.shape:
+            raise ValueError(
+                f"augment must give a batch of shape {tuple(x.shape)}, got {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__}"
+            )
         return out
-    with frozen_eval(model): return _passes(model, changed, n, seed, x.device)
 
+    with frozen_eval(model):
+        return _passes(model, changed, n, seed, x.device)
+
+# %% ../../nbs/stats/calibration.ipynb #c027
 def confidence(
-    samples,              # (n, b, classes) probabilities of n passes, tensor or array
-):                        # (b,) from 0 to 1, of the same kind
+    samples,  # (n, b, classes) probabilities of n passes, tensor or array
+):  # (b,) from 0 to 1, of the same kind
     "POCOVID-Net's confidence: 1 - clip(s, 0, 0.5)/0.5, s the standard deviation over the passes of the class that is likeliest on average."
     s = samples if torch.is_tensor(samples) else torch.as_tensor(np.asarray(samples, float))
-    if s.ndim != 3 or len(s) < 2: raise ValueError(f"samples are (n, b, classes) with at least 2 passes, got shape {tuple(s.shape)}")
+    if s.ndim != 3 or len(s) < 2:
+        raise ValueError(f"samples are (n, b, classes) with at least 2 passes, got shape {tuple(s.shape)}")
     called = s.mean(0).argmax(1, keepdim=True)
-    out = 1 - s.std(0, correction=0).gather(1, called).squeeze(1).clamp(0, .5)/.5
+    out = 1 - s.std(0, correction=0).gather(1, called).squeeze(1).clamp(0, 0.5) / 0.5
     return out if torch.is_tensor(samples) else out.numpy()
 
 # %% ../../nbs/stats/calibration.ipynb #c036
 def abstention(
-    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
-    by:str=None,          # column with the confidence of each row, higher is surer; by default the largest probability
-    steps:int=50,         # coverages 1/steps, 2/steps, ... 1
-    n_boot:int=1000,      # resamples of patients
-    seed:int=0,           # of the resampling
-) -> tuple:               # (curve, areas): DataFrames with columns coverage accuracy low high random, and name value low high patients for 'abstention', 'random' and 'gain'
+    preds: pd.DataFrame,  # prediction table of frames, or what vote returns
+    by: str = None,  # column with the confidence of each row, higher is surer; by default the largest probability
+    steps: int = 50,  # coverages 1/steps, 2/steps, ... 1
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> tuple:  # (curve, areas): DataFrames with columns coverage accuracy low high random, and name value low high patients for 'abstention', 'random' and 'gain'
     "Accuracy of the surest rows at each coverage, and the mean over coverages, with 95 % intervals over patients."
     sure, right, group = _hits(preds)
     if by is not None:
-        if by not in preds: raise TableError(f"no column {by!r} to abstain by; there is {list(preds.columns)}")
+        if by not in preds:
+            raise TableError(f"no column {by!r} to abstain by; there is {list(preds.columns)}")
         sure = preds[by].to_numpy(float)
-        if np.isnan(sure).any(): raise TableError(f"no confidence {by!r} in row(s) {preds.index[np.isnan(sure)][:5].tolist()}")
+        if np.isnan(sure).any():
+            raise TableError(f"no confidence {by!r} in row(s) {preds.index[np.isnan(sure)][:5].tolist()}")
     order = np.argsort(-sure, kind='stable')
     sure, right, group = sure[order], right[order], group[order]
     ends, P = np.r_[np.flatnonzero(np.diff(sure)), len(sure) - 1], group.max() + 1
-    coverage = np.arange(1, steps + 1)/steps
+    coverage = np.arange(1, steps + 1) / steps
+
     def accuracy(weights):
-        n, hits = (np.r_[0, np.cumsum(w)[ends]]/weights.sum() for w in (weights, weights*right))
-        return np.interp(coverage, n, hits)/coverage
+        n, hits = (np.r_[0, np.cumsum(w)[ends]] / weights.sum() for w in (weights, weights * right))
+        return np.interp(coverage, n, hits) / coverage
+
     curve = accuracy(np.ones(len(sure)))
     drawn = np.stack([accuracy(w[group]) for w in _draws(P, n_boot, seed)])
     low, high = _percentiles(drawn, P)
-    areas = lambda c: np.stack([c.mean(-1), c[..., -1], c.mean(-1) - c[..., -1]], -1)
+
+    def areas(c):
+        return np.stack([c.mean(-1), c[..., -1], c.mean(-1) - c[..., -1]], -1)
+
     ends_low, ends_high = _percentiles(areas(drawn), P)
-    return (pd.DataFrame(dict(coverage=coverage, accuracy=curve, low=low, high=high, random=curve[-1])),
-            pd.DataFrame(dict(name=['abstention', 'random', 'gain'], value=areas(curve), low=ends_low, high=ends_high, patients=P)))
+    return (
+        pd.DataFrame(dict(coverage=coverage, accuracy=curve, low=low, high=high, random=curve[-1])),
+        pd.DataFrame(
+            dict(
+                name=['abstention', 'random', 'gain'],
+                value=areas(curve),
+                low=ends_low,
+                high=ends_high,
+                patients=P,
+            )
+        ),
+    )

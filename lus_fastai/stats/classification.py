@@ -13,281 +13,394 @@ __all__ = ['confusions', 'confusion', 'iou', 'precision', 'recall', 'f1', 'overa
 
 # %% ../../nbs/stats/classification.ipynb #c005
 from functools import partial
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.learner import Metric
+
 from ..core import DENSE, DENSE_TO_SPARSE, SPARSE, TableError
 
-# %% ../../nbs/stats/classification.ipynb #c008
+# %% ../../nbs/stats/classification.ipynb #c008-1
 _NO_LABEL = 255
 
+
 def confusions(
-    pred,             # predicted codes 0..n-1: integer array or tensor, one item per entry of the first axis
-    targ,             # true codes of the same shape; 255 means "no label" and is left out
-    n:int,            # number of classes
-):                    # (items, n, n) int64 counts, rows true; a tensor when pred is one
+    pred,  # predicted codes 0..n-1: integer array or tensor, one item per entry of the first axis
+    targ,  # true codes of the same shape; 255 means "no label" and is left out
+    n: int,  # number of classes
+):  # (items, n, n) int64 counts, rows true; a tensor when pred is one
     "A confusion matrix for each item of a batch; raises ValueError for shapes that differ and codes out of range."
     tensor = torch.is_tensor(pred)
-    pred, targ = (x.detach().as_subclass(torch.Tensor) if torch.is_tensor(x) else torch.as_tensor(np.array(x)) for x in (pred, targ))
-    if pred.is_floating_point() or targ.is_floating_point(): raise ValueError("codes must be integers: take the argmax of logits or probabilities first")
-    if pred.shape != targ.shape: raise ValueError(f"predicted {tuple(pred.shape)} and true {tuple(targ.shape)} codes differ in shape")
+    pred, targ = (
+        x.detach().as_subclass(torch.Tensor) if torch.is_tensor(x) else torch.as_tensor(np.array(x))
+        for x in (pred, targ)
+    )
+    if pred.is_floating_point() or targ.is_floating_point():
+        raise ValueError("codes must be integers: take the argmax of logits or probabilities first")
+    if pred.shape != targ.shape:
+        raise ValueError(f"predicted {tuple(pred.shape)} and true {tuple(targ.shape)} codes differ in shape")
     known = targ != _NO_LABEL
-    item = torch.arange(len(targ), device=targ.device).view(-1, *[1]*(targ.ndim - 1)).expand(targ.shape)[known]
+    item = (
+        torch.arange(len(targ), device=targ.device).view(-1, *[1] * (targ.ndim - 1)).expand(targ.shape)[known]
+    )
     pred, targ = pred.to(targ.device)[known].long(), targ[known].long()
     for name, x in (('predicted', pred), ('true', targ)):
-        if len(x) and (x.min() < 0 or x.max() >= n): raise ValueError(f"{name} codes are 0..{n-1}, got {int(x.min())}..{int(x.max())}")
-    counts = torch.bincount((item*n + targ)*n + pred, minlength=len(known)*n*n).view(-1, n, n)
+        if len(x) and (x.min() < 0 or x.max() >= n):
+            raise ValueError(f"{name} codes are 0..{n - 1}, got {int(x.min())}..{int(x.max())}")
+    counts = torch.bincount((item * n + targ) * n + pred, minlength=len(known) * n * n).view(-1, n, n)
     return counts if tensor else counts.numpy()
 
+# %% ../../nbs/stats/classification.ipynb #c008
 def confusion(
-    pred,             # predicted codes 0..n-1: integer array or tensor of any shape
-    targ,             # true codes of the same shape; 255 means "no label" and is left out
-    n:int,            # number of classes
-):                    # (n, n) int64 counts, rows true; a tensor when pred is one
+    pred,  # predicted codes 0..n-1: integer array or tensor of any shape
+    targ,  # true codes of the same shape; 255 means "no label" and is left out
+    n: int,  # number of classes
+):  # (n, n) int64 counts, rows true; a tensor when pred is one
     "The confusion matrix of two sets of codes."
     pred, targ = (x if torch.is_tensor(x) else np.asarray(x) for x in (pred, targ))
     return confusions(pred[None], targ[None], n)[0]
 
-# %% ../../nbs/stats/classification.ipynb #c011
+# %% ../../nbs/stats/classification.ipynb #c011-1
 def _parts(cm):
     cm = (cm.cpu().numpy() if torch.is_tensor(cm) else np.asarray(cm)).astype(np.float64)
     tp = np.diagonal(cm, axis1=-2, axis2=-1)
     return tp, cm.sum(-2) - tp, cm.sum(-1) - tp
 
+
 def _ratio(a, b, defined):
     return np.where(defined, np.divide(a, b, out=np.zeros_like(b), where=b > 0), np.nan)
+
 
 def _mean(x, defined):
     return _ratio(np.where(defined, x, 0).sum(-1), defined.sum(-1).astype(np.float64), defined.any(-1))
 
+# %% ../../nbs/stats/classification.ipynb #c011-2
 def iou(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (..., n); NaN for a class that is in neither truth nor prediction
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (..., n); NaN for a class that is in neither truth nor prediction
     "Intersection over union of each class."
     tp, fp, fn = _parts(cm)
     return _ratio(tp, tp + fp + fn, tp + fp + fn > 0)
 
+# %% ../../nbs/stats/classification.ipynb #c011-3
 def precision(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (..., n); 0 for a class that is never predicted, NaN for one in neither truth nor prediction
+    cm,  # (..., n, n) counts, rows true
+) -> (
+    np.ndarray
+):  # (..., n); 0 for a class that is never predicted, NaN for one in neither truth nor prediction
     "Share of what was called a class that is it."
     tp, fp, fn = _parts(cm)
     return _ratio(tp, tp + fp, tp + fp + fn > 0)
 
+# %% ../../nbs/stats/classification.ipynb #c011
 def recall(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (..., n); 0 for a class that is predicted but never true, NaN for one in neither
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (..., n); 0 for a class that is predicted but never true, NaN for one in neither
     "Share of what is a class that was called it."
     tp, fp, fn = _parts(cm)
     return _ratio(tp, tp + fn, tp + fp + fn > 0)
 
+
 def f1(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (..., n); NaN for a class that is in neither truth nor prediction
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (..., n); NaN for a class that is in neither truth nor prediction
     "Harmonic mean of precision and recall of each class."
     tp, fp, fn = _parts(cm)
-    return _ratio(2*tp, 2*tp + fp + fn, tp + fp + fn > 0)
+    return _ratio(2 * tp, 2 * tp + fp + fn, tp + fp + fn > 0)
 
-# %% ../../nbs/stats/classification.ipynb #c014
+# %% ../../nbs/stats/classification.ipynb #c014-1
 def overall_accuracy(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (...); NaN when nothing was counted
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (...); NaN when nothing was counted
     "Share of all items that were called right."
     tp, _, fn = _parts(cm)
     return _ratio(tp.sum(-1), (tp + fn).sum(-1), (tp + fn).sum(-1) > 0)
 
+
 def pixel_accuracy(
-    cm,               # (..., n, n) pixel counts, rows true
-) -> np.ndarray:      # (...); NaN when nothing was counted
+    cm,  # (..., n, n) pixel counts, rows true
+) -> np.ndarray:  # (...); NaN when nothing was counted
     "Share of all labelled pixels that were called right."
     return overall_accuracy(cm)
 
+# %% ../../nbs/stats/classification.ipynb #c014-2
 def balanced_accuracy(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (...)
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (...)
     "Mean recall over the classes that the truth holds."
     tp, _, fn = _parts(cm)
     return _mean(recall(cm), tp + fn > 0)
 
+
 def mean_iou(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (...)
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (...)
     "Mean IoU over the classes that truth or prediction hold."
     return _mean(iou(cm), ~np.isnan(iou(cm)))
 
+# %% ../../nbs/stats/classification.ipynb #c014-3
 def macro_precision(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (...)
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (...)
     "Mean precision over the classes that truth or prediction hold."
     return _mean(precision(cm), ~np.isnan(precision(cm)))
 
+
 def macro_recall(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (...)
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (...)
     "Mean recall over the classes that truth or prediction hold."
     return _mean(recall(cm), ~np.isnan(recall(cm)))
 
+# %% ../../nbs/stats/classification.ipynb #c014
 def macro_f1(
-    cm,               # (..., n, n) counts, rows true
-) -> np.ndarray:      # (...)
+    cm,  # (..., n, n) counts, rows true
+) -> np.ndarray:  # (...)
     "Mean F1 over the classes that truth or prediction hold."
     return _mean(f1(cm), ~np.isnan(f1(cm)))
 
 # %% ../../nbs/stats/classification.ipynb #c019
 def merge_confusion(
-    cm,                             # (..., n, n) counts, rows true
-    mapping=DENSE_TO_SPARSE,        # for each of the n classes, the merged class 0..m-1 that it belongs to
-) -> np.ndarray:                    # (..., m, m) counts
+    cm,  # (..., n, n) counts, rows true
+    mapping=DENSE_TO_SPARSE,  # for each of the n classes, the merged class 0..m-1 that it belongs to
+) -> np.ndarray:  # (..., m, m) counts
     "Add up rows and columns of classes that are merged; raises ValueError when `mapping` has another length than `cm`."
     cm = cm.cpu().numpy() if torch.is_tensor(cm) else np.asarray(cm)
-    if cm.shape[-1] != len(mapping): raise ValueError(f"the mapping has {len(mapping)} classes, the confusion matrix {cm.shape[-1]}")
+    if cm.shape[-1] != len(mapping):
+        raise ValueError(f"the mapping has {len(mapping)} classes, the confusion matrix {cm.shape[-1]}")
     to = np.eye(max(mapping) + 1, dtype=cm.dtype)[list(mapping)]
     return to.T @ cm @ to
 
-# %% ../../nbs/stats/classification.ipynb #c026
+# %% ../../nbs/stats/classification.ipynb #c026-1
 class _Counter:
     "Adds up the confusion of a pass over the validation set; metrics that share it count every batch once."
+
     def __init__(self, n, names=None):
-        if not isinstance(n, (int, np.integer)): raise ValueError(f"n is the number of classes, not {n!r}")
+        if not isinstance(n, (int, np.integer)):
+            raise ValueError(f"n is the number of classes, not {n!r}")
         self.n, self.names = n, names
         self.reset()
-    def reset(self): self.total, self.batch = None, None
+
+    def reset(self):
+        self.total, self.batch = None, None
+
     def add(self, learn):
-        if self.batch == learn.iter: return
+        if self.batch == learn.iter:
+            return
         pred, targ = learn.pred, learn.yb[0]
         codes = getattr(learn.dls, 'codes', getattr(learn.dls, 'vocab', None))
         if None not in (codes, self.names) and list(codes) != list(self.names):
-            raise ValueError(f"the metrics name the codes {list(self.names)}, the DataLoaders {list(codes)}: give seg_metrics the names of the DataLoaders")
-        if not torch.isfinite(pred).all(): raise ValueError("the model gives NaN or infinite logits: nothing can be scored")
-        if pred.shape[1] != self.n: raise ValueError(f"the metric counts {self.n} classes, the model's output {tuple(pred.shape)} has {pred.shape[1]}")
+            raise ValueError(
+                f"the metrics name the codes {list(self.names)}, the DataLoaders {list(codes)}: give seg_metrics the names of the DataLoaders"
+            )
+        if not torch.isfinite(pred).all():
+            raise ValueError("the model gives NaN or infinite logits: nothing can be scored")
+        if pred.shape[1] != self.n:
+            raise ValueError(
+                f"the metric counts {self.n} classes, the model's output {tuple(pred.shape)} has {pred.shape[1]}"
+            )
         counts = confusion(pred.detach().as_subclass(torch.Tensor).argmax(1), targ, self.n)
         self.total, self.batch = counts if self.total is None else self.total + counts, learn.iter
 
+# %% ../../nbs/stats/classification.ipynb #c026-2
 class ConfusionMetric(Metric):
     "A score of the confusion matrix that was accumulated over the whole validation set."
-    def __init__(self,
-        score,            # function of an (n, n) matrix that gives a number; importable, so that the Learner can be exported
-        n:int,            # classes of the model: logits are (batch, n, ...), targets integers (batch, ...)
-        name:str,         # column in the training table
-        merge=None,       # mapping of merge_confusion, applied before scoring
-        counter=None,     # share the counting with another metric: pass its counter
+
+    def __init__(
+        self,
+        score,  # function of an (n, n) matrix that gives a number; importable, so that the Learner can be exported
+        n: int,  # classes of the model: logits are (batch, n, ...), targets integers (batch, ...)
+        name: str,  # column in the training table
+        merge=None,  # mapping of merge_confusion, applied before scoring
+        counter=None,  # share the counting with another metric: pass its counter
     ):
-        self.score, self.label, self.merge, self.counter = score, name, merge, _Counter(n) if counter is None else counter
-    def reset(self): self.counter.reset()
-    def accumulate(self, learn): self.counter.add(learn)
+        self.score, self.label, self.merge, self.counter = (
+            score,
+            name,
+            merge,
+            _Counter(n) if counter is None else counter,
+        )
+
+    def reset(self):
+        self.counter.reset()
+
+    def accumulate(self, learn):
+        self.counter.add(learn)
+
     @property
     def confusion(self):
         "Counts so far, merged if asked for: (n, n) array, or None before the first batch."
-        if self.counter.total is None: return None
+        if self.counter.total is None:
+            return None
         cm = self.counter.total.cpu().numpy()
         return cm if self.merge is None else merge_confusion(cm, self.merge)
-    @property
-    def value(self): return None if self.confusion is None else float(self.score(self.confusion))
-    @property
-    def name(self): return self.label
 
-def _of_class(score, i, cm): return score(cm)[..., i]
+    @property
+    def value(self):
+        return None if self.confusion is None else float(self.score(self.confusion))
 
+    @property
+    def name(self):
+        return self.label
+
+# %% ../../nbs/stats/classification.ipynb #c026-3
+def _of_class(score, i, cm):
+    return score(cm)[..., i]
+
+# %% ../../nbs/stats/classification.ipynb #c026-4
 def seg_metrics(
-    names=DENSE,          # names of the model's classes, in the order of its outputs
-    sparse:bool=False,    # score dense predictions (seven classes, dense targets) as sparse ones
-) -> list:                # metrics pixel_accuracy, mean_iou and iou_<class>, with sparse_ before them when sparse
+    names=DENSE,  # names of the model's classes, in the order of its outputs
+    sparse: bool = False,  # score dense predictions (seven classes, dense targets) as sparse ones
+) -> list:  # metrics pixel_accuracy, mean_iou and iou_<class>, with sparse_ before them when sparse
     "Metrics of a segmentation Learner; all share one counter."
-    counter, merge, pre = _Counter(len(names), names), (DENSE_TO_SPARSE if sparse else None), ('sparse_' if sparse else '')
-    if sparse and tuple(names) != DENSE: raise ValueError(f"only the dense classes {DENSE} can be scored as sparse, got {tuple(names)}")
+    counter, merge, pre = (
+        _Counter(len(names), names),
+        (DENSE_TO_SPARSE if sparse else None),
+        ('sparse_' if sparse else ''),
+    )
+    if sparse and tuple(names) != DENSE:
+        raise ValueError(f"only the dense classes {DENSE} can be scored as sparse, got {tuple(names)}")
     scores = [('pixel_accuracy', pixel_accuracy), ('mean_iou', mean_iou)]
-    scores += [('iou_' + c.replace(' ', '_'), partial(_of_class, iou, i)) for i, c in enumerate(SPARSE if sparse else names)]
+    scores += [
+        ('iou_' + c.replace(' ', '_'), partial(_of_class, iou, i))
+        for i, c in enumerate(SPARSE if sparse else names)
+    ]
     return [ConfusionMetric(f, counter.n, pre + name, merge, counter) for name, f in scores]
 
+# %% ../../nbs/stats/classification.ipynb #c026
 def cls_metrics(
-    n:int=3,              # number of classes
-) -> list:                # metrics accuracy, balanced_accuracy, macro_f1
+    n: int = 3,  # number of classes
+) -> list:  # metrics accuracy, balanced_accuracy, macro_f1
     "Metrics of a classification Learner; all share one counter."
     counter = _Counter(n)
-    return [ConfusionMetric(f, n, name, counter=counter) for name, f in dict(accuracy=overall_accuracy, balanced_accuracy=balanced_accuracy, macro_f1=macro_f1).items()]
+    return [
+        ConfusionMetric(f, n, name, counter=counter)
+        for name, f in dict(
+            accuracy=overall_accuracy, balanced_accuracy=balanced_accuracy, macro_f1=macro_f1
+        ).items()
+    ]
 
-# %% ../../nbs/stats/classification.ipynb #c031
-def _some(index): return f"{[x if isinstance(x, str) else int(x) if isinstance(x, (int, np.integer)) else x for x in index[:5]]}" + (f" and {len(index)-5} more" if len(index) > 5 else '')
+# %% ../../nbs/stats/classification.ipynb #c031-1
+def _some(index):
+    return (
+        f"{[x if isinstance(x, str) else int(x) if isinstance(x, (int, np.integer)) else x for x in index[:5]]}"
+        + (f" and {len(index) - 5} more" if len(index) > 5 else '')
+    )
 
+# %% ../../nbs/stats/classification.ipynb #c031-2
 def pred_classes(
-    preds:pd.DataFrame,   # a table with columns p_<class>
-) -> list:                # class names, in the order of the columns
+    preds: pd.DataFrame,  # a table with columns p_<class>
+) -> list:  # class names, in the order of the columns
     "The classes of a prediction table; raises TableError when there is no `p_<class>` column."
     classes = [c[2:] for c in preds.columns if isinstance(c, str) and c.startswith('p_')]
-    if not classes: raise TableError(f"a prediction table has a column p_<class> for each class, e.g. p_covid; this one has {list(preds.columns)}")
+    if not classes:
+        raise TableError(
+            f"a prediction table has a column p_<class> for each class, e.g. p_covid; this one has {list(preds.columns)}"
+        )
     return classes
 
+# %% ../../nbs/stats/classification.ipynb #c031-3
 def check_predictions(
-    preds:pd.DataFrame,             # out-of-fold table: patient, label, p_<class>..., and the columns of need
-    need=('clip', 'frame'),         # further columns that must be there; they and the patient say what a row is
-) -> pd.DataFrame:                  # the same table
+    preds: pd.DataFrame,  # out-of-fold table: patient, label, p_<class>..., and the columns of need
+    need=('clip', 'frame'),  # further columns that must be there; they and the patient say what a row is
+) -> pd.DataFrame:  # the same table
     "Check a prediction table; raises TableError that names columns and rows."
     missing = [c for c in ('patient', 'label', *need) if c not in preds]
-    if missing: raise TableError(f"missing column(s) {missing} in the prediction table, which has {list(preds.columns)}")
-    if not len(preds): raise TableError("the prediction table is empty: was any fold evaluated?")
+    if missing:
+        raise TableError(
+            f"missing column(s) {missing} in the prediction table, which has {list(preds.columns)}"
+        )
+    if not len(preds):
+        raise TableError("the prediction table is empty: was any fold evaluated?")
     classes = pred_classes(preds)
     unknown = sorted(set(map(str, preds['label'])) - set(classes))
-    if unknown: raise TableError(f"no column {['p_' + u for u in unknown]} for label(s) {unknown}; there is {['p_' + c for c in classes]}")
+    if unknown:
+        raise TableError(
+            f"no column {['p_' + u for u in unknown]} for label(s) {unknown}; there is {['p_' + c for c in classes]}"
+        )
     gone = preds.index[preds['patient'].isna()]
-    if len(gone): raise TableError(f"no patient in row(s) {_some(gone)}: intervals are over patients")
+    if len(gone):
+        raise TableError(f"no patient in row(s) {_some(gone)}: intervals are over patients")
     p = preds[['p_' + c for c in classes]].to_numpy(float)
     nan = preds.index[~np.isfinite(p).all(1)]
-    if len(nan): raise TableError(f"probabilities are NaN or infinite in row(s) {_some(nan)}: did training diverge?")
+    if len(nan):
+        raise TableError(f"probabilities are NaN or infinite in row(s) {_some(nan)}: did training diverge?")
     off = preds.index[((p < -1e-6) | (p > 1 + 1e-3)).any(1)]
-    if len(off): raise TableError(f"probabilities outside 0..1 in row(s) {_some(off)}: apply softmax to logits first")
+    if len(off):
+        raise TableError(f"probabilities outside 0..1 in row(s) {_some(off)}: apply softmax to logits first")
     twice = preds.index[preds.duplicated(['patient', 'label', *need])]
-    if len(twice): raise TableError(f"row(s) {_some(twice)} repeat an earlier one in {['patient', 'label', *need]}: do test folds overlap?")
+    if len(twice):
+        raise TableError(
+            f"row(s) {_some(twice)} repeat an earlier one in {['patient', 'label', *need]}: do test folds overlap?"
+        )
     return preds
 
+# %% ../../nbs/stats/classification.ipynb #c031
 def predicted(
-    preds:pd.DataFrame,   # a table with columns p_<class>
-) -> pd.Series:           # class names, same index
+    preds: pd.DataFrame,  # a table with columns p_<class>
+) -> pd.Series:  # class names, same index
     "The likeliest class of each row; of equals the first column's."
     classes = pred_classes(preds)
-    return pd.Series(np.array(classes, object)[preds[['p_' + c for c in classes]].to_numpy(float).argmax(1)], index=preds.index, name='predicted')
+    return pd.Series(
+        np.array(classes, object)[preds[['p_' + c for c in classes]].to_numpy(float).argmax(1)],
+        index=preds.index,
+        name='predicted',
+    )
 
 # %% ../../nbs/stats/classification.ipynb #c036
 def vote(
-    preds:pd.DataFrame,   # prediction table, a row per frame (or per clip)
-    by:str='clip',        # 'clip' or 'patient'; a patient with two labels stays two rows
-    how:str='mean',       # 'mean' of the probabilities, or 'majority' of the rows' classes
-) -> pd.DataFrame:        # a row per clip or (patient, label): p_<class>, votes (rows pooled), and source, probe, fold where the group has one value
+    preds: pd.DataFrame,  # prediction table, a row per frame (or per clip)
+    by: str = 'clip',  # 'clip' or 'patient'; a patient with two labels stays two rows
+    how: str = 'mean',  # 'mean' of the probabilities, or 'majority' of the rows' classes
+) -> pd.DataFrame:  # a row per clip or (patient, label): p_<class>, votes (rows pooled), and source, probe, fold where the group has one value
     "Pool the rows of each clip or patient; majority ties go to the larger mean probability."
-    if by not in ('clip', 'patient') or how not in ('mean', 'majority'): raise ValueError(f"by is 'clip' or 'patient' and how 'mean' or 'majority', got {by!r} and {how!r}")
+    if by not in ('clip', 'patient') or how not in ('mean', 'majority'):
+        raise ValueError(f"by is 'clip' or 'patient' and how 'mean' or 'majority', got {by!r} and {how!r}")
     check_predictions(preds, [c for c in ('clip', 'frame') if c in preds or c == by])
-    keys, cols = ['patient', 'label'] + ['clip']*(by == 'clip'), ['p_' + c for c in pred_classes(preds)]
+    keys, cols = ['patient', 'label'] + ['clip'] * (by == 'clip'), ['p_' + c for c in pred_classes(preds)]
     groups = preds.groupby(keys, sort=True, observed=True)
     out = groups[cols].mean()
     if how == 'majority':
         ballots = preds[keys].assign(**{c: (predicted(preds) == c[2:]).astype(float) for c in cols})
-        out = (1 - 1e-6)*ballots.groupby(keys, sort=True, observed=True)[cols].mean() + 1e-6*out
-    same = [c for c in ('source', 'probe', 'fold') if c in preds and groups[c].nunique(dropna=False).max() == 1]
+        out = (1 - 1e-6) * ballots.groupby(keys, sort=True, observed=True)[cols].mean() + 1e-6 * out
+    same = [
+        c for c in ('source', 'probe', 'fold') if c in preds and groups[c].nunique(dropna=False).max() == 1
+    ]
     return pd.concat([groups[same].first(), groups.size().rename('votes'), out], axis=1).reset_index()
 
-# %% ../../nbs/stats/classification.ipynb #c039
+# %% ../../nbs/stats/classification.ipynb #c039-1
 def _draws(patients, n_boot, seed):
-    return np.random.default_rng(seed).multinomial(patients, np.full(patients, 1/patients), size=n_boot)
+    return np.random.default_rng(seed).multinomial(patients, np.full(patients, 1 / patients), size=n_boot)
+
 
 def _percentiles(scores, patients):
-    if patients < 2: return np.full((2,) + scores.shape[1:], np.nan)
+    if patients < 2:
+        return np.full((2,) + scores.shape[1:], np.nan)
     known = ~np.isnan(scores)
-    filled = np.where(known.any(0), scores, 0.)
+    filled = np.where(known.any(0), scores, 0.0)
     return np.where(known.any(0), np.nanpercentile(filled, [2.5, 97.5], axis=0), np.nan)
 
+# %% ../../nbs/stats/classification.ipynb #c039
 def bootstrap(
-    counts,               # (patients, n, n) confusion matrix of each patient
-    score,                # function of (..., n, n) stacks that gives (...) or (..., m) scores
-    n_boot:int=1000,      # number of resamples
-    seed:int=0,           # of the resampling
-) -> tuple:               # (value, low, high) as score gives them: over all patients, and the 95 % percentile interval
+    counts,  # (patients, n, n) confusion matrix of each patient
+    score,  # function of (..., n, n) stacks that gives (...) or (..., m) scores
+    n_boot: int = 1000,  # number of resamples
+    seed: int = 0,  # of the resampling
+) -> tuple:  # (value, low, high) as score gives them: over all patients, and the 95 % percentile interval
     "Score with an interval from resampling patients with replacement; the interval is NaN with fewer than two patients."
     counts = counts.cpu().numpy() if torch.is_tensor(counts) else np.asarray(counts)
-    if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or not len(counts): raise ValueError(f"counts are (patients, n, n) with at least one patient, got shape {counts.shape}")
-    resamples = (_draws(len(counts), n_boot, seed).astype(float) @ counts.reshape(len(counts), -1)).reshape(-1, *counts.shape[1:])
+    if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or not len(counts):
+        raise ValueError(f"counts are (patients, n, n) with at least one patient, got shape {counts.shape}")
+    resamples = (_draws(len(counts), n_boot, seed).astype(float) @ counts.reshape(len(counts), -1)).reshape(
+        -1, *counts.shape[1:]
+    )
     low, high = _percentiles(np.asarray(score(resamples)), len(counts))
     return score(counts.sum(0)), low, high
 
-# %% ../../nbs/stats/classification.ipynb #c046
+# %% ../../nbs/stats/classification.ipynb #c046-1
 _COLUMNS = ['level', 'class', 'metric', 'value', 'low', 'high', 'n', 'patients']
+
 
 def _patient_sums(cms, patients):
     groups = pd.factorize(np.asarray(patients, str), sort=True)[0]
@@ -295,203 +408,349 @@ def _patient_sums(cms, patients):
     np.add.at(out, groups, cms)
     return out
 
+# %% ../../nbs/stats/classification.ipynb #c046-2
 def cls_confusions(
-    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
-) -> np.ndarray:          # (patients, n, n) counts, patients sorted by name, classes in the order of the p_ columns
+    preds: pd.DataFrame,  # prediction table of frames, or what vote returns
+) -> np.ndarray:  # (patients, n, n) counts, patients sorted by name, classes in the order of the p_ columns
     "The confusion matrix of each patient's rows."
     check_predictions(preds, [c for c in ('clip', 'frame') if c in preds])
     code = {c: i for i, c in enumerate(pred_classes(preds))}
-    cms = confusions(predicted(preds).map(code).to_numpy(int)[:, None], preds['label'].astype(str).map(code).to_numpy(int)[:, None], len(code))
+    cms = confusions(
+        predicted(preds).map(code).to_numpy(int)[:, None],
+        preds['label'].astype(str).map(code).to_numpy(int)[:, None],
+        len(code),
+    )
     return _patient_sums(cms, preds['patient'])
 
+# %% ../../nbs/stats/classification.ipynb #c046-3
 def _cls_scores(cm):
-    overall = np.stack([overall_accuracy(cm), balanced_accuracy(cm), macro_precision(cm), macro_recall(cm), macro_f1(cm)], -1)
+    overall = np.stack(
+        [overall_accuracy(cm), balanced_accuracy(cm), macro_precision(cm), macro_recall(cm), macro_f1(cm)], -1
+    )
     return np.concatenate([overall, precision(cm), recall(cm), f1(cm)], -1)
 
+# %% ../../nbs/stats/classification.ipynb #c046
 def evaluate(
-    preds:pd.DataFrame,                             # out-of-fold table, a row per frame
-    levels=('frame', 'clip', 'patient'),            # any of these
-    how:str='mean',                                 # how clips and patients vote: 'mean' or 'majority'
-    n_boot:int=1000,                                # resamples of patients
-    seed:int=0,                                     # of the resampling
-) -> pd.DataFrame:                                  # level, class, metric, value, low, high, n, patients
+    preds: pd.DataFrame,  # out-of-fold table, a row per frame
+    levels=('frame', 'clip', 'patient'),  # any of these
+    how: str = 'mean',  # how clips and patients vote: 'mean' or 'majority'
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # level, class, metric, value, low, high, n, patients
     "Accuracy, balanced accuracy, precision, recall and F1 (macro and per class) at each level, with 95 % intervals over patients."
     wrong = [l for l in levels if l not in ('frame', 'clip', 'patient')]
-    if wrong: raise ValueError(f"levels are 'frame', 'clip' and 'patient', got {wrong}")
+    if wrong:
+        raise ValueError(f"levels are 'frame', 'clip' and 'patient', got {wrong}")
     check_predictions(preds)
     classes, tables = pred_classes(preds), []
-    rows = [('all', m) for m in ('accuracy', 'balanced_accuracy', 'precision', 'recall', 'f1')] + [(c, m) for m in ('precision', 'recall', 'f1') for c in classes]
+    rows = [('all', m) for m in ('accuracy', 'balanced_accuracy', 'precision', 'recall', 'f1')] + [
+        (c, m) for m in ('precision', 'recall', 'f1') for c in classes
+    ]
     for level in levels:
         counts = cls_confusions(preds if level == 'frame' else vote(preds, level, how))
         n = dict(zip(classes, counts.sum((0, 2))), all=counts.sum())
-        tables.append(pd.DataFrame([(level, c, m, *s, n[c], len(counts)) for (c, m), *s in zip(rows, *bootstrap(counts, _cls_scores, n_boot, seed))], columns=_COLUMNS))
+        tables.append(
+            pd.DataFrame(
+                [
+                    (level, c, m, *s, n[c], len(counts))
+                    for (c, m), *s in zip(rows, *bootstrap(counts, _cls_scores, n_boot, seed))
+                ],
+                columns=_COLUMNS,
+            )
+        )
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/stats/classification.ipynb #total-a
 def total_confusion(
-    preds,                # prediction table, or what vote returns; or an (n, n) confusion matrix, rows true
-    names=None,           # n class names for a confusion matrix; a table has its own
-) -> tuple:               # (n, n) counts, and the class names in their order
+    preds,  # prediction table, or what vote returns; or an (n, n) confusion matrix, rows true
+    names=None,  # n class names for a confusion matrix; a table has its own
+) -> tuple:  # (n, n) counts, and the class names in their order
     "The confusion matrix of all rows with its names; ValueError where `names` differ from those of the table, also in their order."
     if isinstance(preds, pd.DataFrame):
         classes = pred_classes(preds)
-        if names is not None and list(names) != classes: raise ValueError(f"the table has the classes {classes}, not {list(names)}: leave the names out")
+        if names is not None and list(names) != classes:
+            raise ValueError(f"the table has the classes {classes}, not {list(names)}: leave the names out")
         return cls_confusions(preds).sum(0), classes
-    cm, names = preds.cpu().numpy() if torch.is_tensor(preds) else np.asarray(preds), list(() if names is None else names)
-    if cm.shape != (len(names),)*2: raise ValueError(f"{len(names)} names for a confusion matrix of shape {cm.shape}")
+    cm, names = (
+        preds.cpu().numpy() if torch.is_tensor(preds) else np.asarray(preds),
+        list(() if names is None else names),
+    )
+    if cm.shape != (len(names),) * 2:
+        raise ValueError(f"{len(names)} names for a confusion matrix of shape {cm.shape}")
     return cm, names
 
 # %% ../../nbs/stats/classification.ipynb #c052
 def classification_report(
-    preds,                # prediction table of frames, or what vote returns; or an (n, n) confusion matrix, rows true
-    names=None,           # n class names for a confusion matrix; a table has its own
-) -> pd.DataFrame:        # index the class names, then 'accuracy', 'macro', 'weighted'; columns precision, recall, f1, support
+    preds,  # prediction table of frames, or what vote returns; or an (n, n) confusion matrix, rows true
+    names=None,  # n class names for a confusion matrix; a table has its own
+) -> (
+    pd.DataFrame
+):  # index the class names, then 'accuracy', 'macro', 'weighted'; columns precision, recall, f1, support
     "Precision, recall, F1 and number of items of each class, with accuracy and means; NaN for a class in neither truth nor prediction."
     cm, names = total_confusion(preds, names)
     scores, support = np.stack([precision(cm), recall(cm), f1(cm)], 1), cm.sum(1)
-    weighted = (support[:, None]*np.nan_to_num(scores)).sum(0)/max(support.sum(), 1)
-    rows = np.concatenate([scores, [[overall_accuracy(cm)]*3, [macro_precision(cm), macro_recall(cm), macro_f1(cm)], weighted]])
-    return pd.DataFrame(rows, index=[*names, 'accuracy', 'macro', 'weighted'], columns=['precision', 'recall', 'f1']).assign(support=[*support, *[support.sum()]*3])
+    weighted = (support[:, None] * np.nan_to_num(scores)).sum(0) / max(support.sum(), 1)
+    rows = np.concatenate(
+        [
+            scores,
+            [[overall_accuracy(cm)] * 3, [macro_precision(cm), macro_recall(cm), macro_f1(cm)], weighted],
+        ]
+    )
+    return pd.DataFrame(
+        rows, index=[*names, 'accuracy', 'macro', 'weighted'], columns=['precision', 'recall', 'f1']
+    ).assign(support=[*support, *[support.sum()] * 3])
 
-# %% ../../nbs/stats/classification.ipynb #c057
+# %% ../../nbs/stats/classification.ipynb #c057-1
 def _wins(score, positive, group, patients):
     out, won, lost = np.zeros((patients, patients)), score[positive], score[~positive]
     for q in range(patients):
         rest = np.sort(lost[group[~positive] == q])
-        below = (np.searchsorted(rest, won, 'left') + np.searchsorted(rest, won, 'right'))/2     # a tie counts half
+        below = (
+            np.searchsorted(rest, won, 'left') + np.searchsorted(rest, won, 'right')
+        ) / 2  # a tie counts half
         out[:, q] = np.bincount(group[positive], below, patients)
     return out
 
+# %% ../../nbs/stats/classification.ipynb #c057-2
 def _aucs(weights, score, positive, group):
     patients = weights.shape[1]
     wins = _wins(score, positive, group, patients)
-    pairs = (weights @ np.bincount(group[positive], minlength=patients)) * (weights @ np.bincount(group[~positive], minlength=patients)).astype(float)
-    return _ratio(((weights @ wins)*weights).sum(1), pairs, pairs > 0)
+    pairs = (weights @ np.bincount(group[positive], minlength=patients)) * (
+        weights @ np.bincount(group[~positive], minlength=patients)
+    ).astype(float)
+    return _ratio(((weights @ wins) * weights).sum(1), pairs, pairs > 0)
 
+# %% ../../nbs/stats/classification.ipynb #c057-3
 def _one_against_rest(preds):
     "Classes, number of patients, and (name, score, positive, group) of each class and of all pairs pooled ('micro')."
     check_predictions(preds, [c for c in ('clip', 'frame') if c in preds])
     classes, p = pred_classes(preds), preds[['p_' + c for c in pred_classes(preds)]].to_numpy(float)
     hot = preds['label'].astype(str).to_numpy()[:, None] == np.array(classes)
-    if hot.any(0).sum() < 2: raise ValueError(f"every row is truly {classes[hot[0].argmax()]!r}: a curve of one class against the rest needs rows of at least two classes; were the others filtered away?")
+    if hot.any(0).sum() < 2:
+        raise ValueError(
+            f"every row is truly {classes[hot[0].argmax()]!r}: a curve of one class against the rest needs rows of at least two classes; were the others filtered away?"
+        )
     group, names = pd.factorize(preds['patient'].astype(str), sort=True)
-    return classes, len(names), [(c, p[:, i], hot[:, i], group) for i, c in enumerate(classes)] + [('micro', p.ravel(), hot.ravel(), np.repeat(group, len(classes)))]
+    return (
+        classes,
+        len(names),
+        [(c, p[:, i], hot[:, i], group) for i, c in enumerate(classes)]
+        + [('micro', p.ravel(), hot.ravel(), np.repeat(group, len(classes)))],
+    )
 
+# %% ../../nbs/stats/classification.ipynb #c057-4
 def _area_table(parts, areas, P):
     k = len(parts) - 1
     areas = np.c_[areas, _mean(areas[:, :k], ~np.isnan(areas[:, :k]))]
     low, high = _percentiles(areas[1:], P)
     n = [hit.sum() for _, _, hit, _ in parts]
-    return pd.DataFrame({'class': [*(c for c, *_ in parts), 'macro'], 'area': areas[0], 'low': low, 'high': high, 'n': [*n, n[-1]], 'patients': P})
+    return pd.DataFrame(
+        {
+            'class': [*(c for c, *_ in parts), 'macro'],
+            'area': areas[0],
+            'low': low,
+            'high': high,
+            'n': [*n, n[-1]],
+            'patients': P,
+        }
+    )
 
-def _weights(P, n_boot, seed): return np.concatenate([np.ones((1, P)), _draws(P, n_boot, seed)]).astype(float)       # the first row is the sample itself
+# %% ../../nbs/stats/classification.ipynb #c057-5
+def _weights(P, n_boot, seed):
+    return np.concatenate([np.ones((1, P)), _draws(P, n_boot, seed)]).astype(
+        float
+    )  # the first row is the sample itself
 
+# %% ../../nbs/stats/classification.ipynb #c057
 def roc(
-    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
-    n_boot:int=1000,      # resamples of patients
-    seed:int=0,           # of the resampling
-) -> tuple:               # (curves, areas): DataFrames with columns class fpr tpr, and class auc low high n patients (n positives)
+    preds: pd.DataFrame,  # prediction table of frames, or what vote returns
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> (
+    tuple
+):  # (curves, areas): DataFrames with columns class fpr tpr, and class auc low high n patients (n positives)
     "One-against-rest ROC curves with micro and macro means; areas with 95 % intervals over patients, NaN for a class without positives; ValueError when all rows are of one class."
     from sklearn.metrics import roc_curve
+
     classes, P, one = _one_against_rest(preds)
     weights = _weights(P, n_boot, seed)
-    table = _area_table(one, np.stack([_aucs(weights, *parts) for _, *parts in one], 1), P).rename(columns={'area': 'auc'})
-    curves = [pd.DataFrame({'class': c, **dict(zip(('fpr', 'tpr'), roc_curve(h, s)))}) for c, s, h, _ in one if h.any()]
-    grid = np.unique(np.concatenate([[0.]] + [c.fpr for c in curves[:-1]]))
+    table = _area_table(one, np.stack([_aucs(weights, *parts) for _, *parts in one], 1), P).rename(
+        columns={'area': 'auc'}
+    )
+    curves = [
+        pd.DataFrame({'class': c, **dict(zip(('fpr', 'tpr'), roc_curve(h, s)))})
+        for c, s, h, _ in one
+        if h.any()
+    ]
+    grid = np.unique(np.concatenate([[0.0]] + [c.fpr for c in curves[:-1]]))
     single = [np.r_[0, np.interp(grid, c.fpr, c.tpr)] for c in curves[:-1]]
     curves.append(pd.DataFrame({'class': 'macro', 'fpr': np.r_[0, grid], 'tpr': np.mean(single, 0)}))
     return pd.concat(curves, ignore_index=True), table
 
-# %% ../../nbs/stats/classification.ipynb #c062
+# %% ../../nbs/stats/classification.ipynb #c062-1
 def _cumulated(weights, score, positive, group):
     "For each row of patient weights: weight of the positives and of all rows at or above each threshold, thresholds falling."
     order = np.argsort(-score, kind='stable')
-    hit, of, ends = positive[order], group[order], np.r_[np.flatnonzero(np.diff(score[order])), len(score) - 1]
+    hit, of, ends = (
+        positive[order],
+        group[order],
+        np.r_[np.flatnonzero(np.diff(score[order])), len(score) - 1],
+    )
     for w in weights:
         row = w[of]
-        yield np.cumsum(row*hit)[ends], np.cumsum(row)[ends]
+        yield np.cumsum(row * hit)[ends], np.cumsum(row)[ends]
 
+# %% ../../nbs/stats/classification.ipynb #c062-2
 def _height(grid, tp, called):
     fp = called - tp
-    return np.interp(grid, np.r_[0, fp]/fp[-1], np.r_[0, tp]/tp[-1]) if tp[-1] > 0 and fp[-1] > 0 else np.full(len(grid), np.nan)
+    return (
+        np.interp(grid, np.r_[0, fp] / fp[-1], np.r_[0, tp] / tp[-1])
+        if tp[-1] > 0 and fp[-1] > 0
+        else np.full(len(grid), np.nan)
+    )
 
+# %% ../../nbs/stats/classification.ipynb #c062
 def roc_bands(
-    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
-    points:int=101,       # false positive rates from 0 to 1
-    n_boot:int=1000,      # resamples of patients
-    seed:int=0,           # of the resampling
-) -> pd.DataFrame:        # class (micro and macro too), fpr, tpr, low, high
+    preds: pd.DataFrame,  # prediction table of frames, or what vote returns
+    points: int = 101,  # false positive rates from 0 to 1
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # class (micro and macro too), fpr, tpr, low, high
     "True positive rates on a grid of false positive rates, with 95 % intervals over patients point by point; ValueError when all rows are of one class."
     _, P, one = _one_against_rest(preds)
     weights, grid = _weights(P, n_boot, seed), np.linspace(0, 1, points)
-    heights = np.stack([np.stack([_height(grid, *c) for c in _cumulated(weights, *parts)]) for _, *parts in one], -1)            # (resamples, points, classes and micro)
+    heights = np.stack(
+        [np.stack([_height(grid, *c) for c in _cumulated(weights, *parts)]) for _, *parts in one], -1
+    )  # (resamples, points, classes and micro)
     heights = np.concatenate([heights, _mean(heights[..., :-1], ~np.isnan(heights[..., :-1]))[..., None]], -1)
     low, high = _percentiles(heights[1:], P)
-    return pd.concat([pd.DataFrame({'class': c, 'fpr': grid, 'tpr': heights[0, :, i], 'low': low[:, i], 'high': high[:, i]}) for i, c in enumerate([*(c for c, *_ in one), 'macro'])], ignore_index=True).dropna(subset='tpr', ignore_index=True)
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {'class': c, 'fpr': grid, 'tpr': heights[0, :, i], 'low': low[:, i], 'high': high[:, i]}
+            )
+            for i, c in enumerate([*(c for c, *_ in one), 'macro'])
+        ],
+        ignore_index=True,
+    ).dropna(subset='tpr', ignore_index=True)
+
+# %% ../../nbs/stats/classification.ipynb #c065-1
+def _average_precision(tp, called):
+    return (
+        (np.diff(tp, prepend=0) * np.divide(tp, called, out=np.zeros_like(tp), where=called > 0)).sum()
+        / tp[-1]
+        if 0 < tp[-1] < called[-1]
+        else np.nan
+    )
 
 # %% ../../nbs/stats/classification.ipynb #c065
-def _average_precision(tp, called):
-    return (np.diff(tp, prepend=0)*np.divide(tp, called, out=np.zeros_like(tp), where=called > 0)).sum()/tp[-1] if 0 < tp[-1] < called[-1] else np.nan
-
 def pr_curve(
-    preds:pd.DataFrame,   # prediction table of frames, or what vote returns
-    n_boot:int=1000,      # resamples of patients
-    seed:int=0,           # of the resampling
-) -> tuple:               # (curves, areas): DataFrames with columns class recall precision, and class ap low high n patients chance (n positives, chance their share)
+    preds: pd.DataFrame,  # prediction table of frames, or what vote returns
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> tuple:  # (curves, areas): DataFrames with columns class recall precision, and class ap low high n patients chance (n positives, chance their share)
     "One-against-rest precision-recall staircases with micro and macro means; average precision with 95 % intervals over patients, NaN for a class without positives; ValueError when all rows are of one class."
     _, P, one = _one_against_rest(preds)
     weights = _weights(P, n_boot, seed)
-    table = _area_table(one, np.stack([[_average_precision(*c) for c in _cumulated(weights, *parts)] for _, *parts in one], 1), P).rename(columns={'area': 'ap'})
-    share, held, curves = np.array([hit.mean() for _, _, hit, _ in one]), [hit.any() for _, _, hit, _ in one], []
+    table = _area_table(
+        one,
+        np.stack([[_average_precision(*c) for c in _cumulated(weights, *parts)] for _, *parts in one], 1),
+        P,
+    ).rename(columns={'area': 'ap'})
+    share, held, curves = (
+        np.array([hit.mean() for _, _, hit, _ in one]),
+        [hit.any() for _, _, hit, _ in one],
+        [],
+    )
     for c, s, h, g in (o for o in one if o[2].any()):
         tp, called = next(_cumulated(weights[:1], s, h, g))
-        step = np.diff(tp, prepend=0) > 0                                                           # where a recall is first reached
-        curves.append(pd.DataFrame({'class': c, 'recall': np.r_[0, tp[step]/tp[-1]], 'precision': (tp/called)[step][np.r_[0, :step.sum()]]}))
+        step = np.diff(tp, prepend=0) > 0  # where a recall is first reached
+        curves.append(
+            pd.DataFrame(
+                {
+                    'class': c,
+                    'recall': np.r_[0, tp[step] / tp[-1]],
+                    'precision': (tp / called)[step][np.r_[0, : step.sum()]],
+                }
+            )
+        )
     grid = np.unique(np.concatenate([c.recall for c in curves[:-1]]))
-    curves.append(pd.DataFrame({'class': 'macro', 'recall': grid, 'precision': np.mean([c.precision.to_numpy()[np.searchsorted(c.recall, grid)] for c in curves[:-1]], 0)}))
+    curves.append(
+        pd.DataFrame(
+            {
+                'class': 'macro',
+                'recall': grid,
+                'precision': np.mean(
+                    [c.precision.to_numpy()[np.searchsorted(c.recall, grid)] for c in curves[:-1]], 0
+                ),
+            }
+        )
+    )
     return pd.concat(curves, ignore_index=True), table.assign(chance=[*share, share[:-1][held[:-1]].mean()])
 
-# %% ../../nbs/stats/classification.ipynb #c070
+# %% ../../nbs/stats/classification.ipynb #c070-1
 def confusion_columns(
-    n:int,                # number of classes
-) -> list:                # n*n names, row by row
+    n: int,  # number of classes
+) -> list:  # n*n names, row by row
     "Column names `cm_i_j` of a flattened confusion matrix."
     return [f'cm_{i}_{j}' for i in range(n) for j in range(n)]
 
+# %% ../../nbs/stats/classification.ipynb #c070-2
 def _frame_confusions(preds):
     n = sum(str(c).startswith('cm_') and str(c).endswith('_0') for c in preds.columns)
     missing = [c for c in ['patient'] + (confusion_columns(n) or ['cm_0_0']) if c not in preds]
-    if missing: raise TableError(f"missing column(s) {missing[:5]} in the table of segmentations, which has {list(preds.columns)[:12]}")
-    if not len(preds): raise TableError("the table of segmentations is empty: was any fold evaluated?")
+    if missing:
+        raise TableError(
+            f"missing column(s) {missing[:5]} in the table of segmentations, which has {list(preds.columns)[:12]}"
+        )
+    if not len(preds):
+        raise TableError("the table of segmentations is empty: was any fold evaluated?")
     cms = preds[confusion_columns(n)].to_numpy(float)
     bad = preds.index[~np.isfinite(cms).all(1) | (cms < 0).any(1)]
-    if len(bad): raise TableError(f"counts are NaN or negative in row(s) {_some(bad)}")
+    if len(bad):
+        raise TableError(f"counts are NaN or negative in row(s) {_some(bad)}")
     return cms.astype(np.int64).reshape(-1, n, n)
 
+# %% ../../nbs/stats/classification.ipynb #c070-3
 def seg_confusions(
-    preds:pd.DataFrame,   # a row per frame: patient and cm_i_j
-    by:str='patient',     # the column to add up over
-) -> np.ndarray:          # (groups, n, n) counts, groups sorted by name
+    preds: pd.DataFrame,  # a row per frame: patient and cm_i_j
+    by: str = 'patient',  # the column to add up over
+) -> np.ndarray:  # (groups, n, n) counts, groups sorted by name
     "The confusion matrix of each patient's pixels (or each clip's, fold's, source's)."
     cms = _frame_confusions(preds)
-    if by not in preds: raise TableError(f"missing column(s) ['{by}'] in the table of segmentations")
+    if by not in preds:
+        raise TableError(f"missing column(s) ['{by}'] in the table of segmentations")
     gone = preds.index[preds[by].isna()]
-    if len(gone): raise TableError(f"no {by} in row(s) {_some(gone)}")
+    if len(gone):
+        raise TableError(f"no {by} in row(s) {_some(gone)}")
     return _patient_sums(cms, preds[by])
 
-def _seg_scores(cm): return np.concatenate([pixel_accuracy(cm)[..., None], mean_iou(cm)[..., None], iou(cm)], -1)
+# %% ../../nbs/stats/classification.ipynb #c070-4
+def _seg_scores(cm):
+    return np.concatenate([pixel_accuracy(cm)[..., None], mean_iou(cm)[..., None], iou(cm)], -1)
 
+# %% ../../nbs/stats/classification.ipynb #c070
 def evaluate_seg(
-    preds:pd.DataFrame,   # a row per frame: patient and cm_i_j
-    names,                # class names after merging, e.g. DENSE, or SPARSE with merge=DENSE_TO_SPARSE
-    merge=None,           # mapping of merge_confusion: score dense predictions as sparse
-    n_boot:int=1000,      # resamples of patients
-    seed:int=0,           # of the resampling
-) -> pd.DataFrame:        # level 'pixel', class, metric, value, low, high, n (frames that truly hold the class), patients
+    preds: pd.DataFrame,  # a row per frame: patient and cm_i_j
+    names,  # class names after merging, e.g. DENSE, or SPARSE with merge=DENSE_TO_SPARSE
+    merge=None,  # mapping of merge_confusion: score dense predictions as sparse
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> (
+    pd.DataFrame
+):  # level 'pixel', class, metric, value, low, high, n (frames that truly hold the class), patients
     "Pixel accuracy, mean IoU and IoU of each class with 95 % intervals over patients."
     cms, counts = _frame_confusions(preds), seg_confusions(preds)
-    if merge is not None: cms, counts = merge_confusion(cms, merge), merge_confusion(counts, merge)
-    if len(names) != cms.shape[-1]: raise ValueError(f"{len(names)} names for {cms.shape[-1]} classes: {tuple(names)}")
+    if merge is not None:
+        cms, counts = merge_confusion(cms, merge), merge_confusion(counts, merge)
+    if len(names) != cms.shape[-1]:
+        raise ValueError(f"{len(names)} names for {cms.shape[-1]} classes: {tuple(names)}")
     rows = [('all', 'pixel_accuracy'), ('all', 'mean_iou')] + [(c, 'iou') for c in names]
-    n = [len(cms)]*2 + list((cms.sum(2) > 0).sum(0))
-    return pd.DataFrame([('pixel', c, m, *s, k, len(counts)) for (c, m), k, *s in zip(rows, n, *bootstrap(counts, _seg_scores, n_boot, seed))], columns=_COLUMNS)
+    n = [len(cms)] * 2 + list((cms.sum(2) > 0).sum(0))
+    return pd.DataFrame(
+        [
+            ('pixel', c, m, *s, k, len(counts))
+            for (c, m), k, *s in zip(rows, n, *bootstrap(counts, _seg_scores, n_boot, seed))
+        ],
+        columns=_COLUMNS,
+    )

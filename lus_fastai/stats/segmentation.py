@@ -9,181 +9,281 @@ __all__ = ['soft_dice', 'SoftDiceLoss', 'BCEDiceLoss', 'mask_confusions', 'dice_
            'hd95', 'boundary_f1', 'islands', 'mask_scores', 'evaluate_masks', 'worst_cases']
 
 # %% ../../nbs/stats/segmentation.ipynb #c003
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from torch import nn
 from torch.nn import functional as F
+
 from ..core import TableError, progress
 from .classification import _COLUMNS, _percentiles, _ratio, _weights, f1, iou
 
-# %% ../../nbs/stats/segmentation.ipynb #c006
+# %% ../../nbs/stats/segmentation.ipynb #c006-1
 def soft_dice(
-    prob,               # (b, k, h, w) probabilities 0..1, tensor or array; not logits
-    target,             # (b, k, h, w) true masks, 0 and 1
-    smooth:float=1.,    # added above and below the line; 1 in the paper
-) -> torch.Tensor:      # scalar 0..1, mean over the k classes; 1 for a class that is absent and predicted absent
+    prob,  # (b, k, h, w) probabilities 0..1, tensor or array; not logits
+    target,  # (b, k, h, w) true masks, 0 and 1
+    smooth: float = 1.0,  # added above and below the line; 1 in the paper
+) -> torch.Tensor:  # scalar 0..1, mean over the k classes; 1 for a class that is absent and predicted absent
     "Dice of probabilities, pixels of the whole batch in one sum (Cheng & Lam 2021); raises ValueError for shapes that differ."
     prob, target = (torch.as_tensor(x).as_subclass(torch.Tensor).float() for x in (prob, target))
-    if prob.shape != target.shape or prob.ndim != 4: raise ValueError(f"probabilities and masks are both (b, k, h, w), got {tuple(prob.shape)} and {tuple(target.shape)}")
-    shared, both = (prob*target).sum((0, 2, 3)), (prob + target).sum((0, 2, 3))
-    return ((2*shared + smooth)/(both + smooth)).mean()
+    if prob.shape != target.shape or prob.ndim != 4:
+        raise ValueError(
+            f"probabilities and masks are both (b, k, h, w), got {tuple(prob.shape)} and {tuple(target.shape)}"
+        )
+    shared, both = (prob * target).sum((0, 2, 3)), (prob + target).sum((0, 2, 3))
+    return ((2 * shared + smooth) / (both + smooth)).mean()
 
+# %% ../../nbs/stats/segmentation.ipynb #c006-2
 class SoftDiceLoss(nn.Module):
     "Minus the soft Dice of the batch, from logits: the loss of Cheng & Lam."
-    def forward(self, logits, target): return -soft_dice(logits.float().sigmoid(), target)
-    def activation(self, logits): return logits.sigmoid()
-    def decodes(self, prob): return prob > .5
 
+    def forward(self, logits, target):
+        return -soft_dice(logits.float().sigmoid(), target)
+
+    def activation(self, logits):
+        return logits.sigmoid()
+
+    def decodes(self, prob):
+        return prob > 0.5
+
+# %% ../../nbs/stats/segmentation.ipynb #c006
 class BCEDiceLoss(SoftDiceLoss):
     "Binary cross-entropy minus soft Dice, from logits: every pixel has a gradient, and small classes count."
-    def forward(self, logits, target): return super().forward(logits, target) + F.binary_cross_entropy_with_logits(*(x.as_subclass(torch.Tensor).float() for x in (logits, target)))
 
-# %% ../../nbs/stats/segmentation.ipynb #c012
+    def forward(self, logits, target):
+        return super().forward(logits, target) + F.binary_cross_entropy_with_logits(
+            *(x.as_subclass(torch.Tensor).float() for x in (logits, target))
+        )
+
+# %% ../../nbs/stats/segmentation.ipynb #c012-1
 def _array(x):
-    if not torch.is_tensor(x): return np.asarray(x)
+    if not torch.is_tensor(x):
+        return np.asarray(x)
     x = x.detach().as_subclass(torch.Tensor).cpu()
     return (x.float() if x.is_floating_point() else x).numpy()
 
+# %% ../../nbs/stats/segmentation.ipynb #c012-2
 def _masks(pred, target, threshold):
     "Predicted and true masks, both (n, k, h, w) bool."
     pred, target = _array(pred), _array(target)
-    if pred.shape != target.shape or pred.ndim != 4: raise ValueError(f"predicted and true masks are both (n, k, h, w), got {pred.shape} and {target.shape}")
-    if target.dtype != bool and ((target != 0) & (target != 1)).any(): raise ValueError(f"true masks hold 0 and 1, got values from {target.min()} to {target.max()}: of masks of 0 and 255 give `target > 127`")
+    if pred.shape != target.shape or pred.ndim != 4:
+        raise ValueError(
+            f"predicted and true masks are both (n, k, h, w), got {pred.shape} and {target.shape}"
+        )
+    if target.dtype != bool and ((target != 0) & (target != 1)).any():
+        raise ValueError(
+            f"true masks hold 0 and 1, got values from {target.min()} to {target.max()}: of masks of 0 and 255 give `target > 127`"
+        )
     if pred.dtype != bool and pred.size and not (pred.min() >= 0 and pred.max() <= 1):
-        raise ValueError(f"predictions are masks or probabilities, 0..1, got values from {pred.min()} to {pred.max()}: of logits give `torch.sigmoid(logits)`, of masks of 0 and 255 `pred > 127`")
+        raise ValueError(
+            f"predictions are masks or probabilities, 0..1, got values from {pred.min()} to {pred.max()}: of logits give `torch.sigmoid(logits)`, of masks of 0 and 255 `pred > 127`"
+        )
     return pred if pred.dtype == bool else pred > threshold, target.astype(bool)
 
+# %% ../../nbs/stats/segmentation.ipynb #c012-3
 def mask_confusions(
-    pred,                   # (n, k, h, w) masks (bool, or 0 and 1) or probabilities 0..1; tensor or array
-    target,                 # (n, k, h, w) true masks, bool or 0 and 1
-    threshold:float=.5,     # probabilities above it are 1
-) -> np.ndarray:            # (n, k, 2, 2) counts of pixels, rows true: [[tn, fp], [fn, tp]]
+    pred,  # (n, k, h, w) masks (bool, or 0 and 1) or probabilities 0..1; tensor or array
+    target,  # (n, k, h, w) true masks, bool or 0 and 1
+    threshold: float = 0.5,  # probabilities above it are 1
+) -> np.ndarray:  # (n, k, 2, 2) counts of pixels, rows true: [[tn, fp], [fn, tp]]
     "The confusion matrix of each image and class; raises ValueError for other shapes and values (logits, 0 and 255, NaN)."
     pred, target = _masks(pred, target, threshold)
     tp, called, true = (x.sum((2, 3)) for x in (pred & target, pred, target))
-    return np.stack([np.stack([np.prod(target.shape[2:]) - called - true + tp, called - tp], -1), np.stack([true - tp, tp], -1)], -2)
+    return np.stack(
+        [
+            np.stack([np.prod(target.shape[2:]) - called - true + tp, called - tp], -1),
+            np.stack([true - tp, tp], -1),
+        ],
+        -2,
+    )
 
+# %% ../../nbs/stats/segmentation.ipynb #c012-4
 def dice_scores(
-    pred,                   # (n, k, h, w) masks or probabilities 0..1
-    target,                 # (n, k, h, w) true masks
-    threshold:float=.5,     # probabilities above it are 1
-) -> np.ndarray:            # (n, k); NaN where neither holds a pixel, 0 where only one does
+    pred,  # (n, k, h, w) masks or probabilities 0..1
+    target,  # (n, k, h, w) true masks
+    threshold: float = 0.5,  # probabilities above it are 1
+) -> np.ndarray:  # (n, k); NaN where neither holds a pixel, 0 where only one does
     "Dice of each image and class."
     return f1(mask_confusions(pred, target, threshold))[..., 1]
 
+# %% ../../nbs/stats/segmentation.ipynb #c012-5
 def iou_scores(
-    pred,                   # (n, k, h, w) masks or probabilities 0..1
-    target,                 # (n, k, h, w) true masks
-    threshold:float=.5,     # probabilities above it are 1
-) -> np.ndarray:            # (n, k); NaN where neither holds a pixel, 0 where only one does
+    pred,  # (n, k, h, w) masks or probabilities 0..1
+    target,  # (n, k, h, w) true masks
+    threshold: float = 0.5,  # probabilities above it are 1
+) -> np.ndarray:  # (n, k); NaN where neither holds a pixel, 0 where only one does
     "Intersection over union of each image and class."
     return iou(mask_confusions(pred, target, threshold))[..., 1]
 
+# %% ../../nbs/stats/segmentation.ipynb #c012
 def false_positive_area(
-    pred,                   # (n, k, h, w) masks or probabilities 0..1
-    target,                 # (n, k, h, w) true masks
-    threshold:float=.5,     # probabilities above it are 1
-) -> np.ndarray:            # (n, k), share of the picture 0..1; always defined
+    pred,  # (n, k, h, w) masks or probabilities 0..1
+    target,  # (n, k, h, w) true masks
+    threshold: float = 0.5,  # probabilities above it are 1
+) -> np.ndarray:  # (n, k), share of the picture 0..1; always defined
     "How much of the picture is called something that it is not: sees what Dice cannot, false alarms on images without the object."
     cm = mask_confusions(pred, target, threshold)
-    return cm[..., 0, 1]/np.maximum(cm.sum((-2, -1)), 1)
+    return cm[..., 0, 1] / np.maximum(cm.sum((-2, -1)), 1)
 
-# %% ../../nbs/stats/segmentation.ipynb #c017
+# %% ../../nbs/stats/segmentation.ipynb #c017-1
 def _edge(m):
     p = np.pad(m, 1)
     return m & ~(p[2:, 1:-1] & p[:-2, 1:-1] & p[1:-1, 2:] & p[1:-1, :-2])
 
+
 def _distances(pred, target, spacing):
     "From each edge pixel of `pred` to the nearest of `target`, and back; None where one of them is empty."
     from scipy.spatial import KDTree
-    a, b = (np.argwhere(_edge(m))*spacing for m in (pred, target))
+
+    a, b = (np.argwhere(_edge(m)) * spacing for m in (pred, target))
     return (KDTree(b).query(a)[0], KDTree(a).query(b)[0]) if len(a) and len(b) else None
 
+# %% ../../nbs/stats/segmentation.ipynb #c017-2
 def _hd95(d, pred, target, spacing):
-    if d is None: return np.hypot(*np.multiply(pred.shape, spacing)) if pred.any() or target.any() else np.nan
+    if d is None:
+        return np.hypot(*np.multiply(pred.shape, spacing)) if pred.any() or target.any() else np.nan
     return max(np.percentile(x, 95) for x in d)
 
+
 def _boundary_f1(d, pred, target, within):
-    if d is None: return 0. if pred.any() or target.any() else np.nan
+    if d is None:
+        return 0.0 if pred.any() or target.any() else np.nan
     p, r = ((x <= within).mean() for x in d)
-    return 2*p*r/(p + r) if p + r else 0.
+    return 2 * p * r / (p + r) if p + r else 0.0
 
-def _each(f, pred, target): return np.array([f(a, b) for x, y in zip(pred, target) for a, b in zip(x, y)], float).reshape(pred.shape[:2])
+# %% ../../nbs/stats/segmentation.ipynb #c017-3
+def _each(f, pred, target):
+    return np.array([f(a, b) for x, y in zip(pred, target) for a, b in zip(x, y)], float).reshape(
+        pred.shape[:2]
+    )
 
+# %% ../../nbs/stats/segmentation.ipynb #c017-4
 def hd95(
-    pred,                       # (n, k, h, w) masks or probabilities 0..1
-    target,                     # (n, k, h, w) true masks
-    spacing:tuple=(1., 1.),     # height and width of a pixel, in mm if the result should be
-    threshold:float=.5,         # probabilities above it are 1
-) -> np.ndarray:                # (n, k) in pixels or mm; NaN where both masks are empty, the picture's diagonal where one is
+    pred,  # (n, k, h, w) masks or probabilities 0..1
+    target,  # (n, k, h, w) true masks
+    spacing: tuple = (1.0, 1.0),  # height and width of a pixel, in mm if the result should be
+    threshold: float = 0.5,  # probabilities above it are 1
+) -> (
+    np.ndarray
+):  # (n, k) in pixels or mm; NaN where both masks are empty, the picture's diagonal where one is
     "95th percentile of the distances between the outlines, the larger of both directions."
-    return _each(lambda a, b: _hd95(_distances(a, b, spacing), a, b, spacing), *_masks(pred, target, threshold))
+    return _each(
+        lambda a, b: _hd95(_distances(a, b, spacing), a, b, spacing), *_masks(pred, target, threshold)
+    )
 
+# %% ../../nbs/stats/segmentation.ipynb #c017
 def boundary_f1(
-    pred,                       # (n, k, h, w) masks or probabilities 0..1
-    target,                     # (n, k, h, w) true masks
-    within:float=2.,            # how far an edge pixel may lie from the other outline, in units of spacing
-    spacing:tuple=(1., 1.),     # height and width of a pixel
-    threshold:float=.5,         # probabilities above it are 1
-) -> np.ndarray:                # (n, k) 0..1; NaN where both masks are empty, 0 where one is
+    pred,  # (n, k, h, w) masks or probabilities 0..1
+    target,  # (n, k, h, w) true masks
+    within: float = 2.0,  # how far an edge pixel may lie from the other outline, in units of spacing
+    spacing: tuple = (1.0, 1.0),  # height and width of a pixel
+    threshold: float = 0.5,  # probabilities above it are 1
+) -> np.ndarray:  # (n, k) 0..1; NaN where both masks are empty, 0 where one is
     "F1 of edge pixels that lie near the other outline."
-    return _each(lambda a, b: _boundary_f1(_distances(a, b, spacing), a, b, within), *_masks(pred, target, threshold))
+    return _each(
+        lambda a, b: _boundary_f1(_distances(a, b, spacing), a, b, within), *_masks(pred, target, threshold)
+    )
 
 # %% ../../nbs/stats/segmentation.ipynb #c020
 def _islands(mask, other=None):
     from scipy.ndimage import label
+
     at, n = label(mask, np.ones((3, 3)))
     return n if other is None else n - len(np.setdiff1d(at[other], 0))
 
+
 def islands(
-    mask,                   # (n, k, h, w) masks or probabilities 0..1
-    other=None,             # (n, k, h, w) masks: count only objects without a pixel in common with it
-    threshold:float=.5,     # probabilities above it are 1
-) -> np.ndarray:            # (n, k) counts; 0 for an empty mask
+    mask,  # (n, k, h, w) masks or probabilities 0..1
+    other=None,  # (n, k, h, w) masks: count only objects without a pixel in common with it
+    threshold: float = 0.5,  # probabilities above it are 1
+) -> np.ndarray:  # (n, k) counts; 0 for an empty mask
     "Number of connected objects, or of those that touch nothing of another mask."
     mask, against = _masks(mask, mask > threshold if other is None else other, threshold)
     return _each(_islands if other is not None else lambda a, b: _islands(a), mask, against).astype(int)
 
-# %% ../../nbs/stats/segmentation.ipynb #c023
+# %% ../../nbs/stats/segmentation.ipynb #c023-1
 _SCORES = ['dice', 'iou', 'hd95', 'boundary_f1', 'false_positive_area', 'islands', 'missed']
 
+
 def mask_scores(
-    prob,                       # (n, k, h, w) probabilities 0..1 or masks; read an image at a time, so a memory map will do
-    target,                     # (n, k, h, w) true masks
-    table:pd.DataFrame,         # n rows, whose columns are kept; patient for evaluate_masks
-    names,                      # of the k classes
-    spacing:tuple=(1., 1.),     # height and width of a pixel, for hd95 and boundary_f1
-    within:float=2.,            # of boundary_f1
-    threshold:float=.5,         # probabilities above it are 1
-) -> pd.DataFrame:              # the table's columns, then image, class, truth, predicted, shared (pixels), dice, iou, hd95, boundary_f1, false_positive_area, islands, missed
+    prob,  # (n, k, h, w) probabilities 0..1 or masks; read an image at a time, so a memory map will do
+    target,  # (n, k, h, w) true masks
+    table: pd.DataFrame,  # n rows, whose columns are kept; patient for evaluate_masks
+    names,  # of the k classes
+    spacing: tuple = (1.0, 1.0),  # height and width of a pixel, for hd95 and boundary_f1
+    within: float = 2.0,  # of boundary_f1
+    threshold: float = 0.5,  # probabilities above it are 1
+) -> pd.DataFrame:  # the table's columns, then image, class, truth, predicted, shared (pixels), dice, iou, hd95, boundary_f1, false_positive_area, islands, missed
     "Every score of every image and class; raises ValueError when the sizes do not fit."
-    if len(prob) != len(target) or len(table) != len(prob): raise ValueError(f"{len(prob)} predictions, {len(target)} masks and {len(table)} rows of the table should be as many")
+    if len(prob) != len(target) or len(table) != len(prob):
+        raise ValueError(
+            f"{len(prob)} predictions, {len(target)} masks and {len(table)} rows of the table should be as many"
+        )
     rows = []
     for i in progress(range(len(prob)), desc='scores'):
-        pred, true = (x[0] for x in _masks(prob[i:i+1], target[i:i+1], threshold))
-        if len(names) != len(true): raise ValueError(f"{len(names)} names for {len(true)} classes: {tuple(names)}")
+        pred, true = (x[0] for x in _masks(prob[i : i + 1], target[i : i + 1], threshold))
+        if len(names) != len(true):
+            raise ValueError(f"{len(names)} names for {len(true)} classes: {tuple(names)}")
         for c, a, b in zip(names, pred, true):
             near, p, t, both = _distances(a, b, spacing), a.sum(), b.sum(), (a & b).sum()
-            rows.append((i, c, t, p, both, 2*both/(p + t) if p + t else np.nan, both/(p + t - both) if p + t else np.nan, _hd95(near, a, b, spacing), _boundary_f1(near, a, b, within),
-                         (p - both)/a.size, _islands(a, b), _islands(b, a)))
+            rows.append(
+                (
+                    i,
+                    c,
+                    t,
+                    p,
+                    both,
+                    2 * both / (p + t) if p + t else np.nan,
+                    both / (p + t - both) if p + t else np.nan,
+                    _hd95(near, a, b, spacing),
+                    _boundary_f1(near, a, b, within),
+                    (p - both) / a.size,
+                    _islands(a, b),
+                    _islands(b, a),
+                )
+            )
     out = pd.DataFrame(rows, columns=['image', 'class', 'truth', 'predicted', 'shared', *_SCORES])
     kept = table.reset_index(drop=True).drop(columns=[c for c in out if c in table])
     return kept.iloc[out['image']].reset_index(drop=True).join(out)
 
+# %% ../../nbs/stats/segmentation.ipynb #c023
 def evaluate_masks(
-    scores:pd.DataFrame,        # of mask_scores, with a column patient
-    n_boot:int=1000,            # resamples of patients
-    seed:int=0,                 # of the resampling
-) -> pd.DataFrame:              # level ('pixel', 'image'), class, metric, value, low, high, n (images whose truth holds the class; all images for 'all'), patients
+    scores: pd.DataFrame,  # of mask_scores, with a column patient
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # level ('pixel', 'image'), class, metric, value, low, high, n (images whose truth holds the class; all images for 'all'), patients
     "Scores of each class and of all, with 95 % intervals over patients (NaN with fewer than two)."
-    missing = [c for c in ('patient', 'image', 'class', 'truth', 'predicted', 'shared', *_SCORES) if c not in scores]
-    if missing: raise TableError(f"missing column(s) {missing} in the table of `mask_scores`")
-    if not len(scores) or scores['patient'].isna().any(): raise TableError("the table of `mask_scores` is empty, or rows have no patient")
-    names, (group, patients) = list(scores['class'].unique()), pd.factorize(scores.drop_duplicates('image')['patient'].astype(str), sort=True)
-    grid = lambda c: scores.pivot(index='image', columns='class', values=c).loc[scores['image'].unique(), names].to_numpy(float)
-    weights = _weights(len(patients), n_boot, seed)                                                 # the first row is the sample itself
-    total = lambda x: weights @ np.stack([np.bincount(group, o, len(patients)) for o in x.T], 1)     # (1 + n_boot, k) sums over resampled patients
+    missing = [
+        c for c in ('patient', 'image', 'class', 'truth', 'predicted', 'shared', *_SCORES) if c not in scores
+    ]
+    if missing:
+        raise TableError(f"missing column(s) {missing} in the table of `mask_scores`")
+    if not len(scores) or scores['patient'].isna().any():
+        raise TableError("the table of `mask_scores` is empty, or rows have no patient")
+    names, (group, patients) = (
+        list(scores['class'].unique()),
+        pd.factorize(scores.drop_duplicates('image')['patient'].astype(str), sort=True),
+    )
+
+    def grid(c):
+        return (
+            scores.pivot(index='image', columns='class', values=c)
+            .loc[scores['image'].unique(), names]
+            .to_numpy(float)
+        )
+
+    weights = _weights(len(patients), n_boot, seed)  # the first row is the sample itself
+
+    def total(x):
+        return weights @ np.stack(
+            [np.bincount(group, o, len(patients)) for o in x.T], 1
+        )  # (1 + n_boot, k) sums over resampled patients
+
     truth, called, shared = (total(grid(c)) for c in ('truth', 'predicted', 'shared'))
-    parts = {('pixel', 'iou'): _ratio(shared, truth + called - shared, truth + called > 0), ('pixel', 'dice'): _ratio(2*shared, truth + called, truth + called > 0)}
+    parts = {
+        ('pixel', 'iou'): _ratio(shared, truth + called - shared, truth + called > 0),
+        ('pixel', 'dice'): _ratio(2 * shared, truth + called, truth + called > 0),
+    }
     for c in _SCORES:
         x = grid(c)
         known = total((~np.isnan(x)).astype(float))
@@ -192,35 +292,65 @@ def evaluate_masks(
     for (level, metric), x in parts.items():
         x = np.c_[_ratio(np.where(held, x, 0).sum(1), held.sum(1).astype(float), held.any(1)), x]
         low, high = _percentiles(x[1:], len(patients))
-        rows += [(level, c, metric, *v, k, len(patients)) for c, k, *v in zip(['all', *names], [len(scores['image'].unique()), *n], x[0], low, high)]
+        rows += [
+            (level, c, metric, *v, k, len(patients))
+            for c, k, *v in zip(['all', *names], [len(scores['image'].unique()), *n], x[0], low, high)
+        ]
     return pd.DataFrame(rows, columns=_COLUMNS)
 
-# %% ../../nbs/stats/segmentation.ipynb #c028
+# %% ../../nbs/stats/segmentation.ipynb #c028-1
 def _outline(ax, m, color):
-    if m.any(): ax.contour(np.arange(-1, m.shape[1] + 1), np.arange(-1, m.shape[0] + 1), np.pad(m, 1).astype(float), [.5], colors=color, linewidths=1)
+    if m.any():
+        ax.contour(
+            np.arange(-1, m.shape[1] + 1),
+            np.arange(-1, m.shape[0] + 1),
+            np.pad(m, 1).astype(float),
+            [0.5],
+            colors=color,
+            linewidths=1,
+        )
 
+# %% ../../nbs/stats/segmentation.ipynb #c028
 def worst_cases(
-    set,                    # MaskSet
-    prob,                   # (n, k, h, w) probabilities 0..1 or masks of its images
-    scores:pd.DataFrame,    # of mask_scores of these; give some of its rows (one class, one source) to look at those
-    by:str='dice',          # which score; of hd95, false_positive_area, islands and missed the largest are worst
-    n:int=4,                # how many to draw
-    threshold:float=.5,     # probabilities above it are 1
-    axs=None,               # n matplotlib axes; new ones when None
-):                          # the axes
+    set,  # MaskSet
+    prob,  # (n, k, h, w) probabilities 0..1 or masks of its images
+    scores: pd.DataFrame,  # of mask_scores of these; give some of its rows (one class, one source) to look at those
+    by: str = 'dice',  # which score; of hd95, false_positive_area, islands and missed the largest are worst
+    n: int = 4,  # how many to draw
+    threshold: float = 0.5,  # probabilities above it are 1
+    axs=None,  # n matplotlib axes; new ones when None
+):  # the axes
     "Draw the worst predictions: truth in blue, prediction in orange; raises ValueError for an unknown score or class."
     import matplotlib.pyplot as plt
-    if by not in _SCORES: raise ValueError(f"unknown score {by!r}; there are {_SCORES}")
+
+    if by not in _SCORES:
+        raise ValueError(f"unknown score {by!r}; there are {_SCORES}")
     strange = [c for c in scores['class'].unique() if c not in set.names]
-    if strange: raise ValueError(f"the table has class(es) {strange}, the set {set.names}")
-    worst = scores.dropna(subset=[by]).sort_values(by, ascending=by in ('dice', 'iou', 'boundary_f1'), kind='stable').head(n)
-    if axs is None: axs = plt.subplots(-(-n//4), min(n, 4), figsize=(2*min(n, 4), 2.3*-(-n//4)), squeeze=False, layout='constrained')[1]
+    if strange:
+        raise ValueError(f"the table has class(es) {strange}, the set {set.names}")
+    worst = (
+        scores.dropna(subset=[by])
+        .sort_values(by, ascending=by in ('dice', 'iou', 'boundary_f1'), kind='stable')
+        .head(n)
+    )
+    if axs is None:
+        axs = plt.subplots(
+            -(-n // 4),
+            min(n, 4),
+            figsize=(2 * min(n, 4), 2.3 * -(-n // 4)),
+            squeeze=False,
+            layout='constrained',
+        )[1]
     axs = np.ravel(axs)
-    for ax in axs: ax.set_axis_off()
+    for ax in axs:
+        ax.set_axis_off()
     for ax, (_, row) in zip(axs, worst.iterrows()):
         i, k = row['image'], set.names.index(row['class'])
-        pred, true = (x[0, 0] for x in _masks(prob[i:i+1, k:k+1], set.masks[i:i+1, k:k+1], threshold))
+        pred, true = (
+            x[0, 0] for x in _masks(prob[i : i + 1, k : k + 1], set.masks[i : i + 1, k : k + 1], threshold)
+        )
         ax.imshow(set.images[i], cmap='gray', vmin=0, vmax=255)
-        _outline(ax, true, 'deepskyblue'); _outline(ax, pred, 'darkorange')
+        _outline(ax, true, 'deepskyblue')
+        _outline(ax, pred, 'darkorange')
         ax.set_title(f"{i}: {row['class']}\nDice {row['dice']:.2f}, HD95 {row['hd95']:.0f}", fontsize=8)
     return axs

@@ -9,672 +9,1175 @@ __all__ = ['Patient', 'draw_patient', 'BeamGrid', 'speckle', 'log_compress', 'Ph
            'write_video', 'phantom_dataset']
 
 # %% ../../nbs/synth/phantom.ipynb #c003
-import json, numbers
+import json
+import numbers
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pandas as pd
-from ..core import CLASSES, DENSE_COLORS, atomic_path, overlay, progress, read_table, write_json, write_table
+
+import numpy as np
+import pandas as pd
+
+from lus_fastai.core import (
+    CLASSES,
+    DENSE_COLORS,
+    atomic_path,
+    overlay,
+    progress,
+    read_table,
+    write_json,
+    write_table,
+)
 
 # %% ../../nbs/synth/phantom.ipynb #c008
 _DEVICES = {  # frequency (MHz), radius (mm) and half angle (degrees) of the convex probe; frequency and width (mm) of the linear one; then what the console does
-    'phantom-A': dict(convex=(3.2, 58, 32), linear=(8., 44), dynamic_range=64, gain=-10, gamma=1.15, smoothing=.60, persistence=.15, noise=-63, floor=2),
-    'phantom-B': dict(convex=(2.6, 34, 35), linear=(6., 46), dynamic_range=56, gain=-6, gamma=1.30, smoothing=.95, persistence=.45, noise=-65, floor=5),
-    'phantom-C': dict(convex=(4.0, 50, 30), linear=(9., 38), dynamic_range=68, gain=-14, gamma=1.00, smoothing=.35, persistence=.05, noise=-61, floor=9),
-    'phantom-D': dict(convex=(3.5, 18, 36), linear=(10, 40), dynamic_range=60, gain=-9, gamma=1.05, smoothing=.80, persistence=.30, noise=-61, floor=0),
-    'phantom-E': dict(convex=(2.2, 62, 29), linear=(7., 50), dynamic_range=54, gain=-5, gamma=1.35, smoothing=.75, persistence=.20, noise=-63, floor=4),
+    'phantom-A': dict(
+        convex=(3.2, 58, 32),
+        linear=(8.0, 44),
+        dynamic_range=64,
+        gain=-10,
+        gamma=1.15,
+        smoothing=0.60,
+        persistence=0.15,
+        noise=-63,
+        floor=2,
+    ),
+    'phantom-B': dict(
+        convex=(2.6, 34, 35),
+        linear=(6.0, 46),
+        dynamic_range=56,
+        gain=-6,
+        gamma=1.30,
+        smoothing=0.95,
+        persistence=0.45,
+        noise=-65,
+        floor=5,
+    ),
+    'phantom-C': dict(
+        convex=(4.0, 50, 30),
+        linear=(9.0, 38),
+        dynamic_range=68,
+        gain=-14,
+        gamma=1.00,
+        smoothing=0.35,
+        persistence=0.05,
+        noise=-61,
+        floor=9,
+    ),
+    'phantom-D': dict(
+        convex=(3.5, 18, 36),
+        linear=(10, 40),
+        dynamic_range=60,
+        gain=-9,
+        gamma=1.05,
+        smoothing=0.80,
+        persistence=0.30,
+        noise=-61,
+        floor=0,
+    ),
+    'phantom-E': dict(
+        convex=(2.2, 62, 29),
+        linear=(7.0, 50),
+        dynamic_range=54,
+        gain=-5,
+        gamma=1.35,
+        smoothing=0.75,
+        persistence=0.20,
+        noise=-63,
+        floor=4,
+    ),
 }
+
 
 @dataclass(frozen=True)
 class Patient:
     "A simulated patient with the machine that looks at them; `dataclasses.replace` changes one thing."
-    seed:int            # everything random in this patient's clips starts here
-    label:str           # 'covid', 'pneumonia' or 'regular'
-    probe:str           # 'convex' or 'linear'
-    source:str          # the machine, 'phantom-A' to 'phantom-E'
-    skin:float          # thickness of the skin, mm
-    fat:float           # thickness of the fat, mm
-    muscle:float        # thickness of the muscle, mm
-    echo:float          # brightness of the wall, dB
-    fibre:float         # contrast of its fibres, about 1
-    flatness:float      # 0: the pleura follows the probe, 1: it is flat (convex probes only)
-    slide:float         # amplitude of lung sliding, mm
-    breath:float        # period of breathing, s
-    pulse:float         # heart beats per second
-    ribs:float          # chance that a clip cuts across ribs
-    curtain:float       # chance that a clip shows the lung's lower edge
-    alines:float        # strength of A-lines, 0..1
-    haze:float          # brightness under the pleura, dB
-    blines:float        # B-lines expected in a clip
-    irregular:float     # thickening and roughness of the pleura, 0..1
-    subpleural:float    # small consolidations expected in a clip
-    lobar:float         # chance that a clip shows a lobar consolidation
-    bronchogram:float   # chance that it holds air bronchograms
-    effusion:float      # chance that a clip shows an effusion
-    frequency:float     # centre frequency, MHz
-    radius:float        # radius of a convex probe, mm
-    half_angle:float    # half its opening angle, degrees
-    width:float         # width of a linear probe, mm
-    depth:float         # depth of the picture below the probe, mm
-    crop:float          # how much of the arc on top is cut off, 0..1
-    aspect:float        # mm across a pixel over mm down it: below 1 the picture's sides are cut off
-    dynamic_range:float # dB from black to white
-    gain:float          # dB
-    gamma:float         # exponent of the grey curve
-    smoothing:float     # speckle reduction, 0..1
-    persistence:float   # share of the last frame in this one, 0..1
-    tgc:float           # time gain compensation minus what would be right, dB/cm
-    noise:float         # electronic noise at the skin, dB
-    floor:float         # darkest grey within the fan
-    rate:float          # frames per second
+
+    seed: int  # everything random in this patient's clips starts here
+    label: str  # 'covid', 'pneumonia' or 'regular'
+    probe: str  # 'convex' or 'linear'
+    source: str  # the machine, 'phantom-A' to 'phantom-E'
+    skin: float  # thickness of the skin, mm
+    fat: float  # thickness of the fat, mm
+    muscle: float  # thickness of the muscle, mm
+    echo: float  # brightness of the wall, dB
+    fibre: float  # contrast of its fibres, about 1
+    flatness: float  # 0: the pleura follows the probe, 1: it is flat (convex probes only)
+    slide: float  # amplitude of lung sliding, mm
+    breath: float  # period of breathing, s
+    pulse: float  # heart beats per second
+    ribs: float  # chance that a clip cuts across ribs
+    curtain: float  # chance that a clip shows the lung's lower edge
+    alines: float  # strength of A-lines, 0..1
+    haze: float  # brightness under the pleura, dB
+    blines: float  # B-lines expected in a clip
+    irregular: float  # thickening and roughness of the pleura, 0..1
+    subpleural: float  # small consolidations expected in a clip
+    lobar: float  # chance that a clip shows a lobar consolidation
+    bronchogram: float  # chance that it holds air bronchograms
+    effusion: float  # chance that a clip shows an effusion
+    frequency: float  # centre frequency, MHz
+    radius: float  # radius of a convex probe, mm
+    half_angle: float  # half its opening angle, degrees
+    width: float  # width of a linear probe, mm
+    depth: float  # depth of the picture below the probe, mm
+    crop: float  # how much of the arc on top is cut off, 0..1
+    aspect: float  # mm across a pixel over mm down it: below 1 the picture's sides are cut off
+    dynamic_range: float  # dB from black to white
+    gain: float  # dB
+    gamma: float  # exponent of the grey curve
+    smoothing: float  # speckle reduction, 0..1
+    persistence: float  # share of the last frame in this one, 0..1
+    tgc: float  # time gain compensation minus what would be right, dB/cm
+    noise: float  # electronic noise at the skin, dB
+    floor: float  # darkest grey within the fan
+    rate: float  # frames per second
 
     @property
-    def pleura(self): return self.skin + self.fat + self.muscle  # mean pleural depth, mm
+    def pleura(self):
+        return self.skin + self.fat + self.muscle  # mean pleural depth, mm
 
-# %% ../../nbs/synth/phantom.ipynb #c010
+# %% ../../nbs/synth/phantom.ipynb #c010-1
 def _disease(label, rng):
     "What this patient's lungs tend to show."
-    chance = lambda x: float(rng.random() < x)
-    if label == 'regular':
-        return dict(blines=.9*chance(.25), irregular=rng.uniform(0, .1) + .35*chance(.08), subpleural=.2*chance(.1), lobar=0., bronchogram=0., effusion=.15*chance(.06), curtain=.2,
-                    alines=rng.uniform(.65, 1.), haze=rng.uniform(-3, .5))
-    if label == 'covid':
-        mild = chance(.12)
-        return dict(blines=rng.uniform(.2, 1.) if mild else rng.uniform(3, 6), irregular=rng.uniform(.05, .4) if mild else rng.uniform(.6, 1.),
-                    subpleural=(1 - mild)*rng.uniform(0, 1.2), lobar=.6*chance(.08), bronchogram=.4, effusion=.5*chance(.06), curtain=.08, alines=rng.uniform(.1, .6), haze=rng.uniform(1, 4))
-    lobar = chance(.8)
-    return dict(blines=rng.uniform(.3, 1.8) + (1 - lobar), irregular=rng.uniform(.05, .35), subpleural=(1 - lobar)*rng.uniform(.3, 1.6), lobar=.95*lobar, bronchogram=.85, effusion=.7*chance(.45),
-                curtain=.08, alines=rng.uniform(.1, .6), haze=rng.uniform(0, 3))
 
+    def chance(x):
+        return float(rng.random() < x)
+
+    if label == 'regular':
+        return dict(
+            blines=0.9 * chance(0.25),
+            irregular=rng.uniform(0, 0.1) + 0.35 * chance(0.08),
+            subpleural=0.2 * chance(0.1),
+            lobar=0.0,
+            bronchogram=0.0,
+            effusion=0.15 * chance(0.06),
+            curtain=0.2,
+            alines=rng.uniform(0.65, 1.0),
+            haze=rng.uniform(-3, 0.5),
+        )
+    if label == 'covid':
+        mild = chance(0.12)
+        return dict(
+            blines=rng.uniform(0.2, 1.0) if mild else rng.uniform(3, 6),
+            irregular=rng.uniform(0.05, 0.4) if mild else rng.uniform(0.6, 1.0),
+            subpleural=(1 - mild) * rng.uniform(0, 1.2),
+            lobar=0.6 * chance(0.08),
+            bronchogram=0.4,
+            effusion=0.5 * chance(0.06),
+            curtain=0.08,
+            alines=rng.uniform(0.1, 0.6),
+            haze=rng.uniform(1, 4),
+        )
+    lobar = chance(0.8)
+    return dict(
+        blines=rng.uniform(0.3, 1.8) + (1 - lobar),
+        irregular=rng.uniform(0.05, 0.35),
+        subpleural=(1 - lobar) * rng.uniform(0.3, 1.6),
+        lobar=0.95 * lobar,
+        bronchogram=0.85,
+        effusion=0.7 * chance(0.45),
+        curtain=0.08,
+        alines=rng.uniform(0.1, 0.6),
+        haze=rng.uniform(0, 3),
+    )
+
+# %% ../../nbs/synth/phantom.ipynb #c010-2
 def _machine(source, probe, rng):
     "Settings of one machine as its user left them for this patient, and the layers that its probe presses on."
     d, u = dict(_DEVICES[source]), rng.uniform
     convex, linear = d.pop('convex'), d.pop('linear')
-    d.update(dynamic_range=d['dynamic_range'] + rng.normal(0, 3), gain=d['gain'] + rng.normal(0, 1.5), gamma=d['gamma']*np.exp(rng.normal(0, .07)), noise=d['noise'] + rng.normal(0, 2))
+    d.update(
+        dynamic_range=d['dynamic_range'] + rng.normal(0, 3),
+        gain=d['gain'] + rng.normal(0, 1.5),
+        gamma=d['gamma'] * np.exp(rng.normal(0, 0.07)),
+        noise=d['noise'] + rng.normal(0, 2),
+    )
     if probe == 'convex':
-        d.update(frequency=convex[0]*u(.9, 1.1), radius=convex[1]*u(.95, 1.05), half_angle=convex[2] + u(-1, 1), width=0., depth=float(rng.choice([80, 100, 120, 140, 160])),
-                 crop=u(0, 1), aspect=u(.75, 1.1), tgc=u(-.4, .4), skin=u(1.5, 2.5), fat=u(3, 14), muscle=u(7, 14))
+        d.update(
+            frequency=convex[0] * u(0.9, 1.1),
+            radius=convex[1] * u(0.95, 1.05),
+            half_angle=convex[2] + u(-1, 1),
+            width=0.0,
+            depth=float(rng.choice([80, 100, 120, 140, 160])),
+            crop=u(0, 1),
+            aspect=u(0.75, 1.1),
+            tgc=u(-0.4, 0.4),
+            skin=u(1.5, 2.5),
+            fat=u(3, 14),
+            muscle=u(7, 14),
+        )
     else:
-        d.update(frequency=linear[0]*u(.9, 1.1), radius=0., half_angle=0., width=float(linear[1]), depth=float(rng.choice([35, 40, 50, 60])),
-                 crop=0., aspect=u(.98, 1.2), tgc=u(-1, 1), skin=u(1.2, 2), fat=u(2, 8), muscle=u(6, 11))
+        d.update(
+            frequency=linear[0] * u(0.9, 1.1),
+            radius=0.0,
+            half_angle=0.0,
+            width=float(linear[1]),
+            depth=float(rng.choice([35, 40, 50, 60])),
+            crop=0.0,
+            aspect=u(0.98, 1.2),
+            tgc=u(-1, 1),
+            skin=u(1.2, 2),
+            fat=u(2, 8),
+            muscle=u(6, 11),
+        )
     return {k: float(v) for k, v in d.items()}
 
+# %% ../../nbs/synth/phantom.ipynb #c010-3
 def _natural(name, x, least=0):
     "`x` as an int; ValueError that names the argument unless it is a whole number of at least `least`."
-    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < least: raise ValueError(f"{name} must be a whole number of at least {least}, got {x!r}")
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {x!r}")
     return int(x)
 
+# %% ../../nbs/synth/phantom.ipynb #c010
 def draw_patient(
-    seed:int,           # non-negative; the same seed is the same patient
-    label:str=None,     # 'covid', 'pneumonia' or 'regular'; drawn when None
-    probe:str=None,     # 'convex' or 'linear'; drawn when None, four in five convex
+    seed: int,  # non-negative; the same seed is the same patient
+    label: str = None,  # 'covid', 'pneumonia' or 'regular'; drawn when None
+    probe: str = None,  # 'convex' or 'linear'; drawn when None, four in five convex
 ) -> Patient:
     "Draw a patient; raises ValueError for an unknown label or probe."
     seed = _natural('seed', seed)
-    if label not in (None, *CLASSES): raise ValueError(f"unknown label {label!r}; the phantom knows {CLASSES}")
-    if probe not in (None, 'convex', 'linear'): raise ValueError(f"unknown probe {probe!r}; there are 'convex' and 'linear'")
+    if label not in (None, *CLASSES):
+        raise ValueError(f"unknown label {label!r}; the phantom knows {CLASSES}")
+    if probe not in (None, 'convex', 'linear'):
+        raise ValueError(f"unknown probe {probe!r}; there are 'convex' and 'linear'")
     rng, body = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
-    drawn = CLASSES[rng.integers(3)], 'convex' if rng.random() < .8 else 'linear'
+    drawn = CLASSES[rng.integers(3)], 'convex' if rng.random() < 0.8 else 'linear'
     label, probe, source = label or drawn[0], probe or drawn[1], sorted(_DEVICES)[rng.integers(len(_DEVICES))]
-    return Patient(seed=seed, label=label, probe=probe, source=source, echo=body.normal(0, 1.5), fibre=body.uniform(.5, 1.5), flatness=body.uniform(0, .8), slide=body.uniform(3, 9),
-                   breath=body.uniform(2.6, 4.6), pulse=body.uniform(.8, 1.5), ribs=.5, rate=float(body.choice([6, 8, 10, 12])),
-                   **_disease(label, np.random.default_rng([seed, 3])), **_machine(source, probe, np.random.default_rng([seed, 4])))
+    return Patient(
+        seed=seed,
+        label=label,
+        probe=probe,
+        source=source,
+        echo=body.normal(0, 1.5),
+        fibre=body.uniform(0.5, 1.5),
+        flatness=body.uniform(0, 0.8),
+        slide=body.uniform(3, 9),
+        breath=body.uniform(2.6, 4.6),
+        pulse=body.uniform(0.8, 1.5),
+        ribs=0.5,
+        rate=float(body.choice([6, 8, 10, 12])),
+        **_disease(label, np.random.default_rng([seed, 3])),
+        **_machine(source, probe, np.random.default_rng([seed, 4])),
+    )
 
 # %% ../../nbs/synth/phantom.ipynb #c015
 class BeamGrid:
     "Beams and depth samples of a patient's probe, and the way from there to pixels."
-    def __init__(self,
-        patient:Patient,         # whose probe, depth and width
-        size:tuple=(256, 256),   # height and width of the picture, at least 32 each
+
+    def __init__(
+        self,
+        patient: Patient,  # whose probe, depth and width
+        size: tuple = (256, 256),  # height and width of the picture, at least 32 each
     ):
         from scipy.sparse import csr_matrix
+
         p, (h, w) = patient, size
-        self.size, self.nz, self.nb = (h, w), max(96, round(1.6*h)), max(64, round(.6*w))
-        self.dz = p.depth/self.nz
-        self.z = ((np.arange(self.nz) + .5)*self.dz).astype(np.float32)
-        i, j = np.arange(h) + .5, np.arange(w) + .5 - w/2
+        self.size, self.nz, self.nb = (h, w), max(96, round(1.6 * h)), max(64, round(0.6 * w))
+        self.dz = p.depth / self.nz
+        self.z = ((np.arange(self.nz) + 0.5) * self.dz).astype(np.float32)
+        i, j = np.arange(h) + 0.5, np.arange(w) + 0.5 - w / 2
         if p.probe == 'convex':
             t = np.radians(p.half_angle)
-            self.pitch = (p.radius + self.z)*(2*t/(self.nb - 1))   # mm from beam to beam at each depth
-            top = p.radius*(np.cos(t) + p.crop*(1 - np.cos(t)))
-            mm = (p.radius + p.depth - top)/h
-            x, y = np.meshgrid(j*mm*p.aspect, top + i*mm)
-            depth, beam = np.hypot(x, y) - p.radius, (np.arctan2(x, y)/t + 1)/2*(self.nb - 1)
+            self.pitch = (p.radius + self.z) * (2 * t / (self.nb - 1))  # mm from beam to beam at each depth
+            top = p.radius * (np.cos(t) + p.crop * (1 - np.cos(t)))
+            mm = (p.radius + p.depth - top) / h
+            x, y = np.meshgrid(j * mm * p.aspect, top + i * mm)
+            depth, beam = np.hypot(x, y) - p.radius, (np.arctan2(x, y) / t + 1) / 2 * (self.nb - 1)
         else:
-            self.pitch = np.full(self.nz, p.width/(self.nb - 1))
-            x, depth = np.meshgrid(j*p.width/w*p.aspect, i*p.depth/h)
-            beam = (x/p.width + .5)*(self.nb - 1)
+            self.pitch = np.full(self.nz, p.width / (self.nb - 1))
+            x, depth = np.meshgrid(j * p.width / w * p.aspect, i * p.depth / h)
+            beam = (x / p.width + 0.5) * (self.nb - 1)
         self.fan = (depth >= 0) & (depth < p.depth) & (beam >= 0) & (beam <= self.nb - 1)
         self._at = np.flatnonzero(self.fan)
-        row, col = np.clip(depth.flat[self._at]/self.dz - .5, 0, self.nz - 1.001), np.clip(beam.flat[self._at], 0, self.nb - 1.001)
+        row, col = (
+            np.clip(depth.flat[self._at] / self.dz - 0.5, 0, self.nz - 1.001),
+            np.clip(beam.flat[self._at], 0, self.nb - 1.001),
+        )
         r, c = row.astype(np.int32), col.astype(np.int32)
-        index, v, u = r*self.nb + c, row - r, col - c
-        weights = np.stack([(1-v)*(1-u), (1-v)*u, v*(1-u), v*u], 1).astype(np.float32)
+        index, v, u = r * self.nb + c, row - r, col - c
+        weights = np.stack([(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u], 1).astype(np.float32)
         corners = np.stack([index, index + 1, index + self.nb, index + self.nb + 1], 1)
-        self._grey = csr_matrix((weights.ravel(), corners.ravel(), np.arange(0, weights.size + 1, 4)), shape=(len(index), self.nz*self.nb))
-        self._code = np.round(row).astype(np.int32)*self.nb + np.round(col).astype(np.int32)
+        self._grey = csr_matrix(
+            (weights.ravel(), corners.ravel(), np.arange(0, weights.size + 1, 4)),
+            shape=(len(index), self.nz * self.nb),
+        )
+        self._code = np.round(row).astype(np.int32) * self.nb + np.round(col).astype(np.int32)
 
-    def beams(self, mm, depth): return mm/np.interp(depth, self.z, self.pitch)   # a lateral length in mm as a number of beams
+    def beams(self, mm, depth):
+        return mm / np.interp(depth, self.z, self.pitch)  # a lateral length in mm as a number of beams
 
-    def picture(self,
-        x:np.ndarray,      # (nz, nb) samples: float ones are interpolated, integer ones taken from the nearest sample
-        outside=0,         # value outside the fan
-    ) -> np.ndarray:       # size, type of x
+    def picture(
+        self,
+        x: np.ndarray,  # (nz, nb) samples: float ones are interpolated, integer ones taken from the nearest sample
+        outside=0,  # value outside the fan
+    ) -> np.ndarray:  # size, type of x
         "Scan conversion."
         out = np.full(self.size, outside, x.dtype)
-        out.ravel()[self._at] = self._grey @ x.ravel() if np.issubdtype(x.dtype, np.floating) else x.ravel()[self._code]
+        out.ravel()[self._at] = (
+            self._grey @ x.ravel() if np.issubdtype(x.dtype, np.floating) else x.ravel()[self._code]
+        )
         return out
 
-# %% ../../nbs/synth/phantom.ipynb #c018
+# %% ../../nbs/synth/phantom.ipynb #c018-1
 def speckle(
-    scatterers:np.ndarray,   # (depth, beams) complex amplitudes
-    axial:float,             # standard deviation of the pulse, samples
-    lateral:np.ndarray,      # (depth,) standard deviation of the beam, beams
-) -> np.ndarray:             # (depth, beams) complex64; white input of unit power keeps unit power
+    scatterers: np.ndarray,  # (depth, beams) complex amplitudes
+    axial: float,  # standard deviation of the pulse, samples
+    lateral: np.ndarray,  # (depth,) standard deviation of the beam, beams
+) -> np.ndarray:  # (depth, beams) complex64; white input of unit power keeps unit power
     "Echo of scatterers through a depth-dependent point-spread function."
     from scipy import fft
-    (n, m), f32 = scatterers.shape, np.float32
-    N, M = fft.next_fast_len(n + int(4*axial)), fft.next_fast_len(m)
-    pulse = np.exp(-2*np.pi**2*(axial*fft.fftfreq(N))**2).astype(f32)[:, None]
-    beam = np.exp(-2*np.pi**2*np.square(np.asarray(lateral)[:, None]*fft.fftfreq(M))).astype(f32)
-    pulse, beam = pulse/np.sqrt((pulse**2).mean()), beam/np.sqrt((beam**2).mean(1, keepdims=True))
-    x = fft.ifft(fft.fft(scatterers.astype(np.complex64), N, axis=0)*pulse, axis=0)[:n]
-    return fft.ifft(fft.fft(x, M, axis=1)*beam, axis=1)[:, :m]
 
+    (n, m), f32 = scatterers.shape, np.float32
+    N, M = fft.next_fast_len(n + int(4 * axial)), fft.next_fast_len(m)
+    pulse = np.exp(-2 * np.pi**2 * (axial * fft.fftfreq(N)) ** 2).astype(f32)[:, None]
+    beam = np.exp(-2 * np.pi**2 * np.square(np.asarray(lateral)[:, None] * fft.fftfreq(M))).astype(f32)
+    pulse, beam = pulse / np.sqrt((pulse**2).mean()), beam / np.sqrt((beam**2).mean(1, keepdims=True))
+    x = fft.ifft(fft.fft(scatterers.astype(np.complex64), N, axis=0) * pulse, axis=0)[:n]
+    return fft.ifft(fft.fft(x, M, axis=1) * beam, axis=1)[:, :m]
+
+# %% ../../nbs/synth/phantom.ipynb #c018-2
 def _white(rng, *shape):
     "Complex white noise of unit power."
-    return rng.standard_normal((*shape, 2), dtype=np.float32).view(np.complex64)[..., 0]*np.float32(.5**.5)
+    return rng.standard_normal((*shape, 2), dtype=np.float32).view(np.complex64)[..., 0] * np.float32(
+        0.5**0.5
+    )
 
+# %% ../../nbs/synth/phantom.ipynb #c018-3
 def _smooth(rng, n, length):
     "A random function on n points: zero mean, unit variance, Gaussian correlation over `length` points."
     from scipy.ndimage import gaussian_filter1d
-    length = max(length, .3)
-    return (gaussian_filter1d(rng.standard_normal(n), length, mode='wrap')*np.sqrt(max(2*np.sqrt(np.pi)*length, 1))).astype(np.float32)
 
-def _texture(rng, shape, axial, lateral, tilt=0.):
+    length = max(length, 0.3)
+    return (
+        gaussian_filter1d(rng.standard_normal(n), length, mode='wrap')
+        * np.sqrt(max(2 * np.sqrt(np.pi) * length, 1))
+    ).astype(np.float32)
+
+# %% ../../nbs/synth/phantom.ipynb #c018-4
+def _texture(rng, shape, axial, lateral, tilt=0.0):
     "A random field of unit variance, correlated over `axial` samples and `lateral` beams, sheared by `tilt` samples a beam."
     from scipy import fft
-    f, g = fft.fftfreq(shape[0])[:, None], fft.rfftfreq(shape[1])[None]
-    x = fft.irfft2(fft.rfft2(rng.standard_normal(shape, dtype=np.float32))*np.exp(-2*np.pi**2*((axial*f)**2 + (lateral*(g + tilt*f))**2)).astype(np.float32), s=shape)
-    return x/x.std()
 
-def _amp(db): return np.power(np.float32(10), np.asarray(db, np.float32)/np.float32(20))  # dB to amplitude
+    f, g = fft.fftfreq(shape[0])[:, None], fft.rfftfreq(shape[1])[None]
+    x = fft.irfft2(
+        fft.rfft2(rng.standard_normal(shape, dtype=np.float32))
+        * np.exp(-2 * np.pi**2 * ((axial * f) ** 2 + (lateral * (g + tilt * f)) ** 2)).astype(np.float32),
+        s=shape,
+    )
+    return x / x.std()
+
+# %% ../../nbs/synth/phantom.ipynb #c018
+def _amp(db):
+    return np.power(np.float32(10), np.asarray(db, np.float32) / np.float32(20))  # dB to amplitude
+
 
 def _widths(p, g):
     "Standard deviations of the PSF: of the pulse in samples, and of the beam at each depth in beams."
-    wave, focus = 1.54/p.frequency, .5*p.depth   # mm, at 1540 m/s
-    width = wave*np.sqrt(3.6**2 + 36*((g.z - focus)/focus)**2*np.minimum(g.z/focus, 1))
-    return max(1.35*wave/2.355/g.dz, .55), np.maximum(width/2.355/g.pitch, .6).astype(np.float32)
+    wave, focus = 1.54 / p.frequency, 0.5 * p.depth  # mm, at 1540 m/s
+    width = wave * np.sqrt(3.6**2 + 36 * ((g.z - focus) / focus) ** 2 * np.minimum(g.z / focus, 1))
+    return max(1.35 * wave / 2.355 / g.dz, 0.55), np.maximum(width / 2.355 / g.pitch, 0.6).astype(np.float32)
 
-# %% ../../nbs/synth/phantom.ipynb #c021
+# %% ../../nbs/synth/phantom.ipynb #c021-1
 def _gains(p, g):
     "Net gain of the echoes and level of the noise, both amplitudes (nz,)."
-    loss = p.frequency*g.z/10                                             # 2 ways x 0.5 dB/cm/MHz x depth in cm
-    error = (p.tgc - .5)*np.clip(g.z - 10, 0, None)/10
-    lack = 3*np.logaddexp(0, (loss - 45)/3)                               # the amplifier's end
-    return _amp(error - lack), _amp(p.noise + np.minimum(.35*(loss + error - lack), 16))
+    loss = p.frequency * g.z / 10  # 2 ways x 0.5 dB/cm/MHz x depth in cm
+    error = (p.tgc - 0.5) * np.clip(g.z - 10, 0, None) / 10
+    lack = 3 * np.logaddexp(0, (loss - 45) / 3)  # the amplifier's end
+    return _amp(error - lack), _amp(p.noise + np.minimum(0.35 * (loss + error - lack), 16))
 
+# %% ../../nbs/synth/phantom.ipynb #c021-2
 def log_compress(
-    power:np.ndarray,          # squared envelope, 1 is full scale
-    dynamic_range:float=60,    # dB from black to white
-    gain:float=0,              # dB
-) -> np.ndarray:               # 0 (black) to 1 (white)
+    power: np.ndarray,  # squared envelope, 1 is full scale
+    dynamic_range: float = 60,  # dB from black to white
+    gain: float = 0,  # dB
+) -> np.ndarray:  # 0 (black) to 1 (white)
     "Linear in decibels, clipped at both ends."
     y = np.log2(power + np.float32(1e-12))
-    y *= np.float32(10*np.log10(2)/dynamic_range)
-    y += np.float32(1 + gain/dynamic_range)
+    y *= np.float32(10 * np.log10(2) / dynamic_range)
+    y += np.float32(1 + gain / dynamic_range)
     return np.clip(y, 0, 1, out=y)
 
+# %% ../../nbs/synth/phantom.ipynb #c021
 def _despeckle(grey, share):
     "Replace a share (0..1) of each grey by the mean of its neighbourhood, as compounding and speckle filters do."
     from scipy.ndimage import uniform_filter
-    return grey + np.float32(share)*(uniform_filter(grey, (5, 7)) - grey)
 
-# %% ../../nbs/synth/phantom.ipynb #c024
+    return grey + np.float32(share) * (uniform_filter(grey, (5, 7)) - grey)
+
+# %% ../../nbs/synth/phantom.ipynb #c024-1
 def _slide(x, at, n):
     "Columns `at` to `at + n` of x, where `at` is any real number."
-    i = int(np.floor(at)); f = np.float32(at - i)
-    return x[..., i:i+n]*(1 - f) + x[..., i+1:i+1+n]*f
+    i = int(np.floor(at))
+    f = np.float32(at - i)
+    return x[..., i : i + n] * (1 - f) + x[..., i + 1 : i + 1 + n] * f
 
+# %% ../../nbs/synth/phantom.ipynb #c024-2
 def _draw_findings(p, rng):
     "What this clip of the patient shows."
-    chance = lambda x: bool(rng.random() < x)
-    f = SimpleNamespace(blines=min(int(rng.poisson(p.blines)), 1 if p.label == 'regular' else 7), subpleural=int(rng.poisson(p.subpleural)), lobar=chance(p.lobar), effusion=chance(p.effusion),
-                        curtain=chance(p.curtain), ribs=chance(p.ribs), alines=chance(.92))
+
+    def chance(x):
+        return bool(rng.random() < x)
+
+    f = SimpleNamespace(
+        blines=min(int(rng.poisson(p.blines)), 1 if p.label == 'regular' else 7),
+        subpleural=int(rng.poisson(p.subpleural)),
+        lobar=chance(p.lobar),
+        effusion=chance(p.effusion),
+        curtain=chance(p.curtain),
+        ribs=chance(p.ribs),
+        alines=chance(0.92),
+    )
     f.bronchogram = f.lobar and chance(p.bronchogram)
-    f.dynamic = f.bronchogram and chance(.6)
+    f.dynamic = f.bronchogram and chance(0.6)
     return f
 
+# %% ../../nbs/synth/phantom.ipynb #c024
 def _motion(s, rng, n):
     "Breathing: sideways shift of lung and of wall in beams, heave of the pleura in mm, one value a frame."
-    p, t = s.p, np.arange(n)/s.p.rate
-    s.phase = 2*np.pi*t/p.breath + rng.uniform(0, 2*np.pi)
-    stiff = .35 if s.has.effusion or s.has.lobar else 1
-    mm = p.slide*rng.uniform(.6, 1.)*stiff*(np.sin(s.phase) + .2*np.sin(2*s.phase + .6)) + .25*np.sin(2*np.pi*p.pulse*t)
-    s.shift, s.heave = s.g.beams(mm, p.pleura), .5*s.u*np.sin(s.phase + .4)
-    s.drift = .15*s.shift
+    p, t = s.p, np.arange(n) / s.p.rate
+    s.phase = 2 * np.pi * t / p.breath + rng.uniform(0, 2 * np.pi)
+    stiff = 0.35 if s.has.effusion or s.has.lobar else 1
+    mm = p.slide * rng.uniform(0.6, 1.0) * stiff * (
+        np.sin(s.phase) + 0.2 * np.sin(2 * s.phase + 0.6)
+    ) + 0.25 * np.sin(2 * np.pi * p.pulse * t)
+    s.shift, s.heave = s.g.beams(mm, p.pleura), 0.5 * s.u * np.sin(s.phase + 0.4)
+    s.drift = 0.15 * s.shift
     s.margin = int(np.ceil(abs(s.shift).max())) + 3
-    s.nx = s.g.nb + 2*s.margin
-    s.mm = (np.arange(s.nx) - s.nx/2)*np.interp(p.pleura, s.g.z, s.g.pitch)   # lateral place of the strip's columns at the pleura
+    s.nx = s.g.nb + 2 * s.margin
+    s.mm = (np.arange(s.nx) - s.nx / 2) * np.interp(
+        p.pleura, s.g.z, s.g.pitch
+    )  # lateral place of the strip's columns at the pleura
 
-# %% ../../nbs/synth/phantom.ipynb #c026
+# %% ../../nbs/synth/phantom.ipynb #c026-1
 def _pleural_depth(s, rng):
     "Depth of the pleura along the strip, the share of sound that it sends straight back, and how well the probe touches the skin."
     p, u = s.p, s.u
-    curve = s.mm**2/(2*(p.radius + p.pleura))*p.flatness if p.probe == 'convex' else s.mm**2/400*rng.uniform(-.4, .4)
-    depth = p.pleura + rng.normal(0, u) + curve + s.mm*rng.normal(0, .06) + .7*u*_smooth(rng, s.nx, s.beams(14*u))
-    s.depth = np.clip(depth, .7*p.pleura, .6*p.depth).astype(np.float32)
-    s.normal = np.exp(-(np.gradient(s.depth, s.mm)/.33)**2).astype(np.float32)
-    edge, (a, b) = np.linspace(-1, 1, s.g.nb), [rng.uniform(.7, 1.) if rng.random() < .45 else 1.5 for _ in range(2)]
-    s.contact = np.clip(1/(1 + np.exp((edge - a)/.05))/(1 + np.exp((-edge - b)/.05)), .03, 1).astype(np.float32)
+    curve = (
+        s.mm**2 / (2 * (p.radius + p.pleura)) * p.flatness
+        if p.probe == 'convex'
+        else s.mm**2 / 400 * rng.uniform(-0.4, 0.4)
+    )
+    depth = (
+        p.pleura
+        + rng.normal(0, u)
+        + curve
+        + s.mm * rng.normal(0, 0.06)
+        + 0.7 * u * _smooth(rng, s.nx, s.beams(14 * u))
+    )
+    s.depth = np.clip(depth, 0.7 * p.pleura, 0.6 * p.depth).astype(np.float32)
+    s.normal = np.exp(-((np.gradient(s.depth, s.mm) / 0.33) ** 2)).astype(np.float32)
+    edge, (a, b) = (
+        np.linspace(-1, 1, s.g.nb),
+        [rng.uniform(0.7, 1.0) if rng.random() < 0.45 else 1.5 for _ in range(2)],
+    )
+    s.contact = np.clip(
+        1 / (1 + np.exp((edge - a) / 0.05)) / (1 + np.exp((-edge - b) / 0.05)), 0.03, 1
+    ).astype(np.float32)
 
+# %% ../../nbs/synth/phantom.ipynb #c026-2
 def _wall(s, rng):
     "Echo of skin, fat, muscle and their fascia down to the pleura; and its repetitions below, each a pleural depth further."
     p, g, u = s.p, s.g, s.u
-    s.nw = nw = min(g.nz, int(np.ceil((s.depth.max() + 4)/g.dz)) + 4)
+    s.nw = nw = min(g.nz, int(np.ceil((s.depth.max() + 4) / g.dz)) + 4)
     z, shape = g.z[:nw, None], (nw, s.nx)
-    axial, lateral = lambda mm: max(mm/g.dz/2.355, .5), lambda mm: g.beams(mm, p.pleura/2)
-    wave = lambda mm, over: mm*u*_smooth(rng, s.nx, s.beams(over*u))
-    below = lambda edge: 1/(1 + np.exp(-np.clip((z - edge)/(.25*u), -30, 30)))
-    skin = p.skin + wave(.2, 15)
-    fat = p.skin + p.fat + wave(.7, 12) + .5*(s.depth - p.pleura)
-    septa, fibre = [_texture(rng, shape, axial(.9*u), lateral(mm*u), rng.normal(0, tilt)*u) for mm, tilt in ((6, .12), (9, .25))]
-    patch = _texture(rng, shape, axial(5*u), lateral(10*u))
-    db = -17*(1 - below(skin)) + (below(skin) - below(fat))*(-32 + p.fibre*6*np.maximum(septa, -1) + 2.5*patch) + below(fat)*(-27 + p.fibre*5*fibre + 3*patch)
-    for edge, level in ((skin, 5), (fat, 8), (s.depth - 2.2*u, 5)): db += level*np.exp(-((z - edge)/(.5*u))**2)
-    strokes = _texture(rng, shape, .5, lateral(4*u)) + 1j*_texture(rng, shape, .5, lateral(4*u))
+    axial, lateral = lambda mm: max(mm / g.dz / 2.355, 0.5), lambda mm: g.beams(mm, p.pleura / 2)
+
+    def wave(mm, over):
+        return mm * u * _smooth(rng, s.nx, s.beams(over * u))
+
+    def below(edge):
+        return 1 / (1 + np.exp(-np.clip((z - edge) / (0.25 * u), -30, 30)))
+
+    skin = p.skin + wave(0.2, 15)
+    fat = p.skin + p.fat + wave(0.7, 12) + 0.5 * (s.depth - p.pleura)
+    septa, fibre = [
+        _texture(rng, shape, axial(0.9 * u), lateral(mm * u), rng.normal(0, tilt) * u)
+        for mm, tilt in ((6, 0.12), (9, 0.25))
+    ]
+    patch = _texture(rng, shape, axial(5 * u), lateral(10 * u))
+    db = (
+        -17 * (1 - below(skin))
+        + (below(skin) - below(fat)) * (-32 + p.fibre * 6 * np.maximum(septa, -1) + 2.5 * patch)
+        + below(fat) * (-27 + p.fibre * 5 * fibre + 3 * patch)
+    )
+    for edge, level in ((skin, 5), (fat, 8), (s.depth - 2.2 * u, 5)):
+        db += level * np.exp(-(((z - edge) / (0.5 * u)) ** 2))
+    strokes = _texture(rng, shape, 0.5, lateral(4 * u)) + 1j * _texture(rng, shape, 0.5, lateral(4 * u))
     s.echoes = _amp(db + p.echo)
-    s.wall = speckle(s.echoes*(_white(rng, *shape) + np.float32(.25)*strokes), s.axial, s.lateral[:nw])
-    ring = np.exp(-z/(2*u))*(1 + .8*np.cos(2*np.pi*z/(1.3*u)))*(1 + .15*_smooth(rng, s.nx, s.beams(6)))
-    s.ring = _amp(rng.normal(-10, 3))*ring.astype(np.float32)
+    s.wall = speckle(s.echoes * (_white(rng, *shape) + np.float32(0.25) * strokes), s.axial, s.lateral[:nw])
+    ring = (
+        np.exp(-z / (2 * u))
+        * (1 + 0.8 * np.cos(2 * np.pi * z / (1.3 * u)))
+        * (1 + 0.15 * _smooth(rng, s.nx, s.beams(6)))
+    )
+    s.ring = _amp(rng.normal(-10, 3)) * ring.astype(np.float32)
     s.wall += s.ring
     _mirror(s)
 
+# %% ../../nbs/synth/phantom.ipynb #c026
 def _mirror(s):
     "The wall again below the pleura."
-    g, depth = s.g, s.depth[s.margin:s.margin+s.g.nb]
-    times = np.floor(g.z[:, None]/depth)
-    row = np.clip(((g.z[:, None] - times*depth)/g.dz).astype(np.int32), 0, s.nw - 1)
-    s.mirror = np.take_along_axis(s.wall[:, s.margin:s.margin+g.nb], row, 0)*_amp(-6 - 9*times)
+    g, depth = s.g, s.depth[s.margin : s.margin + s.g.nb]
+    times = np.floor(g.z[:, None] / depth)
+    row = np.clip(((g.z[:, None] - times * depth) / g.dz).astype(np.int32), 0, s.nw - 1)
+    s.mirror = np.take_along_axis(s.wall[:, s.margin : s.margin + g.nb], row, 0) * _amp(-6 - 9 * times)
 
-# %% ../../nbs/synth/phantom.ipynb #c028
+# %% ../../nbs/synth/phantom.ipynb #c028-1
 def _ribs(s, rng):
     "Place and shape of the ribs in view."
     p, convex = s.p, s.p.probe == 'convex'
     gap, half = (rng.uniform(28, 42), (4.5, 8)) if convex else (rng.uniform(22, 30), (4, 6))
     x, end, s.bones = s.mm[0] - rng.uniform(0, gap), s.mm[-1] + gap, []
     while s.has.ribs and x < end:
-        s.bones.append(SimpleNamespace(x=x, half=rng.uniform(*half), top=max(p.pleura - rng.uniform(4.5, 8)*s.u, p.skin + 2.5*s.u), curve=rng.uniform(9, 18)*s.u, dark=rng.uniform(-40, -14)))
-        x += gap*rng.uniform(.9, 1.1)
+        s.bones.append(
+            SimpleNamespace(
+                x=x,
+                half=rng.uniform(*half),
+                top=max(p.pleura - rng.uniform(4.5, 8) * s.u, p.skin + 2.5 * s.u),
+                curve=rng.uniform(9, 18) * s.u,
+                dark=rng.uniform(-40, -14),
+            )
+        )
+        x += gap * rng.uniform(0.9, 1.1)
 
+# %% ../../nbs/synth/phantom.ipynb #c028
 def _bone_surface(s, k):
     "At frame k, for each beam: depth of the nearest bone, what amplitude passes it, how strongly it reflects."
     x = _slide(s.mm, s.margin - s.drift[k], s.g.nb)
-    surface, passed, strength = np.full(len(x), 1e6, np.float32), np.ones(len(x), np.float32), np.zeros(len(x), np.float32)
+    surface, passed, strength = (
+        np.full(len(x), 1e6, np.float32),
+        np.ones(len(x), np.float32),
+        np.zeros(len(x), np.float32),
+    )
     for r in s.bones:
-        d = (x - r.x)/r.half
-        passed *= _amp(r.dark/(1 + np.exp(np.clip((abs(d) - .95)/.24, -30, 30))))
-        surface = np.where(abs(d) < 1.3, np.minimum(surface, r.top + (x - r.x)**2/(2*r.curve)), surface).astype(np.float32)
-        strength = np.maximum(strength, (abs(d) < 1.1)*np.exp(-(d/.7)**2)).astype(np.float32)
+        d = (x - r.x) / r.half
+        passed *= _amp(r.dark / (1 + np.exp(np.clip((abs(d) - 0.95) / 0.24, -30, 30))))
+        surface = np.where(
+            abs(d) < 1.3, np.minimum(surface, r.top + (x - r.x) ** 2 / (2 * r.curve)), surface
+        ).astype(np.float32)
+        strength = np.maximum(strength, (abs(d) < 1.1) * np.exp(-((d / 0.7) ** 2))).astype(np.float32)
     return surface, passed, strength
 
-# %% ../../nbs/synth/phantom.ipynb #c030
+# %% ../../nbs/synth/phantom.ipynb #c030-1
 def _surface(s, rng):
     "Pleura, haze and A-lines as functions of the lung coordinate."
-    p, u, smooth = s.p, s.u, lambda mm: _smooth(rng, s.nx, s.beams(mm*s.u))
-    rough = (np.clip(.5 + .8*smooth(9) + 1.2*(p.irregular - .5), 0, 1)*min(1, 1.5*p.irregular)).astype(np.float32)
+    p, u, smooth = s.p, s.u, lambda mm: _smooth(rng, s.nx, s.beams(mm * s.u))
+    rough = (
+        np.clip(0.5 + 0.8 * smooth(9) + 1.2 * (p.irregular - 0.5), 0, 1) * min(1, 1.5 * p.irregular)
+    ).astype(np.float32)
     s.rough = rough
-    s.thick = ((.45 + .75*rough*(1 + .4*smooth(2))).clip(.35)*u).astype(np.float32)
-    s.jag = 1.1*u*rough*smooth(1.6)
-    whole = 1/(1 + np.exp(np.clip(-(smooth(2.5) + 1.)/.25, -30, 30)))      # 0 where a rough pleura is interrupted
-    s.shine = ((1 + .35*(smooth(2) + 1j*smooth(2)))*(1 - rough*(1 - whole))*_amp(rng.normal(-3, 1.5) - 5*rough)).astype(np.complex64)
-    s.haze = _amp(-23 + p.haze + 3*rough + 2.5*smooth(9) + 2.5*smooth(2.5))
-    s.fade = np.float32(rng.uniform(16, 40)*u)                              # mm over which the haze falls by 1/e
-    s.dry = (s.has.alines*p.alines*(1 - rough)**2).astype(np.float32)
-    s.decay, s.turn = rng.uniform(-10, -5), rng.uniform(0, 2*np.pi, 12)     # of A-lines: dB from one to the next, phases
+    s.thick = ((0.45 + 0.75 * rough * (1 + 0.4 * smooth(2))).clip(0.35) * u).astype(np.float32)
+    s.jag = 1.1 * u * rough * smooth(1.6)
+    whole = 1 / (
+        1 + np.exp(np.clip(-(smooth(2.5) + 1.0) / 0.25, -30, 30))
+    )  # 0 where a rough pleura is interrupted
+    s.shine = (
+        (1 + 0.35 * (smooth(2) + 1j * smooth(2)))
+        * (1 - rough * (1 - whole))
+        * _amp(rng.normal(-3, 1.5) - 5 * rough)
+    ).astype(np.complex64)
+    s.haze = _amp(-23 + p.haze + 3 * rough + 2.5 * smooth(9) + 2.5 * smooth(2.5))
+    s.fade = np.float32(rng.uniform(16, 40) * u)  # mm over which the haze falls by 1/e
+    s.dry = (s.has.alines * p.alines * (1 - rough) ** 2).astype(np.float32)
+    s.decay, s.turn = (
+        rng.uniform(-10, -5),
+        rng.uniform(0, 2 * np.pi, 12),
+    )  # of A-lines: dB from one to the next, phases
 
+# %% ../../nbs/synth/phantom.ipynb #c030-2
 def _no_air(s, rng):
     "Thickness in mm of fluid and of solid lung under the pleura, and the solid's echo."
-    g, u, has, smooth = s.g, s.u, s.has, lambda mm: _smooth(rng, s.nx, s.beams(mm*s.u))
+    g, u, has, smooth = s.g, s.u, s.has, lambda mm: _smooth(rng, s.nx, s.beams(mm * s.u))
     column = np.arange(s.nx)
-    plateau = lambda c, half, soft: 1/(1 + np.exp(np.clip((abs(column - c) - s.beams(half*u))/s.beams(soft*u), -30, 30)))
+
+    def plateau(c, half, soft):
+        return 1 / (1 + np.exp(np.clip((abs(column - c) - s.beams(half * u)) / s.beams(soft * u), -30, 30)))
+
     s.fluid, s.solid = np.zeros(s.nx), np.zeros(s.nx)
     if has.effusion:
-        s.fluid = rng.uniform(12, 45)*u*plateau(s.nx/2 + rng.uniform(-.35, .35)*s.nx, rng.uniform(20, 45), 4)*(1 + .12*smooth(8))
-        s.solid = (s.fluid > 1.5*u)*rng.uniform(3, 22)*u*(1 + .35*smooth(4))
+        s.fluid = (
+            rng.uniform(12, 45)
+            * u
+            * plateau(s.nx / 2 + rng.uniform(-0.35, 0.35) * s.nx, rng.uniform(20, 45), 4)
+            * (1 + 0.12 * smooth(8))
+        )
+        s.solid = (s.fluid > 1.5 * u) * rng.uniform(3, 22) * u * (1 + 0.35 * smooth(4))
     if has.lobar:
-        deep = rng.uniform(28, 70)*u*plateau(s.nx/2 + rng.uniform(-.25, .25)*s.nx, rng.uniform(24, 50), 5)
-        s.solid = np.maximum(s.solid, deep*(1 + .15*smooth(5) + .1*smooth(1.5)))
+        deep = (
+            rng.uniform(28, 70)
+            * u
+            * plateau(s.nx / 2 + rng.uniform(-0.25, 0.25) * s.nx, rng.uniform(24, 50), 5)
+        )
+        s.solid = np.maximum(s.solid, deep * (1 + 0.15 * smooth(5) + 0.1 * smooth(1.5)))
     for _ in range(has.subpleural):
-        c, half, deep = rng.uniform(s.margin, s.nx - s.margin), s.beams(rng.uniform(3, 9)*u), rng.uniform(2.5, 9)*u
-        s.solid = np.maximum(s.solid, deep*np.sqrt(np.clip(1 - ((column - c)/half)**2, 0, None))*(1 + .2*smooth(1.2)))
-    s.fluid, s.solid = [np.where(x > least*u, x, 0).astype(np.float32) for x, least in ((s.fluid, 1.5), (s.solid, 1.))]
+        c, half, deep = (
+            rng.uniform(s.margin, s.nx - s.margin),
+            s.beams(rng.uniform(3, 9) * u),
+            rng.uniform(2.5, 9) * u,
+        )
+        s.solid = np.maximum(
+            s.solid,
+            deep * np.sqrt(np.clip(1 - ((column - c) / half) ** 2, 0, None)) * (1 + 0.2 * smooth(1.2)),
+        )
+    s.fluid, s.solid = [
+        np.where(x > least * u, x, 0).astype(np.float32) for x, least in ((s.fluid, 1.5), (s.solid, 1.0))
+    ]
     rise = np.gradient(s.fluid + s.solid, s.mm)
-    s.border = (_amp(rng.uniform(-15, -8) + 4*smooth(1.5))/(1 + rise**2)).astype(np.float32)   # steep parts send little back
-    s.tissue = s.lung*_amp(rng.normal(-34, 2) + 2.5*_texture(rng, s.lung.shape, 4*u/g.dz/2.355, s.beams(6*u))) if s.solid.any() else None
+    s.border = (_amp(rng.uniform(-15, -8) + 4 * smooth(1.5)) / (1 + rise**2)).astype(
+        np.float32
+    )  # steep parts send little back
+    s.tissue = (
+        s.lung
+        * _amp(rng.normal(-34, 2) + 2.5 * _texture(rng, s.lung.shape, 4 * u / g.dz / 2.355, s.beams(6 * u)))
+        if s.solid.any()
+        else None
+    )
     s.trees = [_bronchi(s, rng) for _ in range(2)] if has.bronchogram else []
 
+# %% ../../nbs/synth/phantom.ipynb #c030-3
 def _bronchi(s, rng):
     "Air in branching tubes within solid lung: random walks downwards, blurred; amplitudes."
     from scipy.ndimage import gaussian_filter
+
     g, p, out = s.g, s.p, np.zeros((s.g.nz, s.nx), np.float32)
     for _ in range(rng.integers(5, 11)):
-        x, z, angle = rng.uniform(0, s.nx), p.pleura + rng.uniform(4, 45)*s.u, rng.normal(np.pi/2, .7)
+        x, z, angle = rng.uniform(0, s.nx), p.pleura + rng.uniform(4, 45) * s.u, rng.normal(np.pi / 2, 0.7)
         for _ in range(rng.integers(4, 36)):
-            x, z, angle = x + g.beams(.5*s.u*np.cos(angle), z), z + .5*s.u*np.sin(angle), angle + rng.normal(0, .2)
-            if 0 <= z < p.depth - g.dz and 0 <= x < s.nx - 1: out[int(z/g.dz), int(x)] += rng.exponential()
-    out = gaussian_filter(out, (.8*s.u/g.dz/2.355 + .4, s.beams(1.4*s.u)/2.355 + .3))
-    return out/max(np.quantile(out, .995), 1e-6)*_amp(-8)
+            x, z, angle = (
+                x + g.beams(0.5 * s.u * np.cos(angle), z),
+                z + 0.5 * s.u * np.sin(angle),
+                angle + rng.normal(0, 0.2),
+            )
+            if 0 <= z < p.depth - g.dz and 0 <= x < s.nx - 1:
+                out[int(z / g.dz), int(x)] += rng.exponential()
+    out = gaussian_filter(out, (0.8 * s.u / g.dz / 2.355 + 0.4, s.beams(1.4 * s.u) / 2.355 + 0.3))
+    return out / max(np.quantile(out, 0.995), 1e-6) * _amp(-8)
 
+# %% ../../nbs/synth/phantom.ipynb #c030-4
 def _sources(s, rng):
     "B-lines: where each starts, how wide and bright it is, how it beats; `tone` is its own ringing along depth."
     g, p, u = s.g, s.p, s.u
     s.sources = []
     for _ in range(s.has.blines):
-        wide = rng.random() < .3*(p.blines > 1.5)
-        s.sources.append(SimpleNamespace(x=rng.uniform(s.margin + 2, s.nx - s.margin - 2), half=s.beams(rng.uniform(3, 8)*u if wide else rng.uniform(.5, 1.3)*u), level=rng.uniform(-24, -16) - 2*wide,
-                         beat=rng.uniform(.5, 2), start=rng.uniform(0, 6), tone=speckle(_white(rng, g.nz, 1), 1.3*s.axial, np.zeros(g.nz))[:, 0]))
-    ill = (s.rough > .3) | (s.solid > 0) | (s.fluid > 0)
+        wide = rng.random() < 0.3 * (p.blines > 1.5)
+        s.sources.append(
+            SimpleNamespace(
+                x=rng.uniform(s.margin + 2, s.nx - s.margin - 2),
+                half=s.beams(rng.uniform(3, 8) * u if wide else rng.uniform(0.5, 1.3) * u),
+                level=rng.uniform(-24, -16) - 2 * wide,
+                beat=rng.uniform(0.5, 2),
+                start=rng.uniform(0, 6),
+                tone=speckle(_white(rng, g.nz, 1), 1.3 * s.axial, np.zeros(g.nz))[:, 0],
+            )
+        )
+    ill = (s.rough > 0.3) | (s.solid > 0) | (s.fluid > 0)
     if p.label != 'regular':
-        for b in s.sources: ill |= abs(np.arange(s.nx) - b.x) < max(1.5*b.half, s.beams(3*u))
+        for b in s.sources:
+            ill |= abs(np.arange(s.nx) - b.x) < max(1.5 * b.half, s.beams(3 * u))
     s.ill = ill.astype(np.float32)
 
+# %% ../../nbs/synth/phantom.ipynb #c030-5
 def _lower_edge(s, rng):
     "The lung's lower edge: liver or spleen beside it, under the diaphragm; breathing draws the lung over it like a curtain."
     g, side = s.g, rng.choice([-1, 1])
-    s.edge = SimpleNamespace(side=side, beam=(.5 + side*rng.uniform(.1, .35))*g.nb, pull=rng.uniform(.5, .9), dome=s.p.pleura + rng.uniform(6, 16)*s.u, slope=rng.uniform(.3, .8)) if s.has.curtain else None
+    s.edge = (
+        SimpleNamespace(
+            side=side,
+            beam=(0.5 + side * rng.uniform(0.1, 0.35)) * g.nb,
+            pull=rng.uniform(0.5, 0.9),
+            dome=s.p.pleura + rng.uniform(6, 16) * s.u,
+            slope=rng.uniform(0.3, 0.8),
+        )
+        if s.has.curtain
+        else None
+    )
     if s.edge:
-        vessel = np.clip(_texture(rng, s.lung.shape, 2.2*s.u/g.dz, s.beams(4*s.u)) - 1.9, 0, 1)
-        s.organ = s.lung*_amp(-29 + 1.5*_texture(rng, s.lung.shape, 5*s.u/g.dz, s.beams(8*s.u)) - 25*vessel)
+        vessel = np.clip(_texture(rng, s.lung.shape, 2.2 * s.u / g.dz, s.beams(4 * s.u)) - 1.9, 0, 1)
+        s.organ = s.lung * _amp(
+            -29 + 1.5 * _texture(rng, s.lung.shape, 5 * s.u / g.dz, s.beams(8 * s.u)) - 25 * vessel
+        )
 
+# %% ../../nbs/synth/phantom.ipynb #c030-6
 def _scene(p, g, rng, n):
     "Everything about a clip that does not change from frame to frame."
-    s = SimpleNamespace(p=p, g=g, u=1. if p.probe == 'convex' else .6, has=_draw_findings(p, rng), beams=lambda mm: g.beams(mm, p.pleura))
+    s = SimpleNamespace(
+        p=p,
+        g=g,
+        u=1.0 if p.probe == 'convex' else 0.6,
+        has=_draw_findings(p, rng),
+        beams=lambda mm: g.beams(mm, p.pleura),
+    )
     _motion(s, rng, n)
     s.axial, s.lateral = _widths(p, g)
     s.gain, noise = _gains(p, g)
     s.lung = speckle(_white(rng, g.nz, s.nx), s.axial, s.lateral)
-    s.noise, s.noise_level = speckle(_white(rng, g.nz, 2*g.nb), .8*s.axial, np.full(g.nz, .5))*noise[:, None], noise
-    for part in (_pleural_depth, _ribs, _wall, _surface, _no_air, _sources, _lower_edge): part(s, rng)
+    s.noise, s.noise_level = (
+        speckle(_white(rng, g.nz, 2 * g.nb), 0.8 * s.axial, np.full(g.nz, 0.5)) * noise[:, None],
+        noise,
+    )
+    for part in (_pleural_depth, _ribs, _wall, _surface, _no_air, _sources, _lower_edge):
+        part(s, rng)
     return s
 
+# %% ../../nbs/synth/phantom.ipynb #c030
 def _quiet(s):
     "The same scene with scatterers that do not interfere: their mean power instead of speckle."
     from scipy.ndimage import gaussian_filter
-    q, even = copy(s), lambda x: abs(x)/np.maximum(abs(s.lung), np.float32(1e-9))
-    q.wall = (gaussian_filter(s.echoes**2, (s.axial/2**.5, s.lateral[:s.nw].mean()/2**.5))**.5 + s.ring).astype(np.complex64)
+
+    q, even = copy(s), lambda x: abs(x) / np.maximum(abs(s.lung), np.float32(1e-9))
+    q.wall = (
+        gaussian_filter(s.echoes**2, (s.axial / 2**0.5, s.lateral[: s.nw].mean() / 2**0.5)) ** 0.5 + s.ring
+    ).astype(np.complex64)
     _mirror(q)
-    q.lung, q.shine, q.turn = np.ones_like(s.lung), abs(s.shine).astype(np.complex64), 0*s.turn
-    if s.tissue is not None: q.tissue = even(s.tissue)
-    if s.edge: q.organ = even(s.organ)
-    q.sources = [SimpleNamespace(**vars(b) | dict(tone=np.full_like(b.tone, .457))) for b in s.sources]   # .75*tone + .65 is then the mean amplitude of a ray
+    q.lung, q.shine, q.turn = np.ones_like(s.lung), abs(s.shine).astype(np.complex64), 0 * s.turn
+    if s.tissue is not None:
+        q.tissue = even(s.tissue)
+    if s.edge:
+        q.organ = even(s.organ)
+    q.sources = [
+        SimpleNamespace(**vars(b) | dict(tone=np.full_like(b.tone, 0.457))) for b in s.sources
+    ]  # .75*tone + .65 is then the mean amplitude of a ray
     return q
 
-# %% ../../nbs/synth/phantom.ipynb #c033
+# %% ../../nbs/synth/phantom.ipynb #c033-1
 def _moment(s, k):
     "Where everything is at frame k, one value a beam."
     g, f = s.g, SimpleNamespace(k=k, at=s.margin - s.shift[k], still=s.margin - s.drift[k])
     f.lung, f.wall = partial(_slide, at=f.at, n=g.nb), partial(_slide, at=f.still, n=g.nb)
     f.depth = f.wall(s.depth) + np.float32(s.heave[k])
     f.normal, f.rough, f.thick, f.shine = f.wall(s.normal), f.lung(s.rough), f.lung(s.thick), f.lung(s.shine)
-    f.fluid, f.solid = f.lung(s.fluid)*np.float32(1 + .25*np.sin(s.phase[k])), f.lung(s.solid)
-    f.top = f.depth + f.lung(s.jag)            # pleural line
-    f.inner = f.top + f.fluid                  # where lung starts
-    f.air = f.inner + f.solid                  # where air starts
+    f.fluid, f.solid = f.lung(s.fluid) * np.float32(1 + 0.25 * np.sin(s.phase[k])), f.lung(s.solid)
+    f.top = f.depth + f.lung(s.jag)  # pleural line
+    f.inner = f.top + f.fluid  # where lung starts
+    f.air = f.inner + f.solid  # where air starts
     f.aerated = f.fluid + f.solid < s.u
-    f.haze = f.lung(s.haze)*(.35 + .65*f.normal)
+    f.haze = f.lung(s.haze) * (0.35 + 0.65 * f.normal)
     f.surface, f.passed, f.bone = _bone_surface(s, k)
-    f.row = max(int(f.top.min()/g.dz) - 2, 0)  # nothing of the lung lies above this row
-    f.z, f.speckle = g.z[f.row:, None], f.lung(s.lung[f.row:])
+    f.row = max(int(f.top.min() / g.dz) - 2, 0)  # nothing of the lung lies above this row
+    f.z, f.speckle = g.z[f.row :, None], f.lung(s.lung[f.row :])
     f.below = f.z > f.air
     f.beam = np.arange(g.nb, dtype=np.float32)
     f.rays = []
     for b in s.sources:
-        x, width = b.x - f.at, np.hypot(b.half, .6*s.lateral).astype(np.float32)
-        if -2*b.half < x < g.nb + 2*b.half: f.rays.append(SimpleNamespace(x=x, width=width, source=b, beat=.75 + .25*np.sin(b.beat*s.phase[k] + b.start)))
-    f.veil = np.zeros(g.nb, np.float32)        # how far B-lines cover what lies behind
-    for r in f.rays: f.veil = np.maximum(f.veil, np.exp(-((f.beam - r.x)/(2*r.width[f.row]))**2))
-    if s.edge: f.edge = s.edge.beam + s.edge.pull*s.shift[k]
-    f.outside = (f.beam - f.edge)*s.edge.side > 0 if s.edge else np.zeros(g.nb, bool)
+        x, width = b.x - f.at, np.hypot(b.half, 0.6 * s.lateral).astype(np.float32)
+        if -2 * b.half < x < g.nb + 2 * b.half:
+            f.rays.append(
+                SimpleNamespace(
+                    x=x, width=width, source=b, beat=0.75 + 0.25 * np.sin(b.beat * s.phase[k] + b.start)
+                )
+            )
+    f.veil = np.zeros(g.nb, np.float32)  # how far B-lines cover what lies behind
+    for r in f.rays:
+        f.veil = np.maximum(f.veil, np.exp(-(((f.beam - r.x) / (2 * r.width[f.row])) ** 2)))
+    if s.edge:
+        f.edge = s.edge.beam + s.edge.pull * s.shift[k]
+    f.outside = (f.beam - f.edge) * s.edge.side > 0 if s.edge else np.zeros(g.nb, bool)
     return f
 
+# %% ../../nbs/synth/phantom.ipynb #c033-2
 def _ridge(s, F, at, width, amplitude):
     "Add a thin reflector: a pulse around depth `at`."
-    r0, r1 = max(int((at.min() - 4*width.max())/s.g.dz), 0), min(int((at.max() + 4*width.max())/s.g.dz) + 2, s.g.nz)
-    if r1 > r0: F[r0:r1] += np.exp(-.5*((s.g.z[r0:r1, None] - at)/width)**2)*amplitude.astype(np.complex64)
+    r0, r1 = (
+        max(int((at.min() - 4 * width.max()) / s.g.dz), 0),
+        min(int((at.max() + 4 * width.max()) / s.g.dz) + 2, s.g.nz),
+    )
+    if r1 > r0:
+        F[r0:r1] += np.exp(-0.5 * ((s.g.z[r0:r1, None] - at) / width) ** 2) * amplitude.astype(np.complex64)
 
-def _step_wall(s, f, F): F[:s.nw] = f.wall(s.wall)*(s.g.z[:s.nw, None] < f.depth)
 
+def _step_wall(s, f, F):
+    F[: s.nw] = f.wall(s.wall) * (s.g.z[: s.nw, None] < f.depth)
+
+# %% ../../nbs/synth/phantom.ipynb #c033-3
 def _step_air(s, f, F):
-    level = np.exp(-f.z/s.fade)*(np.exp(np.minimum(f.air/s.fade, 60))*f.haze)
-    if not f.aerated.all():   # where air starts below solid or fluid lung: a ragged bright seam
-        f.seam = f.lung(s.border)*~f.aerated
-        level += np.exp(-np.clip(f.z - f.air, 0, 40*s.u)/(2.2*s.u))*f.seam
+    level = np.exp(-f.z / s.fade) * (np.exp(np.minimum(f.air / s.fade, 60)) * f.haze)
+    if not f.aerated.all():  # where air starts below solid or fluid lung: a ragged bright seam
+        f.seam = f.lung(s.border) * ~f.aerated
+        level += np.exp(-np.clip(f.z - f.air, 0, 40 * s.u) / (2.2 * s.u)) * f.seam
     level += _amp(-66)
-    F[f.row:] += (f.speckle*level + s.mirror[f.row:]*(f.normal*f.aerated))*f.below
+    F[f.row :] += (f.speckle * level + s.mirror[f.row :] * (f.normal * f.aerated)) * f.below
 
+# %% ../../nbs/synth/phantom.ipynb #c033-4
 def _a_lines(s, f):
     "Depth, width, amplitude of each A-line, and on which beams it stands out."
     from scipy.ndimage import uniform_filter1d
+
     out = []
     for m in range(2, 9):
-        at = m*f.depth
-        if at.min() > s.p.depth: break
-        amplitude = abs(f.shine)*f.lung(s.dry)*f.normal**m*_amp(-3 + s.decay*(m - 1))*(1 - f.veil)*f.aerated
-        row = min(int(at.mean()/s.g.dz), s.g.nz - 1)
-        noise = abs(s.noise[row, ::8]).mean()/s.gain[row]
-        haze = f.haze*np.exp(-np.maximum(at - f.air, 0)/s.fade)
-        seen = uniform_filter1d((amplitude > np.maximum(haze, 2*noise)).astype(np.float32), 9) > .5
-        out.append(SimpleNamespace(at=at, width=np.hypot(.35*s.u*m**.5, s.axial*s.g.dz), amplitude=amplitude, seen=seen, phase=s.turn[m]))
+        at = m * f.depth
+        if at.min() > s.p.depth:
+            break
+        amplitude = (
+            abs(f.shine)
+            * f.lung(s.dry)
+            * f.normal**m
+            * _amp(-3 + s.decay * (m - 1))
+            * (1 - f.veil)
+            * f.aerated
+        )
+        row = min(int(at.mean() / s.g.dz), s.g.nz - 1)
+        noise = abs(s.noise[row, ::8]).mean() / s.gain[row]
+        haze = f.haze * np.exp(-np.maximum(at - f.air, 0) / s.fade)
+        seen = uniform_filter1d((amplitude > np.maximum(haze, 2 * noise)).astype(np.float32), 9) > 0.5
+        out.append(
+            SimpleNamespace(
+                at=at,
+                width=np.hypot(0.35 * s.u * m**0.5, s.axial * s.g.dz),
+                amplitude=amplitude,
+                seen=seen,
+                phase=s.turn[m],
+            )
+        )
     return out
 
+# %% ../../nbs/synth/phantom.ipynb #c033-5
 def _step_mirrors(s, f, F):
-    pulse = s.axial*s.g.dz
-    _ridge(s, F, f.top, np.hypot(.6*f.thick, pulse), f.shine*f.normal*np.where(f.aerated, 1, .35))
+    pulse = s.axial * s.g.dz
+    _ridge(s, F, f.top, np.hypot(0.6 * f.thick, pulse), f.shine * f.normal * np.where(f.aerated, 1, 0.35))
     f.alines = _a_lines(s, f)
-    for a in f.alines: _ridge(s, F, a.at, np.full(1, a.width), a.amplitude*np.exp(1j*a.phase))
+    for a in f.alines:
+        _ridge(s, F, a.at, np.full(1, a.width), a.amplitude * np.exp(1j * a.phase))
 
+# %% ../../nbs/synth/phantom.ipynb #c033-6
 def _step_no_air(s, f, F):
-    f.solid_at = (f.z > f.inner) & (f.z < f.air) & (f.solid > .8*s.u)
-    f.fluid_at = (f.z > f.top + 1.3*f.thick) & (f.z < f.inner) & (f.fluid > .8*s.u)
+    f.solid_at = (f.z > f.inner) & (f.z < f.air) & (f.solid > 0.8 * s.u)
+    f.fluid_at = (f.z > f.top + 1.3 * f.thick) & (f.z < f.inner) & (f.fluid > 0.8 * s.u)
     if s.tissue is not None:
-        tissue = f.lung(s.tissue[f.row:])
-        if s.trees:   # dynamic bronchograms: air moves from one set of tubes to the other as the patient breathes
-            w = np.float32(.5 + .5*np.sin(s.phase[f.k])) if s.has.dynamic else np.float32(.6)
-            tissue = tissue + (f.lung(s.trees[0][f.row:])*w + f.lung(s.trees[1][f.row:])*(1 - w))*f.speckle
-        np.copyto(F[f.row:], tissue, where=f.solid_at)
-    if f.fluid_at.any(): np.copyto(F[f.row:], f.speckle*_amp(-55), where=f.fluid_at)
-    if f.fluid_at.any(): _ridge(s, F, f.inner, np.full(1, np.hypot(.4*s.u, s.axial*s.g.dz)), f.seam*(f.fluid > s.u)*.5)
+        tissue = f.lung(s.tissue[f.row :])
+        if (
+            s.trees
+        ):  # dynamic bronchograms: air moves from one set of tubes to the other as the patient breathes
+            w = np.float32(0.5 + 0.5 * np.sin(s.phase[f.k])) if s.has.dynamic else np.float32(0.6)
+            tissue = (
+                tissue + (f.lung(s.trees[0][f.row :]) * w + f.lung(s.trees[1][f.row :]) * (1 - w)) * f.speckle
+            )
+        np.copyto(F[f.row :], tissue, where=f.solid_at)
+    if f.fluid_at.any():
+        np.copyto(F[f.row :], f.speckle * _amp(-55), where=f.fluid_at)
+    if f.fluid_at.any():
+        _ridge(
+            s, F, f.inner, np.full(1, np.hypot(0.4 * s.u, s.axial * s.g.dz)), f.seam * (f.fluid > s.u) * 0.5
+        )
 
-def _step_amplify(s, f, F): F *= s.gain[:, None]
+# %% ../../nbs/synth/phantom.ipynb #c033-7
+def _step_amplify(s, f, F):
+    F *= s.gain[:, None]
 
+# %% ../../nbs/synth/phantom.ipynb #c033-8
 def _step_rays(s, f, F):
     gain = np.interp(s.p.pleura, s.g.z, s.gain)
     for r in f.rays:
-        reach = int(3*r.width.max()) + 1
+        reach = int(3 * r.width.max()) + 1
         cols = slice(max(int(r.x) - reach, 0), max(int(r.x) + reach + 1, 0))
-        profile = np.exp(-.5*((f.beam[cols] - r.x)/r.width[f.row:, None])**2)*np.float32(gain*_amp(r.source.level)*r.beat)
-        F[f.row:, cols] += profile*f.below[:, cols]*(np.float32(.75)*r.source.tone[f.row:, None] + np.float32(.65)*f.speckle[:, cols])
+        profile = np.exp(-0.5 * ((f.beam[cols] - r.x) / r.width[f.row :, None]) ** 2) * np.float32(
+            gain * _amp(r.source.level) * r.beat
+        )
+        F[f.row :, cols] += (
+            profile
+            * f.below[:, cols]
+            * (np.float32(0.75) * r.source.tone[f.row :, None] + np.float32(0.65) * f.speckle[:, cols])
+        )
 
+# %% ../../nbs/synth/phantom.ipynb #c033-9
 def _step_organ(s, f, F):
-    if not s.edge: return
-    z, dome = s.g.z[:, None], s.edge.dome + abs(f.beam - f.edge)*np.interp(s.p.pleura, s.g.z, s.g.pitch)*s.edge.slope
-    organ = f.lung(s.organ)*s.gain[:, None] + np.exp(-.5*((z - dome)/(.9*s.u))**2)*(_amp(-13)*abs(f.shine))
-    share = 1/(1 + np.exp(np.clip((f.edge - f.beam)*s.edge.side/1.5, -30, 30)))
-    F += (organ - F)*((z > f.depth)*share)
+    if not s.edge:
+        return
+    z, dome = (
+        s.g.z[:, None],
+        s.edge.dome + abs(f.beam - f.edge) * np.interp(s.p.pleura, s.g.z, s.g.pitch) * s.edge.slope,
+    )
+    organ = f.lung(s.organ) * s.gain[:, None] + np.exp(-0.5 * ((z - dome) / (0.9 * s.u)) ** 2) * (
+        _amp(-13) * abs(f.shine)
+    )
+    share = 1 / (1 + np.exp(np.clip((f.edge - f.beam) * s.edge.side / 1.5, -30, 30)))
+    F += (organ - F) * ((z > f.depth) * share)
 
+# %% ../../nbs/synth/phantom.ipynb #c033-10
 def _step_bone(s, f, F):
     if s.bones:
         z = s.g.z[:, None]
         F *= np.where(z > f.surface, f.passed, np.float32(1))
-        _ridge(s, F, np.minimum(f.surface, s.p.depth*2), np.full(1, np.hypot(.55*s.u, s.axial*s.g.dz)), f.bone*_amp(-4)*abs(f.shine)**.5)
+        _ridge(
+            s,
+            F,
+            np.minimum(f.surface, s.p.depth * 2),
+            np.full(1, np.hypot(0.55 * s.u, s.axial * s.g.dz)),
+            f.bone * _amp(-4) * abs(f.shine) ** 0.5,
+        )
     F *= s.contact
 
-_STEPS = (_step_wall, _step_air, _step_mirrors, _step_no_air, _step_amplify, _step_rays, _step_organ, _step_bone)
+# %% ../../nbs/synth/phantom.ipynb #c033
+_STEPS = (
+    _step_wall,
+    _step_air,
+    _step_mirrors,
+    _step_no_air,
+    _step_amplify,
+    _step_rays,
+    _step_organ,
+    _step_bone,
+)
 
-# %% ../../nbs/synth/phantom.ipynb #c036
+# %% ../../nbs/synth/phantom.ipynb #c036-1
 def _codes(s, f):
     "Dense codes 0..6 plus 8 rib, 16 consolidation, 32 effusion, on the beam grid; call it after the steps."
-    z, ill = f.z, (f.lung(s.ill) > .5) | (np.maximum(f.solid, f.fluid) > .8*s.u)
-    half = np.maximum(1.5*f.thick, 1.1*s.u)
+    z, ill = f.z, (f.lung(s.ill) > 0.5) | (np.maximum(f.solid, f.fluid) > 0.8 * s.u)
+    half = np.maximum(1.5 * f.thick, 1.1 * s.u)
     code = np.full((s.g.nz, s.g.nb), 6, np.uint8)
-    lung = code[f.row:]
+    lung = code[f.row :]
     np.copyto(lung, np.where(ill, 5, 4).astype(np.uint8), where=z > f.top)
     for a in f.alines:
-        if a.seen.any(): np.copyto(lung, 0, where=(abs(z - a.at) < max(1.5*a.width, .9*s.u)) & a.seen & f.below)
-    for r in f.rays: np.copyto(lung, 1, where=(abs(f.beam - r.x) < 1.25*r.width[f.row:, None]) & f.below)
-    if s.tissue is not None: np.copyto(lung, 5, where=f.solid_at)
+        if a.seen.any():
+            np.copyto(lung, 0, where=(abs(z - a.at) < max(1.5 * a.width, 0.9 * s.u)) & a.seen & f.below)
+    for r in f.rays:
+        np.copyto(lung, 1, where=(abs(f.beam - r.x) < 1.25 * r.width[f.row :, None]) & f.below)
+    if s.tissue is not None:
+        np.copyto(lung, 5, where=f.solid_at)
     np.copyto(lung, np.where(ill, 3, 2).astype(np.uint8), where=abs(z - f.top) < half)
     lung |= f.solid_at.astype(np.uint8) << 4
     lung |= f.fluid_at.astype(np.uint8) << 5
-    f.hidden = (s.contact < .2) | f.outside
+    f.hidden = (s.contact < 0.2) | f.outside
     np.copyto(lung, 6, where=f.hidden)
     if s.bones:
         z = s.g.z[:, None]
-        np.copyto(code, 6, where=(z > f.surface) & (f.passed < .4))
-        code |= ((abs(z - f.surface - .3*s.u) < 1.3*s.u) & (f.bone > .15) & (s.contact >= .2)).astype(np.uint8) << 3
+        np.copyto(code, 6, where=(z > f.surface) & (f.passed < 0.4))
+        code |= ((abs(z - f.surface - 0.3 * s.u) < 1.3 * s.u) & (f.bone > 0.15) & (s.contact >= 0.2)).astype(
+            np.uint8
+        ) << 3
     return code
 
+# %% ../../nbs/synth/phantom.ipynb #c036
 def _count(s, f):
     "How many A-lines and B-lines can be seen."
-    open_ = ~f.hidden & (f.passed >= .4)
+    open_ = ~f.hidden & (f.passed >= 0.4)
     at = [min(max(int(r.x), 0), s.g.nb - 1) for r in f.rays]
-    return sum(bool((a.seen & open_ & (a.at < s.p.depth)).any()) for a in f.alines), sum(bool(open_[i]) for i in at)
+    return sum(bool((a.seen & open_ & (a.at < s.p.depth)).any()) for a in f.alines), sum(
+        bool(open_[i]) for i in at
+    )
 
-# %% ../../nbs/synth/phantom.ipynb #c039
+# %% ../../nbs/synth/phantom.ipynb #c039-1
 @dataclass
 class PhantomClip:
     "A simulated clip and its masks, all (n, h, w) uint8."
-    frames:np.ndarray          # grey
-    dense:np.ndarray           # dense codes 0..6
-    rib:np.ndarray             # 1 on the surface of a rib
-    consolidation:np.ndarray   # 1 in solid lung
-    effusion:np.ndarray        # 1 in fluid
-    fan:np.ndarray             # 1 where the probe sees
-    rate:float                 # frames per second
-    patient:Patient
-    findings:dict              # n_alines and n_blines: most seen at once; whether there is irregular, consolidation, effusion, bronchogram, dynamic, curtain, ribs
-    clean:np.ndarray = None    # grey without speckle and noise, or None
 
+    frames: np.ndarray  # grey
+    dense: np.ndarray  # dense codes 0..6
+    rib: np.ndarray  # 1 on the surface of a rib
+    consolidation: np.ndarray  # 1 in solid lung
+    effusion: np.ndarray  # 1 in fluid
+    fan: np.ndarray  # 1 where the probe sees
+    rate: float  # frames per second
+    patient: Patient
+    findings: dict  # n_alines and n_blines: most seen at once; whether there is irregular, consolidation, effusion, bronchogram, dynamic, curtain, ribs
+    clean: np.ndarray = None  # grey without speckle and noise, or None
+
+# %% ../../nbs/synth/phantom.ipynb #c039
 def phantom_clip(
-    patient=None,            # a Patient, a label, or None for any patient
-    seed:int=0,              # which clip of the patient; also which patient unless one is given
-    n:int=24,                # number of frames, at least 1
-    size:tuple=(256, 256),   # height and width, at least 32 each
-    clean:bool=False,        # also the frames as they would be without speckle and noise
+    patient=None,  # a Patient, a label, or None for any patient
+    seed: int = 0,  # which clip of the patient; also which patient unless one is given
+    n: int = 24,  # number of frames, at least 1
+    size: tuple = (256, 256),  # height and width, at least 32 each
+    clean: bool = False,  # also the frames as they would be without speckle and noise
 ) -> PhantomClip:
     "Simulate a clip; the same arguments give the same bytes. Raises ValueError for an unknown label, `n` below 1 or a bad size."
     seed, n = _natural('seed', seed), _natural('n', n, 1)
-    if not isinstance(size, (tuple, list)) or len(size) != 2: raise ValueError(f"size must be (height, width), got {size!r}")
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ValueError(f"size must be (height, width), got {size!r}")
     size = tuple(_natural('height and width of size', x, 32) for x in size)
     p = patient if isinstance(patient, Patient) else draw_patient(seed, patient)
     g, rng = BeamGrid(p, size), np.random.default_rng([p.seed, seed, 5])
     s = _scene(p, g, rng, n)
     frames, codes = np.zeros((n, *size), np.uint8), np.zeros((n, *size), np.uint8)
     quiet, even = (_quiet(s), np.zeros_like(frames)) if clean else (None, None)
-    curve = (p.floor + (255 - p.floor)*np.linspace(0, 1, 1024)**p.gamma).round().astype(np.uint8)
+    curve = (p.floor + (255 - p.floor) * np.linspace(0, 1, 1024) ** p.gamma).round().astype(np.uint8)
     last, seen = None, []
     for k in range(n):
         f, F = _moment(s, k), np.zeros((g.nz, g.nb), np.complex64)
-        for step in _STEPS: step(s, f, F)
+        for step in _STEPS:
+            step(s, f, F)
         i = rng.integers(g.nb)
-        F += s.noise[:, i:i+g.nb] if rng.random() < .5 else s.noise[:, i:i+g.nb][:, ::-1]
+        F += s.noise[:, i : i + g.nb] if rng.random() < 0.5 else s.noise[:, i : i + g.nb][:, ::-1]
         y = _despeckle(log_compress(F.real**2 + F.imag**2, p.dynamic_range, p.gain), p.smoothing)
-        last = y if last is None else np.float32(p.persistence)*last + np.float32(1 - p.persistence)*y
-        frames[k][g.fan] = curve[((g._grey @ last.ravel())*1023).astype(np.int16)]
+        last = y if last is None else np.float32(p.persistence) * last + np.float32(1 - p.persistence) * y
+        frames[k][g.fan] = curve[((g._grey @ last.ravel()) * 1023).astype(np.int16)]
         codes[k] = g.picture(_codes(s, f), 6)
         seen.append(_count(s, f))
-        if clean:   # speckle's mean grey is that of 2.5 dB less than its mean power
+        if clean:  # speckle's mean grey is that of 2.5 dB less than its mean power
             f, F = _moment(quiet, k), np.zeros((g.nz, g.nb), np.complex64)
-            for step in _STEPS: step(quiet, f, F)
-            y = _despeckle(log_compress(F.real**2 + F.imag**2 + s.noise_level[:, None]**2, p.dynamic_range, p.gain - 2.5), p.smoothing)
-            even[k][g.fan] = curve[((g._grey @ y.ravel())*1023).astype(np.int16)]
+            for step in _STEPS:
+                step(quiet, f, F)
+            y = _despeckle(
+                log_compress(
+                    F.real**2 + F.imag**2 + s.noise_level[:, None] ** 2, p.dynamic_range, p.gain - 2.5
+                ),
+                p.smoothing,
+            )
+            even[k][g.fan] = curve[((g._grey @ y.ravel()) * 1023).astype(np.int16)]
     dense, rib, solid, fluid = codes & 7, codes >> 3 & 1, codes >> 4 & 1, codes >> 5 & 1
-    findings = dict(n_alines=max(a for a, _ in seen), n_blines=max(b for _, b in seen), irregular=bool((dense == 3).any() and s.rough.max() > .3), consolidation=bool(solid.any()), effusion=bool(fluid.any()),
-                    bronchogram=bool(s.trees and solid.any()), dynamic=bool(s.has.dynamic and solid.any()), curtain=s.has.curtain, ribs=bool(rib.any()))
-    return PhantomClip(frames, dense, rib, solid, fluid, np.repeat(g.fan[None].astype(np.uint8), n, 0), p.rate, p, findings, even)
+    findings = dict(
+        n_alines=max(a for a, _ in seen),
+        n_blines=max(b for _, b in seen),
+        irregular=bool((dense == 3).any() and s.rough.max() > 0.3),
+        consolidation=bool(solid.any()),
+        effusion=bool(fluid.any()),
+        bronchogram=bool(s.trees and solid.any()),
+        dynamic=bool(s.has.dynamic and solid.any()),
+        curtain=s.has.curtain,
+        ribs=bool(rib.any()),
+    )
+    return PhantomClip(
+        frames,
+        dense,
+        rib,
+        solid,
+        fluid,
+        np.repeat(g.fan[None].astype(np.uint8), n, 0),
+        p.rate,
+        p,
+        findings,
+        even,
+    )
 
 # %% ../../nbs/synth/phantom.ipynb #c041
 def show_phantom(
-    clip:PhantomClip,   # from phantom_clip
-    k:int=0,            # which frame
-    axs=None,           # two matplotlib axes; new ones when None
-):                      # the axes
+    clip: PhantomClip,  # from phantom_clip
+    k: int = 0,  # which frame
+    axs=None,  # two matplotlib axes; new ones when None
+):  # the axes
     "A frame beside its labels."
     import matplotlib.pyplot as plt
-    if axs is None: axs = plt.subplots(1, 2, figsize=(7, 3.4))[1]
+
+    if axs is None:
+        axs = plt.subplots(1, 2, figsize=(7, 3.4))[1]
     axs[0].imshow(clip.frames[k], cmap='gray', vmin=0, vmax=255)
     axs[1].imshow(overlay(clip.frames[k], clip.dense[k]))
     for mask, color in ((clip.rib, 'white'), (clip.consolidation, 'red'), (clip.effusion, 'deepskyblue')):
-        if mask[k].any(): axs[1].contour(mask[k], [.5], colors=color, linewidths=.8)
-    for ax in axs: ax.set_axis_off()
+        if mask[k].any():
+            axs[1].contour(mask[k], [0.5], colors=color, linewidths=0.8)
+    for ax in axs:
+        ax.set_axis_off()
     axs[0].set_title(f'{clip.patient.label}, {clip.patient.probe}', fontsize=9)
     return axs
 
 # %% ../../nbs/synth/phantom.ipynb #c054
 def write_video(
-    path,                 # target file; the suffix chooses the container (.mp4, .mkv, .avi)
-    frames:np.ndarray,    # (n, h, w) uint8 grey, n at least 1
-    rate:float,           # frames per second, above 0
-    lossless:bool=False,  # FFV1 (for masks; use .mkv) instead of H.264
+    path,  # target file; the suffix chooses the container (.mp4, .mkv, .avi)
+    frames: np.ndarray,  # (n, h, w) uint8 grey, n at least 1
+    rate: float,  # frames per second, above 0
+    lossless: bool = False,  # FFV1 (for masks; use .mkv) instead of H.264
 ):
     "Write grey frames as a video; raises ValueError for a wrong shape, type or rate."
-    import av
     from fractions import Fraction
+
+    import av
+
     frames = np.asarray(frames)
-    if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size: raise ValueError(f"frames must be (n, h, w) uint8 and not empty, got {frames.dtype} {frames.shape}")
-    if not (np.isfinite(rate) and rate > 0): raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
+    if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(f"frames must be (n, h, w) uint8 and not empty, got {frames.dtype} {frames.shape}")
+    if not (np.isfinite(rate) and rate > 0):
+        raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
     x264 = dict(crf='18', preset='veryfast', mbtree='0')  # with mbtree, x264 gives other bytes in each run
     codec, options = ('ffv1', dict(level='3')) if lossless else ('libx264', x264)
-    with av.open(str(path), 'w', options=dict(fflags='+bitexact')) as out:  # no random ids: the same frames are the same bytes
+    with av.open(
+        str(path), 'w', options=dict(fflags='+bitexact')
+    ) as out:  # no random ids: the same frames are the same bytes
         stream = out.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:]
         stream.pix_fmt, stream.options = 'gray', options
         stream.codec_context.color_range = 2  # full range: 0 stays 0 and 255 stays 255
         stream.codec_context.thread_count = 1  # the same bytes on any machine
-        for frame in frames: out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='gray')))
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='gray')))
         out.mux(stream.encode())
 
-# %% ../../nbs/synth/phantom.ipynb #c055
+# %% ../../nbs/synth/phantom.ipynb #c055-1
 def _write_clip(root, name, patient, person, seed, n, size):
     "Simulate one clip, write its three files, then the row that says that they are complete."
     c = phantom_clip(patient, seed, n, size)
     bits = c.rib | c.consolidation << 1 | c.effusion << 2 | c.fan << 3
     files = dict(path=f'clips/{name}.mp4', mask=f'masks/{name}.mkv', findings=f'findings/{name}.mkv')
     for key, x in dict(path=c.frames, mask=c.dense, findings=bits).items():
-        with atomic_path(root/files[key]) as tmp: write_video(tmp, x, c.rate, lossless=key != 'path')
-    row = dict(path=files['path'], kind='video', label=patient.label, patient=person, source=patient.source, probe=patient.probe, mask=files['mask'], findings=files['findings'], rate=c.rate, **c.findings)
-    write_json(root/'rows'/f'{name}.json', row)
+        with atomic_path(root / files[key]) as tmp:
+            write_video(tmp, x, c.rate, lossless=key != 'path')
+    row = dict(
+        path=files['path'],
+        kind='video',
+        label=patient.label,
+        patient=person,
+        source=patient.source,
+        probe=patient.probe,
+        mask=files['mask'],
+        findings=files['findings'],
+        rate=c.rate,
+        **c.findings,
+    )
+    write_json(root / 'rows' / f'{name}.json', row)
 
+# %% ../../nbs/synth/phantom.ipynb #c055
 def phantom_dataset(
-    root,                    # folder to write to; made when missing
-    patients:int=30,         # number of patients, at least 1; the three classes take turns
-    clips:int=2,             # clips of each patient, at least 1
-    n:int=24,                # frames of each clip: 2 to 4 seconds at the patients' rates
-    size:tuple=(256, 256),   # height and width of the frames
-    seed:int=0,              # another seed, other patients
-    workers:int=2,           # threads that simulate and write
-    probe:str=None,          # 'convex', 'linear', or None for both
-) -> pd.DataFrame:           # clip table with columns mask, findings, rate and what each clip shows
+    root,  # folder to write to; made when missing
+    patients: int = 30,  # number of patients, at least 1; the three classes take turns
+    clips: int = 2,  # clips of each patient, at least 1
+    n: int = 24,  # frames of each clip: 2 to 4 seconds at the patients' rates
+    size: tuple = (256, 256),  # height and width of the frames
+    seed: int = 0,  # another seed, other patients
+    workers: int = 2,  # threads that simulate and write
+    probe: str = None,  # 'convex', 'linear', or None for both
+) -> pd.DataFrame:  # clip table with columns mask, findings, rate and what each clip shows
     "Write a folder of phantom clips; called again it only makes what is missing. Raises ValueError when the folder holds another phantom."
     from concurrent.futures import ThreadPoolExecutor
-    root, patients, clips, n, workers = Path(root), _natural('patients', patients, 1), _natural('clips', clips, 1), _natural('n', n, 1), _natural('workers', workers, 1)
-    settings, note = dict(patients=patients, clips=clips, n=n, size=list(size), seed=_natural('seed', seed), probe=probe, version=1), root/'phantom.json'
-    if note.exists() and (there := json.loads(note.read_text())) != settings: raise ValueError(f"{root} holds a phantom made with {there}, asked for {settings}: choose another folder or delete this one")
+
+    root, patients, clips, n, workers = (
+        Path(root),
+        _natural('patients', patients, 1),
+        _natural('clips', clips, 1),
+        _natural('n', n, 1),
+        _natural('workers', workers, 1),
+    )
+    settings, note = (
+        dict(
+            patients=patients,
+            clips=clips,
+            n=n,
+            size=list(size),
+            seed=_natural('seed', seed),
+            probe=probe,
+            version=1,
+        ),
+        root / 'phantom.json',
+    )
+    if note.exists() and (there := json.loads(note.read_text())) != settings:
+        raise ValueError(
+            f"{root} holds a phantom made with {there}, asked for {settings}: choose another folder or delete this one"
+        )
     jobs = {}
     for i in range(patients):
         p = draw_patient(int(np.random.default_rng([seed, i]).integers(2**31)), CLASSES[i % 3], probe)
         jobs.update({f'{p.label}_{i:03d}_{j}': (p, f'P{i:03d}', j, n, size) for j in range(clips)})
-    table = root/'clips.csv'
-    def whole(name): return (root/'rows'/f'{name}.json').exists() and all((root/f).exists() for f in (f'clips/{name}.mp4', f'masks/{name}.mkv', f'findings/{name}.mkv'))
+    table = root / 'clips.csv'
+
+    def whole(name):
+        return (root / 'rows' / f'{name}.json').exists() and all(
+            (root / f).exists() for f in (f'clips/{name}.mp4', f'masks/{name}.mkv', f'findings/{name}.mkv')
+        )
+
     todo = [name for name in jobs if not whole(name)]
     if todo or not table.exists():
-        if not note.exists(): write_json(note, settings)
+        if not note.exists():
+            write_json(note, settings)
         with ThreadPoolExecutor(workers) as pool:
-            for _ in progress(pool.map(lambda name: _write_clip(root, name, *jobs[name]), todo), total=len(todo), desc='phantom'): pass
-        rows = pd.DataFrame([json.loads((root/'rows'/f'{name}.json').read_text()) for name in jobs])
-        for c in ('path', 'mask', 'findings'): rows[c] = [str(root/x) for x in rows[c]]
+            for _ in progress(
+                pool.map(lambda name: _write_clip(root, name, *jobs[name]), todo),
+                total=len(todo),
+                desc='phantom',
+            ):
+                pass
+        rows = pd.DataFrame([json.loads((root / 'rows' / f'{name}.json').read_text()) for name in jobs])
+        for c in ('path', 'mask', 'findings'):
+            rows[c] = [str(root / x) for x in rows[c]]
         write_table(rows, table)
     return read_table(table)

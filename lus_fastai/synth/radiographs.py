@@ -10,347 +10,739 @@ __all__ = ['CHEST', 'CHEXPERT', 'CATEGORIES', 'salient_shapes', 'boxes_of', 'fil
 
 # %% ../../nbs/synth/radiographs.ipynb #c003
 from dataclasses import replace
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from PIL import Image, ImageDraw
+
 from ..core import MaskSet
 from .phantom import draw_patient, phantom_clip
 
-# %% ../../nbs/synth/radiographs.ipynb #c005
+# %% ../../nbs/synth/radiographs.ipynb #c005-1
 def _shape(size):
     h, w = (size, size) if np.isscalar(size) else size
-    if h < 16 or w < 16: raise ValueError(f"size must be at least 16 pixels either way, got {size}")
+    if h < 16 or w < 16:
+        raise ValueError(f"size must be at least 16 pixels either way, got {size}")
     return int(h), int(w)
+
 
 def _cloud(rng, size, cells):
     "Smooth noise (h, w) of about unit variance; `cells` waves fit across."
     field = Image.fromarray(rng.standard_normal((cells + 3, cells + 3), dtype=np.float32))
-    return 1.4*np.asarray(field.resize(size[::-1], Image.BICUBIC, box=(1, 1, cells + 2, cells + 2)))
+    return 1.4 * np.asarray(field.resize(size[::-1], Image.BICUBIC, box=(1, 1, cells + 2, cells + 2)))
 
+# %% ../../nbs/synth/radiographs.ipynb #c005-2
 class _Pen:
     "Draws polygons and lines, given in units (-1..1 across and down), through a 2x2 matrix and a shift; gives covered shares of pixels (h, w), 0..1."
-    def __init__(self, size, matrix=np.eye(2), shift=(0, 0)): self.size, self.matrix, self.shift = size, matrix, np.asarray(shift)
+
+    def __init__(self, size, matrix=np.eye(2), shift=(0, 0)):
+        self.size, self.matrix, self.shift = size, matrix, np.asarray(shift)
+
     def draw(self, parts):
         "Parts are (points, width or 0 for a polygon, grey 0..255), each over those before it."
         h, w = self.size
-        page, ends = Image.new('L', (2*w, 2*h)), np.cumsum([2*len(p) for p, *_ in parts])
-        pen, xy = ImageDraw.Draw(page), ((np.concatenate([p for p, *_ in parts]) @ self.matrix.T + self.shift + 1)*(w, h)).ravel().tolist()
+        page, ends = Image.new('L', (2 * w, 2 * h)), np.cumsum([2 * len(p) for p, *_ in parts])
+        pen, xy = (
+            ImageDraw.Draw(page),
+            ((np.concatenate([p for p, *_ in parts]) @ self.matrix.T + self.shift + 1) * (w, h))
+            .ravel()
+            .tolist(),
+        )
         for (_, width, grey), start, end in zip(parts, [0, *ends], ends):
-            if width: pen.line(xy[start:end], fill=grey, width=max(2, round(width*min(h, w))), joint='curve' if width > .04 else None)
-            else: pen.polygon(xy[start:end], fill=grey)
-        return np.asarray(page.reduce(2), np.float32)/255
-    def fill(self, *polygons): return self.draw([(p, 0, 255) for p in polygons])
-    def line(self, points, width): return self.draw([(points, width, 255)])
+            if width:
+                pen.line(
+                    xy[start:end],
+                    fill=grey,
+                    width=max(2, round(width * min(h, w))),
+                    joint='curve' if width > 0.04 else None,
+                )
+            else:
+                pen.polygon(xy[start:end], fill=grey)
+        return np.asarray(page.reduce(2), np.float32) / 255
 
+    def fill(self, *polygons):
+        return self.draw([(p, 0, 255) for p in polygons])
+
+    def line(self, points, width):
+        return self.draw([(points, width, 255)])
+
+# %% ../../nbs/synth/radiographs.ipynb #c005-3
 def _curve(points, n=24):
     "A smooth line through a few points, `n` points to each stretch (Catmull-Rom)."
-    p = np.asarray(points, float); p = np.concatenate([2*p[:1] - p[1:2], p, 2*p[-1:] - p[-2:-1]])
+    p = np.asarray(points, float)
+    p = np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     t = np.linspace(0, 1, n, endpoint=False)[:, None]
-    a, b, c, d = (p[i:len(p) - 3 + i, None] for i in range(4))
-    return np.concatenate([(.5*(2*b + (c - a)*t + (2*a - 5*b + 4*c - d)*t**2 + (3*b - a - 3*c + d)*t**3)).reshape(-1, 2), p[-2:-1]])
+    a, b, c, d = (p[i : len(p) - 3 + i, None] for i in range(4))
+    return np.concatenate(
+        [
+            (
+                0.5
+                * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+            ).reshape(-1, 2),
+            p[-2:-1],
+        ]
+    )
 
-def _outline(points, n=12): return _curve(np.concatenate([points, points[:1]]), n)
-def _turn(angle, scale=1., stretch=1.): return scale*np.array([[np.cos(angle)*stretch, -np.sin(angle)], [np.sin(angle)*stretch, np.cos(angle)]])
-def _grey(x, rng, noise): return (np.clip(x + rng.normal(0, 1, x.shape)*noise, 0, 1)*255).round().astype(np.uint8)
+# %% ../../nbs/synth/radiographs.ipynb #c005
+def _outline(points, n=12):
+    return _curve(np.concatenate([points, points[:1]]), n)
 
-# %% ../../nbs/synth/radiographs.ipynb #c007
+
+def _turn(angle, scale=1.0, stretch=1.0):
+    return scale * np.array(
+        [[np.cos(angle) * stretch, -np.sin(angle)], [np.sin(angle) * stretch, np.cos(angle)]]
+    )
+
+
+def _grey(x, rng, noise):
+    return (np.clip(x + rng.normal(0, 1, x.shape) * noise, 0, 1) * 255).round().astype(np.uint8)
+
+# %% ../../nbs/synth/radiographs.ipynb #c007-1
 def _texture(rng, size):
     "A random texture (h, w) of unit variance: clouds of several sizes, or stripes."
-    x = sum(rng.uniform(.1, 1)*_cloud(rng, size, int(c)) for c in rng.choice([2, 4, 8, 16, 32], 3, replace=False))
-    if rng.random() < .4:
-        i, j = np.mgrid[:size[0], :size[1]]
-        angle, wave = rng.uniform(0, np.pi), rng.uniform(.05, .3)*min(size)
-        x = .5*x + np.sign(np.sin(2*np.pi*(i*np.cos(angle) + j*np.sin(angle))/wave + _cloud(rng, size, 3)))*rng.uniform(.4, 1)
-    return ((x - x.mean())/(x.std() + 1e-6)).astype(np.float32)
+    x = sum(
+        rng.uniform(0.1, 1) * _cloud(rng, size, int(c))
+        for c in rng.choice([2, 4, 8, 16, 32], 3, replace=False)
+    )
+    if rng.random() < 0.4:
+        i, j = np.mgrid[: size[0], : size[1]]
+        angle, wave = rng.uniform(0, np.pi), rng.uniform(0.05, 0.3) * min(size)
+        x = 0.5 * x + np.sign(
+            np.sin(2 * np.pi * (i * np.cos(angle) + j * np.sin(angle)) / wave + _cloud(rng, size, 3))
+        ) * rng.uniform(0.4, 1)
+    return ((x - x.mean()) / (x.std() + 1e-6)).astype(np.float32)
 
+# %% ../../nbs/synth/radiographs.ipynb #c007-2
 def _object(rng):
     "Outline of a random object within the unit circle."
-    t, kind = np.linspace(0, 2*np.pi, 72, endpoint=False), rng.integers(3)
-    if kind == 0: r = 1 + sum(rng.normal(0, .28/k)*np.cos(k*t + rng.uniform(0, 7)) for k in range(2, 7))
-    elif kind == 1: r = np.where(np.arange(72) % (step := 72//rng.integers(4, 9)) < step/2, 1, rng.uniform(.45, .8))
-    else: t = np.sort(rng.uniform(0, 2*np.pi, rng.integers(4, 9))) ; r = rng.uniform(.7, 1., len(t))
-    r = r/r.max()
-    return np.stack([r*np.cos(t), r*np.sin(t)], 1)
+    t, kind = np.linspace(0, 2 * np.pi, 72, endpoint=False), rng.integers(3)
+    if kind == 0:
+        r = 1 + sum(rng.normal(0, 0.28 / k) * np.cos(k * t + rng.uniform(0, 7)) for k in range(2, 7))
+    elif kind == 1:
+        r = np.where(np.arange(72) % (step := 72 // rng.integers(4, 9)) < step / 2, 1, rng.uniform(0.45, 0.8))
+    else:
+        t = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(4, 9)))
+        r = rng.uniform(0.7, 1.0, len(t))
+    r = r / r.max()
+    return np.stack([r * np.cos(t), r * np.sin(t)], 1)
 
+# %% ../../nbs/synth/radiographs.ipynb #c007
 def salient_shapes(
-    n:int,                    # how many pictures, at least 1
-    size=128,                 # pixels: a side of squares, or (height, width); at least 16
-    seed:int=0,               # the same seed, the same pictures
-) -> MaskSet:                 # one class, 'object'; every picture is a patient of its own
+    n: int,  # how many pictures, at least 1
+    size=128,  # pixels: a side of squares, or (height, width); at least 16
+    seed: int = 0,  # the same seed, the same pictures
+) -> MaskSet:  # one class, 'object'; every picture is a patient of its own
     "Grey pictures of one salient object each on a textured ground, in place of XPIE."
-    size = _shape(size); images, masks = np.zeros((n, *size), np.uint8), np.zeros((n, 1, *size), bool)
+    size = _shape(size)
+    images, masks = np.zeros((n, *size), np.uint8), np.zeros((n, 1, *size), bool)
     for k in range(n):
         rng = np.random.default_rng([seed, k, 11])
-        scale = rng.uniform(.28, .75)
-        pen = _Pen(size, _turn(rng.uniform(0, 2*np.pi), scale, rng.uniform(.5, 1.)), rng.uniform(-1, 1, 2)*(1 - scale)*.7)
+        scale = rng.uniform(0.28, 0.75)
+        pen = _Pen(
+            size,
+            _turn(rng.uniform(0, 2 * np.pi), scale, rng.uniform(0.5, 1.0)),
+            rng.uniform(-1, 1, 2) * (1 - scale) * 0.7,
+        )
         outline = _object(rng)
         cover = pen.fill(outline)
-        if rng.random() < .15: cover = cover - pen.fill(outline*rng.uniform(.3, .55))
-        ground, thing = (rng.uniform(.04, .14)*_texture(rng, size) for _ in range(2))
-        step = rng.choice([-1, 1])*rng.uniform(.06, .3)
-        light = rng.uniform(.3, .7) + .12*_cloud(rng, size, 1)
-        x = light + ground*(1 - cover) + (thing + step)*cover
-        for _ in range(rng.integers(0, 5)):                                 # small things that do not matter
-            x = x + rng.normal(0, .15)*_Pen(size, _turn(rng.uniform(0, 7), rng.uniform(.03, .1)), rng.uniform(-1, 1, 2)).fill(_object(rng))*(1 - cover)
-        images[k], masks[k, 0] = _grey(x, rng, rng.uniform(.01, .06)), cover > .5
-    return MaskSet(images, masks, ('object',), pd.DataFrame(dict(patient=(names := [f'shape-{seed}-{k:05d}' for k in range(n)]), clip=names, label='object', source='salient shapes')))
+        if rng.random() < 0.15:
+            cover = cover - pen.fill(outline * rng.uniform(0.3, 0.55))
+        ground, thing = (rng.uniform(0.04, 0.14) * _texture(rng, size) for _ in range(2))
+        step = rng.choice([-1, 1]) * rng.uniform(0.06, 0.3)
+        light = rng.uniform(0.3, 0.7) + 0.12 * _cloud(rng, size, 1)
+        x = light + ground * (1 - cover) + (thing + step) * cover
+        for _ in range(rng.integers(0, 5)):  # small things that do not matter
+            x = x + rng.normal(0, 0.15) * _Pen(
+                size, _turn(rng.uniform(0, 7), rng.uniform(0.03, 0.1)), rng.uniform(-1, 1, 2)
+            ).fill(_object(rng)) * (1 - cover)
+        images[k], masks[k, 0] = _grey(x, rng, rng.uniform(0.01, 0.06)), cover > 0.5
+    return MaskSet(
+        images,
+        masks,
+        ('object',),
+        pd.DataFrame(
+            dict(
+                patient=(names := [f'shape-{seed}-{k:05d}' for k in range(n)]),
+                clip=names,
+                label='object',
+                source='salient shapes',
+            )
+        ),
+    )
 
-# %% ../../nbs/synth/radiographs.ipynb #c013
+# %% ../../nbs/synth/radiographs.ipynb #c013-1
 def boxes_of(
-    set:MaskSet,              # n pictures
-) -> pd.DataFrame:            # a row per connected object: row (of the set), name (of its class), x, y, width, height (pixels; x and y of the top left)
+    set: MaskSet,  # n pictures
+) -> pd.DataFrame:  # a row per connected object: row (of the set), name (of its class), x, y, width, height (pixels; x and y of the top left)
     "The smallest box around every connected object (8 neighbours) of every mask."
     from scipy.ndimage import find_objects, label
-    rows = [(i, name, b[1].start, b[0].start, b[1].stop - b[1].start, b[0].stop - b[0].start)
-            for i, masks in enumerate(set.masks) for name, m in zip(set.names, masks) if m.any() for b in find_objects(label(m, np.ones((3, 3)))[0])]
-    return pd.DataFrame(rows, columns=['row', 'name', 'x', 'y', 'width', 'height']).astype(dict.fromkeys(('row', 'x', 'y', 'width', 'height'), int))
 
+    rows = [
+        (i, name, b[1].start, b[0].start, b[1].stop - b[1].start, b[0].stop - b[0].start)
+        for i, masks in enumerate(set.masks)
+        for name, m in zip(set.names, masks)
+        if m.any()
+        for b in find_objects(label(m, np.ones((3, 3)))[0])
+    ]
+    return pd.DataFrame(rows, columns=['row', 'name', 'x', 'y', 'width', 'height']).astype(
+        dict.fromkeys(('row', 'x', 'y', 'width', 'height'), int)
+    )
+
+# %% ../../nbs/synth/radiographs.ipynb #c013-2
 def fill_boxes(
-    boxes:pd.DataFrame,       # columns row, name, x, y, width, height, in pixels
-    n:int,                    # pictures
-    size,                     # of the pictures: a side of squares, or (height, width)
-    names,                    # of the k classes; boxes of other names (such as 'negative') are left out
-    later_wins:bool=False,    # where boxes of two classes overlap, keep the later only (Merand's four-way softmax); both stay otherwise
-) -> np.ndarray:              # (n, k, h, w) bool
+    boxes: pd.DataFrame,  # columns row, name, x, y, width, height, in pixels
+    n: int,  # pictures
+    size,  # of the pictures: a side of squares, or (height, width)
+    names,  # of the k classes; boxes of other names (such as 'negative') are left out
+    later_wins: bool = False,  # where boxes of two classes overlap, keep the later only (Merand's four-way softmax); both stay otherwise
+) -> np.ndarray:  # (n, k, h, w) bool
     "Boxes as masks, filled."
     masks = np.zeros((n, len(names), *_shape(size)), bool)
     for b in boxes[boxes['name'].isin(names)].itertuples():
-        place = (slice(max(round(b.y), 0), max(round(b.y + b.height), round(b.y) + 1, 0)), slice(max(round(b.x), 0), max(round(b.x + b.width), round(b.x) + 1, 0)))
-        if later_wins: masks[(b.row, slice(None), *place)] = False
+        place = (
+            slice(max(round(b.y), 0), max(round(b.y + b.height), round(b.y) + 1, 0)),
+            slice(max(round(b.x), 0), max(round(b.x + b.width), round(b.x) + 1, 0)),
+        )
+        if later_wins:
+            masks[(b.row, slice(None), *place)] = False
         masks[(b.row, list(names).index(b.name), *place)] = True
     return masks
 
+# %% ../../nbs/synth/radiographs.ipynb #c013
 def box_set(
-    set:MaskSet,              # n pictures
-) -> MaskSet:                 # the same pictures, names and table
+    set: MaskSet,  # n pictures
+) -> MaskSet:  # the same pictures, names and table
     "Each connected object of each mask replaced by its filled box: what a cheaper annotator would have drawn."
-    return MaskSet(set.images, fill_boxes(boxes_of(set), len(set), set.images.shape[1:], set.names), set.names, set.table)
+    return MaskSet(
+        set.images, fill_boxes(boxes_of(set), len(set), set.images.shape[1:], set.names), set.names, set.table
+    )
 
-# %% ../../nbs/synth/radiographs.ipynb #c016
-CHEST = ('right lung', 'left lung', 'cardiomediastinum', 'airways', 'ground glass', 'consolidation', 'effusion', 'pneumothorax', 'endotracheal tube', 'central line', 'monitoring probes',
-         'nasogastric tube', 'tubing')                                                     # the categories of CCXS
+# %% ../../nbs/synth/radiographs.ipynb #c016-1
+CHEST = (
+    'right lung',
+    'left lung',
+    'cardiomediastinum',
+    'airways',
+    'ground glass',
+    'consolidation',
+    'effusion',
+    'pneumothorax',
+    'endotracheal tube',
+    'central line',
+    'monitoring probes',
+    'nasogastric tube',
+    'tubing',
+)  # the categories of CCXS
+
 
 def _lung(b, side):
     "Outline of a lung: apex, side wall, costophrenic angle, diaphragm, inner border; `side` -1 is the patient's right."
-    s, low = side, b['base'] + (.03 if side < 0 else .07) - b['lift'][int(side > 0)]
-    notch = .17 if side > 0 else .06                                                       # the heart lies in the left lung's inner border
-    return _outline(np.array([(s*.24, -.74), (s*.37, -.70), (s*.52, -.45), (s*.61, -.1), (s*.65, .3), (s*.655, low), (s*.58, low - .02), (s*.42, low - .13), (s*.28, low - .14), (s*.18, low - .12),
-                               (s*(.08 + notch), .28), (s*.16, .0), (s*.11, -.25), (s*.12, -.5), (s*.17, -.68)])*[b['wide'], 1])
+    s, low = side, b['base'] + (0.03 if side < 0 else 0.07) - b['lift'][int(side > 0)]
+    notch = 0.17 if side > 0 else 0.06  # the heart lies in the left lung's inner border
+    return _outline(
+        np.array(
+            [
+                (s * 0.24, -0.74),
+                (s * 0.37, -0.70),
+                (s * 0.52, -0.45),
+                (s * 0.61, -0.1),
+                (s * 0.65, 0.3),
+                (s * 0.655, low),
+                (s * 0.58, low - 0.02),
+                (s * 0.42, low - 0.13),
+                (s * 0.28, low - 0.14),
+                (s * 0.18, low - 0.12),
+                (s * (0.08 + notch), 0.28),
+                (s * 0.16, 0.0),
+                (s * 0.11, -0.25),
+                (s * 0.12, -0.5),
+                (s * 0.17, -0.68),
+            ]
+        )
+        * [b['wide'], 1]
+    )
 
+# %% ../../nbs/synth/radiographs.ipynb #c016-2
 def _heart(b):
     "Outline of heart and mediastinum; `heart` is its size, 1 is normal."
-    g, low = b['heart'], b['base'] - .06
-    return _outline(np.array([(-.09, -.56), (.09, -.56), (.13, -.38), (.17, -.27), (.14, -.15), (.16*g + .01, 0), (.33*g, .2), (.40*g, .36), (.34*g, low), (0, low + .05), (-.16*g, low), (-.20*g, .3), (-.17*g, .12),
-                               (-.12, -.1), (-.12, -.35)])*[b['wide'], 1])
+    g, low = b['heart'], b['base'] - 0.06
+    return _outline(
+        np.array(
+            [
+                (-0.09, -0.56),
+                (0.09, -0.56),
+                (0.13, -0.38),
+                (0.17, -0.27),
+                (0.14, -0.15),
+                (0.16 * g + 0.01, 0),
+                (0.33 * g, 0.2),
+                (0.40 * g, 0.36),
+                (0.34 * g, low),
+                (0, low + 0.05),
+                (-0.16 * g, low),
+                (-0.20 * g, 0.3),
+                (-0.17 * g, 0.12),
+                (-0.12, -0.1),
+                (-0.12, -0.35),
+            ]
+        )
+        * [b['wide'], 1]
+    )
 
+# %% ../../nbs/synth/radiographs.ipynb #c016-3
 def _body(rng):
     "What does not change from picture to picture of a patient."
-    ill = rng.choice(['none', 'viral', 'bacterial', 'edema'], p=[.2, .5, .2, .1])
-    care = rng.random() < (.15 if ill == 'none' else .4)
-    return dict(wide=rng.uniform(.88, 1.14), base=rng.uniform(.46, .66), heart=rng.choice([rng.uniform(.8, 1.1), rng.uniform(1.25, 1.5)], p=[.75, .25]), lift=(rng.random(2) < .12)*rng.uniform(.12, .28, 2),
-                fat=rng.uniform(.0, 1.), bone=rng.uniform(.6, 1.3), vessels=rng.uniform(.5, 1.3), ribs=rng.uniform(.135, .165), slope=rng.uniform(.08, .3), ill=ill, severity=rng.uniform(.15, 1.), care=care,
-                fluid=rng.random(2) < (.25 if ill in ('bacterial', 'edema') else .04), side=rng.choice([-1, 1]), air=rng.random() < .05, neck=rng.choice([-1, 1]),
-                devices=dict(zip(CHEST[8:], (rng.random(5) < ([.6, .6, .6, .5, .5] if care else [0, .03, .12, .02, .04])).tolist())))
+    ill = rng.choice(['none', 'viral', 'bacterial', 'edema'], p=[0.2, 0.5, 0.2, 0.1])
+    care = rng.random() < (0.15 if ill == 'none' else 0.4)
+    return dict(
+        wide=rng.uniform(0.88, 1.14),
+        base=rng.uniform(0.46, 0.66),
+        heart=rng.choice([rng.uniform(0.8, 1.1), rng.uniform(1.25, 1.5)], p=[0.75, 0.25]),
+        lift=(rng.random(2) < 0.12) * rng.uniform(0.12, 0.28, 2),
+        fat=rng.uniform(0.0, 1.0),
+        bone=rng.uniform(0.6, 1.3),
+        vessels=rng.uniform(0.5, 1.3),
+        ribs=rng.uniform(0.135, 0.165),
+        slope=rng.uniform(0.08, 0.3),
+        ill=ill,
+        severity=rng.uniform(0.15, 1.0),
+        care=care,
+        fluid=rng.random(2) < (0.25 if ill in ('bacterial', 'edema') else 0.04),
+        side=rng.choice([-1, 1]),
+        air=rng.random() < 0.05,
+        neck=rng.choice([-1, 1]),
+        devices=dict(
+            zip(
+                CHEST[8:],
+                (
+                    rng.random(5) < ([0.6, 0.6, 0.6, 0.5, 0.5] if care else [0, 0.03, 0.12, 0.02, 0.04])
+                ).tolist(),
+            )
+        ),
+    )
 
+# %% ../../nbs/synth/radiographs.ipynb #c016-4
 def _ribs(b, rng):
     "Posterior and anterior ribs, clavicles and vertebrae, as lines to draw: points, width, grey 0..255."
     out = []
     for side in (-1, 1):
         for k in range(10):
-            y, reach = -.72 + k*b['ribs'], b['wide']*np.interp(k, [0, 2, 5, 9], [.36, .55, .66, .68])
-            out.append((_curve([(side*.06, y), (side*.3*reach/.6, y - .02), (side*.85*reach, y + .3*b['slope'] + .03), (side*reach, y + b['slope'] + .05)], 6), .032, 150))
-            if 1 < k < 8: out.append((_curve([(side*reach, y + b['slope'] + .05), (side*.75*reach, y + b['slope'] + .2), (side*.45*reach, y + b['slope'] + .26)], 6), .026, 80))
-        out.append((_curve([(side*.06, -.66), (side*.35, -.68), (side*.7, -.84)], 6), .045, 200))
-    return out + [([(-.055, y), (.055, y)], .085, 110) for y in np.arange(-1, 1, .115)]
+            y, reach = -0.72 + k * b['ribs'], b['wide'] * np.interp(k, [0, 2, 5, 9], [0.36, 0.55, 0.66, 0.68])
+            out.append(
+                (
+                    _curve(
+                        [
+                            (side * 0.06, y),
+                            (side * 0.3 * reach / 0.6, y - 0.02),
+                            (side * 0.85 * reach, y + 0.3 * b['slope'] + 0.03),
+                            (side * reach, y + b['slope'] + 0.05),
+                        ],
+                        6,
+                    ),
+                    0.032,
+                    150,
+                )
+            )
+            if 1 < k < 8:
+                out.append(
+                    (
+                        _curve(
+                            [
+                                (side * reach, y + b['slope'] + 0.05),
+                                (side * 0.75 * reach, y + b['slope'] + 0.2),
+                                (side * 0.45 * reach, y + b['slope'] + 0.26),
+                            ],
+                            6,
+                        ),
+                        0.026,
+                        80,
+                    )
+                )
+        out.append((_curve([(side * 0.06, -0.66), (side * 0.35, -0.68), (side * 0.7, -0.84)], 6), 0.045, 200))
+    return out + [([(-0.055, y), (0.055, y)], 0.085, 110) for y in np.arange(-1, 1, 0.115)]
 
+# %% ../../nbs/synth/radiographs.ipynb #c016-5
 def _vessels(rng):
     "Vessels that branch from each hilum, thinner and fainter outwards."
     n, out = 30, []
-    side, start, turn = np.repeat([-1, 1], n//2), .02 + rng.normal(0, .06, n), np.cumsum(np.concatenate([rng.uniform(-1.25, 1.35, (1, n)), rng.normal(0, .3, (6, n))]), 0)
-    x, y, width = side*(.15 + np.cumsum(.075*np.cos(turn), 0)), start + np.cumsum(.075*np.sin(turn), 0), rng.uniform(.012, .03, n)
+    side, start, turn = (
+        np.repeat([-1, 1], n // 2),
+        0.02 + rng.normal(0, 0.06, n),
+        np.cumsum(np.concatenate([rng.uniform(-1.25, 1.35, (1, n)), rng.normal(0, 0.3, (6, n))]), 0),
+    )
+    x, y, width = (
+        side * (0.15 + np.cumsum(0.075 * np.cos(turn), 0)),
+        start + np.cumsum(0.075 * np.sin(turn), 0),
+        rng.uniform(0.012, 0.03, n),
+    )
     for i in range(n):
         p = np.stack([x[:, i], y[:, i]], 1)
-        out += [(p[:3], width[i], 190), (p[2:5], .75*width[i], 140), (p[4:], .5*width[i], 90)]
+        out += [(p[:3], width[i], 190), (p[2:5], 0.75 * width[i], 140), (p[4:], 0.5 * width[i], 90)]
     return out
 
+# %% ../../nbs/synth/radiographs.ipynb #c016-6
 def _devices(b, rng):
     "Course of each device: parts to draw, by name."
-    j = lambda *p: _curve(np.asarray(p) + rng.normal(0, .012, (len(p), 2)), 10)
+
+    def j(*p):
+        return _curve(np.asarray(p) + rng.normal(0, 0.012, (len(p), 2)), 10)
+
     s, out = b['neck'], {}
-    out['endotracheal tube'] = [(j((.02, -1.05), (.0, -.8), (.005, rng.uniform(-.52, -.35))), .028)]
-    tip = rng.uniform(-.18, .05)
-    out['central line'] = [(j((s*.22, -1.05), (s*.17, -.8), (-.05 + .04*s, -.55), (-.10, -.35), (-.09, tip)), .014)] if rng.random() < .5 else \
-                          [(j((s*.75, -.5), (s*.5, -.64), (s*.25, -.62), (-.08, -.45), (-.09, tip)), .014)]
-    spots, t = rng.uniform([-.6, -.75], [.6, .55], (rng.integers(2, 6), 2)), np.linspace(0, 2*np.pi, 16)
-    out['monitoring probes'] = [(p + .034*np.stack([np.cos(t), np.sin(t)], 1), 0) for p in spots]
-    out['monitoring probes'] += [(j(p, p*.6 + rng.uniform(-.25, .25, 2) + [0, .15], (e, 1.1)), .011) for e in [rng.uniform(-1, 1)] for p in spots]
-    out['nasogastric tube'] = [(j((-.02, -1.05), (.025, -.6), (.03, 0), (.045, .5), (.14, .74), (.3, .72)), .016)]
-    out['tubing'] = [(j((e := rng.choice([-1, 1])*1.05, rng.uniform(-.9, .9)), (e*.6, rng.uniform(-.9, .6)), (-e*.1, rng.uniform(-.9, .5)), (rng.uniform(-.9, .9), 1.05*rng.choice([-1, 1]))), rng.uniform(.02, .035))
-                     for _ in range(rng.integers(1, 3))]
+    out['endotracheal tube'] = [(j((0.02, -1.05), (0.0, -0.8), (0.005, rng.uniform(-0.52, -0.35))), 0.028)]
+    tip = rng.uniform(-0.18, 0.05)
+    out['central line'] = (
+        [
+            (
+                j(
+                    (s * 0.22, -1.05),
+                    (s * 0.17, -0.8),
+                    (-0.05 + 0.04 * s, -0.55),
+                    (-0.10, -0.35),
+                    (-0.09, tip),
+                ),
+                0.014,
+            )
+        ]
+        if rng.random() < 0.5
+        else [(j((s * 0.75, -0.5), (s * 0.5, -0.64), (s * 0.25, -0.62), (-0.08, -0.45), (-0.09, tip)), 0.014)]
+    )
+    spots, t = rng.uniform([-0.6, -0.75], [0.6, 0.55], (rng.integers(2, 6), 2)), np.linspace(0, 2 * np.pi, 16)
+    out['monitoring probes'] = [(p + 0.034 * np.stack([np.cos(t), np.sin(t)], 1), 0) for p in spots]
+    out['monitoring probes'] += [
+        (j(p, p * 0.6 + rng.uniform(-0.25, 0.25, 2) + [0, 0.15], (e, 1.1)), 0.011)
+        for e in [rng.uniform(-1, 1)]
+        for p in spots
+    ]
+    out['nasogastric tube'] = [
+        (j((-0.02, -1.05), (0.025, -0.6), (0.03, 0), (0.045, 0.5), (0.14, 0.74), (0.3, 0.72)), 0.016)
+    ]
+    out['tubing'] = [
+        (
+            j(
+                (e := rng.choice([-1, 1]) * 1.05, rng.uniform(-0.9, 0.9)),
+                (e * 0.6, rng.uniform(-0.9, 0.6)),
+                (-e * 0.1, rng.uniform(-0.9, 0.5)),
+                (rng.uniform(-0.9, 0.9), 1.05 * rng.choice([-1, 1])),
+            ),
+            rng.uniform(0.02, 0.035),
+        )
+        for _ in range(rng.integers(1, 3))
+    ]
     return {name: [(p, width, 255) for p, width in parts] for name, parts in out.items()}
 
+# %% ../../nbs/synth/radiographs.ipynb #c016-7
 def _opacities(b, rng, size, lungs, place, day):
     "Density fields (h, w), 0 outside: ground glass and consolidation."
     x, y = place
-    field = _cloud(rng, size, 5) + .4*_cloud(rng, size, 11)
-    rim, low = np.abs(x)/(.6*b['wide']), y
-    severity = b['severity']*day
-    if b['ill'] == 'none': return np.zeros(size), np.zeros(size)
-    if b['ill'] == 'viral': glass = field + 2.2*(rim - .75) + 1.2*(low - .1) + 3.0*severity - 2.1; solid = field + _cloud(rng, size, 5) + 1.2*low + 2.4*severity - 4.
-    elif b['ill'] == 'edema': glass = .7*field - 3.5*(rim - .55) - 2.*np.abs(low - .1) + 3.2*severity - 1.0; solid = np.full(size, -9.)
+    field = _cloud(rng, size, 5) + 0.4 * _cloud(rng, size, 11)
+    rim, low = np.abs(x) / (0.6 * b['wide']), y
+    severity = b['severity'] * day
+    if b['ill'] == 'none':
+        return np.zeros(size), np.zeros(size)
+    if b['ill'] == 'viral':
+        glass = field + 2.2 * (rim - 0.75) + 1.2 * (low - 0.1) + 3.0 * severity - 2.1
+        solid = field + _cloud(rng, size, 5) + 1.2 * low + 2.4 * severity - 4.0
+    elif b['ill'] == 'edema':
+        glass = 0.7 * field - 3.5 * (rim - 0.55) - 2.0 * np.abs(low - 0.1) + 3.2 * severity - 1.0
+        solid = np.full(size, -9.0)
     else:
-        cx, cy = b['side']*rng.uniform(.28, .48), b['lobe'] + rng.normal(0, .03)
-        near = 1.3 - np.hypot((x - cx)/.26, (y - cy)/.22)/(.55 + .6*severity)
-        solid, glass = 3*near + .5*field, 3*(near + .12) + .6*field - .3
+        cx, cy = b['side'] * rng.uniform(0.28, 0.48), b['lobe'] + rng.normal(0, 0.03)
+        near = 1.3 - np.hypot((x - cx) / 0.26, (y - cy) / 0.22) / (0.55 + 0.6 * severity)
+        solid, glass = 3 * near + 0.5 * field, 3 * (near + 0.12) + 0.6 * field - 0.3
     inside = sum(lungs)
     one = (np.sign(x) == b['side']) if b['ill'] == 'viral' and b['alone'] else 1
-    soft = lambda f: np.clip(f, 0, 1.2)/1.2*inside*one
+
+    def soft(f):
+        return np.clip(f, 0, 1.2) / 1.2 * inside * one
+
     return soft(glass), soft(solid)
 
+# %% ../../nbs/synth/radiographs.ipynb #c016-8
 def _radiograph(b, rng, size):
     "One picture (h, w) uint8 and its masks (13, h, w) of body `b`."
     from scipy.ndimage import gaussian_filter
-    pen = _Pen(size, _turn(rng.normal(0, .05), rng.uniform(.93, 1.18), rng.uniform(1.1, 1.35)), rng.normal(0, [.06, .05]))
+
+    pen = _Pen(
+        size,
+        _turn(rng.normal(0, 0.05), rng.uniform(0.93, 1.18), rng.uniform(1.1, 1.35)),
+        rng.normal(0, [0.06, 0.05]),
+    )
     h, w = size
     i, j = np.mgrid[:h, :w]
-    xy = np.stack([(2*j + 1)/w - 1 - pen.shift[0], (2*i + 1)/h - 1 - pen.shift[1]], -1) @ np.linalg.inv(pen.matrix).T
+    xy = (
+        np.stack([(2 * j + 1) / w - 1 - pen.shift[0], (2 * i + 1) / h - 1 - pen.shift[1]], -1)
+        @ np.linalg.inv(pen.matrix).T
+    )
     x, y = xy[..., 0].astype(np.float32), xy[..., 1].astype(np.float32)
     outlines = [_lung(b, s) for s in (-1, 1)]
-    heart = pen.fill(_heart(b)); lungs = [pen.fill(o)*(1 - heart) for o in outlines]
-    day, masks = rng.uniform(.55, 1.25), np.zeros((len(CHEST), h, w), np.float32)
-    fork = rng.uniform(-.24, -.18)
-    airways = np.maximum(pen.line([(0, -.95), (.0, -.6), (.005, fork)], .075), pen.draw([(_curve([(.0, fork - .02), (-.09, fork + .12), (-.16, fork + .2)], 6), .055, 255), (_curve([(.0, fork - .02), (.1, fork + .14), (.2, fork + .2)], 6), .05, 255)]))
+    heart = pen.fill(_heart(b))
+    lungs = [pen.fill(o) * (1 - heart) for o in outlines]
+    day, masks = rng.uniform(0.55, 1.25), np.zeros((len(CHEST), h, w), np.float32)
+    fork = rng.uniform(-0.24, -0.18)
+    airways = np.maximum(
+        pen.line([(0, -0.95), (0.0, -0.6), (0.005, fork)], 0.075),
+        pen.draw(
+            [
+                (_curve([(0.0, fork - 0.02), (-0.09, fork + 0.12), (-0.16, fork + 0.2)], 6), 0.055, 255),
+                (_curve([(0.0, fork - 0.02), (0.1, fork + 0.14), (0.2, fork + 0.2)], 6), 0.05, 255),
+            ]
+        ),
+    )
     glass, solid = _opacities(b, rng, size, lungs, (x, y), day)
     # fluid lies below a meniscus that climbs the side wall; free air lies outside a lung that has shrunk towards its hilum
     fluid = np.zeros(size, np.float32)
     for k, s in enumerate((-1, 1)):
         if b['fluid'][k]:
-            level = b['base'] - .12 - b['lift'][k] - rng.uniform(.0, .4)*day - .35*np.clip(np.abs(x)/(.6*b['wide']) - .6, 0, 1)**2*4*.35
-            fluid = np.maximum(fluid, lungs[k]*np.clip((y - level)/.02, 0, 1))
-    free = np.zeros(size, np.float32); edge = free
+            level = (
+                b['base']
+                - 0.12
+                - b['lift'][k]
+                - rng.uniform(0.0, 0.4) * day
+                - 0.35 * np.clip(np.abs(x) / (0.6 * b['wide']) - 0.6, 0, 1) ** 2 * 4 * 0.35
+            )
+            fluid = np.maximum(fluid, lungs[k] * np.clip((y - level) / 0.02, 0, 1))
+    free = np.zeros(size, np.float32)
+    edge = free
     if b['air']:
         k, o = int(b['side'] > 0), outlines[int(b['side'] > 0)]
-        hilum, shrink = np.array([b['side']*.15*b['wide'], .05]), rng.uniform(.68, .86)
-        rest = (o - hilum)*[shrink, shrink*1.02] + hilum
-        free = np.clip(lungs[k] - pen.fill(rest), 0, 1)*(np.abs(x) > .2*b['wide'])*(y < b['base'] - .2)
-        edge = pen.line(np.concatenate([rest, rest[:1]]), .008)*lungs[k]*(free.max() > 0)*(np.abs(x) > .2*b['wide'])*(y < b['base'] - .2)
+        hilum, shrink = np.array([b['side'] * 0.15 * b['wide'], 0.05]), rng.uniform(0.68, 0.86)
+        rest = (o - hilum) * [shrink, shrink * 1.02] + hilum
+        free = (
+            np.clip(lungs[k] - pen.fill(rest), 0, 1) * (np.abs(x) > 0.2 * b['wide']) * (y < b['base'] - 0.2)
+        )
+        edge = (
+            pen.line(np.concatenate([rest, rest[:1]]), 0.008)
+            * lungs[k]
+            * (free.max() > 0)
+            * (np.abs(x) > 0.2 * b['wide'])
+            * (y < b['base'] - 0.2)
+        )
     masks[:4] = lungs[0], lungs[1], heart, airways
-    free = free*(1 - fluid); keep = 1 - np.maximum(fluid, free)
-    masks[4:8] = np.stack([(glass > .12)*keep, (solid > .25)*keep, fluid, free])*(np.maximum(*lungs) > .5)
+    free = free * (1 - fluid)
+    keep = 1 - np.maximum(fluid, free)
+    masks[4:8] = np.stack([(glass > 0.12) * keep, (solid > 0.25) * keep, fluid, free]) * (
+        np.maximum(*lungs) > 0.5
+    )
     courses = _devices(b, rng)
     for name, on in b['devices'].items():
-        if rng.random() < .85 and on: masks[CHEST.index(name)] = pen.draw(courses[name])
+        if rng.random() < 0.85 and on:
+            masks[CHEST.index(name)] = pen.draw(courses[name])
     # attenuation adds up
-    torso = np.clip(1.25 - np.abs(x/(.86*b['wide']))**4 - .25*np.clip(y - .5, 0, 1), 0, None) + .25/(1 + np.exp((np.abs(x) - .25)/.05))/(1 + np.exp((y + .65)/.08))
+    torso = np.clip(
+        1.25 - np.abs(x / (0.86 * b['wide'])) ** 4 - 0.25 * np.clip(y - 0.5, 0, 1), 0, None
+    ) + 0.25 / (1 + np.exp((np.abs(x) - 0.25) / 0.05)) / (1 + np.exp((y + 0.65) / 0.08))
     air = np.maximum(*lungs)
-    a = .82*torso*(.9 + .25*b['fat']) + .06*b['fat']*_cloud(rng, size, 3) + .30*heart*(1 - .6*np.abs(x)) - .55*air - .2*airways*(1 - .7*air)
-    a = a + .30*np.clip((y - b['base'] + .02)/.3, 0, 1)*(1 - air)                                                           # belly
-    a = a + b['bone']*.26*pen.draw(_ribs(b, rng)) + b['vessels']*.22*pen.draw(_vessels(rng))*air*(1 - free) + .025*air*(_cloud(rng, size, 24) + _cloud(rng, size, 40))
-    a = a + keep*(rng.uniform(.17, .32)*glass*(1 + .25*_cloud(rng, size, 32)) + rng.uniform(.32, .5)*solid) + .5*fluid - .1*free*air + .16*edge
-    strength = dict(zip(CHEST[8:], (.16, .22, .30, .20, .16)))
-    a = a + sum(strength[n]*masks[CHEST.index(n)]*rng.uniform(.7, 1.3) for n in strength)
-    a = gaussian_filter(a + .05*_cloud(rng, size, 2) + rng.normal(0, .1)*x + rng.normal(0, .08)*y, rng.uniform(.25, .9)*min(size)/128)
-    mid, slope = rng.uniform(.5, .75), rng.uniform(3.0, 5.5)
-    grey = 1/(1 + np.exp(-slope*(a - mid)))
-    grey = rng.uniform(0, .1) + grey*rng.uniform(.8, .97)
-    if rng.random() < .35: grey = grey*_shutters(rng, size)
-    if rng.random() < .5:                                                                                                    # the side marker
-        s = rng.choice([-1, 1]); grey = np.maximum(grey, .95*_Pen(size).fill(np.array([(-.03, -.04), (.03, -.04), (.03, .04), (-.03, .04)]) + [s*rng.uniform(.75, .9), rng.uniform(-.92, -.6)]))
-    return _grey(grey, rng, rng.uniform(.008, .035)), masks > .5
+    a = (
+        0.82 * torso * (0.9 + 0.25 * b['fat'])
+        + 0.06 * b['fat'] * _cloud(rng, size, 3)
+        + 0.30 * heart * (1 - 0.6 * np.abs(x))
+        - 0.55 * air
+        - 0.2 * airways * (1 - 0.7 * air)
+    )
+    a = a + 0.30 * np.clip((y - b['base'] + 0.02) / 0.3, 0, 1) * (1 - air)  # belly
+    a = (
+        a
+        + b['bone'] * 0.26 * pen.draw(_ribs(b, rng))
+        + b['vessels'] * 0.22 * pen.draw(_vessels(rng)) * air * (1 - free)
+        + 0.025 * air * (_cloud(rng, size, 24) + _cloud(rng, size, 40))
+    )
+    a = (
+        a
+        + keep
+        * (
+            rng.uniform(0.17, 0.32) * glass * (1 + 0.25 * _cloud(rng, size, 32))
+            + rng.uniform(0.32, 0.5) * solid
+        )
+        + 0.5 * fluid
+        - 0.1 * free * air
+        + 0.16 * edge
+    )
+    strength = dict(zip(CHEST[8:], (0.16, 0.22, 0.30, 0.20, 0.16)))
+    a = a + sum(strength[n] * masks[CHEST.index(n)] * rng.uniform(0.7, 1.3) for n in strength)
+    a = gaussian_filter(
+        a + 0.05 * _cloud(rng, size, 2) + rng.normal(0, 0.1) * x + rng.normal(0, 0.08) * y,
+        rng.uniform(0.25, 0.9) * min(size) / 128,
+    )
+    mid, slope = rng.uniform(0.5, 0.75), rng.uniform(3.0, 5.5)
+    grey = 1 / (1 + np.exp(-slope * (a - mid)))
+    grey = rng.uniform(0, 0.1) + grey * rng.uniform(0.8, 0.97)
+    if rng.random() < 0.35:
+        grey = grey * _shutters(rng, size)
+    if rng.random() < 0.5:  # the side marker
+        s = rng.choice([-1, 1])
+        grey = np.maximum(
+            grey,
+            0.95
+            * _Pen(size).fill(
+                np.array([(-0.03, -0.04), (0.03, -0.04), (0.03, 0.04), (-0.03, 0.04)])
+                + [s * rng.uniform(0.75, 0.9), rng.uniform(-0.92, -0.6)]
+            ),
+        )
+    return _grey(grey, rng, rng.uniform(0.008, 0.035)), masks > 0.5
 
+# %% ../../nbs/synth/radiographs.ipynb #c016-9
 def _shutters(rng, size):
     "Collimation: what the shutters let through."
-    l, r, t, b = rng.uniform(.9, 1.1, 4)
-    return _Pen(size, _turn(rng.normal(0, .02))).fill([(-l, -t), (r, -t), (r, b), (-l, b)])
+    l, r, t, b = rng.uniform(0.9, 1.1, 4)
+    return _Pen(size, _turn(rng.normal(0, 0.02))).fill([(-l, -t), (r, -t), (r, b), (-l, b)])
 
+# %% ../../nbs/synth/radiographs.ipynb #c016
 def chest_phantom(
-    n:int,                    # how many pictures, at least 1
-    size=128,                 # pixels: a side of squares, or (height, width); at least 16
-    seed:int=0,               # the same seed, the same pictures
-    patients:int=None,        # of so many patients; n/2, rounded up, when None
-) -> MaskSet:                 # the 13 classes of CHEST; table with patient, clip (a name of the picture), label (the disease drawn)
+    n: int,  # how many pictures, at least 1
+    size=128,  # pixels: a side of squares, or (height, width); at least 16
+    seed: int = 0,  # the same seed, the same pictures
+    patients: int = None,  # of so many patients; n/2, rounded up, when None
+) -> (
+    MaskSet
+):  # the 13 classes of CHEST; table with patient, clip (a name of the picture), label (the disease drawn)
     "Chest radiographs drawn by rule, in place of CCXS, CheXpert and SIIM-FISABIO-RSNA."
-    size, patients = _shape(size), patients or -(-n//2)
+    size, patients = _shape(size), patients or -(-n // 2)
     images, masks, rows = np.zeros((n, *size), np.uint8), np.zeros((n, len(CHEST), *size), bool), []
     for k in range(n):
-        who, which = k % patients, k//patients
+        who, which = k % patients, k // patients
         rng = np.random.default_rng([seed, who, 12])
-        b = _body(rng) | dict(lobe=rng.choice([-.4, .25]), alone=rng.random() < .3)
+        b = _body(rng) | dict(lobe=rng.choice([-0.4, 0.25]), alone=rng.random() < 0.3)
         images[k], masks[k] = _radiograph(b, np.random.default_rng([seed, who, which, 13]), size)
-        rows.append(dict(patient=f'chest-{seed}-{who:04d}', clip=f'chest-{seed}-{who:04d}-{which}', label=b['ill'], source='chest phantom'))
+        rows.append(
+            dict(
+                patient=f'chest-{seed}-{who:04d}',
+                clip=f'chest-{seed}-{who:04d}-{which}',
+                label=b['ill'],
+                source='chest phantom',
+            )
+        )
     return MaskSet(images, masks, CHEST, pd.DataFrame(rows))
 
-# %% ../../nbs/synth/radiographs.ipynb #c021
-CHEXPERT = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Lesion', 'Lung Opacity', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion', 'Pleural Other',
-            'Fracture', 'Support Devices')
+# %% ../../nbs/synth/radiographs.ipynb #c021-1
+CHEXPERT = (
+    'No Finding',
+    'Enlarged Cardiomediastinum',
+    'Cardiomegaly',
+    'Lung Lesion',
+    'Lung Opacity',
+    'Edema',
+    'Consolidation',
+    'Pneumonia',
+    'Atelectasis',
+    'Pneumothorax',
+    'Pleural Effusion',
+    'Pleural Other',
+    'Fracture',
+    'Support Devices',
+)
 CATEGORIES = ('negative', 'typical', 'indeterminate', 'atypical')
+
 
 def _widest(masks):
     "Greatest extent (n,) in columns of masks (n, h, w), row by row."
     w = masks.shape[-1]
     return np.where(masks.any(-1), w - masks[..., ::-1].argmax(-1) - masks.argmax(-1), 0).max(-1)
 
+# %% ../../nbs/synth/radiographs.ipynb #c021-2
 def _shares(set):
     "Of the chest phantom's classes what labels and categories need: area of each class in each lung over that lung's, and the masks by name."
     m = dict(zip(set.names, set.masks.transpose(1, 0, 2, 3)))
-    def share(name): return np.stack([(m[name] & m[side]).sum((1, 2))/np.maximum(m[side].sum((1, 2)), 1) for side in CHEST[:2]], 1)
+
+    def share(name):
+        return np.stack(
+            [(m[name] & m[side]).sum((1, 2)) / np.maximum(m[side].sum((1, 2)), 1) for side in CHEST[:2]], 1
+        )
+
     return m, share
 
+# %% ../../nbs/synth/radiographs.ipynb #c021-3
 def chest_labels(
-    set:MaskSet,              # pictures with the classes of CHEST
-) -> pd.DataFrame:            # (n, 14) of 0 and 1, columns CHEXPERT
+    set: MaskSet,  # pictures with the classes of CHEST
+) -> pd.DataFrame:  # (n, 14) of 0 and 1, columns CHEXPERT
     "CheXpert's observations as the masks of the chest phantom show them."
     m, share = _shares(set)
-    any_ = lambda *names: np.any([m[n].any((1, 2)) for n in names], 0)
-    glass, solid, lungs, areas = share('ground glass'), share('consolidation'), m['right lung'] | m['left lung'], np.stack([m[s].sum((1, 2)) for s in CHEST[:2]], 1)
-    upper = np.cumsum(m['cardiomediastinum'].any(-1), 1)                                   # rows below its upper end
-    top = m['cardiomediastinum'] & ((upper > 0) & (upper <= .4*upper[:, -1:]))[..., None]
+
+    def any_(*names):
+        return np.any([m[n].any((1, 2)) for n in names], 0)
+
+    glass, solid, lungs, areas = (
+        share('ground glass'),
+        share('consolidation'),
+        m['right lung'] | m['left lung'],
+        np.stack([m[s].sum((1, 2)) for s in CHEST[:2]], 1),
+    )
+    upper = np.cumsum(m['cardiomediastinum'].any(-1), 1)  # rows below its upper end
+    top = m['cardiomediastinum'] & ((upper > 0) & (upper <= 0.4 * upper[:, -1:]))[..., None]
     y = pd.DataFrame(0, range(len(set)), list(CHEXPERT))
-    y['Cardiomegaly'] = _widest(m['cardiomediastinum']) > .5*_widest(lungs)
-    y['Enlarged Cardiomediastinum'] = y['Cardiomegaly'] | (_widest(top) > .3*_widest(lungs))
+    y['Cardiomegaly'] = _widest(m['cardiomediastinum']) > 0.5 * _widest(lungs)
+    y['Enlarged Cardiomediastinum'] = y['Cardiomegaly'] | (_widest(top) > 0.3 * _widest(lungs))
     y['Lung Opacity'] = any_('ground glass', 'consolidation')
     y['Consolidation'] = any_('consolidation')
-    y['Edema'] = (glass.min(1) > .2) & ~any_('consolidation')
-    y['Pneumonia'] = ((glass + solid).max(1) > .08) & ~y['Edema']
-    y['Atelectasis'] = areas.min(1) < .7*areas.max(1)
-    y['Pneumothorax'], y['Pleural Effusion'], y['Support Devices'] = any_('pneumothorax'), any_('effusion'), any_(*CHEST[8:])
+    y['Edema'] = (glass.min(1) > 0.2) & ~any_('consolidation')
+    y['Pneumonia'] = ((glass + solid).max(1) > 0.08) & ~y['Edema']
+    y['Atelectasis'] = areas.min(1) < 0.7 * areas.max(1)
+    y['Pneumothorax'], y['Pleural Effusion'], y['Support Devices'] = (
+        any_('pneumothorax'),
+        any_('effusion'),
+        any_(*CHEST[8:]),
+    )
     y['No Finding'] = ~y[list(CHEXPERT[1:13])].astype(bool).any(axis=1)
     return y.astype(int)
 
+# %% ../../nbs/synth/radiographs.ipynb #c021-4
 def chest_boxes(
-    set:MaskSet,              # pictures with the classes of CHEST
-) -> pd.DataFrame:            # a row per box: row (of the set), name (one of CATEGORIES, the picture's), x, y, width, height in pixels; a negative picture has one box of 1 by 1 at 0, 0
+    set: MaskSet,  # pictures with the classes of CHEST
+) -> pd.DataFrame:  # a row per box: row (of the set), name (one of CATEGORIES, the picture's), x, y, width, height in pixels; a negative picture has one box of 1 by 1 at 0, 0
     "Boxes of opacities, of ground glass and consolidation alike, with each picture's category: SIIM-FISABIO-RSNA as it is published."
     m, share = _shares(set)
-    opaque, glass, solid = m['ground glass'] | m['consolidation'], share('ground glass'), share('consolidation')
-    other, both = (m['effusion'] | m['pneumothorax']).any((1, 2)), (glass + solid).min(1) > .03
-    category = np.select([~opaque.any((1, 2)), other | (solid.sum(1) > glass.sum(1)), both], ['negative', 'atypical', 'typical'], 'indeterminate')
+    opaque, glass, solid = (
+        m['ground glass'] | m['consolidation'],
+        share('ground glass'),
+        share('consolidation'),
+    )
+    other, both = (m['effusion'] | m['pneumothorax']).any((1, 2)), (glass + solid).min(1) > 0.03
+    category = np.select(
+        [~opaque.any((1, 2)), other | (solid.sum(1) > glass.sum(1)), both],
+        ['negative', 'atypical', 'typical'],
+        'indeterminate',
+    )
     boxes = boxes_of(MaskSet(set.images, opaque[:, None], ('opacity',), set.table)).query('width*height > 4')
     none = np.setdiff1d(np.arange(len(set)), boxes['row'])
     boxes = pd.concat([boxes, pd.DataFrame(dict(row=none, name='negative', x=0, y=0, width=1, height=1))])
-    return boxes.assign(name=np.where(boxes['name'] == 'negative', 'negative', category[boxes['row']])).sort_values(['row', 'x', 'y'], ignore_index=True)
+    return boxes.assign(
+        name=np.where(boxes['name'] == 'negative', 'negative', category[boxes['row']])
+    ).sort_values(['row', 'x', 'y'], ignore_index=True)
 
+# %% ../../nbs/synth/radiographs.ipynb #c021
 def chest_box_set(
-    set:MaskSet,              # pictures with the classes of CHEST
-) -> MaskSet:                 # the same pictures; classes 'typical', 'indeterminate', 'atypical'; table with category
+    set: MaskSet,  # pictures with the classes of CHEST
+) -> MaskSet:  # the same pictures; classes 'typical', 'indeterminate', 'atypical'; table with category
     "The boxes of `chest_boxes`, filled: the chest phantom as the box data of Merand's second step."
     boxes = chest_boxes(set)
-    return MaskSet(set.images, fill_boxes(boxes, len(set), set.images.shape[1:], CATEGORIES[1:]), CATEGORIES[1:], set.table.assign(category=boxes.groupby('row')['name'].first().to_numpy()))
+    return MaskSet(
+        set.images,
+        fill_boxes(boxes, len(set), set.images.shape[1:], CATEGORIES[1:]),
+        CATEGORIES[1:],
+        set.table.assign(category=boxes.groupby('row')['name'].first().to_numpy()),
+    )
 
 # %% ../../nbs/synth/radiographs.ipynb #c027
 def rib_masks(
-    n:int,                    # how many frames, at least 1
-    size=128,                 # pixels: a side of squares, or (height, width); at least 32
-    seed:int=0,               # the same seed, the same frames
-    frames:int=4,             # of each clip, a second apart; a patient has one clip
-    clean:bool=False,         # also give the frames as they would be without speckle and noise
-):                            # MaskSet of one class, 'rib'; with clean a tuple of it and (n, h, w) uint8
+    n: int,  # how many frames, at least 1
+    size=128,  # pixels: a side of squares, or (height, width); at least 32
+    seed: int = 0,  # the same seed, the same frames
+    frames: int = 4,  # of each clip, a second apart; a patient has one clip
+    clean: bool = False,  # also give the frames as they would be without speckle and noise
+):  # MaskSet of one class, 'rib'; with clean a tuple of it and (n, h, w) uint8
     "Frames of the lung-ultrasound phantom, linear probe, with the surfaces of ribs; half of the patients are healthy."
     size, clips, rows = _shape(size), [], []
-    for k in range(-(-n//frames)):
-        p = draw_patient(int(np.random.default_rng([seed, k, 14]).integers(2**31)), (None, 'regular')[k % 2], 'linear')
-        clips.append(phantom_clip(replace(p, ribs=1., rate=1., persistence=0.), 0, frames, size, clean))
+    for k in range(-(-n // frames)):
+        p = draw_patient(
+            int(np.random.default_rng([seed, k, 14]).integers(2**31)), (None, 'regular')[k % 2], 'linear'
+        )
+        clips.append(phantom_clip(replace(p, ribs=1.0, rate=1.0, persistence=0.0), 0, frames, size, clean))
         name = f'rib-{seed}-{k:04d}'
-        rows += [dict(patient=name, clip=name, frame=j, label=p.label, source=p.source) for j in range(frames)]
-    stack = lambda part: np.concatenate([getattr(c, part) for c in clips])[:n]
+        rows += [
+            dict(patient=name, clip=name, frame=j, label=p.label, source=p.source) for j in range(frames)
+        ]
+
+    def stack(part):
+        return np.concatenate([getattr(c, part) for c in clips])[:n]
+
     s = MaskSet(stack('frames'), stack('rib')[:, None] > 0, ('rib',), pd.DataFrame(rows[:n]))
     return (s, stack('clean')) if clean else s

@@ -12,59 +12,89 @@ __all__ = ['ABLATION', 'beta_half', 'draw_triplets', 'mix_triplets', 'USCLAugmen
            'pretrain']
 
 # %% ../../nbs/train/contrastive.ipynb #c003
-import hashlib, inspect, math, os, random, time, warnings
+import hashlib
+import inspect
+import math
+import os
+import random
+import time
+import warnings
 from contextlib import contextmanager
-from datetime import timedelta
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torch.nn.functional as F, torch.distributed as dist
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fastai.vision.all import Callback, DataLoader, DataLoaders, Learner, OptimWrapper, partial
 from torch import nn
-from fastai.vision.all import Callback, DataLoader, DataLoaders, Learner, OptimWrapper, chunked, partial
+
 from ..core import CLASSES, TableError, atomic_path, frozen_eval, progress
 from ..data.store import FrameStore, store_rows
-from ..models.unet import scale_for
-from .cross_validation import AutoPrecision, CosineLR, EpochEnd, _claim, autocast_for, fit_resumable
 from ..models.transfer import copy_weights, load_weights, name_outputs, save_weights
+from ..models.unet import scale_for
+from lus_fastai.train.cross_validation import (
+    AutoPrecision,
+    CosineLR,
+    EpochEnd,
+    _claim,
+    autocast_for,
+    fit_resumable,
+)
 
-# %% ../../nbs/train/contrastive.ipynb #c008
+# %% ../../nbs/train/contrastive.ipynb #c008-1
 def beta_half(
-    *size,                    # shape of the draw
-    generator=None,           # torch.Generator on the CPU; default: torch's own
-) -> torch.Tensor:            # numbers in 0..1
+    *size,  # shape of the draw
+    generator=None,  # torch.Generator on the CPU; default: torch's own
+) -> torch.Tensor:  # numbers in 0..1
     "Draw from Beta(1/2, 1/2), by its inverse distribution function: the squared sine of a uniform angle."
-    return (torch.rand(*size, generator=generator) * (math.pi/2)).sin().square()
+    return (torch.rand(*size, generator=generator) * (math.pi / 2)).sin().square()
 
+# %% ../../nbs/train/contrastive.ipynb #c008-2
 def draw_triplets(
-    counts:torch.Tensor,      # (b,) frames of each clip, at least 1
-    anchor:torch.Tensor=None, # (b,) the anchors' positions in their clips; drawn by default
-    generator=None,           # torch.Generator on the CPU; default: torch's own
-) -> torch.Tensor:            # (b, 3) int64, positions in the clip: first, anchor, second; all different where the clip has three frames
+    counts: torch.Tensor,  # (b,) frames of each clip, at least 1
+    anchor: torch.Tensor = None,  # (b,) the anchors' positions in their clips; drawn by default
+    generator=None,  # torch.Generator on the CPU; default: torch's own
+) -> torch.Tensor:  # (b, 3) int64, positions in the clip: first, anchor, second; all different where the clip has three frames
     "Draw an anchor and two other frames of each clip. Of two frames the first and second are the two, of one all are the one."
     u, n = torch.rand(len(counts), 3, generator=generator, dtype=torch.float64), counts.long()
-    pick = lambda u, n: (u * n.clamp(min=1)).long()
+
+    def pick(u, n):
+        return (u * n.clamp(min=1)).long()
+
     a = pick(u[:, 0], n) if anchor is None else anchor.long()
     first = pick(u[:, 1], n - 1)
-    first += (first >= a) & (n > 1)                                # step over the anchor, then over both
+    first += (first >= a) & (n > 1)  # step over the anchor, then over both
     second = pick(u[:, 2], n - 2)
     second += second >= torch.minimum(a, first)
     second += second >= torch.maximum(a, first)
     return torch.stack([first, a, torch.where(n > 2, second, a)], 1)
 
+# %% ../../nbs/train/contrastive.ipynb #c008
 def mix_triplets(
-    x:torch.Tensor,           # (b, 3, ...) frames: first, anchor, second; bytes or floats
-    y:torch.Tensor,           # (b, 3, n) their soft labels
-    counts:torch.Tensor,      # (b,) frames of each clip; a clip of one or two gives its first and second frame unmixed
-    xi:torch.Tensor=None,     # (b, 2) shares of the first and of the second frame; two independent draws of Beta(1/2, 1/2) by default
-) -> tuple:                   # the views (b, 2, ...) in floats, their labels (b, 2, n)
+    x: torch.Tensor,  # (b, 3, ...) frames: first, anchor, second; bytes or floats
+    y: torch.Tensor,  # (b, 3, n) their soft labels
+    counts: torch.Tensor,  # (b,) frames of each clip; a clip of one or two gives its first and second frame unmixed
+    xi: torch.Tensor = None,  # (b, 2) shares of the first and of the second frame; two independent draws of Beta(1/2, 1/2) by default
+) -> tuple:  # the views (b, 2, ...) in floats, their labels (b, 2, n)
     "Mix the first and the second frame with the anchor, each by its own share, and their labels alike (Chen 2021, equation 2)."
-    if xi is None: xi = beta_half(len(x), 2)
-    xi = torch.where(counts[:, None].to(x.device) > 2, xi.to(x.device), 1.)
+    if xi is None:
+        xi = beta_half(len(x), 2)
+    xi = torch.where(counts[:, None].to(x.device) > 2, xi.to(x.device), 1.0)
+
     def mix(t):
-        t, share = t if t.is_floating_point() else t.float(), xi.to(t.dtype if t.is_floating_point() else torch.float32).view(-1, 2, *[1] * (t.ndim - 2))
+        t, share = (
+            t if t.is_floating_point() else t.float(),
+            xi.to(t.dtype if t.is_floating_point() else torch.float32).view(-1, 2, *[1] * (t.ndim - 2)),
+        )
         return torch.lerp(t[:, 1:2], t[:, ::2], share)
+
     return mix(x), mix(y)
 
-# %% ../../nbs/train/contrastive.ipynb #c014
+# %% ../../nbs/train/contrastive.ipynb #c014-1
 def _between(x, at):
     "Lines of x (n, h, k) at places (n, m) in lines from the first, those between two lines interpolated, beyond the border the outer one: (n, m, k)."
     n, h, k = x.shape
@@ -72,315 +102,533 @@ def _between(x, at):
     low = at.long()
     lines = (low + h * torch.arange(n, device=x.device)[:, None]).flatten()
     x, share = x.flatten(0, 1), (at - low).view(-1, 1)
-    return x.index_select(0, lines).lerp_(x.index_select(0, lines + (low < h - 1).flatten()), share).view(n, -1, k)
+    return (
+        x.index_select(0, lines)
+        .lerp_(x.index_select(0, lines + (low < h - 1).flatten()), share)
+        .view(n, -1, k)
+    )
 
+# %% ../../nbs/train/contrastive.ipynb #c014
 class USCLAugment:
     "Random resized crop, flip, and jitter of brightness and contrast, as in the code of Chen 2021, drawn for each view of a batch and applied to all at once."
-    def __init__(self,
-        scale:tuple=(.8, 1.), # the crop's share of the area, drawn evenly
-        ratio:tuple=(.8, 1.25),# its width over height, drawn evenly on a logarithmic scale
-        flip:float=.5,        # chance of a mirror image
-        brightness:float=.8,  # the factor is drawn from 1-b to 1+b; 0 leaves the brightness
-        contrast:float=.8,    # likewise, about the view's mean; 0 leaves the contrast
-    ): self.scale, self.ratio, self.flip, self.brightness, self.contrast = tuple(scale), tuple(ratio), flip, brightness, contrast
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
-    def draw(self,
-        n:int,                # views
-        size:tuple,           # (height, width)
-        generator=None,       # torch.Generator on the CPU; default: torch's own
-    ) -> dict:                # tensors with a row per view
+    def __init__(
+        self,
+        scale: tuple = (0.8, 1.0),  # the crop's share of the area, drawn evenly
+        ratio: tuple = (0.8, 1.25),  # its width over height, drawn evenly on a logarithmic scale
+        flip: float = 0.5,  # chance of a mirror image
+        brightness: float = 0.8,  # the factor is drawn from 1-b to 1+b; 0 leaves the brightness
+        contrast: float = 0.8,  # likewise, about the view's mean; 0 leaves the contrast
+    ):
+        self.scale, self.ratio, self.flip, self.brightness, self.contrast = (
+            tuple(scale),
+            tuple(ratio),
+            flip,
+            brightness,
+            contrast,
+        )
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
+    def draw(
+        self,
+        n: int,  # views
+        size: tuple,  # (height, width)
+        generator=None,  # torch.Generator on the CPU; default: torch's own
+    ) -> dict:  # tensors with a row per view
         "Draw crops in whole pixels: of ten tries the first that fits, else the whole frame; then flips and factors."
         h, w = size
-        u = lambda *s: torch.rand(*s, generator=generator)
-        area, log_ratio = self.scale[0] + (self.scale[1] - self.scale[0]) * u(n, 10), math.log(self.ratio[0]) + math.log(self.ratio[1]/self.ratio[0]) * u(n, 10)
-        side = torch.stack([(area * torch.exp(-log_ratio)).sqrt(), (area * log_ratio.exp()).sqrt()], -1) * math.sqrt(h * w)
-        side = torch.cat([side.round(), torch.tensor([h, w]).expand(n, 1, 2)], 1)                    # the eleventh always fits
+
+        def u(*s):
+            return torch.rand(*s, generator=generator)
+
+        area, log_ratio = (
+            self.scale[0] + (self.scale[1] - self.scale[0]) * u(n, 10),
+            math.log(self.ratio[0]) + math.log(self.ratio[1] / self.ratio[0]) * u(n, 10),
+        )
+        side = torch.stack(
+            [(area * torch.exp(-log_ratio)).sqrt(), (area * log_ratio.exp()).sqrt()], -1
+        ) * math.sqrt(h * w)
+        side = torch.cat([side.round(), torch.tensor([h, w]).expand(n, 1, 2)], 1)  # the eleventh always fits
         fits = ((side >= 1) & (side <= torch.tensor([h, w]))).all(-1)
         side = side[torch.arange(n), fits.float().argmax(1)]
         corner = (u(n, 2) * (torch.tensor([h, w]) - side + 1)).floor()
-        factor = lambda s: 1 - s + 2 * s * u(n)
-        return dict(corner=corner, side=side, flip=u(n) < self.flip, brightness=factor(self.brightness), contrast=factor(self.contrast), dark_first=u(n) < .5)
 
-    def apply(self,
-        x:torch.Tensor,       # (n, c, h, w) in 0..1
-        draws:dict,           # from draw
-    ) -> torch.Tensor:        # same shape, in 0..1
+        def factor(s):
+            return 1 - s + 2 * s * u(n)
+
+        return dict(
+            corner=corner,
+            side=side,
+            flip=u(n) < self.flip,
+            brightness=factor(self.brightness),
+            contrast=factor(self.contrast),
+            dark_first=u(n) < 0.5,
+        )
+
+    def apply(
+        self,
+        x: torch.Tensor,  # (n, c, h, w) in 0..1
+        draws: dict,  # from draw
+    ) -> torch.Tensor:  # same shape, in 0..1
         "Apply one draw to each view."
         (c, h, w), d = x.shape[1:], {k: v.to(x.device) for k, v in draws.items()}
-        def places(size, i): return d['corner'][:, i, None] + d['side'][:, i, None] * torch.arange(size, device=x.device).add(.5).div(size) - .5
+
+        def places(size, i):
+            return (
+                d['corner'][:, i, None]
+                + d['side'][:, i, None] * torch.arange(size, device=x.device).add(0.5).div(size)
+                - 0.5
+            )
+
         rows, cols = places(h, 0), places(w, 1)
         cols = torch.where(d['flip'][:, None], cols.flip(1), cols)
         x = _between(x.transpose(1, 2).flatten(2), rows).unflatten(2, (c, w))
         x = _between(x.permute(0, 3, 2, 1).flatten(2), cols).unflatten(2, (c, h)).permute(0, 2, 3, 1)
-        col = lambda v: v.view(-1, 1, 1, 1)
-        if self.brightness: x = x.mul_(col(torch.where(d['dark_first'], d['brightness'], 1.))).clamp_(0, 1)
+
+        def col(v):
+            return v.view(-1, 1, 1, 1)
+
+        if self.brightness:
+            x = x.mul_(col(torch.where(d['dark_first'], d['brightness'], 1.0))).clamp_(0, 1)
         if self.contrast:
             grey = x.mean((1, 2, 3), keepdim=True).mul_(col(1 - d['contrast']))
             x = x.mul_(col(d['contrast'])).add_(grey).clamp_(0, 1)
-        if self.brightness: x = x.mul_(col(torch.where(d['dark_first'], 1., d['brightness']))).clamp_(0, 1)
+        if self.brightness:
+            x = x.mul_(col(torch.where(d['dark_first'], 1.0, d['brightness']))).clamp_(0, 1)
         return x
 
-    def __call__(self,
-        x:torch.Tensor,       # (n, c, h, w) in 0..1
-        generator=None,       # torch.Generator on the CPU; default: torch's own
-    ) -> torch.Tensor:        # same shape
+    def __call__(
+        self,
+        x: torch.Tensor,  # (n, c, h, w) in 0..1
+        generator=None,  # torch.Generator on the CPU; default: torch's own
+    ) -> torch.Tensor:  # same shape
         "Draw and apply."
         return self.apply(x, self.draw(len(x), x.shape[-2:], generator))
 
 # %% ../../nbs/train/contrastive.ipynb #c017
 def label_budget(
-    frames:pd.DataFrame,      # frame table
-    rate:float,               # share of the clips, 0..1
-    classes=CLASSES,          # labels that count
-    seed:int=0,               # decides which
-) -> list:                    # ids of the clips that keep their label, in the table's order
+    frames: pd.DataFrame,  # frame table
+    rate: float,  # share of the clips, 0..1
+    classes=CLASSES,  # labels that count
+    seed: int = 0,  # decides which
+) -> list:  # ids of the clips that keep their label, in the table's order
     "Choose ceil(rate * clips) labelled clips, one of each class first where the number allows; a smaller budget is part of a larger one."
-    if not 0 <= rate <= 1: raise ValueError(f"label_rate is a share from 0 to 1, not {rate}")
-    if 'clip' not in frames: raise TableError(f"a frame table has a column 'clip'; this one has {list(frames.columns)}. Use the `frames` of a FrameStore, or rows of it")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"label_rate is a share from 0 to 1, not {rate}")
+    if 'clip' not in frames:
+        raise TableError(
+            f"a frame table has a column 'clip'; this one has {list(frames.columns)}. Use the `frames` of a FrameStore, or rows of it"
+        )
     clips = frames.drop_duplicates('clip')
     clips = clips[clips['label'].isin(list(classes))] if 'label' in clips else clips[:0]
     order = clips.iloc[np.random.default_rng(seed).permutation(len(clips))]
     first = order.drop_duplicates('label')
-    keep = set(pd.concat([first, order.drop(first.index)])['clip'].iloc[:math.ceil(round(rate * len(clips), 9))])
+    keep = set(
+        pd.concat([first, order.drop(first.index)])['clip'].iloc[: math.ceil(round(rate * len(clips), 9))]
+    )
     return [c for c in clips['clip'] if c in keep]
 
-# %% ../../nbs/train/contrastive.ipynb #c020
+# %% ../../nbs/train/contrastive.ipynb #c020-1
 class PairItems:
     "Items of a frame table (clips or frames), and what is drawn of them."
-    def __init__(self,
-        store:FrameStore,     # where the pixels are
-        frames:pd.DataFrame,  # frame table with columns row and clip; label and patient where they are known
-        unit:str='clip',      # 'clip' or 'frame'
-        pair:str='mix',       # 'mix', 'two' or 'same', see pair_dls
-        classes=CLASSES,      # label names in order
-        labelled=None,        # clips that keep their label for training; default all
-        patients=None,        # patient names in order, which number them; default those of the table
-        augment=None,         # for the first view, and for the second unless augment2 is given
-        augment2=None,        # for the second view
-        channels:int=1,       # 1 or 3
+
+    def __init__(
+        self,
+        store: FrameStore,  # where the pixels are
+        frames: pd.DataFrame,  # frame table with columns row and clip; label and patient where they are known
+        unit: str = 'clip',  # 'clip' or 'frame'
+        pair: str = 'mix',  # 'mix', 'two' or 'same', see pair_dls
+        classes=CLASSES,  # label names in order
+        labelled=None,  # clips that keep their label for training; default all
+        patients=None,  # patient names in order, which number them; default those of the table
+        augment=None,  # for the first view, and for the second unless augment2 is given
+        augment2=None,  # for the second view
+        channels: int = 1,  # 1 or 3
     ):
-        if unit not in ('clip', 'frame'): raise ValueError(f"unit is 'clip' or 'frame', not {unit!r}")
-        if pair not in ('mix', 'two', 'same'): raise ValueError(f"pair is 'mix', 'two' or 'same', not {pair!r}")
-        self.store, self.unit, self.pair, self.classes, self.augment, self.augment2, self.channels = store, unit, pair, list(classes), augment, augment2, channels
-        if channels not in (1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
+        if unit not in ('clip', 'frame'):
+            raise ValueError(f"unit is 'clip' or 'frame', not {unit!r}")
+        if pair not in ('mix', 'two', 'same'):
+            raise ValueError(f"pair is 'mix', 'two' or 'same', not {pair!r}")
+        self.store, self.unit, self.pair, self.classes, self.augment, self.augment2, self.channels = (
+            store,
+            unit,
+            pair,
+            list(classes),
+            augment,
+            augment2,
+            channels,
+        )
+        if channels not in (1, 3):
+            raise ValueError(f"channels is 1 or 3, not {channels}")
         rows = store_rows(frames, store)
         clip, self.clips = pd.factorize(frames['clip'])
-        by_clip = np.argsort(clip, kind='stable')                                                    # frames of a clip next to each other
-        self.rows, self.count = torch.from_numpy(rows[by_clip]), torch.from_numpy(np.bincount(clip, minlength=len(self.clips)))
+        by_clip = np.argsort(clip, kind='stable')  # frames of a clip next to each other
+        self.rows, self.count = (
+            torch.from_numpy(rows[by_clip]),
+            torch.from_numpy(np.bincount(clip, minlength=len(self.clips))),
+        )
         self.start = self.count.cumsum(0) - self.count
         first = by_clip[self.start.numpy()] if len(frames) else by_clip
         names = _patient_names(frames) if patients is None else patients
         known = {p: i for i, p in enumerate(names)}
-        self.patient = torch.tensor([known.get(p, -1) for p in (frames['patient'].iloc[first] if 'patient' in frames else [None] * len(first))], dtype=torch.int64)
-        code = frames['label'].map({c: i for i, c in enumerate(self.classes)}).to_numpy(float)[by_clip] if 'label' in frames else np.full(len(frames), np.nan)
-        self.truth = torch.from_numpy(np.equal.outer(code, np.arange(len(self.classes))).astype(np.float32))          # zeros throughout: no label
-        keep = np.ones(len(frames), bool) if labelled is None else frames['clip'].isin(labelled).to_numpy()[by_clip]
+        self.patient = torch.tensor(
+            [
+                known.get(p, -1)
+                for p in (frames['patient'].iloc[first] if 'patient' in frames else [None] * len(first))
+            ],
+            dtype=torch.int64,
+        )
+        code = (
+            frames['label'].map({c: i for i, c in enumerate(self.classes)}).to_numpy(float)[by_clip]
+            if 'label' in frames
+            else np.full(len(frames), np.nan)
+        )
+        self.truth = torch.from_numpy(
+            np.equal.outer(code, np.arange(len(self.classes))).astype(np.float32)
+        )  # zeros throughout: no label
+        keep = (
+            np.ones(len(frames), bool)
+            if labelled is None
+            else frames['clip'].isin(labelled).to_numpy()[by_clip]
+        )
         self.target = self.truth * torch.from_numpy(keep)[:, None]
         clip = torch.from_numpy(clip[by_clip])
-        self.clip_of = torch.arange(len(self.clips)) if unit == 'clip' else clip                     # of each item
+        self.clip_of = torch.arange(len(self.clips)) if unit == 'clip' else clip  # of each item
         self.anchor = None if unit == 'clip' else torch.arange(len(rows)) - self.start[clip]
         self.number = self.clip_of if unit == 'clip' else torch.from_numpy(by_clip)
-    def __len__(self): return len(self.clip_of)
+
+    def __len__(self):
+        return len(self.clip_of)
+
     def digest(self):
         "Sixteen letters for the clips, their rows and the labels that train."
-        parts = '\n'.join(map(str, self.clips)).encode(), self.rows.numpy().tobytes(), self.target.numpy().tobytes()
+        parts = (
+            '\n'.join(map(str, self.clips)).encode(),
+            self.rows.numpy().tobytes(),
+            self.target.numpy().tobytes(),
+        )
         return hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16]
-    def draw(self,
-        items:torch.Tensor,   # (b,) item numbers
-        generator=None,       # torch.Generator on the CPU
-        part:slice=slice(None),# the part of the batch that this process takes; all is drawn, that part is read
-    ) -> tuple:               # bytes (b, k, h, w), labels (b, k, n), ids (b, 2), counts (b,), shares (b, 2), draws of the first and of the second view
+
+    def draw(
+        self,
+        items: torch.Tensor,  # (b,) item numbers
+        generator=None,  # torch.Generator on the CPU
+        part: slice = slice(
+            None
+        ),  # the part of the batch that this process takes; all is drawn, that part is read
+    ) -> tuple:  # bytes (b, k, h, w), labels (b, k, n), ids (b, 2), counts (b,), shares (b, 2), draws of the first and of the second view
         "Draw frames, shares and augmentations of a batch, and read its frames by one indexing operation."
         clip = self.clip_of[items]
         count = self.count[clip]
         places = draw_triplets(count, None if self.anchor is None else self.anchor[items], generator)
         xi, size = beta_half(len(items), 2, generator=generator), self.store.size
-        draws = tuple(a.draw(len(items), size, generator) if a else {} for a in (self.augment, self.augment2 or self.augment))
+        draws = tuple(
+            a.draw(len(items), size, generator) if a else {}
+            for a in (self.augment, self.augment2 or self.augment)
+        )
         places = self.start[clip][:, None] + places[:, dict(mix=[0, 1, 2], two=[1, 0], same=[1])[self.pair]]
-        ids, places, count, xi = torch.stack([self.number[items], self.patient[clip]], 1)[part], places[part], count[part], xi[part]
+        ids, places, count, xi = (
+            torch.stack([self.number[items], self.patient[clip]], 1)[part],
+            places[part],
+            count[part],
+            xi[part],
+        )
         x = torch.from_numpy(self.store.images[self.rows[places].numpy()])
         return x, self.target[places], ids, count, xi, *({k: v[part] for k, v in d.items()} for d in draws)
-    def finish(self, batch:tuple) -> tuple:
+
+    def finish(self, batch: tuple) -> tuple:
         "On the device: from bytes to mixed and augmented views."
         x, y, ids, count, xi, *draws = batch
-        n = max(1, 150_000 // x[0, 0].numel()) if x.device.type == 'cpu' else len(x)                 # in parts that stay in the cache, and in memory that is reused
-        parts = [self._views(x[s], y[s], count[s], xi[s], [{k: v[s] for k, v in d.items()} for d in draws]) for s in (slice(i, i + n) for i in range(0, len(x), n))]
+        n = (
+            max(1, 150_000 // x[0, 0].numel()) if x.device.type == 'cpu' else len(x)
+        )  # in parts that stay in the cache, and in memory that is reused
+        parts = [
+            self._views(x[s], y[s], count[s], xi[s], [{k: v[s] for k, v in d.items()} for d in draws])
+            for s in (slice(i, i + n) for i in range(0, len(x), n))
+        ]
         x, y = (torch.cat(o) for o in zip(*parts))
         return x[:, :, None].expand(-1, -1, self.channels, -1, -1), y, ids
+
     def _views(self, x, y, count, xi, draws):
-        if self.pair == 'mix': x, y = mix_triplets(x, y, count, xi)
-        else: x, y = x.expand(-1, 2, -1, -1).float(), y.expand(-1, 2, -1)
+        if self.pair == 'mix':
+            x, y = mix_triplets(x, y, count, xi)
+        else:
+            x, y = x.expand(-1, 2, -1, -1).float(), y.expand(-1, 2, -1)
         x = x.div_(255)
-        if self.augment2 is not None: x = torch.stack([a.apply(x[:, i, None], draws[i])[:, 0] if a else x[:, i] for i, a in enumerate((self.augment, self.augment2))], 1)
-        elif self.augment: x = self.augment.apply(x.flatten(0, 1)[:, None], {k: torch.stack([draws[0][k], draws[1][k]], 1).flatten(0, 1) for k in draws[0]}).view(x.shape)
+        if self.augment2 is not None:
+            x = torch.stack(
+                [
+                    a.apply(x[:, i, None], draws[i])[:, 0] if a else x[:, i]
+                    for i, a in enumerate((self.augment, self.augment2))
+                ],
+                1,
+            )
+        elif self.augment:
+            x = self.augment.apply(
+                x.flatten(0, 1)[:, None],
+                {k: torch.stack([draws[0][k], draws[1][k]], 1).flatten(0, 1) for k in draws[0]},
+            ).view(x.shape)
         return x, y
 
+# %% ../../nbs/train/contrastive.ipynb #c020-2
 def _patient_names(frames):
     "Names of the known patients of a table, sorted."
-    return sorted({p for p in frames['patient'] if isinstance(p, str) and p.strip() or not isinstance(p, str) and pd.notna(p)}, key=str) if 'patient' in frames else []
+    return (
+        sorted(
+            {
+                p
+                for p in frames['patient']
+                if isinstance(p, str) and p.strip() or not isinstance(p, str) and pd.notna(p)
+            },
+            key=str,
+        )
+        if 'patient' in frames
+        else []
+    )
 
+# %% ../../nbs/train/contrastive.ipynb #c020
 class PairDL(DataLoader):
     "Batches of pairs, made by a `PairItems` a batch at a time; under torch.distributed each process takes its part of the same batch."
-    def __init__(self,
-        dataset:PairItems,    # items
-        bs:int=32,            # items a batch, of all processes together
-        shuffle:bool=False,   # a new order, and new draws, in each pass; else the same draws in every pass
-        per_epoch:int=None,   # items a pass, drawn without replacement; default all
-        seed:int=0,           # of order and draws
-        **kwargs,             # as for fastai's DataLoader
+
+    def __init__(
+        self,
+        dataset: PairItems,  # items
+        bs: int = 32,  # items a batch, of all processes together
+        shuffle: bool = False,  # a new order, and new draws, in each pass; else the same draws in every pass
+        per_epoch: int = None,  # items a pass, drawn without replacement; default all
+        seed: int = 0,  # of order and draws
+        **kwargs,  # as for fastai's DataLoader
     ):
-        super().__init__(dataset, bs=bs, shuffle=shuffle, **{**kwargs, 'num_workers': 0, 'indexed': True, 'n': len(dataset)})
+        super().__init__(
+            dataset,
+            bs=bs,
+            shuffle=shuffle,
+            **{**kwargs, 'num_workers': 0, 'indexed': True, 'n': len(dataset)},
+        )
         self.per_epoch, self.seed, self.rng = per_epoch, seed, random.Random(seed)
         self.n_inp = 1
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{**dict(per_epoch=self.per_epoch, seed=self.seed), **kwargs})
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{**dict(per_epoch=self.per_epoch, seed=self.seed), **kwargs})
+
     def _sizes(self):
         n, world = min(self.n, self.per_epoch or self.n), _world()
-        if self.bs % world: raise ValueError(f"a batch of {self.bs} cannot be dealt to {world} processes evenly")
+        if self.bs % world:
+            raise ValueError(f"a batch of {self.bs} cannot be dealt to {world} processes evenly")
         rest = n % self.bs
-        return [self.bs] * (n // self.bs) + ([rest] if rest >= 2 and rest % world == 0 and not self.drop_last else [])
-    def __len__(self): return len(self._sizes())
-    def before_iter(self): self.generator = torch.Generator().manual_seed(self.rng.getrandbits(62) if self.shuffle else self.seed)
+        return [self.bs] * (n // self.bs) + (
+            [rest] if rest >= 2 and rest % world == 0 and not self.drop_last else []
+        )
+
+    def __len__(self):
+        return len(self._sizes())
+
+    def before_iter(self):
+        self.generator = torch.Generator().manual_seed(
+            self.rng.getrandbits(62) if self.shuffle else self.seed
+        )
+
     def create_batches(self, samps):
         samps, world, rank = torch.tensor(list(samps), dtype=torch.int64), _world(), _rank()
-        for items in samps[:sum(self._sizes())].split(self._sizes()):
+        for items in samps[: sum(self._sizes())].split(self._sizes()):
             b = len(items) // world
             yield self.dataset.draw(items, self.generator, slice(rank * b, (rank + 1) * b))
-    def after_batch(self, batch): return self.dataset.finish(batch)
 
-# %% ../../nbs/train/contrastive.ipynb #c022
-def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-def _rank(): return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    def after_batch(self, batch):
+        return self.dataset.finish(batch)
 
+# %% ../../nbs/train/contrastive.ipynb #c022-1
+def _world():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank():
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+# %% ../../nbs/train/contrastive.ipynb #c022-2
 def join_processes() -> int:  # number of this process, 0 for the main one and for one that is alone
     "Join the processes that `accelerate launch` started, each with its device; does nothing where there is one process, or where they are joined."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
-        try: from accelerate import PartialState
-        except ImportError as e: raise ImportError("several processes need accelerate: pip install accelerate") from e
-        state = PartialState(timeout=timedelta(days=1))            # the others wait while the main process builds a store; a process that dies is noticed without it
+        try:
+            from accelerate import PartialState
+        except ImportError as e:
+            raise ImportError("several processes need accelerate: pip install accelerate") from e
+        state = PartialState(
+            timeout=timedelta(days=1)
+        )  # the others wait while the main process builds a store; a process that dies is noticed without it
         if state.device.type == 'cpu':
             from fastai.vision.all import default_device
+
             default_device(False)
     return _rank()
 
+# %% ../../nbs/train/contrastive.ipynb #c022-3
 @contextmanager
 def main_first():
     "The main process goes through the block first, the others when it is through, so that they find its files."
     rank = join_processes()
-    if rank: dist.barrier()
-    try: yield
+    if rank:
+        dist.barrier()
+    try:
+        yield
     finally:
-        if not rank and _world() > 1: dist.barrier()
+        if not rank and _world() > 1:
+            dist.barrier()
 
-def leave_processes() -> bool:# True for the main process, which goes on alone; the others are done
+# %% ../../nbs/train/contrastive.ipynb #c022
+def leave_processes() -> bool:  # True for the main process, which goes on alone; the others are done
     "End the common work of several processes."
     rank = _rank()
     if _world() > 1:
         dist.barrier()
         dist.destroy_process_group()
-        for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK'): os.environ.pop(k, None)      # fastai gathers losses from as many processes as these say
+        for k in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK'):
+            os.environ.pop(k, None)  # fastai gathers losses from as many processes as these say
     return rank == 0
 
 # %% ../../nbs/train/contrastive.ipynb #c024
 def pair_dls(
-    store:FrameStore,         # pixels of all rows
-    train:pd.DataFrame,       # frame table to train on: rows of the store's frames
-    valid:pd.DataFrame=None,  # frame table to watch: always one pair of two different frames a clip, unmixed, with the same draws in every epoch
+    store: FrameStore,  # pixels of all rows
+    train: pd.DataFrame,  # frame table to train on: rows of the store's frames
+    valid: pd.DataFrame = None,  # frame table to watch: always one pair of two different frames a clip, unmixed, with the same draws in every epoch
     *,
-    bs:int=32,                # items a batch; fewer items than that make one smaller batch, with a warning
-    unit:str='clip',          # an item is a 'clip', of which frames are drawn each epoch, or a 'frame'
-    pair:str='mix',           # its views: 'mix' of three frames, 'two' different frames of the clip, or the 'same' frame twice
-    per_epoch:int=None,       # items an epoch, drawn without replacement; default all
-    classes=CLASSES,          # label names in order; other labels, and missing ones, count as no label
-    label_rate:float=1.,      # share of the labelled clips that keep their label, see label_budget
-    augment=USCLAugment(),    # drawn anew for each view; None for none
-    augment2=None,            # another one for the second view
-    channels:int=1,           # 1, or 3 copies
-    seed:int=0,               # of order, draws and label budget
-    device=None,              # where batches are mixed and augmented; default: fastai's default device
-) -> DataLoaders:             # batches (x (b, 2, c, h, w), y (b, 2, n_classes), ids (b, 2)); classes names the classes, labelled the clips that keep their label
+    bs: int = 32,  # items a batch; fewer items than that make one smaller batch, with a warning
+    unit: str = 'clip',  # an item is a 'clip', of which frames are drawn each epoch, or a 'frame'
+    pair: str = 'mix',  # its views: 'mix' of three frames, 'two' different frames of the clip, or the 'same' frame twice
+    per_epoch: int = None,  # items an epoch, drawn without replacement; default all
+    classes=CLASSES,  # label names in order; other labels, and missing ones, count as no label
+    label_rate: float = 1.0,  # share of the labelled clips that keep their label, see label_budget
+    augment=USCLAugment(),  # drawn anew for each view; None for none
+    augment2=None,  # another one for the second view
+    channels: int = 1,  # 1, or 3 copies
+    seed: int = 0,  # of order, draws and label budget
+    device=None,  # where batches are mixed and augmented; default: fastai's default device
+) -> DataLoaders:  # batches (x (b, 2, c, h, w), y (b, 2, n_classes), ids (b, 2)); classes names the classes, labelled the clips that keep their label
     "DataLoaders of pairs. A last batch of a single item is left out, because one pair has no negatives."
     from fastai.vision.all import default_device
+
     join_processes()
-    names = sorted(set(_patient_names(train)) | set(_patient_names(valid) if valid is not None else []), key=str)
+    names = sorted(
+        set(_patient_names(train)) | set(_patient_names(valid) if valid is not None else []), key=str
+    )
     labelled = label_budget(train, label_rate, classes, seed)
     items = PairItems(store, train, unit, pair, classes, labelled, names, augment, augment2, channels)
-    watched = PairItems(store, train[:0] if valid is None else valid, 'clip', 'two', classes, None, names, augment, augment2, channels)
+    watched = PairItems(
+        store,
+        train[:0] if valid is None else valid,
+        'clip',
+        'two',
+        classes,
+        None,
+        names,
+        augment,
+        augment2,
+        channels,
+    )
     n = min(len(items), per_epoch or len(items))
-    if bs < 2 or n < 2: raise ValueError(f"bs={bs} and {n} {unit}(s): a batch of one pair has no negatives; contrastive batches need at least two items")
-    if n < bs: warnings.warn(f"{n} {unit}s are fewer than bs={bs}: every batch holds all {n}", stacklevel=2)
+    if bs < 2 or n < 2:
+        raise ValueError(
+            f"bs={bs} and {n} {unit}(s): a batch of one pair has no negatives; contrastive batches need at least two items"
+        )
+    if n < bs:
+        warnings.warn(f"{n} {unit}s are fewer than bs={bs}: every batch holds all {n}", stacklevel=2)
     device = torch.device(device if device is not None else default_device())
-    dls = DataLoaders(PairDL(items, min(bs, n), True, per_epoch, seed, device=device), PairDL(watched, min(bs, n), False, None, seed, device=device))
+    dls = DataLoaders(
+        PairDL(items, min(bs, n), True, per_epoch, seed, device=device),
+        PairDL(watched, min(bs, n), False, None, seed, device=device),
+    )
     dls.device = device
     dls.classes, dls.labelled = list(classes), labelled
     return dls
 
-ABLATION = dict(vanilla=dict(unit='frame', pair='same'), assignment=dict(unit='clip', pair='two'), mixing=dict(unit='frame', pair='mix'), both=dict(unit='clip', pair='mix'))
+
+ABLATION = dict(
+    vanilla=dict(unit='frame', pair='same'),
+    assignment=dict(unit='clip', pair='two'),
+    mixing=dict(unit='frame', pair='mix'),
+    both=dict(unit='clip', pair='mix'),
+)
 
 # %% ../../nbs/train/contrastive.ipynb #c031
 class ContrastiveNet(nn.Module):
     "A backbone with a projection for the contrastive loss and, where there are classes, a linear classifier."
-    def __init__(self,
-        backbone:nn.Module,   # with n_features, as from create_backbone; trained further in place
-        n_classes:int=None,   # None for no classifier
-        dim:int=256,          # length of the projection
-        classify:str='features',# the classifier sees the 'features' (the paper) or the 'projection' (its code)
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # with n_features, as from create_backbone; trained further in place
+        n_classes: int = None,  # None for no classifier
+        dim: int = 256,  # length of the projection
+        classify: str = 'features',  # the classifier sees the 'features' (the paper) or the 'projection' (its code)
     ):
         super().__init__()
-        if classify not in ('features', 'projection'): raise ValueError(f"classify is 'features' or 'projection', not {classify!r}")
+        if classify not in ('features', 'projection'):
+            raise ValueError(f"classify is 'features' or 'projection', not {classify!r}")
         d = backbone.n_features
         self.scale, self.backbone, self.classify = scale_for(backbone), backbone, classify
         self.projection = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim))
         self.head = nn.Linear(d if classify == 'features' else dim, n_classes) if n_classes else None
-    def forward(self,
-        x:torch.Tensor,       # (b, c, h, w) or (b, views, c, h, w) in 0..1
-    ) -> tuple:               # features, projections, logits (None without a classifier), each (b, ...) or (b, views, ...)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (b, c, h, w) or (b, views, c, h, w) in 0..1
+    ) -> tuple:  # features, projections, logits (None without a classifier), each (b, ...) or (b, views, ...)
         lead = x.shape[:-3]
         h = self.backbone(self.scale(x.flatten(0, -4)).contiguous(memory_format=torch.channels_last))
         z = self.projection(h)
         out = h, z, None if self.head is None else self.head(h if self.classify == 'features' else z)
         return tuple(None if o is None else o.unflatten(0, lead) for o in out)
 
-# %% ../../nbs/train/contrastive.ipynb #c034
+# %% ../../nbs/train/contrastive.ipynb #c034-1
 class _Gather(torch.autograd.Function):
     "Concatenate a tensor of every process; the gradient of each goes back to where it came from."
+
     @staticmethod
     def forward(ctx, x):
         parts = [torch.empty_like(x) for _ in range(_world())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
+
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad.chunk(_world())[_rank()]
 
-def _gather(x): return _Gather.apply(x) if _world() > 1 else x
+# %% ../../nbs/train/contrastive.ipynb #c034-2
+def _gather(x):
+    return _Gather.apply(x) if _world() > 1 else x
+
 
 def _unit(z):
     "Vectors of length 1, in float32 at least."
     return F.normalize(z if z.dtype in (torch.float32, torch.float64) else z.float(), dim=-1, eps=1e-6)
 
+
 def _positive(temperature):
-    if not temperature > 0: raise ValueError(f"temperature must be above 0, not {temperature}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
     return temperature
 
+# %% ../../nbs/train/contrastive.ipynb #c034
 def nt_xent(
-    z1:torch.Tensor,          # (b, d) projections of the first views, any floating type
-    z2:torch.Tensor,          # (b, d) of the second views
-    temperature:float=.5,     # above 0
-    groups:torch.Tensor=None, # (b,) integers: pairs of one group are no negatives of each other; -1 is nobody's group
-) -> torch.Tensor:            # scalar in float32: the mean over the 2b views of this process
+    z1: torch.Tensor,  # (b, d) projections of the first views, any floating type
+    z2: torch.Tensor,  # (b, d) of the second views
+    temperature: float = 0.5,  # above 0
+    groups: torch.Tensor = None,  # (b,) integers: pairs of one group are no negatives of each other; -1 is nobody's group
+) -> torch.Tensor:  # scalar in float32: the mean over the 2b views of this process
     "Normalised temperature-scaled cross-entropy: each view against its partner, with the views of all other pairs, of all processes, as negatives."
     _positive(temperature)
     b = len(z1)
     with torch.autocast(z1.device.type, enabled=False):
-        own = torch.stack([_unit(z1), _unit(z2)])                                                  # (2, b, d)
-        if b * _world() < 2: raise ValueError("a batch of one pair has no negatives: NT-Xent needs at least two pairs")
+        own = torch.stack([_unit(z1), _unit(z2)])  # (2, b, d)
+        if b * _world() < 2:
+            raise ValueError("a batch of one pair has no negatives: NT-Xent needs at least two pairs")
         every = torch.stack([_gather(own[0]), _gather(own[1])])
         me = torch.arange(b, device=own.device) + b * _rank()
         pair = torch.arange(every.shape[1], device=own.device)
-        out = me[:, None] == pair                                                                 # the pair itself; its positive is added below
+        out = me[:, None] == pair  # the pair itself; its positive is added below
         if groups is not None:
             others = _gather(groups)
             out = out | (groups[:, None] == others) & (groups[:, None] >= 0)
@@ -391,340 +639,564 @@ def nt_xent(
 
 # %% ../../nbs/train/contrastive.ipynb #c038
 def info_nce(
-    q:torch.Tensor,           # (b, d) queries
-    k:torch.Tensor,           # (b, d) their keys, without gradient
-    queue:torch.Tensor,       # (n, d) keys of earlier batches: the negatives
-    temperature:float=.2,     # above 0
-    mask:torch.Tensor=None,   # (b, n) True where an entry of the queue is no negative of a query
-) -> torch.Tensor:            # scalar in float32
+    q: torch.Tensor,  # (b, d) queries
+    k: torch.Tensor,  # (b, d) their keys, without gradient
+    queue: torch.Tensor,  # (n, d) keys of earlier batches: the negatives
+    temperature: float = 0.2,  # above 0
+    mask: torch.Tensor = None,  # (b, n) True where an entry of the queue is no negative of a query
+) -> torch.Tensor:  # scalar in float32
     "The loss of MoCo (He 2020): each query against its key, with the queue as negatives."
     _positive(temperature)
     with torch.autocast(q.device.type, enabled=False):
         q, k, queue = _unit(q), _unit(k), _unit(queue)
         negatives = q @ queue.T
-        if mask is not None: negatives = negatives.masked_fill(mask, -torch.inf)
+        if mask is not None:
+            negatives = negatives.masked_fill(mask, -torch.inf)
         logits = torch.cat([(q * k).sum(-1, keepdim=True), negatives], 1) / temperature
         return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 # %% ../../nbs/train/contrastive.ipynb #c041
 def soft_cross_entropy(
-    logits:torch.Tensor,      # (..., n_classes)
-    y:torch.Tensor,           # (..., n_classes) soft targets; rows of zeros have no label
-) -> torch.Tensor:            # scalar in float32; 0, with a gradient of 0, when no row has a label
+    logits: torch.Tensor,  # (..., n_classes)
+    y: torch.Tensor,  # (..., n_classes) soft targets; rows of zeros have no label
+) -> torch.Tensor:  # scalar in float32; 0, with a gradient of 0, when no row has a label
     "Cross-entropy with soft targets, averaged over rows with a label, of all processes."
     with torch.autocast(logits.device.type, enabled=False):
         loss, n = -(y * logits.float().log_softmax(-1)).sum(), (y.sum(-1) > 0).sum().float()
         if _world() > 1:
             dist.all_reduce(n)
-            n = n / _world()                                                                     # the mean over processes is then the mean over all rows
-        return loss / torch.where(n > 0, n, 1.)
+            n = n / _world()  # the mean over processes is then the mean over all rows
+        return loss / torch.where(n > 0, n, 1.0)
 
-# %% ../../nbs/train/contrastive.ipynb #c044
+# %% ../../nbs/train/contrastive.ipynb #c044-1
 def alignment(
-    z1:torch.Tensor,          # (n, d)
-    z2:torch.Tensor,          # (n, d) of the same clips
-) -> float:                   # 0 (pairs coincide) to 4
+    z1: torch.Tensor,  # (n, d)
+    z2: torch.Tensor,  # (n, d) of the same clips
+) -> float:  # 0 (pairs coincide) to 4
     "Mean squared distance between normalised partners (Wang and Isola 2020): lower is better."
     return float((_unit(z1) - _unit(z2)).square().sum(-1).mean())
 
+
 def uniformity(
-    z:torch.Tensor,           # (n, d), at least two
-) -> float:                   # at most 0 (all coincide)
+    z: torch.Tensor,  # (n, d), at least two
+) -> float:  # at most 0 (all coincide)
     "Logarithm of the mean Gaussian potential of all pairs of normalised vectors (Wang and Isola 2020): lower is better."
     return float(torch.pdist(_unit(z)).square().mul(-2).exp().mean().log())
 
+# %% ../../nbs/train/contrastive.ipynb #c044
 def knn_accuracy(
-    query:torch.Tensor,       # (n, d) features
-    query_y:torch.Tensor,     # (n,) class numbers
-    bank:torch.Tensor,        # (m, d) features of the neighbours
-    bank_y:torch.Tensor,      # (m,) their class numbers
-    query_patient:torch.Tensor=None, # (n,) patient numbers; -1 unknown
-    bank_patient:torch.Tensor=None,  # (m,) a query's own patient is no neighbour
-    k:int=5,                  # neighbours that vote, each by its cosine
-) -> float:                   # 0..1; nan without a query that has neighbours
+    query: torch.Tensor,  # (n, d) features
+    query_y: torch.Tensor,  # (n,) class numbers
+    bank: torch.Tensor,  # (m, d) features of the neighbours
+    bank_y: torch.Tensor,  # (m,) their class numbers
+    query_patient: torch.Tensor = None,  # (n,) patient numbers; -1 unknown
+    bank_patient: torch.Tensor = None,  # (m,) a query's own patient is no neighbour
+    k: int = 5,  # neighbours that vote, each by its cosine
+) -> float:  # 0..1; nan without a query that has neighbours
     "Share of queries whose nearest neighbours of other patients vote for their class."
-    if not len(query) or not len(bank): return math.nan
+    if not len(query) or not len(bank):
+        return math.nan
     sim = _unit(query) @ _unit(bank).T
-    if query_patient is not None: sim = sim.masked_fill((query_patient[:, None] == bank_patient) & (query_patient[:, None] >= 0), -torch.inf)
+    if query_patient is not None:
+        sim = sim.masked_fill(
+            (query_patient[:, None] == bank_patient) & (query_patient[:, None] >= 0), -torch.inf
+        )
     top, at = sim.topk(min(k, len(bank)), 1)
     votes = torch.zeros(len(query), int(max(bank_y.max(), query_y.max())) + 1, device=sim.device)
-    votes.scatter_add_(1, bank_y[at], torch.where(top.isfinite(), top + 1, 0.))
+    votes.scatter_add_(1, bank_y[at], torch.where(top.isfinite(), top + 1, 0.0))
     has = votes.sum(1) > 0
     return float((votes.argmax(1) == query_y)[has].float().mean())
 
-# %% ../../nbs/train/contrastive.ipynb #c047
+# %% ../../nbs/train/contrastive.ipynb #c047-1
 class PairMethod(Callback):
     "Base of the methods: `compute(pred, y, ids)` is the loss; the learner's own loss function is lent for one call and given back."
+
     order = 70
-    def compute(self, pred, y, ids): raise NotImplementedError
+
+    def compute(self, pred, y, ids):
+        raise NotImplementedError
+
     def logged(self):
         "Further columns of this epoch's row: the last one of the method's own `history`, if it keeps one."
         return (vars(self).get('history') or [{}])[-1]
+
     def settings(self):
         "What a run is bound to: plain attributes that are named as arguments."
-        return {k: v for k in inspect.signature(type(self)).parameters if isinstance(v := vars(self).get(k), (int, float, str, list, tuple))}
-    def before_fit(self): self._give_back()
+        return {
+            k: v
+            for k in inspect.signature(type(self)).parameters
+            if isinstance(v := vars(self).get(k), (int, float, str, list, tuple))
+        }
+
+    def before_fit(self):
+        self._give_back()
+
     def after_pred(self):
         self._give_back()
-        if not len(self.yb): return
+        if not len(self.yb):
+            return
         self.lent = self.learn.loss_func
         self.learn.loss_func = self._loss
+
     def _loss(self, *args):
         self._give_back()
         return self.compute(*args)
-    def _give_back(self):
-        if getattr(self, 'lent', None) is not None: self.learn.loss_func, self.lent = self.lent, None
-    def after_fit(self): self._give_back()
 
+    def _give_back(self):
+        if getattr(self, 'lent', None) is not None:
+            self.learn.loss_func, self.lent = self.lent, None
+
+    def after_fit(self):
+        self._give_back()
+
+# %% ../../nbs/train/contrastive.ipynb #c047-2
 class SimCLR(PairMethod):
     "NT-Xent alone (Chen T. 2020)."
-    def __init__(self,
-        temperature:float=.5, # above 0
-        by_patient:bool=True, # pairs of one patient are no negatives of each other, where the patient is known
-    ): self.temperature, self.by_patient = _positive(temperature), by_patient
+
+    def __init__(
+        self,
+        temperature: float = 0.5,  # above 0
+        by_patient: bool = True,  # pairs of one patient are no negatives of each other, where the patient is known
+    ):
+        self.temperature, self.by_patient = _positive(temperature), by_patient
+
     def compute(self, pred, y, ids):
         z = pred[1]
         return nt_xent(z[:, 0], z[:, 1], self.temperature, ids[:, 1] if self.by_patient else None)
 
+# %% ../../nbs/train/contrastive.ipynb #c047-3
 class USCL(SimCLR):
     "NT-Xent plus `weight` times the cross-entropy of labelled views (Chen Y. 2021)."
-    def __init__(self,
-        temperature:float=.5, # above 0
-        weight:float=.2,      # of the cross-entropy
-        views:str='mean',     # the cross-entropies of the two views: their 'mean' (the paper), or their 'sum' (its code)
-        by_patient:bool=True, # pairs of one patient are no negatives of each other, where the patient is known
+
+    def __init__(
+        self,
+        temperature: float = 0.5,  # above 0
+        weight: float = 0.2,  # of the cross-entropy
+        views: str = 'mean',  # the cross-entropies of the two views: their 'mean' (the paper), or their 'sum' (its code)
+        by_patient: bool = True,  # pairs of one patient are no negatives of each other, where the patient is known
     ):
-        if views not in ('mean', 'sum'): raise ValueError(f"views is 'mean' or 'sum', not {views!r}")
+        if views not in ('mean', 'sum'):
+            raise ValueError(f"views is 'mean' or 'sum', not {views!r}")
         super().__init__(temperature, by_patient)
         self.weight, self.views = weight, views
-    def compute(self, pred, y, ids):
-        return super().compute(pred, y, ids) + self.weight * (2 if self.views == 'sum' else 1) * soft_cross_entropy(_logits(pred), y)
 
+    def compute(self, pred, y, ids):
+        return super().compute(pred, y, ids) + self.weight * (
+            2 if self.views == 'sum' else 1
+        ) * soft_cross_entropy(_logits(pred), y)
+
+# %% ../../nbs/train/contrastive.ipynb #c047
 def _logits(pred):
-    if pred[2] is None: raise ValueError("this method needs a classifier: build ContrastiveNet(backbone, n_classes)")
+    if pred[2] is None:
+        raise ValueError("this method needs a classifier: build ContrastiveNet(backbone, n_classes)")
     return pred[2]
+
 
 class Supervised(PairMethod):
     "Cross-entropy of labelled views alone."
-    def compute(self, pred, y, ids): return soft_cross_entropy(_logits(pred), y)
+
+    def compute(self, pred, y, ids):
+        return soft_cross_entropy(_logits(pred), y)
+
+# %% ../../nbs/train/contrastive.ipynb #c050-1
+def _bare(model):
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 # %% ../../nbs/train/contrastive.ipynb #c050
-def _bare(model): return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
 class MoCo(PairMethod):
     "MoCo v2 (He 2020, Chen X. 2020): queries of the first view, keys of the second by a momentum encoder, negatives from a queue."
-    def __init__(self,
-        temperature:float=.2, # above 0
-        queue:int=1024,       # keys that are kept, a multiple of the batch size
-        momentum:float=.99,   # share of the momentum encoder that stays at each step
-        parts:int=4,          # the keys' batch is shuffled and dealt into so many parts, each with its own batch norm statistics; 1 does not
-        by_patient:bool=True, # keys of the query's patient are no negatives, where the patient is known
-        seed:int=0,           # of the first queue and of the shuffles
+
+    def __init__(
+        self,
+        temperature: float = 0.2,  # above 0
+        queue: int = 1024,  # keys that are kept, a multiple of the batch size
+        momentum: float = 0.99,  # share of the momentum encoder that stays at each step
+        parts: int = 4,  # the keys' batch is shuffled and dealt into so many parts, each with its own batch norm statistics; 1 does not
+        by_patient: bool = True,  # keys of the query's patient are no negatives, where the patient is known
+        seed: int = 0,  # of the first queue and of the shuffles
     ):
-        if not 0 <= momentum <= 1: raise ValueError(f"momentum is a share from 0 to 1, not {momentum}")
-        self.temperature, self.queue, self.momentum, self.parts, self.by_patient, self.seed = _positive(temperature), queue, momentum, parts, by_patient, seed
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum is a share from 0 to 1, not {momentum}")
+        self.temperature, self.queue, self.momentum, self.parts, self.by_patient, self.seed = (
+            _positive(temperature),
+            queue,
+            momentum,
+            parts,
+            by_patient,
+            seed,
+        )
         self.encoder, self.before_find = None, None
+
     def before_fit(self):
         super().before_fit()
         bs = self.dls.train.bs
-        if self.queue % bs: raise ValueError(f"a queue of {self.queue} is not a multiple of the batch size {bs}: take {max(1, round(self.queue / bs)) * bs}")
-        if self.before_find is not None: self.load_state_dict(self.before_find)                    # of a search that was interrupted
+        if self.queue % bs:
+            raise ValueError(
+                f"a queue of {self.queue} is not a multiple of the batch size {bs}: take {max(1, round(self.queue / bs)) * bs}"
+            )
+        if self.before_find is not None:
+            self.load_state_dict(self.before_find)  # of a search that was interrupted
         model = _bare(self.model)
         if self.encoder is None:
             self.encoder = deepcopy(model).requires_grad_(False)
-            for m in self.encoder.modules(): m._forward_hooks.clear(); m._forward_pre_hooks.clear()   # of precision, which a copy would never release
+            for m in self.encoder.modules():
+                m._forward_hooks.clear()
+                m._forward_pre_hooks.clear()  # of precision, which a copy would never release
             dim = model.projection[-1].out_features
             keys = _unit(torch.randn(self.queue, dim, generator=torch.Generator().manual_seed(self.seed)))
-            self.memory = dict(keys=keys, ids=torch.full((self.queue, 2), -1), at=torch.zeros(1, dtype=torch.int64), steps=torch.zeros(1, dtype=torch.int64))
+            self.memory = dict(
+                keys=keys,
+                ids=torch.full((self.queue, 2), -1),
+                at=torch.zeros(1, dtype=torch.int64),
+                steps=torch.zeros(1, dtype=torch.int64),
+            )
         device = next(model.parameters()).device
         self.encoder.to(device)
         self.memory = {k: v.to(device) if k in ('keys', 'ids') else v for k, v in self.memory.items()}
         self.before_find = deepcopy(self.state_dict()) if hasattr(self.learn, 'lr_finder') else None
+
     def before_batch(self):
         x = self.xb[0]
         self.learn.xb, self.second = (x[:, 0],), x[:, 1]
+
     @torch.no_grad()
     def _keys(self, x):
         self.encoder.train(self.training)
         precision = getattr(self.learn, 'auto_precision', None)
         with autocast_for(x.device, precision.precision if precision is not None else 'fp32'):
             norms = [m for m in self.encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-            if not self.training or self.parts < 2 or not norms or any(isinstance(m, nn.SyncBatchNorm) for m in norms): return _unit(self.encoder(x)[1])
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.memory['steps']))).to(x.device)
-            keys = torch.cat([self.encoder(part)[1] for part in x[order].tensor_split(max(1, min(self.parts, len(x) // 2)))])
+            if (
+                not self.training
+                or self.parts < 2
+                or not norms
+                or any(isinstance(m, nn.SyncBatchNorm) for m in norms)
+            ):
+                return _unit(self.encoder(x)[1])
+            order = torch.randperm(
+                len(x),
+                generator=torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.memory['steps'])),
+            ).to(x.device)
+            keys = torch.cat(
+                [
+                    self.encoder(part)[1]
+                    for part in x[order].tensor_split(max(1, min(self.parts, len(x) // 2)))
+                ]
+            )
             return _unit(keys[order.argsort()])
+
     def compute(self, pred, y, ids):
         if self.training:
             with torch.no_grad():
-                for mine, theirs in zip(self.encoder.parameters(), _bare(self.model).parameters()): mine.lerp_(theirs, 1 - self.momentum)
+                for mine, theirs in zip(self.encoder.parameters(), _bare(self.model).parameters()):
+                    mine.lerp_(theirs, 1 - self.momentum)
         keys, queue = self._keys(self.second), self.memory
-        mask = (ids[:, None, 0] == queue['ids'][:, 0]) & self.training                             # validation numbers other items
-        if self.by_patient: mask = mask | (ids[:, None, 1] == queue['ids'][:, 1]) & (ids[:, None, 1] >= 0)
+        mask = (ids[:, None, 0] == queue['ids'][:, 0]) & self.training  # validation numbers other items
+        if self.by_patient:
+            mask = mask | (ids[:, None, 1] == queue['ids'][:, 1]) & (ids[:, None, 1] >= 0)
         loss = info_nce(pred[1], keys, queue['keys'], self.temperature, mask)
-        if self.training: self._enqueue(keys, ids)
+        if self.training:
+            self._enqueue(keys, ids)
         self.second = None
         return loss
+
     @torch.no_grad()
     def _enqueue(self, keys, ids):
         keys, ids = _gather(keys), _gather(ids)
         at = (self.memory['at'] + torch.arange(len(keys))) % self.queue
         self.memory['keys'][at.to(keys.device)], self.memory['ids'][at.to(ids.device)] = keys, ids
-        self.memory['at'], self.memory['steps'] = (self.memory['at'] + len(keys)) % self.queue, self.memory['steps'] + 1
+        self.memory['at'], self.memory['steps'] = (
+            (self.memory['at'] + len(keys)) % self.queue,
+            self.memory['steps'] + 1,
+        )
+
     def after_fit(self):
         super().after_fit()
-        if self.before_find is not None: self.load_state_dict(self.before_find); self.before_find = None
-    def state_dict(self): return dict(encoder=self.encoder.state_dict(), memory=self.memory)
+        if self.before_find is not None:
+            self.load_state_dict(self.before_find)
+            self.before_find = None
+
+    def state_dict(self):
+        return dict(encoder=self.encoder.state_dict(), memory=self.memory)
+
     def load_state_dict(self, state):
         self.encoder.load_state_dict(state['encoder'])
         self.memory = {k: v.to(self.memory[k].device, copy=True) for k, v in state['memory'].items()}
 
-# %% ../../nbs/train/contrastive.ipynb #c053
+# %% ../../nbs/train/contrastive.ipynb #c053-1
 class PairLog(EpochEnd):
     "A row per epoch: losses, learning rate and, every so often, alignment, uniformity and kNN accuracy of the clips' representations."
+
     order = 55
-    def __init__(self,
-        every:int=1,          # epochs between two measurements; 0 measures never
-        limit:int=512,        # clips of each table that are measured, spread evenly
-        tick=None,            # called after each epoch
-    ): self.every, self.limit, self.tick, self.history = every, limit, tick, []
-    def before_epoch(self): self.losses, self.start = {True: [], False: []}, time.perf_counter()
+
+    def __init__(
+        self,
+        every: int = 1,  # epochs between two measurements; 0 measures never
+        limit: int = 512,  # clips of each table that are measured, spread evenly
+        tick=None,  # called after each epoch
+    ):
+        self.every, self.limit, self.tick, self.history = every, limit, tick, []
+
+    def before_epoch(self):
+        self.losses, self.start = {True: [], False: []}, time.perf_counter()
+
     def after_batch(self):
-        if hasattr(self, 'losses'): self.losses[self.training].append((self.loss.detach(), len(self.yb[-1])))
+        if hasattr(self, 'losses'):
+            self.losses[self.training].append((self.loss.detach(), len(self.yb[-1])))
+
     def end_epoch(self):
-        row = dict(epoch=self.epoch, train_loss=_mean_loss(self.losses[True]), valid_loss=_mean_loss(self.losses[False]))
+        row = dict(
+            epoch=self.epoch,
+            train_loss=_mean_loss(self.losses[True]),
+            valid_loss=_mean_loss(self.losses[False]),
+        )
         measure = self.every and (self.epoch % self.every == 0 or self.epoch == self.n_epoch - 1)
-        values = measure_pairs(_bare(self.model), self.dls.train.dataset, self.dls.valid.dataset, self.limit, self._precision()) if measure else {}
-        self.history.append({**row, **{k: values.get(k, math.nan) for k in ('alignment', 'uniformity', 'knn')}, 'lr': self.opt.hypers[-1]['lr'], 'seconds': time.perf_counter() - self.start})
-        for cb in self.learn.cbs: self.history[-1].update(cb.logged() if isinstance(cb, PairMethod) else {})
-        if self.tick: self.tick()
+        values = (
+            measure_pairs(
+                _bare(self.model),
+                self.dls.train.dataset,
+                self.dls.valid.dataset,
+                self.limit,
+                self._precision(),
+            )
+            if measure
+            else {}
+        )
+        self.history.append(
+            {
+                **row,
+                **{k: values.get(k, math.nan) for k in ('alignment', 'uniformity', 'knn')},
+                'lr': self.opt.hypers[-1]['lr'],
+                'seconds': time.perf_counter() - self.start,
+            }
+        )
+        for cb in self.learn.cbs:
+            self.history[-1].update(cb.logged() if isinstance(cb, PairMethod) else {})
+        if self.tick:
+            self.tick()
+
     def _precision(self):
         cb = getattr(self.learn, 'auto_precision', None)
         return cb.precision if cb is not None else 'fp32'
-    def state_dict(self): return dict(history=self.history)
-    def load_state_dict(self, state): self.history = state['history']
 
+    def state_dict(self):
+        return dict(history=self.history)
+
+    def load_state_dict(self, state):
+        self.history = state['history']
+
+# %% ../../nbs/train/contrastive.ipynb #c053-2
 def _mean_loss(parts):
     "Mean over items of all processes."
-    if not parts: return math.nan
-    loss, n = torch.stack([l.float() for l, _ in parts]), torch.tensor([float(n) for _, n in parts], device=parts[0][0].device)
+    if not parts:
+        return math.nan
+    loss, n = (
+        torch.stack([l.float() for l, _ in parts]),
+        torch.tensor([float(n) for _, n in parts], device=parts[0][0].device),
+    )
     total = torch.stack([(loss * n).sum(), n.sum()])
-    if _world() > 1: dist.all_reduce(total)
+    if _world() > 1:
+        dist.all_reduce(total)
     return float(total[0] / total[1])
 
+# %% ../../nbs/train/contrastive.ipynb #c053-3
 def embed_clips(
-    net:nn.Module,            # a ContrastiveNet
-    items:PairItems,          # whose clips
-    limit:int=512,            # at most so many clips, spread evenly
-    precision:str='fp32',     # see autocast_for
-) -> tuple:                   # features (n, 2, d), projections (n, 2, dim), class numbers (n,) with -1 for none, patient numbers (n,)
+    net: nn.Module,  # a ContrastiveNet
+    items: PairItems,  # whose clips
+    limit: int = 512,  # at most so many clips, spread evenly
+    precision: str = 'fp32',  # see autocast_for
+) -> (
+    tuple
+):  # features (n, 2, d), projections (n, 2, dim), class numbers (n,) with -1 for none, patient numbers (n,)
     "Representations of two frames of each clip, a quarter from its start and from its end, without augmentation; the net's mode is restored."
     device = next(net.parameters()).device
     clips = torch.arange(len(items.clips))
-    if len(clips) > limit: clips = clips[torch.linspace(0, len(clips) - 1, limit).round().long()]
+    if len(clips) > limit:
+        clips = clips[torch.linspace(0, len(clips) - 1, limit).round().long()]
     n = items.count[clips]
     places = items.start[clips][:, None] + torch.stack([(n - 1) // 4, (3 * n - 1) // 4], 1).clamp(min=0)
     with frozen_eval(net), torch.no_grad():
         out = []
         for p in places.split(32):
-            x = torch.from_numpy(items.store.images[items.rows[p].numpy()]).to(device)[:, :, None].float().div(255)
-            with autocast_for(device, precision): h, z, _ = net(x.expand(-1, -1, items.channels, -1, -1))
+            x = (
+                torch.from_numpy(items.store.images[items.rows[p].numpy()])
+                .to(device)[:, :, None]
+                .float()
+                .div(255)
+            )
+            with autocast_for(device, precision):
+                h, z, _ = net(x.expand(-1, -1, items.channels, -1, -1))
             out.append((h.float(), z.float()))
     y = items.truth[items.start[clips]]
     h, z = (torch.cat(o) for o in zip(*out))
     return h, z, torch.where(y.sum(1) > 0, y.argmax(1), -1).to(device), items.patient[clips].to(device)
 
+# %% ../../nbs/train/contrastive.ipynb #c053
 def measure_pairs(
-    net:nn.Module,            # a ContrastiveNet
-    train:PairItems,          # clips that are neighbours
-    valid:PairItems=None,     # clips that are asked; without any, the training clips, each without its own patient
-    limit:int=512,            # at most so many clips of each
-    precision:str='fp32',     # see autocast_for
-) -> dict:                    # alignment and uniformity of the projections, kNN accuracy of the features, which sees all labels
+    net: nn.Module,  # a ContrastiveNet
+    train: PairItems,  # clips that are neighbours
+    valid: PairItems = None,  # clips that are asked; without any, the training clips, each without its own patient
+    limit: int = 512,  # at most so many clips of each
+    precision: str = 'fp32',  # see autocast_for
+) -> dict:  # alignment and uniformity of the projections, kNN accuracy of the features, which sees all labels
     "Quality of a representation without training on it."
     bank = embed_clips(net, train, limit, precision)
     asked = embed_clips(net, valid, limit, precision) if valid is not None and len(valid.clips) else bank
     h, z, y, patient = asked
-    if asked is bank: patient = torch.where(patient < 0, torch.arange(len(y), device=y.device) + 1_000_000, patient); bank = (*bank[:3], patient)
+    if asked is bank:
+        patient = torch.where(patient < 0, torch.arange(len(y), device=y.device) + 1_000_000, patient)
+        bank = (*bank[:3], patient)
     has, known = y >= 0, bank[2] >= 0
-    return dict(alignment=alignment(z[:, 0], z[:, 1]), uniformity=uniformity(z[:, 0]) if len(z) > 1 else math.nan,
-                knn=knn_accuracy(h[:, 0][has], y[has], bank[0][:, 0][known], bank[2][known], patient[has], bank[3][known]))
+    return dict(
+        alignment=alignment(z[:, 0], z[:, 1]),
+        uniformity=uniformity(z[:, 0]) if len(z) > 1 else math.nan,
+        knn=knn_accuracy(
+            h[:, 0][has], y[has], bank[0][:, 0][known], bank[2][known], patient[has], bank[3][known]
+        ),
+    )
 
-# %% ../../nbs/train/contrastive.ipynb #c054
+# %% ../../nbs/train/contrastive.ipynb #c054-1
 def pair_learner(
-    dls:DataLoaders,          # from pair_dls
-    net:nn.Module,            # a ContrastiveNet
-    method:PairMethod=None,   # such as USCL(); None where it comes with the fit
-    lr:float=3e-4,            # the default of fit
-    wd:float=1e-4,            # Adam's, added to the gradient as in the paper
-) -> Learner:                 # with Adam
+    dls: DataLoaders,  # from pair_dls
+    net: nn.Module,  # a ContrastiveNet
+    method: PairMethod = None,  # such as USCL(); None where it comes with the fit
+    lr: float = 3e-4,  # the default of fit
+    wd: float = 1e-4,  # Adam's, added to the gradient as in the paper
+) -> Learner:  # with Adam
     "A Learner of pairs."
-    return Learner(dls, net, loss_func=_no_method, lr=lr, cbs=method, opt_func=partial(OptimWrapper, opt=partial(torch.optim.Adam, weight_decay=wd, fused=True)))
+    return Learner(
+        dls,
+        net,
+        loss_func=_no_method,
+        lr=lr,
+        cbs=method,
+        opt_func=partial(OptimWrapper, opt=partial(torch.optim.Adam, weight_decay=wd, fused=True)),
+    )
 
+# %% ../../nbs/train/contrastive.ipynb #c054-2
 class AverageGradients(Callback):
     "Under torch.distributed: rank 0's weights for all at the start, the mean of all gradients at each step, rank 0's batch norm statistics after each epoch. A process alone is not changed."
+
     order = 8
+
     @torch.no_grad()
     def before_fit(self):
         if _world() > 1:
-            for t in self.model.state_dict().values(): dist.broadcast(t, 0)
+            for t in self.model.state_dict().values():
+                dist.broadcast(t, 0)
+
     @torch.no_grad()
-    def after_train(self):                                         # each process has batch norm statistics of its own: those of the main one are validated and saved
-        for module in (self.model, *(cb.encoder for cb in self.learn.cbs if isinstance(getattr(cb, 'encoder', None), nn.Module))) if _world() > 1 else ():
-            for b in module.buffers(): dist.broadcast(b, 0)
+    def after_train(
+        self,
+    ):  # each process has batch norm statistics of its own: those of the main one are validated and saved
+        for module in (
+            (
+                self.model,
+                *(cb.encoder for cb in self.learn.cbs if isinstance(getattr(cb, 'encoder', None), nn.Module)),
+            )
+            if _world() > 1
+            else ()
+        ):
+            for b in module.buffers():
+                dist.broadcast(b, 0)
+
     def after_backward(self):
-        if _world() == 1: return
+        if _world() == 1:
+            return
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        for g, mean in zip(grads, flat.div_(_world()).split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
+        for g, mean in zip(grads, flat.div_(_world()).split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
 
-def _no_method(*args): raise ValueError("this Learner has no method: pass one to `pair_learner`, or to `fit` in cbs")
+# %% ../../nbs/train/contrastive.ipynb #c054-3
+def _no_method(*args):
+    raise ValueError("this Learner has no method: pass one to `pair_learner`, or to `fit` in cbs")
 
+# %% ../../nbs/train/contrastive.ipynb #c054-4
 def pretrain(
-    method:PairMethod,        # USCL(), SimCLR(), MoCo(), Supervised(), ...
-    dls:DataLoaders,          # from pair_dls
-    backbone:nn.Module,       # from create_backbone; trained in place
-    epochs:int,               # in all
-    path,                     # folder for checkpoint, weights and history
-    lr:float=3e-4,            # of Adam, constant for warm epochs, then a cosine to 0
-    wd:float=1e-4,            # weight decay
-    seed:int=0,               # of projection, classifier and all draws
-    log:int=1,                # measure alignment, uniformity and kNN accuracy every so many epochs; 0 never
+    method: PairMethod,  # USCL(), SimCLR(), MoCo(), Supervised(), ...
+    dls: DataLoaders,  # from pair_dls
+    backbone: nn.Module,  # from create_backbone; trained in place
+    epochs: int,  # in all
+    path,  # folder for checkpoint, weights and history
+    lr: float = 3e-4,  # of Adam, constant for warm epochs, then a cosine to 0
+    wd: float = 1e-4,  # weight decay
+    seed: int = 0,  # of projection, classifier and all draws
+    log: int = 1,  # measure alignment, uniformity and kNN accuracy every so many epochs; 0 never
     *,
-    dim:int=256,              # of the projection
-    classify:str='features',  # see ContrastiveNet
-    warm:int=10,              # epochs
-    precision:str='auto',     # see AutoPrecision
-) -> tuple:                   # the ContrastiveNet, and a DataFrame with a row per epoch
+    dim: int = 256,  # of the projection
+    classify: str = 'features',  # see ContrastiveNet
+    warm: int = 10,  # epochs
+    precision: str = 'auto',  # see AutoPrecision
+) -> tuple:  # the ContrastiveNet, and a DataFrame with a row per epoch
     "Pretrain a backbone; called again it resumes to the same bits, and a finished folder is loaded. Writes backbone.safetensors, net.safetensors and history.csv."
-    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
     path, items = Path(path), dls.train.dataset
     main = join_processes() == 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = ContrastiveNet(backbone, len(dls.classes), dim, classify)
-    if dls.classes: name_outputs(net, dls.classes)
-    if _world() > 1 and torch.device(dls.device).type == 'cuda': net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    with main_first(): _claim(path, dict(method=type(method).__name__, settings=method.settings(), epochs=epochs, lr=lr, wd=wd, seed=seed, warm=warm, precision=precision, bs=dls.train.bs, per_epoch=dls.train.per_epoch,
-                      data_seed=dls.train.seed, unit=items.unit, pair=items.pair, data=items.digest(), size=list(items.store.size), clips=len(items.clips), labelled=len(dls.labelled), classes=dls.classes,
-                      augment=repr(items.augment), augment2=repr(items.augment2)))
-    if not (path/'history.csv').exists():
-        checkpoint = path/'checkpoint.pt'
-        if checkpoint.exists(): _fit_in(torch.load(checkpoint, map_location='cpu', weights_only=True)['model'], net, checkpoint)
+    if dls.classes:
+        name_outputs(net, dls.classes)
+    if _world() > 1 and torch.device(dls.device).type == 'cuda':
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    with main_first():
+        _claim(
+            path,
+            dict(
+                method=type(method).__name__,
+                settings=method.settings(),
+                epochs=epochs,
+                lr=lr,
+                wd=wd,
+                seed=seed,
+                warm=warm,
+                precision=precision,
+                bs=dls.train.bs,
+                per_epoch=dls.train.per_epoch,
+                data_seed=dls.train.seed,
+                unit=items.unit,
+                pair=items.pair,
+                data=items.digest(),
+                size=list(items.store.size),
+                clips=len(items.clips),
+                labelled=len(dls.labelled),
+                classes=dls.classes,
+                augment=repr(items.augment),
+                augment2=repr(items.augment2),
+            ),
+        )
+    if not (path / 'history.csv').exists():
+        checkpoint = path / 'checkpoint.pt'
+        if checkpoint.exists():
+            _fit_in(torch.load(checkpoint, map_location='cpu', weights_only=True)['model'], net, checkpoint)
         ticks = iter(progress(range(epochs), desc=path.name) if main else range(epochs))
         next(ticks, None)
         learn, record = pair_learner(dls, net, lr=lr, wd=wd), PairLog(log, tick=lambda: next(ticks, None))
         with learn.no_bar(), learn.no_logging():
-            fit_resumable(learn, epochs, lr, checkpoint, seed, cbs=[AutoPrecision(precision), AverageGradients(), method, CosineLR(warm), record])
+            fit_resumable(
+                learn,
+                epochs,
+                lr,
+                checkpoint,
+                seed,
+                cbs=[AutoPrecision(precision), AverageGradients(), method, CosineLR(warm), record],
+            )
         with main_first():
             if main:
-                save_weights(net, path/'net.safetensors')
-                save_weights(net.backbone, path/'backbone.safetensors')
-                with atomic_path(path/'history.csv') as tmp: pd.DataFrame(record.history).to_csv(tmp, index=False)
+                save_weights(net, path / 'net.safetensors')
+                save_weights(net.backbone, path / 'backbone.safetensors')
+                with atomic_path(path / 'history.csv') as tmp:
+                    pd.DataFrame(record.history).to_csv(tmp, index=False)
                 checkpoint.unlink()
-    else: _fit_in(load_weights(path/'net.safetensors'), net, path/'net.safetensors')
-    return net.eval(), pd.read_csv(path/'history.csv')
+    else:
+        _fit_in(load_weights(path / 'net.safetensors'), net, path / 'net.safetensors')
+    return net.eval(), pd.read_csv(path / 'history.csv')
 
+# %% ../../nbs/train/contrastive.ipynb #c054
 def _fit_in(weights, net, file):
-    try: copy_weights(weights, net, strict=True)
-    except ValueError as e: raise ValueError(f"{file} is of another architecture than this backbone and its heads: {e}") from None
+    try:
+        copy_weights(weights, net, strict=True)
+    except ValueError as e:
+        raise ValueError(f"{file} is of another architecture than this backbone and its heads: {e}") from None

@@ -11,109 +11,202 @@ __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'PlateauLR',
            'fine_tune']
 
 # %% ../../nbs/train/cross_validation.ipynb #c003
-import ast, gc, hashlib, inspect, io, json, math, random, tempfile, textwrap, time
+import ast
+import gc
+import hashlib
+import inspect
+import io
+import json
+import math
+import random
+import tempfile
+import textwrap
+import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
-import numpy as np, pandas as pd, torch, torch.distributed as dist
-from fastai.vision.all import Callback, CrossEntropyLossFlat, L, Learner, OptimWrapper, combined_cos, get_c, trainable_params
-from torch import nn
-from ..core import CLASSES, TableError, check_table, atomic_path, write_json, folder_lock, seed_all, frozen_eval, progress
-from ..data.store import FrameStore
-from ..data.loaders import RowReader, frame_dls
-from ..data.folds import patient_folds, split_hash
-from ..stats.classification import confusion_columns, mean_iou, pred_classes, predicted
-from ..models.unet import scale_for
-from ..models.transfer import freeze, name_outputs, save_weights, split_rates, stages
 
-# %% ../../nbs/train/cross_validation.ipynb #c006
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from fastai.vision.all import (
+    Callback,
+    CrossEntropyLossFlat,
+    L,
+    Learner,
+    OptimWrapper,
+    combined_cos,
+    get_c,
+    trainable_params,
+)
+from torch import nn
+
+from lus_fastai.core import (
+    CLASSES,
+    TableError,
+    atomic_path,
+    check_table,
+    folder_lock,
+    frozen_eval,
+    progress,
+    seed_all,
+    write_json,
+)
+from ..data.folds import patient_folds, split_hash
+from ..data.loaders import RowReader, frame_dls
+from ..data.store import FrameStore
+from ..models.transfer import freeze, name_outputs, save_weights, split_rates, stages
+from ..models.unet import scale_for
+from ..stats.classification import confusion_columns, mean_iou, pred_classes, predicted
+
+# %% ../../nbs/train/cross_validation.ipynb #c006-1
 def has_bf16(
-    device,                   # torch device, or its name
-) -> bool:                    # True if bfloat16 is computed by the hardware itself
+    device,  # torch device, or its name
+) -> bool:  # True if bfloat16 is computed by the hardware itself
     "Whether a device multiplies bfloat16 natively."
     device = torch.device(device)
-    if device.type == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return False
-    if not hasattr(torch.cpu, 'get_capabilities'): return torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, '_is_avx512_bf16_supported') else False
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != 'cpu' or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.cpu, 'get_capabilities'):
+        return (
+            torch.cpu._is_avx512_bf16_supported()
+            if hasattr(torch.cpu, '_is_avx512_bf16_supported')
+            else False
+        )
     return any(torch.cpu.get_capabilities().get(k, False) for k in ('avx512_bf16', 'amx_bf16', 'bf16'))
 
+# %% ../../nbs/train/cross_validation.ipynb #c006-2
 def autocast_for(
-    device,                   # where the model runs
-    precision:str='auto',     # 'auto', 'bf16' or 'fp32'
-):                            # a context manager
+    device,  # where the model runs
+    precision: str = 'auto',  # 'auto', 'bf16' or 'fp32'
+):  # a context manager
     "Autocast to bfloat16 where `precision` asks for it or 'auto' finds it native; else nothing."
-    if precision not in ('auto', 'bf16', 'fp32'): raise ValueError(f"precision is 'auto', 'bf16' or 'fp32', not {precision!r}")
+    if precision not in ('auto', 'bf16', 'fp32'):
+        raise ValueError(f"precision is 'auto', 'bf16' or 'fp32', not {precision!r}")
     device = torch.device(device)
-    if precision == 'fp32' or precision == 'auto' and not has_bf16(device): return nullcontext()
+    if precision == 'fp32' or precision == 'auto' and not has_bf16(device):
+        return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 
+# %% ../../nbs/train/cross_validation.ipynb #c006
 class AutoPrecision(Callback):
     "Channels-last memory, and bfloat16 autocast in the model's forward pass where it is native; losses stay in float32."
+
     order = 10
-    def __init__(self,
-        precision:str='auto', # 'auto', 'bf16' or 'fp32'
+
+    def __init__(
+        self,
+        precision: str = 'auto',  # 'auto', 'bf16' or 'fp32'
     ):
         autocast_for('cpu', precision)
         self.precision, self.hooks = precision, []
+
     def _release(self):
-        for h in self.hooks: h.remove()
+        for h in self.hooks:
+            h.remove()
         self.hooks = []
+
     def before_fit(self):
-        self._release()                                # an interrupt may have skipped after_fit
+        self._release()  # an interrupt may have skipped after_fit
         self.model.to(memory_format=torch.channels_last)
         open_contexts = []
+
         def enter(module, args):
             open_contexts.append(autocast_for(self.dls.device, self.precision))
             open_contexts[-1].__enter__()
+
         def leave(module, args, output):
             open_contexts.pop().__exit__(None, None, None)
             return output.float() if torch.is_tensor(output) and output.dtype == torch.bfloat16 else output
-        self.hooks = [self.model.register_forward_pre_hook(enter), self.model.register_forward_hook(leave, always_call=True)]
+
+        self.hooks = [
+            self.model.register_forward_pre_hook(enter),
+            self.model.register_forward_hook(leave, always_call=True),
+        ]
+
     def before_batch(self):
-        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if torch.is_tensor(x) and x.ndim == 4 else x for x in self.xb)
-    def after_fit(self): self._release()
+        self.learn.xb = tuple(
+            x.contiguous(memory_format=torch.channels_last) if torch.is_tensor(x) and x.ndim == 4 else x
+            for x in self.xb
+        )
+
+    def after_fit(self):
+        self._release()
 
 # %% ../../nbs/train/cross_validation.ipynb #c013
 class EpochEnd(Callback):
     "Base of callbacks whose `end_epoch` runs after each trained epoch: not after skipped ones, nor in `validate`, `get_preds` or `lr_find`."
-    def before_fit(self): self.run, self.trained = not hasattr(self.learn, 'lr_finder'), False
-    def after_train(self): self.trained = True
+
+    def before_fit(self):
+        self.run, self.trained = not hasattr(self.learn, 'lr_finder'), False
+
+    def after_train(self):
+        self.trained = True
+
     def after_epoch(self):
-        if self.trained: self.end_epoch()
+        if self.trained:
+            self.end_epoch()
         self.trained = False
 
 # %% ../../nbs/train/cross_validation.ipynb #c015
 class PlateauLR(EpochEnd):
     "Multiply every learning rate by `factor` when more than `patience` epochs pass without a lower value of `watch`."
+
     order = 60
-    def __init__(self,
-        watch,                # function of the learner that gives a number to be lowered, called after each epoch
-        factor:float=.5,      # what the learning rate is multiplied by
-        patience:int=5,       # epochs without improvement that are waited for
-    ): self.watch, self.factor, self.patience, self.best, self.wait = watch, factor, patience, float('inf'), 0
+
+    def __init__(
+        self,
+        watch,  # function of the learner that gives a number to be lowered, called after each epoch
+        factor: float = 0.5,  # what the learning rate is multiplied by
+        patience: int = 5,  # epochs without improvement that are waited for
+    ):
+        self.watch, self.factor, self.patience, self.best, self.wait = (
+            watch,
+            factor,
+            patience,
+            float('inf'),
+            0,
+        )
+
     def end_epoch(self):
         value = float(self.watch(self.learn))
-        if value < self.best: self.best, self.wait = value, 0
-        else: self.wait += 1
+        if value < self.best:
+            self.best, self.wait = value, 0
+        else:
+            self.wait += 1
         if self.wait > self.patience:
             self.opt.set_hypers(lr=[h['lr'] * self.factor for h in self.opt.hypers])
             self.wait = 0
-    def state_dict(self): return dict(best=self.best, wait=self.wait)
-    def load_state_dict(self, state): self.best, self.wait = state['best'], state['wait']
+
+    def state_dict(self):
+        return dict(best=self.best, wait=self.wait)
+
+    def load_state_dict(self, state):
+        self.best, self.wait = state['best'], state['wait']
 
 # %% ../../nbs/train/cross_validation.ipynb #c019
 class CosineLR(Callback):
     "Every learning rate as the fit was given it up to epoch index `warm`, then along half a cosine that is zero when the last epoch is over (Chen 2021)."
-    order = 90                # after `Checkpoint`, which restores the rates of the epoch before
-    def __init__(self,
-        warm:int=0,           # last epoch index of the constant rate
+
+    order = 90  # after `Checkpoint`, which restores the rates of the epoch before
+
+    def __init__(
+        self,
+        warm: int = 0,  # last epoch index of the constant rate
     ):
-        if warm < 0: raise ValueError(f"warm is an epoch index, 0 or more, not {warm}")
+        if warm < 0:
+            raise ValueError(f"warm is an epoch index, 0 or more, not {warm}")
         self.warm = warm
-    def before_fit(self): self.run, self.start = not hasattr(self.learn, 'lr_finder'), [h['lr'] for h in self.opt.hypers]
+
+    def before_fit(self):
+        self.run, self.start = not hasattr(self.learn, 'lr_finder'), [h['lr'] for h in self.opt.hypers]
+
     def before_train(self):
         part = max(0, self.epoch - self.warm) / max(1, self.n_epoch - self.warm)
         self.opt.set_hypers(lr=[lr * (1 + math.cos(math.pi * part)) / 2 for lr in self.start])
@@ -121,25 +214,33 @@ class CosineLR(Callback):
 # %% ../../nbs/train/cross_validation.ipynb #c021b
 class OneCycleLR(Callback):
     "Learning rates and momentum of fastai's `fit_one_cycle` with its defaults; the peak is the rate that the fit was given."
+
     order = 90
+
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         peak = np.array([h['lr'] for h in self.opt.hypers])
-        self.rates = combined_cos(.25, peak / 25, peak, peak / 1e5)
-        self.momentum = combined_cos(.25, .95, .85, .95)
-    def before_batch(self):
-        if not self.training: return
-        part = (self.epoch + self.iter / self.n_iter) / self.n_epoch            # 0 before the first batch of the fit
-        self.opt.set_hypers(lr=self.rates(part).tolist(), mom=self.momentum(part))
+        self.rates = combined_cos(0.25, peak / 25, peak, peak / 1e5)
+        self.momentum = combined_cos(0.25, 0.95, 0.85, 0.95)
 
+    def before_batch(self):
+        if not self.training:
+            return
+        part = (self.epoch + self.iter / self.n_iter) / self.n_epoch  # 0 before the first batch of the fit
+        self.opt.set_hypers(lr=self.rates(part).tolist(), mom=self.momentum(part))
 
 # %% ../../nbs/train/cross_validation.ipynb #c023
 class EpochSeed(Callback):
     "Seed every generator, and the order of the training batches, from (seed, epoch) before each epoch."
+
     order = 5
-    def __init__(self,
-        seed:int,             # the run's seed
-    ): self.seed = seed
+
+    def __init__(
+        self,
+        seed: int,  # the run's seed
+    ):
+        self.seed = seed
+
     def before_epoch(self):
         seed = (self.seed * 1_000_003 + self.epoch) % 2**32
         seed_all(seed)
@@ -148,108 +249,179 @@ class EpochSeed(Callback):
 # %% ../../nbs/train/cross_validation.ipynb #c023a
 class Checkpoint(EpochEnd):
     "After each epoch, write weights, optimiser and the states of other callbacks; a fit with `start_epoch=epochs_done()` takes up where the file stands."
+
     order = 80
-    def __init__(self,
-        path,                 # the checkpoint file
-        keep=(),              # callbacks with state_dict and load_state_dict to be saved as well
-    ): self.path, self.keep = Path(path), list(keep)
+
+    def __init__(
+        self,
+        path,  # the checkpoint file
+        keep=(),  # callbacks with state_dict and load_state_dict to be saved as well
+    ):
+        self.path, self.keep = Path(path), list(keep)
+
     def epochs_done(self) -> int:
         "How many epochs the file has behind it; 0 if there is none."
         return _load_checkpoint(self.path)['epoch'] if self.path.exists() else 0
+
     def before_fit(self):
         super().before_fit()
         self.started = False
-    def before_train(self): self._restore(self.epoch)
+
+    def before_train(self):
+        self._restore(self.epoch)
+
     def after_fit(self):
-        if hasattr(self.learn, 'skip_to_epoch'): self._restore(self.n_epoch)   # every epoch was done before: cut off after its last checkpoint
+        if hasattr(self.learn, 'skip_to_epoch'):
+            self._restore(self.n_epoch)  # every epoch was done before: cut off after its last checkpoint
+
     def _restore(self, epoch):
-        if self.started: return
+        if self.started:
+            return
         self.started, state = True, _load_checkpoint(self.path) if self.path.exists() else dict(epoch=0)
         if state['epoch'] != epoch:
-            raise ValueError(f"{self.path} has {state['epoch']} epochs behind it, this fit goes on after {epoch}: resume by "
-                             "`fit_resumable` with as many epochs or more, or delete the file to start anew")
-        if epoch == 0: return
+            raise ValueError(
+                f"{self.path} has {state['epoch']} epochs behind it, this fit goes on after {epoch}: resume by "
+                "`fit_resumable` with as many epochs or more, or delete the file to start anew"
+            )
+        if epoch == 0:
+            return
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
-        for cb, s in zip(self.keep, state['callbacks']): cb.load_state_dict(s)
+        for cb, s in zip(self.keep, state['callbacks']):
+            cb.load_state_dict(s)
+
     def end_epoch(self):
-        if dist.is_available() and dist.is_initialized() and dist.get_rank(): return   # of several processes the first one writes
+        if dist.is_available() and dist.is_initialized() and dist.get_rank():
+            return  # of several processes the first one writes
         buffer = io.BytesIO()
-        torch.save(dict(epoch=self.epoch + 1, model=self.model.state_dict(), opt=_plain(self.opt.state_dict()), callbacks=[cb.state_dict() for cb in self.keep]), buffer)
+        torch.save(
+            dict(
+                epoch=self.epoch + 1,
+                model=self.model.state_dict(),
+                opt=_plain(self.opt.state_dict()),
+                callbacks=[cb.state_dict() for cb in self.keep],
+            ),
+            buffer,
+        )
         try:
-            with atomic_path(self.path) as tmp: tmp.write_bytes(buffer.getbuffer())
+            with atomic_path(self.path) as tmp:
+                tmp.write_bytes(buffer.getbuffer())
         except OSError as e:
-            raise OSError(e.errno, f"the checkpoint of epoch {self.epoch + 1} could not be written ({e.strerror}); the one before is whole: make room and run again to resume", str(self.path)) from e
+            raise OSError(
+                e.errno,
+                f"the checkpoint of epoch {self.epoch + 1} could not be written ({e.strerror}); the one before is whole: make room and run again to resume",
+                str(self.path),
+            ) from e
 
 # %% ../../nbs/train/cross_validation.ipynb #c023b
 def _plain(x):
     "Lists and dictionaries instead of fastai's own containers, which `torch.load(weights_only=True)` refuses."
-    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
     return [_plain(v) for v in x] if isinstance(x, (list, tuple, L)) else x
 
+
 def _load_checkpoint(path):
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{path} is no checkpoint that can be read ({type(e).__name__}): delete it to start this fit anew") from e
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise ValueError(
+            f"{path} is no checkpoint that can be read ({type(e).__name__}): delete it to start this fit anew"
+        ) from e
 
 # %% ../../nbs/train/cross_validation.ipynb #finite-b
 class FiniteLoss(EpochEnd):
     "Ends a fit with a ValueError when an epoch's training or validation loss is NaN or infinite."
-    order = 50                # before the logs, which keep weights, and before `Checkpoint`
-    def __init__(self,
-        where,                # what the message names: the folder of the fit
-    ): self.where = where
-    def before_train(self): self.total = {True: torch.zeros(()), False: torch.zeros(())}
-    def after_loss(self): self.total[self.training] = self.loss.detach().float() + self.total[self.training].to(self.loss.device)
+
+    order = 50  # before the logs, which keep weights, and before `Checkpoint`
+
+    def __init__(
+        self,
+        where,  # what the message names: the folder of the fit
+    ):
+        self.where = where
+
+    def before_train(self):
+        self.total = {True: torch.zeros(()), False: torch.zeros(())}
+
+    def after_loss(self):
+        self.total[self.training] = self.loss.detach().float() + self.total[self.training].to(
+            self.loss.device
+        )
+
     def after_train(self):
         super().after_train()
         self._check(True, 'training')
-    def end_epoch(self): self._check(False, 'validation')
+
+    def end_epoch(self):
+        self._check(False, 'validation')
+
     def _check(self, training, name):
         total = float(self.total[training])
-        if math.isfinite(total): return
-        raise ValueError(f"{self.where}: the {name} loss of epoch {self.epoch} is {total}. Nothing of that epoch was written; what "
-                         "was there before is kept. Lower the learning rate, or look at the inputs, and train in a new folder")
+        if math.isfinite(total):
+            return
+        raise ValueError(
+            f"{self.where}: the {name} loss of epoch {self.epoch} is {total}. Nothing of that epoch was written; what "
+            "was there before is kept. Lower the learning rate, or look at the inputs, and train in a new folder"
+        )
 
 # %% ../../nbs/train/cross_validation.ipynb #c023c
 def fit_resumable(
-    learn,                    # a fastai Learner
-    epochs:int,               # in all, those already done included
-    lr:float,                 # learning rate at the start
-    path,                     # the checkpoint file
-    seed:int=0,               # of the run
-    cbs=(),                   # further callbacks; those with a state_dict are saved and restored
+    learn,  # a fastai Learner
+    epochs: int,  # in all, those already done included
+    lr: float,  # learning rate at the start
+    path,  # the checkpoint file
+    seed: int = 0,  # of the run
+    cbs=(),  # further callbacks; those with a state_dict are saved and restored
 ):
     "`learn.fit` with a checkpoint after each epoch; called again after an interruption, it goes on to the same result. One process at a time in its folder."
     folder, checkpoint = Path(path).parent, Checkpoint(path, [cb for cb in cbs if hasattr(cb, 'state_dict')])
-    helper = dist.is_available() and dist.is_initialized() and dist.get_rank()         # of several processes the first one writes
+    helper = (
+        dist.is_available() and dist.is_initialized() and dist.get_rank()
+    )  # of several processes the first one writes
     with nullcontext() if helper else folder_lock(folder):
         cbs = [EpochSeed(seed), FiniteLoss(folder), *cbs, checkpoint]
         learn.fit(epochs, lr, cbs=cbs, start_epoch=min(checkpoint.epochs_done(), epochs))
 
-# %% ../../nbs/train/cross_validation.ipynb #c027
+# %% ../../nbs/train/cross_validation.ipynb #c027-1
 def _checked_logits(logits, n, what):
     "The logits, if there is a finite one for each of n names."
-    if logits.shape[1] != n: raise ValueError(f"{what} has {n} names, the network {logits.shape[1]} outputs")
-    if not torch.isfinite(logits).all(): raise ValueError("the network gives NaN or infinite logits")
+    if logits.shape[1] != n:
+        raise ValueError(f"{what} has {n} names, the network {logits.shape[1]} outputs")
+    if not torch.isfinite(logits).all():
+        raise ValueError("the network gives NaN or infinite logits")
     return logits
 
+# %% ../../nbs/train/cross_validation.ipynb #c027
 class ClassProbs:
     "Collects softmax probabilities, a column `p_<class>` each; scored by frame accuracy."
-    def __init__(self,
-        classes=None,         # label names in the order of the logits; default: those of the DataLoaders, see bind
-    ): self.classes = None if classes is None else list(classes)
+
+    def __init__(
+        self,
+        classes=None,  # label names in the order of the logits; default: those of the DataLoaders, see bind
+    ):
+        self.classes = None if classes is None else list(classes)
+
     @property
     def columns(self):
-        if self.classes is None: raise ValueError("the classes are not known yet: ClassProbs().bind(dls), or ClassProbs(names)")
+        if self.classes is None:
+            raise ValueError("the classes are not known yet: ClassProbs().bind(dls), or ClassProbs(names)")
         return [f'p_{c}' for c in self.classes]
+
     def bind(self, dls):
         "The same with the names that DataLoaders have; ValueError where these names differ, also in their order."
         vocab = getattr(dls, 'vocab', None)
-        if vocab is None and self.classes is None: raise ValueError("the DataLoaders name no classes (no `vocab`): give them, ClassProbs(names)")
+        if vocab is None and self.classes is None:
+            raise ValueError("the DataLoaders name no classes (no `vocab`): give them, ClassProbs(names)")
         if None not in (vocab, self.classes) and list(vocab) != self.classes:
-            raise ValueError(f"ClassProbs has the classes {self.classes}, the DataLoaders {list(vocab)}: leave them out, ClassProbs(), and they are taken from the DataLoaders")
+            raise ValueError(
+                f"ClassProbs has the classes {self.classes}, the DataLoaders {list(vocab)}: leave them out, ClassProbs(), and they are taken from the DataLoaders"
+            )
         return ClassProbs(self.classes if vocab is None else vocab)
-    def __call__(self, logits, targ): return _checked_logits(logits, len(self.columns), 'ClassProbs').float().softmax(1).cpu().numpy()
+
+    def __call__(self, logits, targ):
+        return _checked_logits(logits, len(self.columns), 'ClassProbs').float().softmax(1).cpu().numpy()
+
     def score(self, table):
         columns = ['p_' + c for c in pred_classes(table)] if self.classes is None else self.columns
         return float((predicted(table[columns]) == table['label'].astype(str)).mean())
@@ -257,153 +429,263 @@ class ClassProbs:
 # %% ../../nbs/train/cross_validation.ipynb #c027a
 class PixelCounts:
     "Collects each frame's pixel confusion, a column `cm_<true>_<predicted>` each; scored by mean IoU over all frames."
-    def __init__(self,
-        n:int,                # codes
-        classes=None,         # their names, which bind finds
-    ): self.n, self.classes, self.columns = n, classes, confusion_columns(n)
+
+    def __init__(
+        self,
+        n: int,  # codes
+        classes=None,  # their names, which bind finds
+    ):
+        self.n, self.classes, self.columns = n, classes, confusion_columns(n)
+
     def bind(self, dls):
         "The same with the names of the DataLoaders' codes; ValueError where there are more or fewer."
         codes = getattr(dls, 'codes', getattr(dls, 'vocab', None))
-        if codes is not None and len(codes) != self.n: raise ValueError(f"PixelCounts counts {self.n} codes, the masks of the DataLoaders have {len(codes)}: {list(codes)}")
+        if codes is not None and len(codes) != self.n:
+            raise ValueError(
+                f"PixelCounts counts {self.n} codes, the masks of the DataLoaders have {len(codes)}: {list(codes)}"
+            )
         return PixelCounts(self.n, codes if codes is None else list(codes))
+
     def __call__(self, logits, targ):
-        pred, targ = _checked_logits(logits, self.n, 'PixelCounts').argmax(1).flatten(1), targ.long().flatten(1)
-        known = targ != 255                                                           # "no label" goes into a cell of its own
-        if (known & (targ >= self.n)).any(): raise ValueError(f"a mask has the code {int(targ[known].max())}, PixelCounts counts 0..{self.n - 1}")
+        pred, targ = (
+            _checked_logits(logits, self.n, 'PixelCounts').argmax(1).flatten(1),
+            targ.long().flatten(1),
+        )
+        known = targ != 255  # "no label" goes into a cell of its own
+        if (known & (targ >= self.n)).any():
+            raise ValueError(
+                f"a mask has the code {int(targ[known].max())}, PixelCounts counts 0..{self.n - 1}"
+            )
         cell = torch.where(known, targ * self.n + pred, self.n**2)
-        counts = torch.zeros(len(targ), self.n**2 + 1, device=targ.device, dtype=torch.int64).scatter_add_(1, cell, torch.ones_like(cell))
+        counts = torch.zeros(len(targ), self.n**2 + 1, device=targ.device, dtype=torch.int64).scatter_add_(
+            1, cell, torch.ones_like(cell)
+        )
         return counts[:, :-1].cpu().numpy()
-    def score(self, table): return float(mean_iou(table[self.columns].to_numpy().sum(0).reshape(self.n, self.n)))
+
+    def score(self, table):
+        return float(mean_iou(table[self.columns].to_numpy().sum(0).reshape(self.n, self.n)))
 
 # %% ../../nbs/train/cross_validation.ipynb #c029
 def predict_table(
-    model,                    # gives logits
-    dl,                       # a DataLoader of labelled frames, not shuffled
-    collect,                  # a collector such as ClassProbs
-    precision:str='auto',     # see AutoPrecision
-) -> np.ndarray:              # (frames, columns of the collector)
+    model,  # gives logits
+    dl,  # a DataLoader of labelled frames, not shuffled
+    collect,  # a collector such as ClassProbs
+    precision: str = 'auto',  # see AutoPrecision
+) -> np.ndarray:  # (frames, columns of the collector)
     "Run a model over a DataLoader and collect a row per frame; the model's mode is restored."
     device, collect = next(model.parameters()).device, collect.bind(dl)
     with frozen_eval(model), torch.no_grad():
+
         def rows(x, y):
-            with autocast_for(device, precision): logits = model(torch.Tensor(x.to(device, memory_format=torch.channels_last)))
+            with autocast_for(device, precision):
+                logits = model(torch.Tensor(x.to(device, memory_format=torch.channels_last)))
             return collect(logits, y.to(device))
+
         return np.concatenate([rows(*b) for b in dl])
 
 # %% ../../nbs/train/cross_validation.ipynb #c031
 class FoldLog(EpochEnd):
     "Collects held-out predictions, scores each epoch, and keeps those of the selected and of the last one."
+
     order = 55
-    def __init__(self,
-        collect,              # a collector
-        valid:pd.DataFrame,   # the validation DataLoader's frame table
-        folder,               # where the selected epoch's weights go
-        select:str,           # 'last', 'inner' or 'best'
-        test_dl=None,         # for 'inner': the held-out frames, apart from the validation frames
-        precision:str='auto', # for predictions on test_dl
-        tick=None,            # called after each epoch
-        watch:str='score',    # 'train_loss', 'valid_loss' or 'score': what watched gives
+
+    def __init__(
+        self,
+        collect,  # a collector
+        valid: pd.DataFrame,  # the validation DataLoader's frame table
+        folder,  # where the selected epoch's weights go
+        select: str,  # 'last', 'inner' or 'best'
+        test_dl=None,  # for 'inner': the held-out frames, apart from the validation frames
+        precision: str = 'auto',  # for predictions on test_dl
+        tick=None,  # called after each epoch
+        watch: str = 'score',  # 'train_loss', 'valid_loss' or 'score': what watched gives
     ):
-        self.collect, self.valid, self.folder, self.select, self.test_dl, self.precision, self.tick, self.watch = collect, valid, Path(folder), select, test_dl, precision, tick, watch
+        (
+            self.collect,
+            self.valid,
+            self.folder,
+            self.select,
+            self.test_dl,
+            self.precision,
+            self.tick,
+            self.watch,
+        ) = collect, valid, Path(folder), select, test_dl, precision, tick, watch
         self.history, self.best, self.picked, self.last = [], -float('inf'), None, None
+
     def before_fit(self):
         super().before_fit()
-        if not self.run: return
+        if not self.run:
+            return
         self.collect = self.collect.bind(self.dls)
-        if self.collect.classes is not None: name_outputs(self.model, self.collect.classes)
+        if self.collect.classes is not None:
+            name_outputs(self.model, self.collect.classes)
         x, y = self.dls.valid.one_batch()
-        with frozen_eval(self.model), torch.no_grad(): self.collect(self.model(x[:1]), y[:1])       # do outputs and names agree?
-    def before_train(self): self.losses, self.start = {True: [0., 0], False: [0., 0]}, time.perf_counter()
-    def before_validate(self): self.parts = []
+        with frozen_eval(self.model), torch.no_grad():
+            self.collect(self.model(x[:1]), y[:1])  # do outputs and names agree?
+
+    def before_train(self):
+        self.losses, self.start = {True: [0.0, 0], False: [0.0, 0]}, time.perf_counter()
+
+    def before_validate(self):
+        self.parts = []
+
     def after_pred(self):
-        if self.training: return
-        try: self.parts.append(self.collect(self.pred, self.yb[0]))
-        except ValueError as e: raise ValueError(f"{self.folder}, epoch {self.epoch}: {e}") from None
+        if self.training:
+            return
+        try:
+            self.parts.append(self.collect(self.pred, self.yb[0]))
+        except ValueError as e:
+            raise ValueError(f"{self.folder}, epoch {self.epoch}: {e}") from None
+
     def after_batch(self):
         total, n = self.losses[self.training], len(self.xb[0])
-        total[0] += self.loss.detach() * n; total[1] += n
+        total[0] += self.loss.detach() * n
+        total[1] += n
+
     def end_epoch(self):
         rows, final = np.concatenate(self.parts), self.epoch == self.n_epoch - 1
-        score = self.collect.score(self.valid.reset_index(drop=True).join(pd.DataFrame(rows, columns=self.collect.columns)))
+        score = self.collect.score(
+            self.valid.reset_index(drop=True).join(pd.DataFrame(rows, columns=self.collect.columns))
+        )
         better = final if self.select == 'last' else score > self.best
         self.best = max(self.best, score)
-        if self.test_dl is not None and (better or final): rows = predict_table(self.model, self.test_dl, self.collect, self.precision)
+        if self.test_dl is not None and (better or final):
+            rows = predict_table(self.model, self.test_dl, self.collect, self.precision)
         train_loss, valid_loss = (float(loss / n) for loss, n in (self.losses[True], self.losses[False]))
-        self.history.append(dict(epoch=self.epoch, train_loss=train_loss, valid_loss=valid_loss, score=score, lr=self.opt.hypers[-1]['lr'], seconds=time.perf_counter() - self.start))
+        self.history.append(
+            dict(
+                epoch=self.epoch,
+                train_loss=train_loss,
+                valid_loss=valid_loss,
+                score=score,
+                lr=self.opt.hypers[-1]['lr'],
+                seconds=time.perf_counter() - self.start,
+            )
+        )
         if better:
             self.picked = torch.from_numpy(rows)
-            save_weights(self.model, self.folder/'model.safetensors')
-        if final: self.last = torch.from_numpy(rows)
-        if self.tick: self.tick()
-    def watched(self, learn): return self.history[-1][self.watch] * (-1 if self.watch == 'score' else 1)
-    def state_dict(self): return dict(history=self.history, best=self.best, picked=self.picked, last=self.last)
-    def load_state_dict(self, state): self.history, self.best, self.picked, self.last = (state[k] for k in ('history', 'best', 'picked', 'last'))
+            save_weights(self.model, self.folder / 'model.safetensors')
+        if final:
+            self.last = torch.from_numpy(rows)
+        if self.tick:
+            self.tick()
 
-# %% ../../nbs/train/cross_validation.ipynb #claim-a
-def _short(text): return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:12]
+    def watched(self, learn):
+        return self.history[-1][self.watch] * (-1 if self.watch == 'score' else 1)
 
+    def state_dict(self):
+        return dict(history=self.history, best=self.best, picked=self.picked, last=self.last)
+
+    def load_state_dict(self, state):
+        self.history, self.best, self.picked, self.last = (
+            state[k] for k in ('history', 'best', 'picked', 'last')
+        )
+
+# %% ../../nbs/train/cross_validation.ipynb #claim-a-1
+def _short(text):
+    return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:12]
+
+# %% ../../nbs/train/cross_validation.ipynb #claim-a-2
 def _bytes(x):
     "The values of a tensor or array, whatever their type and device."
-    if isinstance(x, np.ndarray): return str(x.tolist()).encode() if x.dtype == object else x.tobytes()
-    return x.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(x, np.ndarray):
+        return str(x.tolist()).encode() if x.dtype == object else x.tobytes()
+    return (
+        x.detach()
+        .as_subclass(torch.Tensor)
+        .cpu()
+        .contiguous()
+        .reshape(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
+# %% ../../nbs/train/cross_validation.ipynb #claim-a-3
 def _text_of(f):
     "The text of a function without comments and layout; its code where there is no text."
-    try: return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f))))
-    except (OSError, TypeError, SyntaxError): pass
+    try:
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f))))
+    except (OSError, TypeError, SyntaxError):
+        pass
     code = f.__code__
     return repr((code.co_code, code.co_names, [c for c in code.co_consts if not hasattr(c, 'co_code')]))
 
+# %% ../../nbs/train/cross_validation.ipynb #claim-a
 def _name_of(f):
     "A function or class by name, with what it closes over; one of a notebook or script also by its text."
     name, inner = getattr(f, '__qualname__', type(f).__name__), getattr(f, '__func__', f)
     cells = [c.cell_contents for c in getattr(inner, '__closure__', None) or ()]
-    bound = [v for v in [*cells, *(getattr(inner, '__defaults__', None) or ())] if isinstance(v, (bool, int, float, str, tuple, torch.Tensor))]
-    functions = [m for m in vars(f).values() if isinstance(m, FunctionType)] if isinstance(f, type) else [inner]
-    if getattr(f, '__module__', None) == '__main__': name += ' ' + _short(''.join(_text_of(m) for m in functions if hasattr(m, '__code__')))
+    bound = [
+        v
+        for v in [*cells, *(getattr(inner, '__defaults__', None) or ())]
+        if isinstance(v, (bool, int, float, str, tuple, torch.Tensor))
+    ]
+    functions = (
+        [m for m in vars(f).values() if isinstance(m, FunctionType)] if isinstance(f, type) else [inner]
+    )
+    if getattr(f, '__module__', None) == '__main__':
+        name += ' ' + _short(''.join(_text_of(m) for m in functions if hasattr(m, '__code__')))
     return name + (f' with {stable_repr(bound)}' if bound else '')
 
-# %% ../../nbs/train/cross_validation.ipynb #claim-b
+# %% ../../nbs/train/cross_validation.ipynb #claim-b-1
 def _kept(x, deep):
     "The arguments of an object's making that it keeps as attributes, and the modules that it holds."
-    inits = [vars(c)['__init__'] for c in type(x).__mro__ if isinstance(vars(c).get('__init__'), FunctionType)]
+    inits = [
+        vars(c)['__init__'] for c in type(x).__mro__ if isinstance(vars(c).get('__init__'), FunctionType)
+    ]
     names = dict.fromkeys(p for f in inits for p in inspect.signature(f).parameters)
     held = {k: v for k, v in getattr(x, '__dict__', {}).items() if k in names or isinstance(v, nn.Module)}
     return ', '.join(f'{k}={stable_repr(v, deep - 1)}' for k, v in held.items())
+
 
 def _structure(module):
     "Every module in a module, with its options, and the shapes of its tensors."
     lines = [f'{name} {_name_of(type(m))}({_kept(m, 2)})' for name, m in module.named_modules()]
     return '\n'.join(lines + [f'{k} {tuple(v.shape)}' for k, v in module.state_dict().items()])
 
+# %% ../../nbs/train/cross_validation.ipynb #claim-b
 def stable_repr(
-    x,                        # anything that a Learner is made of
-    deep:int=5,               # levels of objects within objects
-) -> str:                     # the same in every process, for the same thing
+    x,  # anything that a Learner is made of
+    deep: int = 5,  # levels of objects within objects
+) -> str:  # the same in every process, for the same thing
     "What an object is made of, without addresses, devices and paths."
-    if isinstance(x, np.generic): x = x.item()
-    if x is None or isinstance(x, (bool, int, float, str, bytes, torch.dtype)): return repr(x)
-    if isinstance(x, (torch.Tensor, np.ndarray)): return f'{tuple(x.shape)} {_short(_bytes(x))}'
-    if deep == 0: return type(x).__name__
-    def each(items): return ', '.join(stable_repr(i, deep - 1) for i in items)
-    if isinstance(x, dict): return '{' + ', '.join(f'{k}: {stable_repr(v, deep - 1)}' for k, v in x.items()) + '}'
-    if isinstance(x, (set, frozenset)): return '{' + ', '.join(sorted(stable_repr(i, deep - 1) for i in x)) + '}'
-    if isinstance(x, (list, tuple, L)): return f'[{each(x)}]'
+    if isinstance(x, np.generic):
+        x = x.item()
+    if x is None or isinstance(x, (bool, int, float, str, bytes, torch.dtype)):
+        return repr(x)
+    if isinstance(x, (torch.Tensor, np.ndarray)):
+        return f'{tuple(x.shape)} {_short(_bytes(x))}'
+    if deep == 0:
+        return type(x).__name__
+
+    def each(items):
+        return ', '.join(stable_repr(i, deep - 1) for i in items)
+
+    if isinstance(x, dict):
+        return '{' + ', '.join(f'{k}: {stable_repr(v, deep - 1)}' for k, v in x.items()) + '}'
+    if isinstance(x, (set, frozenset)):
+        return '{' + ', '.join(sorted(stable_repr(i, deep - 1) for i in x)) + '}'
+    if isinstance(x, (list, tuple, L)):
+        return f'[{each(x)}]'
     if isinstance(x, partial):
         options = [f'{k}={stable_repr(v, deep - 1)}' for k, v in sorted(x.keywords.items())]
         return f"{stable_repr(x.func)}({', '.join([*(stable_repr(a, deep - 1) for a in x.args), *options])})"
-    if isinstance(x, (type, FunctionType, BuiltinFunctionType, MethodType)): return _name_of(x)
+    if isinstance(x, (type, FunctionType, BuiltinFunctionType, MethodType)):
+        return _name_of(x)
     text = f'{_name_of(type(x))}({_kept(x, deep)})'
-    if not isinstance(x, nn.Module) or not (x.state_dict() or list(x.children())): return text
+    if not isinstance(x, nn.Module) or not (x.state_dict() or list(x.children())):
+        return text
     return f"{text} {_short(_structure(x) + each(x.state_dict().values()))}"
 
-# %% ../../nbs/train/cross_validation.ipynb #claim-e
+# %% ../../nbs/train/cross_validation.ipynb #claim-e-1
 def _loaded(first, second):
     "A hash of the tensors that two networks built with different seeds have in common: those that were loaded, not drawn."
     a, b = first.state_dict(), second.state_dict()
     same = [k for k in a if k in b and a[k].shape == b[k].shape and torch.equal(a[k], b[k].to(a[k].device))]
     return _short(b''.join(k.encode() + _bytes(a[k]) for k in same))
 
+# %% ../../nbs/train/cross_validation.ipynb #claim-e-2
 def _content(dls, frames, most=2000):
     "A checksum of what the readers of the DataLoaders take from the frames: of all, or of so many, evenly spaced."
     rows = frames.iloc[np.linspace(0, len(frames) - 1, min(len(frames), most)).astype(int)]
@@ -411,90 +693,146 @@ def _content(dls, frames, most=2000):
     for items in getattr(dls.train.dataset, 'tls', ()):
         for reader in (t for t in items.tfms if isinstance(t, RowReader)):
             keys = reader.keys(rows)
-            for k in range(0, len(keys), 64): h.update(_bytes(reader.take(keys[k:k + 64])))
+            for k in range(0, len(keys), 64):
+                h.update(_bytes(reader.take(keys[k : k + 64])))
     return h.hexdigest()[:12]
 
+# %% ../../nbs/train/cross_validation.ipynb #claim-e
 def _made_of(learn, build, frames):
     "What a run is made of, as text, from the Learner of its first fold."
     dl, model = learn.dls.train, learn.model
     tensors = dict(model.named_parameters())
     trains = {k: p.numel() for k, p in tensors.items() if p.requires_grad}
-    plain = [cb for cb in learn.cbs if type(cb).__module__ not in ('fastai.learner', 'fastai.callback.core', 'fastai.callback.progress')]
+    plain = [
+        cb
+        for cb in learn.cbs
+        if type(cb).__module__ not in ('fastai.learner', 'fastai.callback.core', 'fastai.callback.progress')
+    ]
     options = {k: getattr(learn, k) for k in ('wd', 'moms', 'wd_bn_bias', 'train_bn', 'splitter')}
     seed_all(2**31)
-    return dict(network=f'{type(model).__name__} with {sum(p.numel() for p in tensors.values()):,} parameters ({_short(_structure(model))})',
-                trains=f'{sum(trains.values()):,} parameters ({_short(str(list(trains)))})', loaded=_loaded(model, build(learn.dls).model),
-                optimiser=f'{stable_repr(learn.opt_func)} {stable_repr(options)}', loss=stable_repr(learn.loss_func),
-                callbacks=stable_repr(sorted(map(stable_repr, plain))), bs=dl.bs, frames=_content(learn.dls, frames),
-                transforms=stable_repr([*dl.after_item.fs, *dl.after_batch.fs]))
+    return dict(
+        network=f'{type(model).__name__} with {sum(p.numel() for p in tensors.values()):,} parameters ({_short(_structure(model))})',
+        trains=f'{sum(trains.values()):,} parameters ({_short(str(list(trains)))})',
+        loaded=_loaded(model, build(learn.dls).model),
+        optimiser=f'{stable_repr(learn.opt_func)} {stable_repr(options)}',
+        loss=stable_repr(learn.loss_func),
+        callbacks=stable_repr(sorted(map(stable_repr, plain))),
+        bs=dl.bs,
+        frames=_content(learn.dls, frames),
+        transforms=stable_repr([*dl.after_item.fs, *dl.after_batch.fs]),
+    )
 
 # %% ../../nbs/train/cross_validation.ipynb #c033
 def cross_validate(
-    build,                    # function (dls) -> Learner
-    frames:pd.DataFrame,      # frame table
-    folds:pd.Series=None,     # fold number per row, same index; default: three folds by patient
+    build,  # function (dls) -> Learner
+    frames: pd.DataFrame,  # frame table
+    folds: pd.Series = None,  # fold number per row, same index; default: three folds by patient
     *,
-    data,                     # function (train, valid) -> DataLoaders, two frame tables in
-    collect,                  # ClassProbs() or PixelCounts(n)
-    epochs:int,               # at least 1
-    path,                     # folder for checkpoints, predictions and weights
-    lr:float=1e-3,            # at the start; or a list with one for each parameter group of the Learner
-    patience:int=5,           # epochs on a plateau before the learning rate is lowered
-    factor:float=.5,          # what it is multiplied by then
-    watch:str=None,           # where a plateau is seen: 'train_loss', 'valid_loss' or 'score'; default 'train_loss' for select 'last', else 'score'
-    schedule:str='plateau',   # 'plateau' (PlateauLR); or 'cosine' (CosineLR), 'one-cycle' (OneCycleLR): without patience, factor, watch
-    select:str='last',        # 'last', 'inner' or 'best': who picks the epoch, see above
-    seed:int=0,               # fold k is seeded by (seed, k)
-    precision:str='auto',     # see AutoPrecision
-) -> pd.DataFrame:            # the frame table with a column fold and the collector's columns, in the order of frames
+    data,  # function (train, valid) -> DataLoaders, two frame tables in
+    collect,  # ClassProbs() or PixelCounts(n)
+    epochs: int,  # at least 1
+    path,  # folder for checkpoints, predictions and weights
+    lr: float = 1e-3,  # at the start; or a list with one for each parameter group of the Learner
+    patience: int = 5,  # epochs on a plateau before the learning rate is lowered
+    factor: float = 0.5,  # what it is multiplied by then
+    watch: str = None,  # where a plateau is seen: 'train_loss', 'valid_loss' or 'score'; default 'train_loss' for select 'last', else 'score'
+    schedule: str = 'plateau',  # 'plateau' (PlateauLR); or 'cosine' (CosineLR), 'one-cycle' (OneCycleLR): without patience, factor, watch
+    select: str = 'last',  # 'last', 'inner' or 'best': who picks the epoch, see above
+    seed: int = 0,  # fold k is seeded by (seed, k)
+    precision: str = 'auto',  # see AutoPrecision
+) -> pd.DataFrame:  # the frame table with a column fold and the collector's columns, in the order of frames
     "Train on all folds but one and predict that one, for each fold; resumes where it was stopped."
     watch = watch or ('train_loss' if select == 'last' else 'score')
-    if folds is None: folds = patient_folds(frames, 3)
+    if folds is None:
+        folds = patient_folds(frames, 3)
     _check_run(frames, folds, epochs, select, watch, schedule)
     path, numbers = Path(path), sorted(folds.unique())
-    def start(k): return _fold_learner(build, data, frames, folds, k, select, seed * 1000 + int(k))
+
+    def start(k):
+        return _fold_learner(build, data, frames, folds, k, select, seed * 1000 + int(k))
+
     def rates(log):
-        if schedule == 'cosine': return CosineLR()
+        if schedule == 'cosine':
+            return CosineLR()
         return OneCycleLR() if schedule == 'one-cycle' else PlateauLR(log.watched, factor, patience)
+
     learn = start(numbers[0])[0]
     collect = _bound(collect, learn.dls, frames)
     made = _made_of(learn, build, frames)
     del learn
-    gc.collect()                                                         # a Learner and its callbacks hold each other
-    settings = dict(split=split_hash(frames, folds), columns=collect.columns, epochs=epochs, lr=lr, patience=patience, factor=factor,
-                    watch=watch, select=select, seed=seed, precision=precision, schedule=schedule, **made)
-    done = all((path/f'fold{k}'/'predictions.pt').exists() for k in numbers)
+    gc.collect()  # a Learner and its callbacks hold each other
+    settings = dict(
+        split=split_hash(frames, folds),
+        columns=collect.columns,
+        epochs=epochs,
+        lr=lr,
+        patience=patience,
+        factor=factor,
+        watch=watch,
+        select=select,
+        seed=seed,
+        precision=precision,
+        schedule=schedule,
+        **made,
+    )
+    done = all((path / f'fold{k}' / 'predictions.pt').exists() for k in numbers)
     with nullcontext() if done else folder_lock(path):
         _claim(path, settings, schedule='plateau', **made)
         ticks = iter(progress(range(len(numbers) * epochs), desc=f'epochs of {path.name}'))
         next(ticks, None)
-        def tick(): next(ticks, None)
+
+        def tick():
+            next(ticks, None)
+
         for k in numbers:
-            if (path/f'fold{k}'/'predictions.pt').exists(): continue
-            _train_fold(*start(k), collect, epochs, path/f'fold{k}', lr, rates, watch, select, seed * 1000 + int(k), precision, tick)
+            if (path / f'fold{k}' / 'predictions.pt').exists():
+                continue
+            _train_fold(
+                *start(k),
+                collect,
+                epochs,
+                path / f'fold{k}',
+                lr,
+                rates,
+                watch,
+                select,
+                seed * 1000 + int(k),
+                precision,
+                tick,
+            )
             gc.collect()
     return _read_folds(path, 'picked', frames, folds, collect.columns, epochs)
 
-
-
-# %% ../../nbs/train/cross_validation.ipynb #cv-a
+# %% ../../nbs/train/cross_validation.ipynb #cv-a-1
 def _check_run(frames, folds, epochs, select, watch, schedule):
     "Complain of arguments of `cross_validate` that cannot be."
-    if select not in ('last', 'inner', 'best'): raise ValueError(f"select is 'last', 'inner' or 'best', not {select!r}")
-    if watch not in ('train_loss', 'valid_loss', 'score'): raise ValueError(f"watch is 'train_loss', 'valid_loss' or 'score', not {watch!r}")
-    if schedule not in ('plateau', 'cosine', 'one-cycle'): raise ValueError(f"schedule is 'plateau', 'cosine' or 'one-cycle', not {schedule!r}")
-    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if not folds.index.equals(frames.index): raise ValueError("folds and frames must have the same index: make the folds from this frame table")
-    if folds.nunique() < 2: raise ValueError(f"cross-validation needs at least two folds, got {folds.nunique()}")
+    if select not in ('last', 'inner', 'best'):
+        raise ValueError(f"select is 'last', 'inner' or 'best', not {select!r}")
+    if watch not in ('train_loss', 'valid_loss', 'score'):
+        raise ValueError(f"watch is 'train_loss', 'valid_loss' or 'score', not {watch!r}")
+    if schedule not in ('plateau', 'cosine', 'one-cycle'):
+        raise ValueError(f"schedule is 'plateau', 'cosine' or 'one-cycle', not {schedule!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not folds.index.equals(frames.index):
+        raise ValueError("folds and frames must have the same index: make the folds from this frame table")
+    if folds.nunique() < 2:
+        raise ValueError(f"cross-validation needs at least two folds, got {folds.nunique()}")
 
+# %% ../../nbs/train/cross_validation.ipynb #cv-a-2
 def _bound(collect, dls, frames):
     "The collector with the names of the DataLoaders; TableError for labels that have no name there."
     collect = collect.bind(dls)
-    if not isinstance(collect, ClassProbs): return collect
+    if not isinstance(collect, ClassProbs):
+        return collect
     unknown = sorted(set(frames['label'].astype(str)) - set(map(str, collect.classes)))
-    if unknown: raise TableError(f"label(s) {unknown} of the frame table are not among the classes {collect.classes}: name them in `classes`, or drop those rows")
+    if unknown:
+        raise TableError(
+            f"label(s) {unknown} of the frame table are not among the classes {collect.classes}: name them in `classes`, or drop those rows"
+        )
     return collect
 
+# %% ../../nbs/train/cross_validation.ipynb #cv-a
 def _fold_learner(build, data, frames, folds, k, select, seed):
     "The Learner of a fold as it starts, the frame table that it validates on and, for 'inner', the DataLoader of the held-out frames."
     train, test = frames[folds != k], frames[folds == k]
@@ -504,134 +842,228 @@ def _fold_learner(build, data, frames, folds, k, select, seed):
     learn = build(data(train if inner is None else train[~inner], valid))
     return learn, valid, None if inner is None else learn.dls.test_dl(test, with_labels=True)
 
-# %% ../../nbs/train/cross_validation.ipynb #cv-b
+# %% ../../nbs/train/cross_validation.ipynb #cv-b-1
 def _claim(path, settings, **before):
     "Bind a folder to one run's settings, or complain that it belongs to another; `before` holds what a claim of an older version, which lacks these keys, was made with."
-    claim = path/'run.json'
-    if not claim.exists(): return write_json(claim, settings)
+    claim = path / 'run.json'
+    if not claim.exists():
+        return write_json(claim, settings)
     old = {**before, **json.loads(claim.read_text())}
-    if old == settings: return
-    other = ', '.join(f"{k} {old.get(k)} -> {settings.get(k)}" for k in {**settings, **old} if old.get(k) != settings.get(k))
+    if old == settings:
+        return
+    other = ', '.join(
+        f"{k} {old.get(k)} -> {settings.get(k)}" for k in {**settings, **old} if old.get(k) != settings.get(k)
+    )
     raise ValueError(f"{path} holds another run ({other}): choose another path, or delete that folder")
 
-def _train_fold(learn, valid, test_dl, collect, epochs, folder, lr, rates, watch, select, seed, precision, tick):
+# %% ../../nbs/train/cross_validation.ipynb #cv-b-2
+def _train_fold(
+    learn, valid, test_dl, collect, epochs, folder, lr, rates, watch, select, seed, precision, tick
+):
     "Train one fold and write its predictions, weights and history."
     log = FoldLog(collect, valid, folder, select, test_dl, precision, tick, watch)
     with learn.no_bar(), learn.no_logging():
-        fit_resumable(learn, epochs, lr, folder/'checkpoint.pt', seed, cbs=[AutoPrecision(precision), log, rates(log)])
+        fit_resumable(
+            learn, epochs, lr, folder / 'checkpoint.pt', seed, cbs=[AutoPrecision(precision), log, rates(log)]
+        )
     _check_history(log.history, epochs, folder)
-    with atomic_path(folder/'history.csv') as tmp: pd.DataFrame(log.history).to_csv(tmp, index=False)
-    with atomic_path(folder/'predictions.pt') as tmp: torch.save(dict(picked=log.picked, last=log.last), tmp)
-    (folder/'checkpoint.pt').unlink()
+    with atomic_path(folder / 'history.csv') as tmp:
+        pd.DataFrame(log.history).to_csv(tmp, index=False)
+    with atomic_path(folder / 'predictions.pt') as tmp:
+        torch.save(dict(picked=log.picked, last=log.last), tmp)
+    (folder / 'checkpoint.pt').unlink()
 
+# %% ../../nbs/train/cross_validation.ipynb #cv-b-3
 def _check_history(history, epochs, folder):
     "Complain of a fold whose history does not hold every epoch, once and in order."
     seen = [int(h['epoch']) for h in history]
-    if seen != list(range(epochs)): raise ValueError(f"{folder} has a history of the epochs {seen}, not of all {epochs}: delete that folder to train it again")
+    if seen != list(range(epochs)):
+        raise ValueError(
+            f"{folder} has a history of the epochs {seen}, not of all {epochs}: delete that folder to train it again"
+        )
 
+# %% ../../nbs/train/cross_validation.ipynb #cv-b
 def _read_folds(path, which, frames, folds, columns, epochs):
     "The out-of-fold table of a finished run: the 'picked' or the 'last' epoch of each fold."
     tables = []
     for k in sorted(folds.unique()):
-        folder, test = path/f'fold{k}', frames[folds == k]
-        _check_history(pd.read_csv(folder/'history.csv').to_dict('records'), epochs, folder)
-        rows = torch.load(folder/'predictions.pt', weights_only=True)[which].numpy()
-        if rows.shape != (len(test), len(columns)): raise ValueError(f"{folder/'predictions.pt'} has {rows.shape} numbers, not {(len(test), len(columns))}: delete that folder to train it again")
+        folder, test = path / f'fold{k}', frames[folds == k]
+        _check_history(pd.read_csv(folder / 'history.csv').to_dict('records'), epochs, folder)
+        rows = torch.load(folder / 'predictions.pt', weights_only=True)[which].numpy()
+        if rows.shape != (len(test), len(columns)):
+            raise ValueError(
+                f"{folder / 'predictions.pt'} has {rows.shape} numbers, not {(len(test), len(columns))}: delete that folder to train it again"
+            )
         tables.append(test.assign(fold=k, **dict(zip(columns, rows.T))))
     return pd.concat(tables).loc[frames.index]
 
-# %% ../../nbs/train/cross_validation.ipynb #c039
+# %% ../../nbs/train/cross_validation.ipynb #c039-1
 def last_epoch(
-    frames:pd.DataFrame,      # the frame table of the run
-    folds:pd.Series,          # its folds
-    path,                     # its folder, which knows the names of the columns
-) -> pd.DataFrame:            # as cross_validate returns it, but of each fold's last epoch
+    frames: pd.DataFrame,  # the frame table of the run
+    folds: pd.Series,  # its folds
+    path,  # its folder, which knows the names of the columns
+) -> pd.DataFrame:  # as cross_validate returns it, but of each fold's last epoch
     "The last epoch's out-of-fold predictions of a finished `cross_validate`, whatever epoch it selected."
-    claim = json.loads((Path(path)/'run.json').read_text())
-    if claim['split'] != split_hash(frames, folds): raise ValueError(f"{path} holds a run with other frames or folds: give those that it was trained with")
+    claim = json.loads((Path(path) / 'run.json').read_text())
+    if claim['split'] != split_hash(frames, folds):
+        raise ValueError(
+            f"{path} holds a run with other frames or folds: give those that it was trained with"
+        )
     return _read_folds(Path(path), 'last', frames, folds, claim['columns'], claim['epochs'])
 
+# %% ../../nbs/train/cross_validation.ipynb #c039-2
 def training_hours(
-    path,                     # a folder with finished runs anywhere below it
-) -> float:                   # hours
+    path,  # a folder with finished runs anywhere below it
+) -> float:  # hours
     "Time spent in the epochs of all runs below a folder, however often they were interrupted, summed over processes."
     return sum(pd.read_csv(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
 
+# %% ../../nbs/train/cross_validation.ipynb #c039
 def fold_history(
-    path,                     # folder of a finished cross_validate
-) -> pd.DataFrame:            # columns fold, epoch, train_loss, valid_loss, score, lr, seconds
+    path,  # folder of a finished cross_validate
+) -> pd.DataFrame:  # columns fold, epoch, train_loss, valid_loss, score, lr, seconds
     "Loss, score, learning rate and duration of every epoch of every fold."
-    return pd.concat([pd.read_csv(f).assign(fold=int(f.parent.name[4:])) for f in sorted(Path(path).glob('fold*/history.csv'))], ignore_index=True)
+    return pd.concat(
+        [
+            pd.read_csv(f).assign(fold=int(f.parent.name[4:]))
+            for f in sorted(Path(path).glob('fold*/history.csv'))
+        ],
+        ignore_index=True,
+    )
 
-# %% ../../nbs/train/cross_validation.ipynb #c045
+# %% ../../nbs/train/cross_validation.ipynb #c045-1
 def _classifier(backbone, n_classes):
     "A copy of the backbone between the scaling of `models.BackboneClassifier` and one linear layer, under the same names."
     n = getattr(backbone, 'n_features', None)
-    if not isinstance(n, int): raise ValueError("the backbone has no n_features: make it with create_backbone, or set backbone.n_features to the length of the vector that it gives")
-    return nn.Sequential(OrderedDict(scale=scale_for(backbone), backbone=deepcopy(backbone), head=nn.Linear(n, n_classes)))
+    if not isinstance(n, int):
+        raise ValueError(
+            "the backbone has no n_features: make it with create_backbone, or set backbone.n_features to the length of the vector that it gives"
+        )
+    return nn.Sequential(
+        OrderedDict(scale=scale_for(backbone), backbone=deepcopy(backbone), head=nn.Linear(n, n_classes))
+    )
 
+# %% ../../nbs/train/cross_validation.ipynb #c045
 def fine_tune_learner(
-    dls,                      # DataLoaders of labelled frames in 0..1, as from frame_dls
-    backbone:nn.Module,       # (b, c, h, w) -> (b, n_features), with the attribute n_features; it is copied
-    policy='last 3',          # what trains: a policy of freeze, or a number of layers
+    dls,  # DataLoaders of labelled frames in 0..1, as from frame_dls
+    backbone: nn.Module,  # (b, c, h, w) -> (b, n_features), with the attribute n_features; it is copied
+    policy='last 3',  # what trains: a policy of freeze, or a number of layers
     *,
-    wd:float=1e-4,            # weight decay
-    splitter=trainable_params,# parameter groups; stages for a rate per stage
-) -> Learner:                 # with Adam and cross-entropy; its model gives logits
+    wd: float = 1e-4,  # weight decay
+    splitter=trainable_params,  # parameter groups; stages for a rate per stage
+) -> Learner:  # with Adam and cross-entropy; its model gives logits
     "A Learner that fine-tunes a pretrained backbone (Chen 2021, section 4)."
     model, vocab = _classifier(backbone, get_c(dls)), getattr(dls, 'vocab', None)
-    if vocab is not None: name_outputs(model, vocab)
+    if vocab is not None:
+        name_outputs(model, vocab)
     freeze(model, f'last {policy}' if isinstance(policy, int) else policy)
-    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), wd=wd, splitter=splitter)
+    return Learner(
+        dls,
+        model,
+        loss_func=CrossEntropyLossFlat(),
+        opt_func=partial(OptimWrapper, opt=torch.optim.Adam),
+        wd=wd,
+        splitter=splitter,
+    )
 
 # %% ../../nbs/train/cross_validation.ipynb #c045a
 def _fingerprint(module):
     "A short hash of all tensors and their names."
     h = hashlib.sha256()
-    for k, v in module.state_dict().items(): h.update(k.encode() + _bytes(v))
+    for k, v in module.state_dict().items():
+        h.update(k.encode() + _bytes(v))
     return h.hexdigest()[:16]
 
 # %% ../../nbs/train/cross_validation.ipynb #c045b
 def fine_tune(
-    backbone:nn.Module,       # as for fine_tune_learner; gets one or three channels, whatever its first convolution takes
-    table,                    # a clip table, or a FrameStore
-    last=3,                   # how many of the last weight layers train, the new head included; or the name of a policy of freeze
+    backbone: nn.Module,  # as for fine_tune_learner; gets one or three channels, whatever its first convolution takes
+    table,  # a clip table, or a FrameStore
+    last=3,  # how many of the last weight layers train, the new head included; or the name of a policy of freeze
     *,
-    path=None,                # folder for frames, checkpoints, predictions and weights: a run that was stopped goes on there; default: a temporary one
-    folds:pd.Series=None,     # fold number per row of the clip table or of the store's frame table (frames that are not in it are left out); default: three folds by patient
-    classes=CLASSES,          # label names
-    epochs:int=100,           # at least 1
-    lr:float=.01,             # at the start
-    factor:float=None,        # each stage's learning rate over that of the stage after it, see split_rates; default: one rate for all
-    wd:float=1e-4,            # weight decay
-    bs:int=32,                # batch size
-    augment=None,             # batch transforms for training
-    size:tuple=(224, 224),    # (height, width) of the frames of a clip table
-    rate:float=3.,            # frames a second of a clip table
-    max_frames:int=30,        # at most that many of a clip
-    select:str='last',        # as for cross_validate
-    seed:int=0,               # fold k is seeded by (seed, k)
-    precision:str='auto',     # see AutoPrecision
-) -> pd.DataFrame:            # as from cross_validate: a row per frame with columns fold and p_<class>, none predicted by a network that has seen its patient
+    path=None,  # folder for frames, checkpoints, predictions and weights: a run that was stopped goes on there; default: a temporary one
+    folds: pd.Series = None,  # fold number per row of the clip table or of the store's frame table (frames that are not in it are left out); default: three folds by patient
+    classes=CLASSES,  # label names
+    epochs: int = 100,  # at least 1
+    lr: float = 0.01,  # at the start
+    factor: float = None,  # each stage's learning rate over that of the stage after it, see split_rates; default: one rate for all
+    wd: float = 1e-4,  # weight decay
+    bs: int = 32,  # batch size
+    augment=None,  # batch transforms for training
+    size: tuple = (224, 224),  # (height, width) of the frames of a clip table
+    rate: float = 3.0,  # frames a second of a clip table
+    max_frames: int = 30,  # at most that many of a clip
+    select: str = 'last',  # as for cross_validate
+    seed: int = 0,  # fold k is seeded by (seed, k)
+    precision: str = 'auto',  # see AutoPrecision
+) -> pd.DataFrame:  # as from cross_validate: a row per frame with columns fold and p_<class>, none predicted by a network that has seen its patient
     "Fine-tune a pretrained backbone on all folds but one and predict that one, for each fold."
     policy = f'last {last}' if isinstance(last, int) else last
     model = _classifier(backbone, len(classes))
-    freeze(model, policy)                                                          # complains before any clip is decoded
-    if factor is not None: lr = [g['lr'] for g in split_rates(model, lr, factor)]
-    if isinstance(table, pd.DataFrame) and 'row' in table: raise ValueError("this is a frame table: give its FrameStore, and in `folds` the rows that are to be used")
+    freeze(model, policy)  # complains before any clip is decoded
+    if factor is not None:
+        lr = [g['lr'] for g in split_rates(model, lr, factor)]
+    if isinstance(table, pd.DataFrame) and 'row' in table:
+        raise ValueError(
+            "this is a frame table: give its FrameStore, and in `folds` the rows that are to be used"
+        )
     with tempfile.TemporaryDirectory() if path is None else nullcontext(path) as folder:
-        if isinstance(table, FrameStore): store = table
+        if isinstance(table, FrameStore):
+            store = table
         else:
-            if folds is not None and not folds.index.equals(table.index): raise ValueError("folds and the clip table must have the same index: make the folds from this table")
+            if folds is not None and not folds.index.equals(table.index):
+                raise ValueError(
+                    "folds and the clip table must have the same index: make the folds from this table"
+                )
             unknown = sorted(set(check_table(table, exists=False)['label']) - set(classes))
-            if unknown: raise TableError(f"label(s) {unknown} are not among the classes {list(classes)}: name them in `classes`, or drop those rows")
-            store = FrameStore.build(table if folds is None else table.assign(fold=folds), Path(folder)/'frames', size, rate, max_frames)
+            if unknown:
+                raise TableError(
+                    f"label(s) {unknown} are not among the classes {list(classes)}: name them in `classes`, or drop those rows"
+                )
+            store = FrameStore.build(
+                table if folds is None else table.assign(fold=folds),
+                Path(folder) / 'frames',
+                size,
+                rate,
+                max_frames,
+            )
             folds = None if folds is None else store.frames['fold']
-        if folds is not None and not folds.index.isin(store.frames.index).all(): raise ValueError("folds has rows that are not of the store: make the folds from its frame table")
+        if folds is not None and not folds.index.isin(store.frames.index).all():
+            raise ValueError("folds has rows that are not of the store: make the folds from its frame table")
         frames = store.frames if folds is None else store.frames.loc[folds.index]
         channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 1)
-        _claim(Path(folder), dict(backbone=_fingerprint(backbone), policy=policy, wd=wd, bs=bs, size=list(store.size), augment=repr(augment)))
-        def data(train, valid): return frame_dls(store, train, valid, classes=classes, bs=bs, batch_tfms=augment, channels=channels)
-        def build(dls): return fine_tune_learner(dls, backbone, policy, wd=wd, splitter=trainable_params if factor is None else stages)
-        return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=epochs, path=Path(folder)/'folds', lr=lr, select=select,
-                              seed=seed, precision=precision, schedule='cosine')
+        _claim(
+            Path(folder),
+            dict(
+                backbone=_fingerprint(backbone),
+                policy=policy,
+                wd=wd,
+                bs=bs,
+                size=list(store.size),
+                augment=repr(augment),
+            ),
+        )
+
+        def data(train, valid):
+            return frame_dls(
+                store, train, valid, classes=classes, bs=bs, batch_tfms=augment, channels=channels
+            )
+
+        def build(dls):
+            return fine_tune_learner(
+                dls, backbone, policy, wd=wd, splitter=trainable_params if factor is None else stages
+            )
+
+        return cross_validate(
+            build,
+            frames,
+            folds,
+            data=data,
+            collect=ClassProbs(),
+            epochs=epochs,
+            path=Path(folder) / 'folds',
+            lr=lr,
+            select=select,
+            seed=seed,
+            precision=precision,
+            schedule='cosine',
+        )

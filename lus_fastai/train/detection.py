@@ -11,382 +11,670 @@ __all__ = ['FEW_OBJECTS', 'boxes_from_masks', 'DetectItems', 'busi_items', 'phan
            'DetectLog', 'train_detector', 'load_detections']
 
 # %% ../../nbs/train/detection.ipynb #c003
-import contextlib, hashlib, io, time
+import contextlib
+import hashlib
+import io
+import time
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.vision.all import (
+    SGD,
+    Adam,
+    Callback,
+    DataLoader,
+    DataLoaders,
+    GradientClip,
+    Learner,
+    ValueMetric,
+    trainable_params,
+)
 from torch import nn
 from torchvision.models import ResNet
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-from fastai.vision.all import Callback, DataLoader, DataLoaders, GradientClip, Learner, SGD, Adam, ValueMetric, trainable_params
-from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, seed_all, frozen_eval, progress
+
+from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, progress, seed_all
 from ..data.store import ClipError, read_clip
-from ..models.unet import create_backbone, gray_stem
-from .cross_validation import EpochEnd, fit_resumable, _claim
 from ..models.transfer import copy_weights, load_weights
+from ..models.unet import create_backbone, gray_stem
+from .cross_validation import EpochEnd, _claim, fit_resumable
 
 # %% ../../nbs/train/detection.ipynb #c006
 def boxes_from_masks(
-    masks,                    # (n, h, w), nonzero inside the object; array or tensor
-) -> tuple:                   # boxes (m, 4) float32 x0 y0 x1 y1 in pixel edges, and (n,) bool: which masks are not empty
+    masks,  # (n, h, w), nonzero inside the object; array or tensor
+) -> tuple:  # boxes (m, 4) float32 x0 y0 x1 y1 in pixel edges, and (n,) bool: which masks are not empty
     "The tight box around each mask that is not empty."
     masks = np.asarray(masks) != 0
-    if masks.ndim != 3: raise ValueError(f"masks are (n, h, w), one of each object, got shape {masks.shape}")
+    if masks.ndim != 3:
+        raise ValueError(f"masks are (n, h, w), one of each object, got shape {masks.shape}")
     kept = masks.any((1, 2))
     rows, cols = masks[kept].any(2), masks[kept].any(1)
     h, w = masks.shape[1:]
-    first = lambda x: x.argmax(1) if x.size else np.zeros(0, int)
-    return np.stack([first(cols), first(rows), w - first(cols[:, ::-1]), h - first(rows[:, ::-1])], 1).astype(np.float32).reshape(-1, 4), kept
+
+    def first(x):
+        return x.argmax(1) if x.size else np.zeros(0, int)
+
+    return np.stack([first(cols), first(rows), w - first(cols[:, ::-1]), h - first(rows[:, ::-1])], 1).astype(
+        np.float32
+    ).reshape(-1, 4), kept
 
 # %% ../../nbs/train/detection.ipynb #c009
 @dataclass(repr=False, eq=False)
 class DetectItems:
     "Pictures and the masks of their objects; `items[i]` is what the network trains on."
-    table:pd.DataFrame        # a row per picture, numbered from 0: at least the columns label and patient, so that patient_folds can deal them
-    images:list               # (h, w) uint8 each
-    masks:list                # (n, h, w) bool each, n from 0
-    labels:list               # (n,) int each, 1 for the first of names; 0 is the network's background
-    names:tuple               # of the classes
-    dropped:int = 0           # objects without area that were left out
-    skipped:dict = None       # pictures that could not be read: path -> reason
+
+    table: pd.DataFrame  # a row per picture, numbered from 0: at least the columns label and patient, so that patient_folds can deal them
+    images: list  # (h, w) uint8 each
+    masks: list  # (n, h, w) bool each, n from 0
+    labels: list  # (n,) int each, 1 for the first of names; 0 is the network's background
+    names: tuple  # of the classes
+    dropped: int = 0  # objects without area that were left out
+    skipped: dict = None  # pictures that could not be read: path -> reason
 
     def __post_init__(self):
         self.skipped = self.skipped or {}
-        if not len(self.table) == len(self.images) == len(self.masks) == len(self.labels): raise ValueError(f"{len(self.table)} rows, {len(self.images)} images, {len(self.masks)} masks and {len(self.labels)} labels: one of each for every picture")
+        if not len(self.table) == len(self.images) == len(self.masks) == len(self.labels):
+            raise ValueError(
+                f"{len(self.table)} rows, {len(self.images)} images, {len(self.masks)} masks and {len(self.labels)} labels: one of each for every picture"
+            )
         self.table, self.boxes = self.table.reset_index(drop=True), []
         for i, (x, m, l) in enumerate(zip(self.images, self.masks, self.labels)):
-            if m.shape != (len(l), *x.shape): raise ValueError(f"picture {i} of {x.shape[1]}x{x.shape[0]} has masks of shape {m.shape} and {len(l)} labels; masks are (n, height, width)")
-            if len(l) and not 1 <= min(l) <= max(l) <= len(self.names): raise ValueError(f"picture {i} has labels {sorted(set(map(int, l)))}; with the names {list(self.names)} they are 1..{len(self.names)}")
+            if m.shape != (len(l), *x.shape):
+                raise ValueError(
+                    f"picture {i} of {x.shape[1]}x{x.shape[0]} has masks of shape {m.shape} and {len(l)} labels; masks are (n, height, width)"
+                )
+            if len(l) and not 1 <= min(l) <= max(l) <= len(self.names):
+                raise ValueError(
+                    f"picture {i} has labels {sorted(set(map(int, l)))}; with the names {list(self.names)} they are 1..{len(self.names)}"
+                )
             boxes, kept = boxes_from_masks(m)
-            if not kept.all(): self.dropped += int((~kept).sum()); self.masks[i], self.labels[i] = m[kept], np.asarray(l)[kept]
+            if not kept.all():
+                self.dropped += int((~kept).sum())
+                self.masks[i], self.labels[i] = m[kept], np.asarray(l)[kept]
             self.boxes.append(boxes)
-    def __len__(self): return len(self.table)
+
+    def __len__(self):
+        return len(self.table)
+
     def __getitem__(self, i):
         "Picture i as (1, h, w) float 0..1, and its target as torchvision wants it."
-        return torch.from_numpy(self.images[i])[None] / 255., dict(boxes=torch.from_numpy(self.boxes[i]), labels=torch.as_tensor(np.asarray(self.labels[i], np.int64)),
-                                                                  masks=torch.from_numpy(self.masks[i].astype(np.uint8)))
-    def __repr__(self):
-        counts = np.bincount(np.concatenate([np.asarray(l, int) for l in self.labels]), minlength=len(self.names) + 1)[1:] if len(self) else [0] * len(self.names)
-        return (f"{len(self)} pictures with " + ', '.join(f'{n} {name}' for n, name in zip(counts, self.names)) + f"; {sum(not len(l) for l in self.labels)} without any"
-                + (f"; {self.dropped} objects without area dropped" if self.dropped else '') + (f"; {len(self.skipped)} pictures skipped" if self.skipped else ''))
+        return torch.from_numpy(self.images[i])[None] / 255.0, dict(
+            boxes=torch.from_numpy(self.boxes[i]),
+            labels=torch.as_tensor(np.asarray(self.labels[i], np.int64)),
+            masks=torch.from_numpy(self.masks[i].astype(np.uint8)),
+        )
 
-# %% ../../nbs/train/detection.ipynb #c011
+    def __repr__(self):
+        counts = (
+            np.bincount(
+                np.concatenate([np.asarray(l, int) for l in self.labels]), minlength=len(self.names) + 1
+            )[1:]
+            if len(self)
+            else [0] * len(self.names)
+        )
+        return (
+            f"{len(self)} pictures with "
+            + ', '.join(f'{n} {name}' for n, name in zip(counts, self.names))
+            + f"; {sum(not len(l) for l in self.labels)} without any"
+            + (f"; {self.dropped} objects without area dropped" if self.dropped else '')
+            + (f"; {len(self.skipped)} pictures skipped" if self.skipped else '')
+        )
+
+# %% ../../nbs/train/detection.ipynb #c011-1
 def _paths(x):
     "The cell of a column `lesions` as a list."
-    if isinstance(x, str): return [p for p in x.split(';') if p.strip()]
+    if isinstance(x, str):
+        return [p for p in x.split(';') if p.strip()]
     return list(x) if isinstance(x, (list, tuple, np.ndarray)) else []
 
+# %% ../../nbs/train/detection.ipynb #c011
 def busi_items(
-    table:pd.DataFrame,       # as sources.index('busi', folder) returns it: lesions is the list of a picture's mask files
-    names=('lesion',),        # the one class; benign and malignant are not told apart (Chen 2021)
-) -> DetectItems:             # an unreadable picture, or one with a mask of another size, is in skipped
+    table: pd.DataFrame,  # as sources.index('busi', folder) returns it: lesions is the list of a picture's mask files
+    names=('lesion',),  # the one class; benign and malignant are not told apart (Chen 2021)
+) -> DetectItems:  # an unreadable picture, or one with a mask of another size, is in skipped
     "Pictures with lesions drawn file by file."
-    if 'lesions' not in table: raise TableError(f"missing column 'lesions', the mask files of each picture; this table has {list(table.columns)}")
+    if 'lesions' not in table:
+        raise TableError(
+            f"missing column 'lesions', the mask files of each picture; this table has {list(table.columns)}"
+        )
     rows, images, masks, skipped = [], [], [], {}
-    for i, path, lesions in progress(list(zip(range(len(table)), table['path'], table['lesions'])), desc='lesions'):
+    for i, path, lesions in progress(
+        list(zip(range(len(table)), table['path'], table['lesions'])), desc='lesions'
+    ):
         try:
             x = read_clip(path).frames[0]
             drawn = [read_clip(p).frames[0] > 127 for p in _paths(lesions)]
             wrong = next((p for p, m in zip(_paths(lesions), drawn) if m.shape != x.shape), None)
-            if wrong: raise ClipError(wrong, 'this mask is of another size than its picture')
-        except ClipError as e: skipped[str(path)] = str(e); continue
-        rows.append(i); images.append(x); masks.append(np.stack(drawn) if drawn else np.zeros((0, *x.shape), bool))
-    if not rows: raise TableError(f"none of {len(table)} pictures could be read" + ''.join(f'; first: {r}' for r in list(skipped.values())[:1]))
-    return DetectItems(table.iloc[rows], images, masks, [np.ones(len(m), int) for m in masks], tuple(names), skipped=skipped)
+            if wrong:
+                raise ClipError(wrong, 'this mask is of another size than its picture')
+        except ClipError as e:
+            skipped[str(path)] = str(e)
+            continue
+        rows.append(i)
+        images.append(x)
+        masks.append(np.stack(drawn) if drawn else np.zeros((0, *x.shape), bool))
+    if not rows:
+        raise TableError(
+            f"none of {len(table)} pictures could be read"
+            + ''.join(f'; first: {r}' for r in list(skipped.values())[:1])
+        )
+    return DetectItems(
+        table.iloc[rows], images, masks, [np.ones(len(m), int) for m in masks], tuple(names), skipped=skipped
+    )
 
 # %% ../../nbs/train/detection.ipynb #c013
 def phantom_items(
-    table:pd.DataFrame,       # clip table of phantom_dataset, with columns mask and findings
-    frames:int=2,             # frames of each clip, evenly spaced
-    least:int=20,             # smallest area of an object, in pixels
-    names=('B-line', 'consolidation'), # one of these, or both
-) -> DetectItems:             # a row per frame, with the clip table's columns and frame
+    table: pd.DataFrame,  # clip table of phantom_dataset, with columns mask and findings
+    frames: int = 2,  # frames of each clip, evenly spaced
+    least: int = 20,  # smallest area of an object, in pixels
+    names=('B-line', 'consolidation'),  # one of these, or both
+) -> DetectItems:  # a row per frame, with the clip table's columns and frame
     "Frames of phantom clips; each connected B-line and consolidation is an object."
     from scipy.ndimage import label
+
     missing = [c for c in ('mask', 'findings') if c not in table]
-    if missing: raise TableError(f"missing column(s) {missing}; take the table of `phantom_dataset`")
+    if missing:
+        raise TableError(f"missing column(s) {missing}; take the table of `phantom_dataset`")
     wrong = [n for n in names if n not in ('B-line', 'consolidation')]
-    if wrong or not len(names): raise ValueError(f"names are of 'B-line' and 'consolidation', got {list(names)}")
+    if wrong or not len(names):
+        raise ValueError(f"names are of 'B-line' and 'consolidation', got {list(names)}")
     rows, images, masks, labels = [], [], [], []
     for _, row in progress(list(table.iterrows()), desc='objects'):
         pictures, dense, findings = (read_clip(row[c]).frames for c in ('path', 'mask', 'findings'))
         for k in np.unique(np.linspace(0, len(pictures) - 1, frames).round().astype(int)):
-            found = [(i, m) for i, name in enumerate(names, 1) for patches, n in [label(dense[k] == DENSE.index('B-line') if name == 'B-line' else findings[k] & 2, np.ones((3, 3)))]
-                     for m in (patches == j for j in range(1, n + 1)) if m.sum() >= least]
-            rows.append(dict(row, frame=int(k))); images.append(pictures[k])
-            masks.append(np.stack([m for _, m in found]) if found else np.zeros((0, *pictures[k].shape), bool)); labels.append(np.array([i for i, _ in found], int))
+            found = [
+                (i, m)
+                for i, name in enumerate(names, 1)
+                for patches, n in [
+                    label(
+                        dense[k] == DENSE.index('B-line') if name == 'B-line' else findings[k] & 2,
+                        np.ones((3, 3)),
+                    )
+                ]
+                for m in (patches == j for j in range(1, n + 1))
+                if m.sum() >= least
+            ]
+            rows.append(dict(row, frame=int(k)))
+            images.append(pictures[k])
+            masks.append(
+                np.stack([m for _, m in found]) if found else np.zeros((0, *pictures[k].shape), bool)
+            )
+            labels.append(np.array([i for i, _ in found], int))
     return DetectItems(pd.DataFrame(rows), images, masks, labels, tuple(names))
 
 # %% ../../nbs/train/detection.ipynb #c016
 def show_detections(
-    image,                    # (h, w) uint8, or (1, h, w) float 0..1
-    found=None,               # dictionary with boxes, labels, masks and perhaps scores; drawn in colour
-    truth=None,               # the same without scores; outlined in white
-    names=('lesion',),        # class names, for labels from 1
-    threshold:float=.5,       # findings of a lower score are not drawn
-    ax=None,                  # matplotlib axes
-):                            # the axes
+    image,  # (h, w) uint8, or (1, h, w) float 0..1
+    found=None,  # dictionary with boxes, labels, masks and perhaps scores; drawn in colour
+    truth=None,  # the same without scores; outlined in white
+    names=('lesion',),  # class names, for labels from 1
+    threshold: float = 0.5,  # findings of a lower score are not drawn
+    ax=None,  # matplotlib axes
+):  # the axes
     "A picture with its findings in colour, a tint, a box and a score for each, and the truth outlined in white."
     import matplotlib.pyplot as plt
+
     ax, image = ax or plt.subplots(figsize=(3, 3))[1], np.asarray(image)
-    ax.imshow(image[0] if image.ndim == 3 else image, cmap='gray', vmin=0, vmax=255 if image.dtype == np.uint8 else 1); ax.axis('off')
-    for m in [] if truth is None else np.asarray(truth['masks']): ax.contour(m != 0, [.5], colors='white', linewidths=.8)
-    if found is None: return ax
+    ax.imshow(
+        image[0] if image.ndim == 3 else image,
+        cmap='gray',
+        vmin=0,
+        vmax=255 if image.dtype == np.uint8 else 1,
+    )
+    ax.axis('off')
+    for m in [] if truth is None else np.asarray(truth['masks']):
+        ax.contour(m != 0, [0.5], colors='white', linewidths=0.8)
+    if found is None:
+        return ax
     d = {k: np.asarray(v) for k, v in found.items()}
     for i in np.flatnonzero(d['scores'] >= threshold) if 'scores' in d else range(len(d['boxes'])):
         color, (x0, y0, x1, y1) = DENSE_COLORS[[1, 0, 3, 4, 2]][(d['labels'][i] - 1) % 5] / 255, d['boxes'][i]
-        ax.imshow(np.dstack([np.broadcast_to(color, (*image.shape[-2:], 3)), .4 * (d['masks'][i] != 0)]))
-        ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, color=color, lw=1.2))
-        ax.text(x0, y0 - 2, names[d['labels'][i] - 1] + (f" {d['scores'][i]:.2f}" if 'scores' in d else ''), color=color, fontsize=7, va='bottom')
+        ax.imshow(np.dstack([np.broadcast_to(color, (*image.shape[-2:], 3)), 0.4 * (d['masks'][i] != 0)]))
+        ax.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=1.2))
+        ax.text(
+            x0,
+            y0 - 2,
+            names[d['labels'][i] - 1] + (f" {d['scores'][i]:.2f}" if 'scores' in d else ''),
+            color=color,
+            fontsize=7,
+            va='bottom',
+        )
     return ax
 
-# %% ../../nbs/train/detection.ipynb #c019
+# %% ../../nbs/train/detection.ipynb #c019-1
 def flip_target(
-    image,                    # (c, h, w) tensor
-    target:dict,              # boxes (n, 4), masks (n, h, w), and what else there is
-) -> tuple:                   # the mirrored image, and a new target
+    image,  # (c, h, w) tensor
+    target: dict,  # boxes (n, 4), masks (n, h, w), and what else there is
+) -> tuple:  # the mirrored image, and a new target
     "Mirror left and right: the picture, its boxes and its masks."
     x0, y0, x1, y1 = target['boxes'].unbind(1)
     w = image.shape[-1]
-    return image.flip(-1), dict(target, boxes=torch.stack([w - x1, y0, w - x0, y1], 1), masks=target['masks'].flip(-1))
+    return image.flip(-1), dict(
+        target, boxes=torch.stack([w - x1, y0, w - x0, y1], 1), masks=target['masks'].flip(-1)
+    )
 
+# %% ../../nbs/train/detection.ipynb #c019-2
 class DetectDL(DataLoader):
     "Batches `(images, ids, targets)`: a list of (1, h, w) floats, the items' numbers, a list of targets; flips at random."
+
     n_inp = 1
-    def __init__(self,
-        items:DetectItems,    # all of them
-        rows,                 # which: their numbers
-        bs:int=2,             # pictures a batch
-        flip:float=0.,        # chance that a picture is mirrored
-        shuffle:bool=False,   # a new order in each epoch
-        **kwargs,             # as for fastai's DataLoader
+
+    def __init__(
+        self,
+        items: DetectItems,  # all of them
+        rows,  # which: their numbers
+        bs: int = 2,  # pictures a batch
+        flip: float = 0.0,  # chance that a picture is mirrored
+        shuffle: bool = False,  # a new order in each epoch
+        **kwargs,  # as for fastai's DataLoader
     ):
         super().__init__(rows, bs=bs, shuffle=shuffle, **{**kwargs, 'num_workers': 0})
         self.items, self.flip = items, flip
+
     def create_item(self, i):
         row = int(self.dataset[i])
         x, y = self.items[row]
         return (row, *(flip_target(x, y) if self.flip and torch.rand(()) < self.flip else (x, y)))
+
     def create_batch(self, b):
         rows, x, y = zip(*b)
         return list(x), torch.tensor(rows), list(y)
 
+# %% ../../nbs/train/detection.ipynb #c019-3
 def _rows(which, items, name):
     which = np.asarray(which)
     rows = np.flatnonzero(which) if which.dtype == bool else which.astype(int)
-    if which.dtype == bool and len(which) != len(items): raise ValueError(f"{name} is a mask of {len(which)} for {len(items)} items: give one truth value an item, or item numbers")
-    if not len(rows): raise ValueError(f"{name} names no item")
-    if rows.min() < 0 or rows.max() >= len(items): raise ValueError(f"{name} names item {rows.max() if rows.max() >= len(items) else rows.min()}; there are {len(items)}, numbered from 0")
+    if which.dtype == bool and len(which) != len(items):
+        raise ValueError(
+            f"{name} is a mask of {len(which)} for {len(items)} items: give one truth value an item, or item numbers"
+        )
+    if not len(rows):
+        raise ValueError(f"{name} names no item")
+    if rows.min() < 0 or rows.max() >= len(items):
+        raise ValueError(
+            f"{name} names item {rows.max() if rows.max() >= len(items) else rows.min()}; there are {len(items)}, numbered from 0"
+        )
     return rows
 
+# %% ../../nbs/train/detection.ipynb #c019
 def detect_dls(
-    items:DetectItems,        # pictures and objects
-    train,                    # numbers of the items to train on, or a truth value for each item
-    valid,                    # those to validate on
-    bs:int=2,                 # pictures a batch (Chen 2021: 2)
-    flip:float=.5,            # chance that a training picture is mirrored
-    device=None,              # default: fastai's default device
-) -> DataLoaders:             # training batches are shuffled, and a last single picture is left out
+    items: DetectItems,  # pictures and objects
+    train,  # numbers of the items to train on, or a truth value for each item
+    valid,  # those to validate on
+    bs: int = 2,  # pictures a batch (Chen 2021: 2)
+    flip: float = 0.5,  # chance that a training picture is mirrored
+    device=None,  # default: fastai's default device
+) -> DataLoaders:  # training batches are shuffled, and a last single picture is left out
     "DataLoaders of pictures with objects."
     from fastai.torch_core import default_device
+
     train, valid = _rows(train, items, 'train'), _rows(valid, items, 'valid')
     device = torch.device(device) if device is not None else default_device()
-    return DataLoaders(DetectDL(items, train, bs, flip, True, drop_last=len(train) > bs and len(train) % bs == 1, device=device), DetectDL(items, valid, bs, device=device), device=device)
+    return DataLoaders(
+        DetectDL(
+            items, train, bs, flip, True, drop_last=len(train) > bs and len(train) % bs == 1, device=device
+        ),
+        DetectDL(items, valid, bs, device=device),
+        device=device,
+    )
 
 # %% ../../nbs/train/detection.ipynb #c022
 def chen_split(
-    n:int,                    # pictures
-    test:int=50,              # how many of them test
-) -> tuple:                   # numbers of the training pictures, and of the test pictures
+    n: int,  # pictures
+    test: int = 50,  # how many of them test
+) -> tuple:  # numbers of the training pictures, and of the test pictures
     "The split of the authors' code, which knows no patients: the last 50 of a permutation with seed 1."
-    if not 0 < test < n: raise ValueError(f"{test} of {n} pictures cannot test: choose between 1 and {n-1}")
+    if not 0 < test < n:
+        raise ValueError(f"{test} of {n} pictures cannot test: choose between 1 and {n - 1}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).numpy()
     return order[:-test], order[-test:]
 
-# %% ../../nbs/train/detection.ipynb #c025
-FEW_OBJECTS = dict(rpn_pre_nms_top_n_train=300, rpn_pre_nms_top_n_test=200, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=50, box_batch_size_per_image=32, box_detections_per_img=20)
+# %% ../../nbs/train/detection.ipynb #c025-1
+FEW_OBJECTS = dict(
+    rpn_pre_nms_top_n_train=300,
+    rpn_pre_nms_top_n_test=200,
+    rpn_post_nms_top_n_train=100,
+    rpn_post_nms_top_n_test=50,
+    box_batch_size_per_image=32,
+    box_detections_per_img=20,
+)
+
 
 class GreyTransform(GeneralizedRCNNTransform):
     "torchvision's scaling and normalising, after a grey picture was repeated for the network's channels."
-    def normalize(self, image): return super().normalize(image.expand(len(self.image_mean), -1, -1))
 
+    def normalize(self, image):
+        return super().normalize(image.expand(len(self.image_mean), -1, -1))
+
+# %% ../../nbs/train/detection.ipynb #c025-2
 class TimmPyramid(nn.Module):
     "The last four stages of a timm network, and a feature pyramid on them."
-    def __init__(self,
-        net:nn.Module,        # gives features at four scales by forward_intermediates; changed in place: what comes after the last stage is cut off
-        width:int=256,        # channels of the pyramid
+
+    def __init__(
+        self,
+        net: nn.Module,  # gives features at four scales by forward_intermediates; changed in place: what comes after the last stage is cut off
+        width: int = 256,  # channels of the pyramid
     ):
         super().__init__()
         info = getattr(net, 'feature_info', [])[-4:]
         scales = [f['reduction'] for f in info]
-        if len(scales) < 4 or sorted(set(scales)) != scales: raise ValueError(f"a pyramid needs features at four scales, this network's last stages reduce by {scales}: take a convolutional network, such as 'resnet50' or 'convnext_atto'")
+        if len(scales) < 4 or sorted(set(scales)) != scales:
+            raise ValueError(
+                f"a pyramid needs features at four scales, this network's last stages reduce by {scales}: take a convolutional network, such as 'resnet50' or 'convnext_atto'"
+            )
         n = len(net.feature_info)
-        self.first, self.stages = info[0]['module'], net.prune_intermediate_layers(list(range(n - 4, n)), prune_norm=False, prune_head=True)
-        self.body, self.fpn, self.out_channels = net, FeaturePyramidNetwork([f['num_chs'] for f in info], width, LastLevelMaxPool()), width
-    def forward(self, x): return self.fpn(dict(zip('0123', self.body.forward_intermediates(x, indices=self.stages, intermediates_only=True))))
+        self.first, self.stages = (
+            info[0]['module'],
+            net.prune_intermediate_layers(list(range(n - 4, n)), prune_norm=False, prune_head=True),
+        )
+        self.body, self.fpn, self.out_channels = (
+            net,
+            FeaturePyramidNetwork([f['num_chs'] for f in info], width, LastLevelMaxPool()),
+            width,
+        )
 
-def _stem(net): return next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    def forward(self, x):
+        return self.fpn(
+            dict(
+                zip('0123', self.body.forward_intermediates(x, indices=self.stages, intermediates_only=True))
+            )
+        )
 
+# %% ../../nbs/train/detection.ipynb #c025-3
+def _stem(net):
+    return next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+
+# %% ../../nbs/train/detection.ipynb #c025-4
 def _load_body(net, weights):
     "Copy weights into a backbone, through a stem of one or three channels; ValueError naming the tensors if they are of another architecture."
-    if isinstance(weights, nn.Module): weights = weights.state_dict()
-    elif not isinstance(weights, dict): weights = load_weights(weights)
-    if any(k.startswith('backbone.') for k in weights): weights = {k[9:]: v for k, v in weights.items() if k.startswith('backbone.')}
+    if isinstance(weights, nn.Module):
+        weights = weights.state_dict()
+    elif not isinstance(weights, dict):
+        weights = load_weights(weights)
+    if any(k.startswith('backbone.') for k in weights):
+        weights = {k[9:]: v for k, v in weights.items() if k.startswith('backbone.')}
     stem = _stem(net) + '.weight'
     want, have = net.get_parameter(stem).shape[1], weights[stem].shape[1] if stem in weights else None
-    if (have, want) == (1, 3): weights = {**weights, stem: weights[stem].expand(-1, 3, -1, -1) / 3}
-    if (have, want) == (3, 1): weights = {**weights, stem: weights[stem].sum(1, keepdim=True)}
+    if (have, want) == (1, 3):
+        weights = {**weights, stem: weights[stem].expand(-1, 3, -1, -1) / 3}
+    if (have, want) == (3, 1):
+        weights = {**weights, stem: weights[stem].sum(1, keepdim=True)}
     account = copy_weights(weights, net)
     parts = {n for n, m in net.named_children() if any(True for _ in m.parameters())}
     head = (getattr(net, 'pretrained_cfg', None) or {}).get('classifier') or 'fc'
     foreign = [k for k in account.unused if k.split('.')[0] in parts and not k.startswith(head)]
-    if foreign or account.differ or any(not k.endswith('num_batches_tracked') for k in account.left): raise ValueError(f"these weights are of another architecture than {type(net).__name__}:\n{account}")
+    if foreign or account.differ or any(not k.endswith('num_batches_tracked') for k in account.left):
+        raise ValueError(f"these weights are of another architecture than {type(net).__name__}:\n{account}")
     return account
 
+# %% ../../nbs/train/detection.ipynb #c025-5
 def _scaling(net, weights):
     "Mean and deviation of the weights: of a file or module that is still to be loaded, else of the network."
-    if isinstance(weights, (str, Path)) and weights != 'imagenet': weights = load_weights(weights)
+    if isinstance(weights, (str, Path)) and weights != 'imagenet':
+        weights = load_weights(weights)
     said = getattr(getattr(weights, 'backbone', weights), 'normalize', None)
-    return said or getattr(net, 'normalize', ([.5], [.25]))
+    return said or getattr(net, 'normalize', ([0.5], [0.25]))
 
+# %% ../../nbs/train/detection.ipynb #c025-6
 def _freeze_body(body, first, trainable):
     "'paper': all before the second stage stands still; 'all': nothing does; 'heads': the whole body."
-    for p in body.parameters(): p.requires_grad_(trainable == 'all')
+    for p in body.parameters():
+        p.requires_grad_(trainable == 'all')
     if trainable == 'paper':
         names, stage = [n for n, _ in body.named_parameters()], None
         for i, n in enumerate(names):
-            if n.startswith(first + '.'): stage = i
-        for n in names[stage + 1:]: body.get_parameter(n).requires_grad_(True)
+            if n.startswith(first + '.'):
+                stage = i
+        for n in names[stage + 1 :]:
+            body.get_parameter(n).requires_grad_(True)
 
+# %% ../../nbs/train/detection.ipynb #c025-7
 def fit_anchors(
-    items:DetectItems,        # pictures and objects
-    rows,                     # which of them: numbers, or a truth value for each; those that train
-    size:tuple=(800, 1333),   # as for mask_rcnn
-) -> dict:                    # anchors and ratios, for mask_rcnn
+    items: DetectItems,  # pictures and objects
+    rows,  # which of them: numbers, or a truth value for each; those that train
+    size: tuple = (800, 1333),  # as for mask_rcnn
+) -> dict:  # anchors and ratios, for mask_rcnn
     "Anchor boxes of the objects' own sizes and shapes: five sides from the 5th to the 95th percentile, and height over width at the 10th, 50th and 90th."
     rows = _rows(rows, items, 'rows')
     scale = [min(size[0] / min(items.images[i].shape), size[1] / max(items.images[i].shape)) for i in rows]
     boxes = np.concatenate([items.boxes[i] * k for i, k in zip(rows, scale)])
-    if not len(boxes): raise ValueError(f"none of the {len(rows)} pictures has an object that anchors could be fitted to")
+    if not len(boxes):
+        raise ValueError(f"none of the {len(rows)} pictures has an object that anchors could be fitted to")
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
-    return dict(anchors=tuple(np.geomspace(*np.quantile((w * h)**.5, [.05, .95]), 5).round(2).tolist()), ratios=tuple(np.quantile(h / w, [.1, .5, .9]).round(2).tolist()))
+    return dict(
+        anchors=tuple(np.geomspace(*np.quantile((w * h) ** 0.5, [0.05, 0.95]), 5).round(2).tolist()),
+        ratios=tuple(np.quantile(h / w, [0.1, 0.5, 0.9]).round(2).tolist()),
+    )
 
+# %% ../../nbs/train/detection.ipynb #c025
 def mask_rcnn(
-    backbone='resnet18',      # 'resnet18' (torchvision's), a convolutional network of timm, or a module: from create_backbone, or one that has a backbone; it is copied
-    n_classes:int=2,          # classes, background included
-    channels:int=None,        # of the first convolution, 1 or 3; default: 3 (Chen 2021), or what the module has
-    weights=None,             # the backbone's: None for those that it has, 'imagenet', a file, a dictionary or a module
-    trainable:str='paper',    # 'paper' freezes the body up to its first stage, 'heads' the whole body, 'all' nothing
-    size:tuple=(800, 1333),   # pictures are scaled to this shorter side, unless the longer would exceed the second number; (160, 160): longest side 160
-    anchors:tuple=(32, 64, 128, 256, 512), # side of the anchor boxes on each of the five scales, the root of their area, in pixels of the scaled picture
-    ratios:tuple=(.5, 1., 2.),# their heights over their widths; fit_anchors finds both
-    width:int=256,            # channels of the pyramid and of the mask head; the box head has four times as many
-    **kwargs,                 # as for torchvision's MaskRCNN; FEW_OBJECTS saves most of the time where a picture has few objects
-) -> nn.Module:               # its account says what was loaded, None for a module's own weights or a random start
+    backbone='resnet18',  # 'resnet18' (torchvision's), a convolutional network of timm, or a module: from create_backbone, or one that has a backbone; it is copied
+    n_classes: int = 2,  # classes, background included
+    channels: int = None,  # of the first convolution, 1 or 3; default: 3 (Chen 2021), or what the module has
+    weights=None,  # the backbone's: None for those that it has, 'imagenet', a file, a dictionary or a module
+    trainable: str = 'paper',  # 'paper' freezes the body up to its first stage, 'heads' the whole body, 'all' nothing
+    size: tuple = (
+        800,
+        1333,
+    ),  # pictures are scaled to this shorter side, unless the longer would exceed the second number; (160, 160): longest side 160
+    anchors: tuple = (
+        32,
+        64,
+        128,
+        256,
+        512,
+    ),  # side of the anchor boxes on each of the five scales, the root of their area, in pixels of the scaled picture
+    ratios: tuple = (0.5, 1.0, 2.0),  # their heights over their widths; fit_anchors finds both
+    width: int = 256,  # channels of the pyramid and of the mask head; the box head has four times as many
+    **kwargs,  # as for torchvision's MaskRCNN; FEW_OBJECTS saves most of the time where a picture has few objects
+) -> nn.Module:  # its account says what was loaded, None for a module's own weights or a random start
     "Mask R-CNN with a feature pyramid (Chen 2021): 30,906,715 parameters with the defaults, 30,749,211 of them trainable."
-    if trainable not in ('paper', 'heads', 'all'): raise ValueError(f"trainable is 'paper', 'heads' or 'all', not {trainable!r}")
-    if channels not in (None, 1, 3): raise ValueError(f"channels is 1 or 3, not {channels}")
-    if len(anchors) != 5: raise ValueError(f"anchors are five sizes, one a scale, got {anchors}")
+    if trainable not in ('paper', 'heads', 'all'):
+        raise ValueError(f"trainable is 'paper', 'heads' or 'all', not {trainable!r}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels is 1 or 3, not {channels}")
+    if len(anchors) != 5:
+        raise ValueError(f"anchors are five sizes, one a scale, got {anchors}")
     imagenet, account = isinstance(weights, str) and weights == 'imagenet', None
-    if isinstance(backbone, str): net = create_backbone(backbone, channels or 3, 'imagenet' if imagenet else None)
+    if isinstance(backbone, str):
+        net = create_backbone(backbone, channels or 3, 'imagenet' if imagenet else None)
     else:
-        if imagenet: raise ValueError("weights='imagenet' goes with a backbone's name: create_backbone(name, weights='imagenet') makes a module that has them")
+        if imagenet:
+            raise ValueError(
+                "weights='imagenet' goes with a backbone's name: create_backbone(name, weights='imagenet') makes a module that has them"
+            )
         net = deepcopy(getattr(backbone, 'backbone', backbone)).train()
-    if not isinstance(net, ResNet) and not hasattr(net, 'forward_intermediates'): raise ValueError(f"{type(net).__name__} gives no features at four scales: take a ResNet of torchvision or a convolutional network of timm")
+    if not isinstance(net, ResNet) and not hasattr(net, 'forward_intermediates'):
+        raise ValueError(
+            f"{type(net).__name__} gives no features at four scales: take a ResNet of torchvision or a convolutional network of timm"
+        )
     mean, std = _scaling(net, weights)
     stem = net.get_submodule(_stem(net))
-    if channels == 1 and stem.in_channels == 3 and len(mean) == 1:     # else a grey image becomes three colours
+    if channels == 1 and stem.in_channels == 3 and len(mean) == 1:  # else a grey image becomes three colours
         gray_stem(net)
-    if channels == 3 and stem.in_channels == 1: stem.weight, stem.in_channels = nn.Parameter(stem.weight.detach().expand(-1, 3, -1, -1) / 3), 3
+    if channels == 3 and stem.in_channels == 1:
+        stem.weight, stem.in_channels = nn.Parameter(stem.weight.detach().expand(-1, 3, -1, -1) / 3), 3
     channels = net.get_submodule(_stem(net)).in_channels
-    if weights is not None and not isinstance(weights, str) or isinstance(weights, str) and weights != 'imagenet': account = _load_body(net, weights)
+    if (
+        weights is not None
+        and not isinstance(weights, str)
+        or isinstance(weights, str)
+        and weights != 'imagenet'
+    ):
+        account = _load_body(net, weights)
     if isinstance(net, ResNet):
-        body = BackboneWithFPN(net, {f'layer{i+1}': str(i) for i in range(4)}, [net.inplanes // 8 * 2**i for i in range(4)], width)
+        body = BackboneWithFPN(
+            net,
+            {f'layer{i + 1}': str(i) for i in range(4)},
+            [net.inplanes // 8 * 2**i for i in range(4)],
+            width,
+        )
         body.first = 'layer1'
-    else: body = TimmPyramid(net, width)
+    else:
+        body = TimmPyramid(net, width)
     _freeze_body(body.body, body.first, trainable)
     mean, std = ([sum(v) / len(v)] * channels if len(v) != channels else v for v in (mean, std))
-    heads = dict(box_head=TwoMLPHead(width * 7**2, 4*width), box_predictor=FastRCNNPredictor(4*width, n_classes), mask_head=MaskRCNNHeads(width, (width,)*4, 1), mask_predictor=MaskRCNNPredictor(width, width, n_classes))
-    model = MaskRCNN(body, rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in anchors), (tuple(ratios),) * 5), **heads, **kwargs)
-    model.account, model.channels, model.transform = account, channels, GreyTransform(*size, list(mean), list(std))
+    heads = dict(
+        box_head=TwoMLPHead(width * 7**2, 4 * width),
+        box_predictor=FastRCNNPredictor(4 * width, n_classes),
+        mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(width, width, n_classes),
+    )
+    model = MaskRCNN(
+        body,
+        rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in anchors), (tuple(ratios),) * 5),
+        **heads,
+        **kwargs,
+    )
+    model.account, model.channels, model.transform = (
+        account,
+        channels,
+        GreyTransform(*size, list(mean), list(std)),
+    )
     return model
 
-# %% ../../nbs/train/detection.ipynb #c031
+# %% ../../nbs/train/detection.ipynb #c031-1
 def detection_losses(
-    model:nn.Module,          # from mask_rcnn; its modes, statistics and gradients stay as they are
-    images:list,              # (1, h, w) tensors
-    targets:list,             # a dictionary each
-) -> dict:                    # five losses, without gradient
+    model: nn.Module,  # from mask_rcnn; its modes, statistics and gradients stay as they are
+    images: list,  # (1, h, w) tensors
+    targets: list,  # a dictionary each
+) -> dict:  # five losses, without gradient
     "Losses as in training, but with batch norm's running statistics, which do not move, and the same proposals each time."
     devices = [images[0].device] if images[0].is_cuda else []
     with frozen_eval(model), torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        for m in (model, model.rpn, model.roi_heads): m.training = True
+        for m in (model, model.rpn, model.roi_heads):
+            m.training = True
         return model(images, targets)
 
+# %% ../../nbs/train/detection.ipynb #c031
 class Detection(Callback):
     "Gives the model its targets in training; in validation computes loss and average precision, at the end of the epoch."
+
     order = 20
-    def __init__(self,
-        names,                # class names, for labels from 1
-    ): self.names = names
+
+    def __init__(
+        self,
+        names,  # class names, for labels from 1
+    ):
+        self.names = names
+
     def before_batch(self):
-        if self.training: self.learn.xb = (self.xb[0], self.yb[1])
-    def before_validate(self): self.ids, self.truth, self.found, self.table = [], [], [], None
+        if self.training:
+            self.learn.xb = (self.xb[0], self.yb[1])
+
+    def before_validate(self):
+        self.ids, self.truth, self.found, self.table = [], [], [], None
+
     def after_pred(self):
-        if self.training or not self.yb: return
+        if self.training or not self.yb:
+            return
         self.losses = detection_losses(self.model, self.xb[0], self.yb[1])
-        self.ids += self.yb[0].tolist(); self.truth += [_coco(y) for y in self.yb[1]]; self.found += [_coco(p) for p in self.pred]
+        self.ids += self.yb[0].tolist()
+        self.truth += [_coco(y) for y in self.yb[1]]
+        self.found += [_coco(p) for p in self.pred]
+
     def after_loss(self):
-        if self.training and not torch.isfinite(self.loss): raise FloatingPointError(f"the loss became {float(self.loss)} in epoch {self.epoch}, batch {self.iter}: lower the learning rate, or clip the gradient")
-    def total(self, pred, ids, targets): return sum((pred if isinstance(pred, dict) else self.losses).values())
+        if self.training and not torch.isfinite(self.loss):
+            raise FloatingPointError(
+                f"the loss became {float(self.loss)} in epoch {self.epoch}, batch {self.iter}: lower the learning rate, or clip the gradient"
+            )
+
+    def total(self, pred, ids, targets):
+        return sum((pred if isinstance(pred, dict) else self.losses).values())
+
     def ap(self, level):
-        if self.table is None: self.table = _ap_table(self.truth, self.found, self.names, None, 0, 0).set_index(['level', 'class', 'metric'])['value']
+        if self.table is None:
+            self.table = _ap_table(self.truth, self.found, self.names, None, 0, 0).set_index(
+                ['level', 'class', 'metric']
+            )['value']
         return float(self.table[level, 'all', 'AP'])
 
-# %% ../../nbs/train/detection.ipynb #c033
+# %% ../../nbs/train/detection.ipynb #c033-1
 def _coco(d):
     "Boxes, labels, scores and masks of a target or of the model's findings as arrays, masks run-length coded."
-    try: from pycocotools import mask as rle
-    except ImportError: raise ImportError("average precision needs pycocotools: pip install pycocotools") from None
-    d = {k: v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v) for k, v in d.items() if k in ('boxes', 'labels', 'scores', 'masks')}
-    masks = d['masks'][:, 0] >= .5 if d['masks'].ndim == 4 else d['masks'] != 0
-    if not len(d['boxes']) == len(d['labels']) == len(masks): raise ValueError(f"{len(d['boxes'])} boxes, {len(d['labels'])} labels and {len(masks)} masks: one of each for every object")
+    try:
+        from pycocotools import mask as rle
+    except ImportError:
+        raise ImportError("average precision needs pycocotools: pip install pycocotools") from None
+    d = {
+        k: v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v)
+        for k, v in d.items()
+        if k in ('boxes', 'labels', 'scores', 'masks')
+    }
+    masks = d['masks'][:, 0] >= 0.5 if d['masks'].ndim == 4 else d['masks'] != 0
+    if not len(d['boxes']) == len(d['labels']) == len(masks):
+        raise ValueError(
+            f"{len(d['boxes'])} boxes, {len(d['labels'])} labels and {len(masks)} masks: one of each for every object"
+        )
     return dict(d, masks=[rle.encode(np.asfortranarray(m.astype(np.uint8))) for m in masks])
 
+# %% ../../nbs/train/detection.ipynb #c033-2
 def _annotations(pictures):
     rows = [(i, d, j) for i, d in enumerate(pictures) for j in range(len(d['boxes']))]
-    return [dict(id=k, image_id=i, category_id=int(d['labels'][j]), bbox=[x0, y0, x1 - x0, y1 - y0], area=(x1 - x0)*(y1 - y0), iscrowd=0, segmentation=d['masks'][j],
-                 **({'score': float(d['scores'][j])} if 'scores' in d else {}))
-            for k, (i, d, j) in enumerate(rows, 1) for x0, y0, x1, y1 in [map(float, d['boxes'][j])]]
+    return [
+        dict(
+            id=k,
+            image_id=i,
+            category_id=int(d['labels'][j]),
+            bbox=[x0, y0, x1 - x0, y1 - y0],
+            area=(x1 - x0) * (y1 - y0),
+            iscrowd=0,
+            segmentation=d['masks'][j],
+            **({'score': float(d['scores'][j])} if 'scores' in d else {}),
+        )
+        for k, (i, d, j) in enumerate(rows, 1)
+        for x0, y0, x1, y1 in [map(float, d['boxes'][j])]
+    ]
 
+# %% ../../nbs/train/detection.ipynb #c033-3
 def _matches(truth, found, names, level):
     "Per class: scores (d,), pictures (d,) and hits (10, d) of the findings, best first, and the number of objects of each picture."
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+
     n = len(truth)
     with contextlib.redirect_stdout(io.StringIO()):
         sets = []
         for pictures in (truth, found):
-            sets.append(COCO()); sets[-1].dataset = dict(images=[dict(id=i, **(dict(zip(('height', 'width'), d['masks'][0]['size'])) if d['masks'] else {})) for i, d in enumerate(pictures)], categories=[dict(id=c, name=x) for c, x in enumerate(names, 1)], annotations=_annotations(pictures)); sets[-1].createIndex()
+            sets.append(COCO())
+            sets[-1].dataset = dict(
+                images=[
+                    dict(
+                        id=i, **(dict(zip(('height', 'width'), d['masks'][0]['size'])) if d['masks'] else {})
+                    )
+                    for i, d in enumerate(pictures)
+                ],
+                categories=[dict(id=c, name=x) for c, x in enumerate(names, 1)],
+                annotations=_annotations(pictures),
+            )
+            sets[-1].createIndex()
         e = COCOeval(*sets, {'box': 'bbox', 'mask': 'segm'}[level])
         e.params.areaRng, e.params.areaRngLbl = [[0, 1e10]], ['all']
         e.evaluate()
     for c in range(len(names)):
-        parts = e.evalImgs[c*n:(c + 1)*n]
+        parts = e.evalImgs[c * n : (c + 1) * n]
         score = np.concatenate([p['dtScores'] for p in parts if p] or [[]])
-        picture = np.concatenate([np.full(len(p['dtScores']), i) for i, p in enumerate(parts) if p] or [[]]).astype(int)
-        hits = np.concatenate([p['dtMatches'].reshape(10, -1) > 0 for p in parts if p] or [np.zeros((10, 0), bool)], 1)
+        picture = np.concatenate(
+            [np.full(len(p['dtScores']), i) for i, p in enumerate(parts) if p] or [[]]
+        ).astype(int)
+        hits = np.concatenate(
+            [p['dtMatches'].reshape(10, -1) > 0 for p in parts if p] or [np.zeros((10, 0), bool)], 1
+        )
         order = np.argsort(-score, kind='mergesort')
         yield picture[order], hits[:, order], np.array([len(p['gtIds']) if p else 0 for p in parts])
 
+# %% ../../nbs/train/detection.ipynb #c033-4
 def _weighted_ap(picture, hits, objects, weights):
     "(10, draws): average precision at each threshold, with `weights` (draws, pictures); NaN where a draw has no object."
     w, total = weights[:, picture], weights @ objects
@@ -396,148 +684,262 @@ def _weighted_ap(picture, hits, objects, weights):
         height = np.maximum.accumulate((tp / (tp + fp + np.spacing(1)))[:, ::-1], 1)[:, ::-1]
         for r in np.flatnonzero(total > 0):
             at = np.searchsorted(tp[r] / total[r], np.linspace(0, 1, 101), side='left')
-            out[t, r] = np.append(height[r], 0.)[at].mean()
+            out[t, r] = np.append(height[r], 0.0)[at].mean()
     return out
 
+# %% ../../nbs/train/detection.ipynb #c033-5
 def _ap_table(truth, found, names, patients, n_boot, seed):
-    groups = pd.factorize(np.arange(len(truth)) if patients is None else np.asarray(patients).astype(str), sort=True)[0]
+    groups = pd.factorize(
+        np.arange(len(truth)) if patients is None else np.asarray(patients).astype(str), sort=True
+    )[0]
     n_groups = groups.max() + 1
-    draws = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1/n_groups), size=n_boot) if n_boot else np.zeros((0, n_groups))
+    draws = (
+        np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_boot)
+        if n_boot
+        else np.zeros((0, n_groups))
+    )
     weights = np.concatenate([np.ones((1, n_groups)), draws])[:, groups].astype(float)
     rows = []
     for level in ('box', 'mask'):
         parts = list(_matches(truth, found, names, level))
-        each = np.stack([_weighted_ap(*p, weights) for p in parts])                                         # (classes, 10, draws)
+        each = np.stack([_weighted_ap(*p, weights) for p in parts])  # (classes, 10, draws)
         known = ~np.isnan(each)
         every = np.where(known.any(0), np.nansum(each, 0) / np.maximum(known.sum(0), 1), np.nan)
         counts = [int(p[2].sum()) for p in parts]
-        for name, n, a in [('all', sum(counts), every)] + (list(zip(names, counts, each)) if len(names) > 1 else []):
+        for name, n, a in [('all', sum(counts), every)] + (
+            list(zip(names, counts, each)) if len(names) > 1 else []
+        ):
             for metric, x in dict(AP=a.mean(0), AP50=a[0], AP75=a[5]).items():
-                low, high = np.nanpercentile(x[1:], [2.5, 97.5]) if n_boot and n_groups > 1 and not np.isnan(x[1:]).all() else (np.nan, np.nan)
+                low, high = (
+                    np.nanpercentile(x[1:], [2.5, 97.5])
+                    if n_boot and n_groups > 1 and not np.isnan(x[1:]).all()
+                    else (np.nan, np.nan)
+                )
                 rows.append((level, name, metric, x[0], low, high, n, n_groups))
     return pd.DataFrame(rows, columns=['level', 'class', 'metric', 'value', 'low', 'high', 'n', 'patients'])
 
+# %% ../../nbs/train/detection.ipynb #c033
 def detection_ap(
-    truth:list,               # a target for each picture: boxes, labels, masks
-    found:list,               # the findings in each picture: boxes, labels, scores, masks ((n, h, w), or the model's (n, 1, h, w), cut at one half)
-    names=('lesion',),        # class names, for labels from 1
-    patients=None,            # whose each picture is; default: each picture is a patient of its own
-    n_boot:int=1000,          # resamples of patients for the interval; 0 for none
-    seed:int=0,               # of the resampling
-) -> pd.DataFrame:            # level ('box', 'mask'), class, metric (AP, AP50, AP75), value, 95 % interval low and high, n objects, patients; NaN where there is no object
+    truth: list,  # a target for each picture: boxes, labels, masks
+    found: list,  # the findings in each picture: boxes, labels, scores, masks ((n, h, w), or the model's (n, 1, h, w), cut at one half)
+    names=('lesion',),  # class names, for labels from 1
+    patients=None,  # whose each picture is; default: each picture is a patient of its own
+    n_boot: int = 1000,  # resamples of patients for the interval; 0 for none
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # level ('box', 'mask'), class, metric (AP, AP50, AP75), value, 95 % interval low and high, n objects, patients; NaN where there is no object
     "COCO average precision of boxes and masks, at most 100 findings a picture, with intervals over patients."
-    if len(truth) != len(found) or not len(truth): raise ValueError(f"{len(truth)} targets and findings of {len(found)} pictures: one of each for every picture, at least one")
-    if patients is not None and len(patients) != len(truth): raise ValueError(f"{len(patients)} patients for {len(truth)} pictures")
-    if any('scores' not in d for d in found): raise ValueError("findings need scores")
-    return _ap_table([_coco(d) for d in truth], [_coco(d) for d in found], tuple(names), patients, n_boot, seed)
+    if len(truth) != len(found) or not len(truth):
+        raise ValueError(
+            f"{len(truth)} targets and findings of {len(found)} pictures: one of each for every picture, at least one"
+        )
+    if patients is not None and len(patients) != len(truth):
+        raise ValueError(f"{len(patients)} patients for {len(truth)} pictures")
+    if any('scores' not in d for d in found):
+        raise ValueError("findings need scores")
+    return _ap_table(
+        [_coco(d) for d in truth], [_coco(d) for d in found], tuple(names), patients, n_boot, seed
+    )
 
-# %% ../../nbs/train/detection.ipynb #c039
+# %% ../../nbs/train/detection.ipynb #c039-1
 class WarmSteps(Callback):
     "Learning rate: a linear rise from a thousandth within the first epoch, then times `factor` every `every` epochs."
+
     order = 60
-    def __init__(self,
-        every:int=10,         # epochs between steps
-        factor:float=.1,      # what the rate is multiplied by
-    ): self.every, self.factor = every, factor
+
+    def __init__(
+        self,
+        every: int = 10,  # epochs between steps
+        factor: float = 0.1,  # what the rate is multiplied by
+    ):
+        self.every, self.factor = every, factor
+
     def before_fit(self):
-        self.run = self.opt is not None and not hasattr(self.learn, 'lr_finder')           # validate has no optimiser
-        if self.run: self.base = [h['lr'] for h in self.opt.hypers]
+        self.run = self.opt is not None and not hasattr(self.learn, 'lr_finder')  # validate has no optimiser
+        if self.run:
+            self.base = [h['lr'] for h in self.opt.hypers]
+
     def before_batch(self):
-        if not self.training: return
+        if not self.training:
+            return
         n = min(1000, self.n_iter - 1)
-        warm = 1. if self.epoch or self.iter >= n else .001 + .999 * self.iter / n
-        self.opt.set_hypers(lr=[b * warm * self.factor**(self.epoch // self.every) for b in self.base])
+        warm = 1.0 if self.epoch or self.iter >= n else 0.001 + 0.999 * self.iter / n
+        self.opt.set_hypers(lr=[b * warm * self.factor ** (self.epoch // self.every) for b in self.base])
 
+# %% ../../nbs/train/detection.ipynb #c039-2
 def detect_learner(
-    dls:DataLoaders,          # from detect_dls
-    model:nn.Module,          # from mask_rcnn
-    every:int=10,             # epochs between steps of the learning rate
-    clip:float=10.,           # largest norm of the gradient; None for no limit, as in the authors' code
-    cbs=(),                   # further callbacks
-    opt:str='sgd',            # 'sgd' (Chen 2021) with a learning rate near .005, or 'adam', near 5e-4, where only a few hundred steps can be had
-) -> Learner:                 # metrics: AP of boxes and of masks on the validation pictures
+    dls: DataLoaders,  # from detect_dls
+    model: nn.Module,  # from mask_rcnn
+    every: int = 10,  # epochs between steps of the learning rate
+    clip: float = 10.0,  # largest norm of the gradient; None for no limit, as in the authors' code
+    cbs=(),  # further callbacks
+    opt: str = 'sgd',  # 'sgd' (Chen 2021) with a learning rate near .005, or 'adam', near 5e-4, where only a few hundred steps can be had
+) -> Learner:  # metrics: AP of boxes and of masks on the validation pictures
     "A fastai Learner that trains a detector as Chen 2021 does; use it with `fit` or `fit_resumable`."
-    if opt not in ('sgd', 'adam'): raise ValueError(f"opt is 'sgd' or 'adam', not {opt!r}")
+    if opt not in ('sgd', 'adam'):
+        raise ValueError(f"opt is 'sgd' or 'adam', not {opt!r}")
     names, n = dls.train.items.names, model.roi_heads.box_predictor.cls_score.out_features
-    if n != len(names) + 1: raise ValueError(f"the model has {n} classes, the items {len(names)} ({', '.join(names)}) and the background: build it with n_classes={len(names) + 1}")
+    if n != len(names) + 1:
+        raise ValueError(
+            f"the model has {n} classes, the items {len(names)} ({', '.join(names)}) and the background: build it with n_classes={len(names) + 1}"
+        )
     step = Detection(names)
-    return Learner(dls, model, loss_func=step.total, opt_func=partial(SGD, mom=.9, decouple_wd=False) if opt == 'sgd' else Adam, wd=5e-4 if opt == 'sgd' else .01, wd_bn_bias=True, lr=.005 if opt == 'sgd' else 5e-4, moms=(.9, .9, .9), splitter=trainable_params, cbs=[step, WarmSteps(every), *([] if clip is None else [GradientClip(clip)]), *cbs],
-                   metrics=[ValueMetric(partial(step.ap, level), f'{level}_AP') for level in ('box', 'mask')])
+    return Learner(
+        dls,
+        model,
+        loss_func=step.total,
+        opt_func=partial(SGD, mom=0.9, decouple_wd=False) if opt == 'sgd' else Adam,
+        wd=5e-4 if opt == 'sgd' else 0.01,
+        wd_bn_bias=True,
+        lr=0.005 if opt == 'sgd' else 5e-4,
+        moms=(0.9, 0.9, 0.9),
+        splitter=trainable_params,
+        cbs=[step, WarmSteps(every), *([] if clip is None else [GradientClip(clip)]), *cbs],
+        metrics=[ValueMetric(partial(step.ap, level), f'{level}_AP') for level in ('box', 'mask')],
+    )
 
+# %% ../../nbs/train/detection.ipynb #c039
 def predict_detections(
-    model:nn.Module,          # from mask_rcnn; its mode is restored
-    dl,                       # DataLoader of detect_dls, not shuffled, or of the same kind
-) -> list:                    # a dictionary for each picture: boxes (n, 4), labels (n,), scores (n,) falling, masks (n, h, w) bool; arrays
+    model: nn.Module,  # from mask_rcnn; its mode is restored
+    dl,  # DataLoader of detect_dls, not shuffled, or of the same kind
+) -> list:  # a dictionary for each picture: boxes (n, 4), labels (n,), scores (n,) falling, masks (n, h, w) bool; arrays
     "Findings in every picture of a DataLoader, in its order."
     device, out = next(model.parameters()).device, []
     with frozen_eval(model), torch.no_grad():
         for images, *_ in dl:
-            for p in model([x.to(device) for x in images]): out.append({k: (v[:, 0] >= .5 if k == 'masks' else v).cpu().numpy() for k, v in p.items()})
+            for p in model([x.to(device) for x in images]):
+                out.append({k: (v[:, 0] >= 0.5 if k == 'masks' else v).cpu().numpy() for k, v in p.items()})
     return out
 
-# %% ../../nbs/train/detection.ipynb #c042
+# %% ../../nbs/train/detection.ipynb #c042-1
 class DetectLog(EpochEnd):
     "Losses, average precision, learning rate and duration of each epoch; saved and restored with the checkpoint."
-    order = 70
-    def __init__(self): self.rows = []
-    def before_train(self): self.losses, self.start = [], time.perf_counter()
-    def after_batch(self):
-        if self.training: self.losses.append(self.loss.detach())
-    def end_epoch(self):
-        values = {k: float(v) for k, v in zip(self.recorder.metric_names, self.recorder.log) if k not in ('epoch', 'train_loss', 'time')}
-        self.rows.append(dict(epoch=self.epoch, train_loss=float(torch.stack(self.losses).mean()), **values, lr=float(self.opt.hypers[-1]['lr']), seconds=time.perf_counter() - self.start))
-    def state_dict(self): return dict(rows=self.rows)
-    def load_state_dict(self, state): self.rows = state['rows']
 
+    order = 70
+
+    def __init__(self):
+        self.rows = []
+
+    def before_train(self):
+        self.losses, self.start = [], time.perf_counter()
+
+    def after_batch(self):
+        if self.training:
+            self.losses.append(self.loss.detach())
+
+    def end_epoch(self):
+        values = {
+            k: float(v)
+            for k, v in zip(self.recorder.metric_names, self.recorder.log)
+            if k not in ('epoch', 'train_loss', 'time')
+        }
+        self.rows.append(
+            dict(
+                epoch=self.epoch,
+                train_loss=float(torch.stack(self.losses).mean()),
+                **values,
+                lr=float(self.opt.hypers[-1]['lr']),
+                seconds=time.perf_counter() - self.start,
+            )
+        )
+
+    def state_dict(self):
+        return dict(rows=self.rows)
+
+    def load_state_dict(self, state):
+        self.rows = state['rows']
+
+# %% ../../nbs/train/detection.ipynb #c042-2
 def _hash(model):
     digest = hashlib.sha1()
-    for k, v in model.state_dict().items(): digest.update(k.encode()); digest.update(v.detach().cpu().contiguous().numpy().tobytes())
+    for k, v in model.state_dict().items():
+        digest.update(k.encode())
+        digest.update(v.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
+# %% ../../nbs/train/detection.ipynb #c042-3
 def train_detector(
-    start,                    # the backbone's weights: None for a random start, 'imagenet', a file, a dictionary; or a pretrained module
-    items:DetectItems,        # pictures and objects
-    train,                    # numbers of the items to train on, or a truth value for each
-    test,                     # those to test on
-    path,                     # folder of this run
-    epochs:int=30,            # in all (Chen 2021: 30)
-    bs:int=2,                 # pictures a batch
-    lr:float=.005,            # at the start
-    opt:str='sgd',            # as for detect_learner
-    every:int=10,             # epochs between steps of the learning rate
-    clip:float=10.,           # largest norm of the gradient, or None
-    seed:int=0,               # of the network's start, the order and the flips
-    backbone:str='resnet18',  # the architecture, unless start is a module
-    device=None,              # default: fastai's default device
-    **kwargs,                 # as for mask_rcnn: trainable, size, width, channels, **FEW_OBJECTS...; anchors are fitted to the training pictures unless given
-) -> pd.DataFrame:            # as detection_ap returns it, of the last epoch
+    start,  # the backbone's weights: None for a random start, 'imagenet', a file, a dictionary; or a pretrained module
+    items: DetectItems,  # pictures and objects
+    train,  # numbers of the items to train on, or a truth value for each
+    test,  # those to test on
+    path,  # folder of this run
+    epochs: int = 30,  # in all (Chen 2021: 30)
+    bs: int = 2,  # pictures a batch
+    lr: float = 0.005,  # at the start
+    opt: str = 'sgd',  # as for detect_learner
+    every: int = 10,  # epochs between steps of the learning rate
+    clip: float = 10.0,  # largest norm of the gradient, or None
+    seed: int = 0,  # of the network's start, the order and the flips
+    backbone: str = 'resnet18',  # the architecture, unless start is a module
+    device=None,  # default: fastai's default device
+    **kwargs,  # as for mask_rcnn: trainable, size, width, channels, **FEW_OBJECTS...; anchors are fitted to the training pictures unless given
+) -> pd.DataFrame:  # as detection_ap returns it, of the last epoch
     "Train a detector from one start and test it; resumes, and writes `ap.csv`, `history.csv` and `found.npz` into its folder."
     path, module = Path(path), isinstance(start, nn.Module)
     dls = detect_dls(items, train, test, bs, device=device)
     rows = [[int(i) for i in dl.dataset] for dl in dls.loaders]
-    kwargs = {**fit_anchors(items, rows[0], kwargs.get('size', (800, 1333))), **kwargs} if 'anchors' not in kwargs else kwargs
+    kwargs = (
+        {**fit_anchors(items, rows[0], kwargs.get('size', (800, 1333))), **kwargs}
+        if 'anchors' not in kwargs
+        else kwargs
+    )
     seed_all(seed)
-    model = mask_rcnn(start if module else backbone, len(items.names) + 1, weights=None if module else start, **kwargs)
-    _claim(path, dict(start=_hash(model), split=hashlib.sha1(str(rows).encode()).hexdigest(), epochs=epochs, bs=bs, lr=lr, opt=opt, every=every, clip=clip, seed=seed, settings=str(sorted(kwargs.items())), names=list(items.names)), names=list(items.names))
-    if (path/'ap.csv').exists(): return pd.read_csv(path/'ap.csv')
+    model = mask_rcnn(
+        start if module else backbone, len(items.names) + 1, weights=None if module else start, **kwargs
+    )
+    _claim(
+        path,
+        dict(
+            start=_hash(model),
+            split=hashlib.sha1(str(rows).encode()).hexdigest(),
+            epochs=epochs,
+            bs=bs,
+            lr=lr,
+            opt=opt,
+            every=every,
+            clip=clip,
+            seed=seed,
+            settings=str(sorted(kwargs.items())),
+            names=list(items.names),
+        ),
+        names=list(items.names),
+    )
+    if (path / 'ap.csv').exists():
+        return pd.read_csv(path / 'ap.csv')
     learn, log = detect_learner(dls, model, every, clip, opt=opt), DetectLog()
-    with learn.no_bar(), learn.no_logging(): fit_resumable(learn, epochs, lr, path/'checkpoint.pt', seed, cbs=[log])
+    with learn.no_bar(), learn.no_logging():
+        fit_resumable(learn, epochs, lr, path / 'checkpoint.pt', seed, cbs=[log])
     found, truth = predict_detections(learn.model, dls.valid), [items[i][1] for i in rows[1]]
-    with atomic_path(path/'history.csv') as tmp: pd.DataFrame(log.rows).to_csv(tmp, index=False)
-    with atomic_path(path/'found.npz') as tmp: np.savez_compressed(tmp, **{f'{i}_{k}': np.packbits(v, axis=-1) if k == 'masks' else v for i, d in zip(rows[1], found) for k, v in d.items()})
+    with atomic_path(path / 'history.csv') as tmp:
+        pd.DataFrame(log.rows).to_csv(tmp, index=False)
+    with atomic_path(path / 'found.npz') as tmp:
+        np.savez_compressed(
+            tmp,
+            **{
+                f'{i}_{k}': np.packbits(v, axis=-1) if k == 'masks' else v
+                for i, d in zip(rows[1], found)
+                for k, v in d.items()
+            },
+        )
     ap = detection_ap(truth, found, items.names, items.table['patient'].to_numpy()[rows[1]])
-    with atomic_path(path/'ap.csv') as tmp: ap.to_csv(tmp, index=False)
-    (path/'checkpoint.pt').unlink()
+    with atomic_path(path / 'ap.csv') as tmp:
+        ap.to_csv(tmp, index=False)
+    (path / 'checkpoint.pt').unlink()
     return ap
 
+# %% ../../nbs/train/detection.ipynb #c042
 def load_detections(
-    path,                     # folder of a finished train_detector
-    items:DetectItems,        # the items that it was given
-) -> dict:                    # item number -> its findings, as from predict_detections
+    path,  # folder of a finished train_detector
+    items: DetectItems,  # the items that it was given
+) -> dict:  # item number -> its findings, as from predict_detections
     "The findings of a finished run."
     out = {}
-    with np.load(Path(path)/'found.npz') as f:
+    with np.load(Path(path) / 'found.npz') as f:
         for name in f.files:
             i, k = name.split('_')
-            out.setdefault(int(i), {})[k] = np.unpackbits(f[name], axis=-1, count=items.images[int(i)].shape[1]).astype(bool) if k == 'masks' else f[name]
+            out.setdefault(int(i), {})[k] = (
+                np.unpackbits(f[name], axis=-1, count=items.images[int(i)].shape[1]).astype(bool)
+                if k == 'masks'
+                else f[name]
+            )
     return out

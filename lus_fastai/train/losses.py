@@ -8,69 +8,78 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/losses.html.md"""
 __all__ = ['code_counts', 'class_weights', 'DiceCELoss']
 
 # %% ../../nbs/train/losses.ipynb #c003
-import numpy as np, torch
+import numpy as np
+import torch
 from torch import nn
 from torch.nn import functional as F
+
 from ..data.loaders import ReadMask
 from ..stats.segmentation import soft_dice
 
 # %% ../../nbs/train/losses.ipynb #c006
 def code_counts(
-    dls,                    # DataLoaders of masks, from frame_dls with target 'dense' or 'sparse'
-) -> np.ndarray:            # (codes,) pixels of each code
+    dls,  # DataLoaders of masks, from frame_dls with target 'dense' or 'sparse'
+) -> np.ndarray:  # (codes,) pixels of each code
     "How many pixels each code has in the training masks, unlabelled ones (255) left out."
     frames = dls.train.dataset.tls[1]
     reader = next((t for t in frames.tfms if isinstance(t, ReadMask)), None)
     if reader is None:
-        raise ValueError("these DataLoaders hold no masks: make them with frame_dls(..., target='dense') or "
-                         "'sparse'")
+        raise ValueError(
+            "these DataLoaders hold no masks: make them with frame_dls(..., target='dense') or 'sparse'"
+        )
     keys, counts = reader.keys(frames.items), np.zeros(256, np.int64)
     for i in range(0, len(keys), 64):
-        counts += np.bincount(reader.take(keys[i:i + 64]).numpy().ravel(), minlength=256)
-    return counts[:len(reader.codes)]
+        counts += np.bincount(reader.take(keys[i : i + 64]).numpy().ravel(), minlength=256)
+    return counts[: len(reader.codes)]
 
 # %% ../../nbs/train/losses.ipynb #c010
 def class_weights(
-    counts,                 # (classes,) pixels or rows of each class, of the training part alone
-    power:float=.5,         # 0: all weights the same; 1: each class counts the same in total
-) -> torch.Tensor:          # (classes,) float32, mean 1 over the classes that occur, 0 for the others
+    counts,  # (classes,) pixels or rows of each class, of the training part alone
+    power: float = 0.5,  # 0: all weights the same; 1: each class counts the same in total
+) -> torch.Tensor:  # (classes,) float32, mean 1 over the classes that occur, 0 for the others
     "Inverse frequency to a power."
     counts = np.asarray(counts, float)
     if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
-        raise ValueError(f"counts are one number for each class, none negative and not all 0, got "
-                         f"{counts.tolist()}")
+        raise ValueError(
+            f"counts are one number for each class, none negative and not all 0, got {counts.tolist()}"
+        )
     there = counts > 0
     weights = np.zeros(len(counts))
-    weights[there] = (counts.sum()/counts[there])**power
-    return torch.tensor(weights/weights[there].mean(), dtype=torch.float32)
+    weights[there] = (counts.sum() / counts[there]) ** power
+    return torch.tensor(weights / weights[there].mean(), dtype=torch.float32)
 
 # %% ../../nbs/train/losses.ipynb #c013
 class DiceCELoss(nn.Module):
     "Class-weighted cross-entropy plus one minus soft Dice, in float32; pixels of code 255 are left out."
-    def __init__(self,
-        weights=None,       # (classes,) of the cross-entropy, from class_weights; None: all the same
-        reduction='mean',   # 'mean': of the batch; 'none': a loss for each image
+
+    def __init__(
+        self,
+        weights=None,  # (classes,) of the cross-entropy, from class_weights; None: all the same
+        reduction='mean',  # 'mean': of the batch; 'none': a loss for each image
     ):
         super().__init__()
         self.reduction = reduction
-        self.register_buffer('weights',
-                             None if weights is None else torch.as_tensor(weights, dtype=torch.float32))
+        self.register_buffer(
+            'weights', None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        )
 
-    def forward(self, pred,
-                targ):                                  # (b, classes, h, w) logits, (b, h, w) codes
+    def forward(self, pred, targ):  # (b, classes, h, w) logits, (b, h, w) codes
         pred, targ = pred.as_subclass(torch.Tensor).float(), targ.as_subclass(torch.Tensor).long()
-        if self.reduction == 'none': return torch.stack([self._loss(p[None], t[None]) for p,
-                                                         t in zip(pred, targ)])
+        if self.reduction == 'none':
+            return torch.stack([self._loss(p[None], t[None]) for p, t in zip(pred, targ)])
         return self._loss(pred, targ)
 
     def _loss(self, pred, targ):
         weights = torch.ones(pred.shape[1]) if self.weights is None else self.weights
         weights, known = weights.to(pred.device), targ != 255
         codes = targ.where(known, 0)
-        pixels = weights[codes]*known                               # (b, h, w) what each pixel counts
-        ce = (F.cross_entropy(pred, codes, reduction='none')*pixels).sum()/pixels.sum().clamp(min=1e-6)
-        truth = F.one_hot(codes, pred.shape[1]).movedim(-1, 1)*known[:, None]  # (b, classes, h, w)
-        return ce + 1 - soft_dice(pred.softmax(1)*known[:, None], truth)
+        pixels = weights[codes] * known  # (b, h, w) what each pixel counts
+        ce = (F.cross_entropy(pred, codes, reduction='none') * pixels).sum() / pixels.sum().clamp(min=1e-6)
+        truth = F.one_hot(codes, pred.shape[1]).movedim(-1, 1) * known[:, None]  # (b, classes, h, w)
+        return ce + 1 - soft_dice(pred.softmax(1) * known[:, None], truth)
 
-    def activation(self, pred): return pred.softmax(1)
-    def decodes(self, pred): return pred.argmax(1)
+    def activation(self, pred):
+        return pred.softmax(1)
+
+    def decodes(self, pred):
+        return pred.argmax(1)

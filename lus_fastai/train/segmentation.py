@@ -8,224 +8,437 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/segmentation.html.md"""
 __all__ = ['rotation_parts', 'Rotation', 'LossLog', 'adam', 'fit_masks', 'predict_masks', 'kfold_masks', 'fit_rotation']
 
 # %% ../../nbs/train/segmentation.ipynb #c003
-import gc, time, warnings, zlib
+import gc
+import time
+import warnings
+import zlib
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from fastai.vision.all import Callback, CancelFitException, Learner, OptimWrapper
 from torch import nn
-from ..core import MaskSet, atomic_path, seed_all, frozen_eval, progress
-from ..data.loaders import absent_classes, mask_dls, rows_of
+
+from ..core import MaskSet, atomic_path, frozen_eval, progress, seed_all
 from ..data.folds import patient_folds
-from ..stats.segmentation import BCEDiceLoss
-from .cross_validation import AutoPrecision, CosineLR, EpochEnd, PlateauLR, _claim, _fingerprint, autocast_for, fit_resumable
+from ..data.loaders import absent_classes, mask_dls, rows_of
 from ..models.transfer import load_weights, save_weights
+from ..stats.segmentation import BCEDiceLoss
+from lus_fastai.train.cross_validation import (
+    AutoPrecision,
+    CosineLR,
+    EpochEnd,
+    PlateauLR,
+    _claim,
+    _fingerprint,
+    autocast_for,
+    fit_resumable,
+)
 
 # %% ../../nbs/train/segmentation.ipynb #c006
 def rotation_parts(
-    n:int,                    # images
-    parts:int=9,              # 2..n
-    seed:int=0,               # of the run
-    epoch:int=0,              # each epoch shuffles anew
-) -> list:                    # arrays of image numbers: disjoint, together all n, sizes equal or one apart
+    n: int,  # images
+    parts: int = 9,  # 2..n
+    seed: int = 0,  # of the run
+    epoch: int = 0,  # each epoch shuffles anew
+) -> list:  # arrays of image numbers: disjoint, together all n, sizes equal or one apart
     "Merand & Klein's parts of one epoch (2021, section on training)."
-    if not 2 <= parts <= n: raise ValueError(f"parts is 2..{n} for {n} images, got {parts}")
+    if not 2 <= parts <= n:
+        raise ValueError(f"parts is 2..{n} for {n} images, got {parts}")
     return [np.sort(p) for p in np.array_split(np.random.default_rng([seed, epoch]).permutation(n), parts)]
 
 # %% ../../nbs/train/segmentation.ipynb #c009
 class Rotation(Callback):
     "Merand & Klein's rotation: before each run (an epoch of fastai's), DataLoaders that leave out the part whose turn it is."
-    order = 0                 # before `EpochSeed`, which seeds the order of these DataLoaders
-    def __init__(self,
-        data,                 # function (training rows, validation rows) -> DataLoaders
-        n:int,                # images
-        parts:int=9,          # runs in one of the paper's epochs
-        seed:int=0,           # of the parts
-    ): self.data, self.n, self.parts, self.seed = data, n, parts, seed
+
+    order = 0  # before `EpochSeed`, which seeds the order of these DataLoaders
+
+    def __init__(
+        self,
+        data,  # function (training rows, validation rows) -> DataLoaders
+        n: int,  # images
+        parts: int = 9,  # runs in one of the paper's epochs
+        seed: int = 0,  # of the parts
+    ):
+        self.data, self.n, self.parts, self.seed = data, n, parts, seed
+
     def rows(self, run):
         epoch, k = divmod(run, self.parts)
         dealt = rotation_parts(self.n, self.parts, self.seed, epoch)
-        return np.concatenate(dealt[:k] + dealt[k+1:]), dealt[k]
-    def before_epoch(self): self.learn.dls = self.data(*self.rows(self.epoch))
+        return np.concatenate(dealt[:k] + dealt[k + 1 :]), dealt[k]
+
+    def before_epoch(self):
+        self.learn.dls = self.data(*self.rows(self.epoch))
 
 # %% ../../nbs/train/segmentation.ipynb #c011
 class LossLog(EpochEnd):
     "Losses of each run; keeps the weights of the last or the best round, and ends the fit when `patience` rounds pass without a lower validation loss."
-    order = 55                # before `Checkpoint`, which writes this log's state
-    def __init__(self,
-        path,                 # the file of the weights that are kept
-        select:str='last',    # 'last' or 'best' round
-        patience:int=None,    # rounds waited for; None: never stop early
-        runs:int=1,           # in a round
-        tick=None,            # called after each run
-    ): self.path, self.select, self.patience, self.runs, self.tick, self.history, self.best, self.wait = Path(path), select, patience, runs, tick, [], float('inf'), 0
+
+    order = 55  # before `Checkpoint`, which writes this log's state
+
+    def __init__(
+        self,
+        path,  # the file of the weights that are kept
+        select: str = 'last',  # 'last' or 'best' round
+        patience: int = None,  # rounds waited for; None: never stop early
+        runs: int = 1,  # in a round
+        tick=None,  # called after each run
+    ):
+        self.path, self.select, self.patience, self.runs, self.tick, self.history, self.best, self.wait = (
+            Path(path),
+            select,
+            patience,
+            runs,
+            tick,
+            [],
+            float('inf'),
+            0,
+        )
+
     @property
-    def stopped(self): return self.patience is not None and self.wait >= self.patience
-    def before_train(self): self.losses, self.start = {True: [0., 0], False: [0., 0]}, time.perf_counter()
+    def stopped(self):
+        return self.patience is not None and self.wait >= self.patience
+
+    def before_train(self):
+        self.losses, self.start = {True: [0.0, 0], False: [0.0, 0]}, time.perf_counter()
+
     def before_batch(self):
-        if self.stopped: raise CancelFitException
+        if self.stopped:
+            raise CancelFitException
+
     def after_batch(self):
         total, n = self.losses[self.training], len(self.xb[0])
-        total[0] += self.loss.detach() * n; total[1] += n
+        total[0] += self.loss.detach() * n
+        total[1] += n
+
     def end_epoch(self):
         train, valid = (float(total / n) for total, n in (self.losses[True], self.losses[False]))
         epoch, run = divmod(self.epoch, self.runs)
-        self.history.append(dict(epoch=epoch, run=run, train_loss=train, valid_loss=valid, lr=self.opt.hypers[-1]['lr'], seconds=time.perf_counter() - self.start))
-        if self.tick: self.tick()
-        if run < self.runs - 1: return
+        self.history.append(
+            dict(
+                epoch=epoch,
+                run=run,
+                train_loss=train,
+                valid_loss=valid,
+                lr=self.opt.hypers[-1]['lr'],
+                seconds=time.perf_counter() - self.start,
+            )
+        )
+        if self.tick:
+            self.tick()
+        if run < self.runs - 1:
+            return
         value = self.watched()
-        if not np.isfinite(value): raise ValueError(f"the validation loss of epoch {epoch} is {value}: lower the learning rate, in a new folder")
+        if not np.isfinite(value):
+            raise ValueError(
+                f"the validation loss of epoch {epoch} is {value}: lower the learning rate, in a new folder"
+            )
         better, self.wait = value < self.best, 0 if value < self.best else self.wait + 1
         self.best = min(self.best, value)
-        if better if self.select == 'best' else self.stopped or self.epoch == self.n_epoch - 1: save_weights(self.model, self.path)
-    def watched(self, learn=None): return float(np.mean([h['valid_loss'] for h in self.history[-self.runs:]]))
-    def state_dict(self): return dict(history=self.history, best=self.best, wait=self.wait)
-    def load_state_dict(self, state): self.history, self.best, self.wait = state['history'], state['best'], state['wait']
+        if better if self.select == 'best' else self.stopped or self.epoch == self.n_epoch - 1:
+            save_weights(self.model, self.path)
 
-# %% ../../nbs/train/segmentation.ipynb #c013
+    def watched(self, learn=None):
+        return float(np.mean([h['valid_loss'] for h in self.history[-self.runs :]]))
+
+    def state_dict(self):
+        return dict(history=self.history, best=self.best, wait=self.wait)
+
+    def load_state_dict(self, state):
+        self.history, self.best, self.wait = state['history'], state['best'], state['wait']
+
+# %% ../../nbs/train/segmentation.ipynb #c013-1
 def adam(
-    params,                   # parameters, or groups of them, as fastai hands them over
-    **kwargs,                 # of torch.optim.Adam
-) -> OptimWrapper:            # what opt_func should give
+    params,  # parameters, or groups of them, as fastai hands them over
+    **kwargs,  # of torch.optim.Adam
+) -> OptimWrapper:  # what opt_func should give
     "PyTorch's Adam as fastai takes it; `partial(adam, eps=1e-7)` for Keras's."
     return OptimWrapper(params, torch.optim.Adam, **kwargs)
 
-def _channels(model): return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
+def _channels(model):
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+
+# %% ../../nbs/train/segmentation.ipynb #c013-2
 def _crc(a, start=0):
     "Checksum of an array, a block at a time."
-    for i in range(0, len(a), 64): start = zlib.crc32(np.ascontiguousarray(a[i:i+64]).view(np.uint8), start)
+    for i in range(0, len(a), 64):
+        start = zlib.crc32(np.ascontiguousarray(a[i : i + 64]).view(np.uint8), start)
     return start
 
-def _fit(build, data, path, epochs, lr, loss, select, patience, schedule, cbs, opt_func, seed, precision, claim, rotation=None, tick=None):
+# %% ../../nbs/train/segmentation.ipynb #c013-3
+def _fit(
+    build,
+    data,
+    path,
+    epochs,
+    lr,
+    loss,
+    select,
+    patience,
+    schedule,
+    cbs,
+    opt_func,
+    seed,
+    precision,
+    claim,
+    rotation=None,
+    tick=None,
+):
     "What both ways of training share: claim the folder, fit with checkpoints, keep weights and history."
-    if select not in ('last', 'best'): raise ValueError(f"select is 'last' or 'best', not {select!r}")
-    if schedule not in ('constant', 'plateau', 'cosine'): raise ValueError(f"schedule is 'constant', 'plateau' or 'cosine', not {schedule!r}")
-    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if select not in ('last', 'best'):
+        raise ValueError(f"select is 'last' or 'best', not {select!r}")
+    if schedule not in ('constant', 'plateau', 'cosine'):
+        raise ValueError(f"schedule is 'constant', 'plateau' or 'cosine', not {schedule!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
     path, runs = Path(path), rotation.parts if rotation else 1
     seed_all(seed)
     model, loss = build(), loss or BCEDiceLoss()
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _claim(path, dict(start=_fingerprint(model), trains=trains, epochs=epochs, lr=lr, loss=getattr(loss, '__name__', repr(loss)), select=select, patience=patience, schedule=schedule, seed=seed, precision=precision, **claim))
-    dls, log = data(_channels(model)), LossLog(path/'model.safetensors', select, patience, runs, tick)
-    if not (path/'history.csv').exists():
+    _claim(
+        path,
+        dict(
+            start=_fingerprint(model),
+            trains=trains,
+            epochs=epochs,
+            lr=lr,
+            loss=getattr(loss, '__name__', repr(loss)),
+            select=select,
+            patience=patience,
+            schedule=schedule,
+            seed=seed,
+            precision=precision,
+            **claim,
+        ),
+    )
+    dls, log = data(_channels(model)), LossLog(path / 'model.safetensors', select, patience, runs, tick)
+    if not (path / 'history.csv').exists():
         learn = Learner(dls, model, loss_func=loss, opt_func=opt_func)
         rates = dict(constant=[], plateau=[PlateauLR(log.watched)], cosine=[CosineLR()])[schedule]
         with learn.no_bar(), learn.no_logging():
-            fit_resumable(learn, epochs * runs, lr, path/'checkpoint.pt', seed, cbs=[AutoPrecision(precision), *([rotation] if rotation else []), log, *rates, *(cbs() if cbs else [])])
-        with atomic_path(path/'history.csv') as tmp: pd.DataFrame(log.history).to_csv(tmp, index=False)
-        del learn; gc.collect()                                          # a Learner and its callbacks hold each other
-    (path/'checkpoint.pt').unlink(missing_ok=True)
-    model.load_state_dict(load_weights(path/'model.safetensors'))
-    return model.to(dls.device).eval(), pd.read_csv(path/'history.csv')
+            fit_resumable(
+                learn,
+                epochs * runs,
+                lr,
+                path / 'checkpoint.pt',
+                seed,
+                cbs=[
+                    AutoPrecision(precision),
+                    *([rotation] if rotation else []),
+                    log,
+                    *rates,
+                    *(cbs() if cbs else []),
+                ],
+            )
+        with atomic_path(path / 'history.csv') as tmp:
+            pd.DataFrame(log.history).to_csv(tmp, index=False)
+        del learn
+        gc.collect()  # a Learner and its callbacks hold each other
+    (path / 'checkpoint.pt').unlink(missing_ok=True)
+    model.load_state_dict(load_weights(path / 'model.safetensors'))
+    return model.to(dls.device).eval(), pd.read_csv(path / 'history.csv')
 
+# %% ../../nbs/train/segmentation.ipynb #c013-4
 def fit_masks(
-    build,                    # function () -> network that gives logits (b, k, h, w); called with the generators seeded. Pretrained and frozen as it likes
-    set:MaskSet,              # images and masks; the network's first convolution tells how many identical channels it gets
-    train,                    # rows to train on: integers, or a bool per row
-    valid,                    # rows to validate on
-    path,                     # folder for checkpoint, weights and history
-    epochs:int=100,           # at most
-    lr:float=1e-4,            # at the start
-    loss=None,                # function of logits and masks; default: BCEDiceLoss()
+    build,  # function () -> network that gives logits (b, k, h, w); called with the generators seeded. Pretrained and frozen as it likes
+    set: MaskSet,  # images and masks; the network's first convolution tells how many identical channels it gets
+    train,  # rows to train on: integers, or a bool per row
+    valid,  # rows to validate on
+    path,  # folder for checkpoint, weights and history
+    epochs: int = 100,  # at most
+    lr: float = 1e-4,  # at the start
+    loss=None,  # function of logits and masks; default: BCEDiceLoss()
     *,
-    select:str='last',        # which epoch's weights are kept: 'last', or 'best' by validation loss, which then flatters
-    batch_tfms=(),            # augmentation of the training batches
-    bs:int=8,                 # batch size
-    patience:int=None,        # epochs without a lower validation loss after which it stops; None: never
-    schedule:str='constant',  # 'constant', 'plateau' (PlateauLR on the validation loss) or 'cosine' (CosineLR)
-    cbs=None,                 # function () -> further callbacks, made anew for each fit; those with a state_dict are resumed
-    opt_func=adam,            # optimiser
-    seed:int=0,               # weights, order of batches, augmentation
-    precision:str='auto',     # see AutoPrecision
-    device=None,              # default: fastai's default device
-    notes:bool=True,          # see mask_dls
-    tick=None,                # called after each epoch; default: a progress bar
-) -> tuple:                   # network with the kept weights, in evaluation mode; history with columns epoch, run (0), train_loss, valid_loss, lr, seconds
+    select: str = 'last',  # which epoch's weights are kept: 'last', or 'best' by validation loss, which then flatters
+    batch_tfms=(),  # augmentation of the training batches
+    bs: int = 8,  # batch size
+    patience: int = None,  # epochs without a lower validation loss after which it stops; None: never
+    schedule: str = 'constant',  # 'constant', 'plateau' (PlateauLR on the validation loss) or 'cosine' (CosineLR)
+    cbs=None,  # function () -> further callbacks, made anew for each fit; those with a state_dict are resumed
+    opt_func=adam,  # optimiser
+    seed: int = 0,  # weights, order of batches, augmentation
+    precision: str = 'auto',  # see AutoPrecision
+    device=None,  # default: fastai's default device
+    notes: bool = True,  # see mask_dls
+    tick=None,  # called after each epoch; default: a progress bar
+) -> tuple:  # network with the kept weights, in evaluation mode; history with columns epoch, run (0), train_loss, valid_loss, lr, seconds
     "Train one network on masks; resumes where it was stopped."
     train, valid = rows_of(set, train, 'train'), rows_of(set, valid, 'valid')
-    def data(channels): return mask_dls(set, train, valid, bs, channels, batch_tfms, seed, device, notes)
-    return _fit(build, data, path, epochs, lr, loss, select, patience, schedule, cbs, opt_func, seed, precision, _about(set, bs, batch_tfms, train, valid), tick=tick or _ticks(epochs, path))
 
+    def data(channels):
+        return mask_dls(set, train, valid, bs, channels, batch_tfms, seed, device, notes)
+
+    return _fit(
+        build,
+        data,
+        path,
+        epochs,
+        lr,
+        loss,
+        select,
+        patience,
+        schedule,
+        cbs,
+        opt_func,
+        seed,
+        precision,
+        _about(set, bs, batch_tfms, train, valid),
+        tick=tick or _ticks(epochs, path),
+    )
+
+# %% ../../nbs/train/segmentation.ipynb #c013-5
 def _about(set, bs, batch_tfms, *rows):
     "What a claim says of data: checksums of pixels and rows, batch size, augmentation."
-    return dict(set=f'{_crc(set.masks, _crc(set.images)):08x}', rows=[f'{_crc(r):08x}' for r in rows], names=list(map(str, set.names)), bs=bs, augment=repr(list(batch_tfms)))
+    return dict(
+        set=f'{_crc(set.masks, _crc(set.images)):08x}',
+        rows=[f'{_crc(r):08x}' for r in rows],
+        names=list(map(str, set.names)),
+        bs=bs,
+        augment=repr(list(batch_tfms)),
+    )
 
+# %% ../../nbs/train/segmentation.ipynb #c013-6
 def _ticks(n, path):
     "A function that moves a progress bar on by one."
     bar = iter(progress(range(n), desc=Path(path).name))
     next(bar, None)
     return lambda: next(bar, None)
 
+# %% ../../nbs/train/segmentation.ipynb #c013
 def predict_masks(
-    model:nn.Module,          # gives logits (b, k, h, w)
-    images:np.ndarray,        # (n, h, w) uint8
-    bs:int=8,                 # batch size
-    precision:str='auto',     # see AutoPrecision
-) -> np.ndarray:              # (n, k, h, w) float16 probabilities: sigmoids of the logits
+    model: nn.Module,  # gives logits (b, k, h, w)
+    images: np.ndarray,  # (n, h, w) uint8
+    bs: int = 8,  # batch size
+    precision: str = 'auto',  # see AutoPrecision
+) -> np.ndarray:  # (n, k, h, w) float16 probabilities: sigmoids of the logits
     "Probabilities of every class in every pixel; the model's mode is restored."
     device, channels, parts = next(model.parameters()).device, _channels(model), []
     with frozen_eval(model), torch.no_grad():
         for i in range(0, len(images), bs):
-            x = torch.from_numpy(np.ascontiguousarray(images[i:i+bs])).to(device)[:, None].float().div(255).expand(-1, channels, -1, -1).contiguous(memory_format=torch.channels_last)
-            with autocast_for(device, precision): logits = model(x)
+            x = (
+                torch.from_numpy(np.ascontiguousarray(images[i : i + bs]))
+                .to(device)[:, None]
+                .float()
+                .div(255)
+                .expand(-1, channels, -1, -1)
+                .contiguous(memory_format=torch.channels_last)
+            )
+            with autocast_for(device, precision):
+                logits = model(x)
             parts.append(logits.float().sigmoid().half().cpu().numpy())
     return np.concatenate(parts)
 
 # %% ../../nbs/train/segmentation.ipynb #c021
 def kfold_masks(
-    build,                    # function (fold number) -> network, called with the generators seeded by seed, whatever the fold
-    set:MaskSet,              # images and masks
-    folds=None,               # fold of every row: array or Series; default: five folds by patient
-    path=None,                # folder; each fold has its own inside
-    epochs:int=100,           # as for fit_masks
-    lr:float=1e-4,            # as for fit_masks
-    loss=None,                # as for fit_masks
+    build,  # function (fold number) -> network, called with the generators seeded by seed, whatever the fold
+    set: MaskSet,  # images and masks
+    folds=None,  # fold of every row: array or Series; default: five folds by patient
+    path=None,  # folder; each fold has its own inside
+    epochs: int = 100,  # as for fit_masks
+    lr: float = 1e-4,  # as for fit_masks
+    loss=None,  # as for fit_masks
     *,
-    bs:int=8,                 # as for fit_masks
-    seed:int=0,               # of the initial weights; fold k then trains with the seed 1000 * seed + k
-    precision:str='auto',     # as for fit_masks
-    **kwargs,                 # further arguments of fit_masks: select, batch_tfms, patience, schedule, cbs, opt_func, device
-) -> np.ndarray:              # (n, k, h, w) float16: out-of-fold probabilities
+    bs: int = 8,  # as for fit_masks
+    seed: int = 0,  # of the initial weights; fold k then trains with the seed 1000 * seed + k
+    precision: str = 'auto',  # as for fit_masks
+    **kwargs,  # further arguments of fit_masks: select, batch_tfms, patience, schedule, cbs, opt_func, device
+) -> np.ndarray:  # (n, k, h, w) float16: out-of-fold probabilities
     "Train on all folds but one and predict that one, for each fold, always from the same initial weights; resumes where it was stopped."
-    if path is None: raise ValueError("name a folder: path=...")
-    if folds is None: folds = patient_folds(set.table if 'label' in set.table else set.table.assign(label='any'), 5)
+    if path is None:
+        raise ValueError("name a folder: path=...")
+    if folds is None:
+        folds = patient_folds(set.table if 'label' in set.table else set.table.assign(label='any'), 5)
     folds = np.asarray(folds)
-    if folds.shape != (len(set),): raise ValueError(f"folds has one number per image, {len(set)}, got shape {folds.shape}")
+    if folds.shape != (len(set),):
+        raise ValueError(f"folds has one number per image, {len(set)}, got shape {folds.shape}")
     numbers = sorted(np.unique(folds))
-    if len(numbers) < 2: raise ValueError(f"cross-validation needs at least two folds, got {len(numbers)}")
+    if len(numbers) < 2:
+        raise ValueError(f"cross-validation needs at least two folds, got {len(numbers)}")
     for k in numbers:
-        for note in absent_classes(set, **{f'the_training_images_of_fold_{k}': folds != k, f'the_held-out_images_of_fold_{k}': folds == k}): warnings.warn(note, stacklevel=2)
+        for note in absent_classes(
+            set,
+            **{
+                f'the_training_images_of_fold_{k}': folds != k,
+                f'the_held-out_images_of_fold_{k}': folds == k,
+            },
+        ):
+            warnings.warn(note, stacklevel=2)
     path, out, tick = Path(path), np.empty(set.masks.shape, np.float16), _ticks(len(numbers) * epochs, path)
     for k in numbers:
-        def start(): seed_all(seed); return build(int(k))
-        model, _ = fit_masks(start, set, folds != k, folds == k, path/f'fold{k}', epochs, lr, loss, bs=bs, seed=1000 * seed + int(k), precision=precision, notes=False, tick=tick, **kwargs)
+
+        def start():
+            seed_all(seed)
+            return build(int(k))
+
+        model, _ = fit_masks(
+            start,
+            set,
+            folds != k,
+            folds == k,
+            path / f'fold{k}',
+            epochs,
+            lr,
+            loss,
+            bs=bs,
+            seed=1000 * seed + int(k),
+            precision=precision,
+            notes=False,
+            tick=tick,
+            **kwargs,
+        )
         out[folds == k] = predict_masks(model, set.images[folds == k], bs, precision)
     return out
 
 # %% ../../nbs/train/segmentation.ipynb #c024
 def fit_rotation(
-    build,                    # function () -> network that gives logits (b, k, h, w); called with the generators seeded
-    set:MaskSet,              # every image of it is trained on and validated on: keep test images out of it
-    path,                     # folder for checkpoint, weights and history
-    epochs:int=100,           # at most, each of as many runs as there are parts
-    lr:float=1e-4,            # at the start
-    loss=None,                # function of logits and masks; default: BCEDiceLoss()
+    build,  # function () -> network that gives logits (b, k, h, w); called with the generators seeded
+    set: MaskSet,  # every image of it is trained on and validated on: keep test images out of it
+    path,  # folder for checkpoint, weights and history
+    epochs: int = 100,  # at most, each of as many runs as there are parts
+    lr: float = 1e-4,  # at the start
+    loss=None,  # function of logits and masks; default: BCEDiceLoss()
     *,
-    parts:int=9,              # runs in an epoch
-    patience:int=10,          # epochs without a lower mean validation loss after which it stops; None: never
-    select:str='best',        # which epoch's weights are kept: 'best' by that mean, or 'last'
-    batch_tfms=(),            # augmentation of the training batches
-    bs:int=8,                 # batch size
-    cbs=None,                 # as for fit_masks; their epoch is a run
-    opt_func=adam,            # optimiser
-    seed:int=0,               # weights, parts, order of batches, augmentation
-    precision:str='auto',     # see AutoPrecision
-    device=None,              # default: fastai's default device
-) -> tuple:                   # network in evaluation mode; history, a row per run, with columns epoch, run, train_loss, valid_loss, lr, seconds
+    parts: int = 9,  # runs in an epoch
+    patience: int = 10,  # epochs without a lower mean validation loss after which it stops; None: never
+    select: str = 'best',  # which epoch's weights are kept: 'best' by that mean, or 'last'
+    batch_tfms=(),  # augmentation of the training batches
+    bs: int = 8,  # batch size
+    cbs=None,  # as for fit_masks; their epoch is a run
+    opt_func=adam,  # optimiser
+    seed: int = 0,  # weights, parts, order of batches, augmentation
+    precision: str = 'auto',  # see AutoPrecision
+    device=None,  # default: fastai's default device
+) -> tuple:  # network in evaluation mode; history, a row per run, with columns epoch, run, train_loss, valid_loss, lr, seconds
     "Merand & Klein's rotation (2021): one network, validated on images that it has trained on, so its validation loss is optimistic; resumes after the last finished run."
-    for note in absent_classes(set, the_rotation=np.arange(len(set))): warnings.warn(note, stacklevel=2)
-    channels = []                                                        # known once the network is built
-    def data(train, valid): return mask_dls(set, train, valid, bs, channels[0], batch_tfms, seed, device, notes=False)
-    def first(n): channels.append(n); return data(*rotation.rows(0))
+    for note in absent_classes(set, the_rotation=np.arange(len(set))):
+        warnings.warn(note, stacklevel=2)
+    channels = []  # known once the network is built
+
+    def data(train, valid):
+        return mask_dls(set, train, valid, bs, channels[0], batch_tfms, seed, device, notes=False)
+
+    def first(n):
+        channels.append(n)
+        return data(*rotation.rows(0))
+
     rotation = Rotation(data, len(set), parts, seed)
-    return _fit(build, first, path, epochs, lr, loss, select, patience, 'constant', cbs, opt_func, seed, precision, dict(parts=parts, **_about(set, bs, batch_tfms)), rotation, _ticks(epochs * parts, path))
+    return _fit(
+        build,
+        first,
+        path,
+        epochs,
+        lr,
+        loss,
+        select,
+        patience,
+        'constant',
+        cbs,
+        opt_func,
+        seed,
+        precision,
+        dict(parts=parts, **_about(set, bs, batch_tfms)),
+        rotation,
+        _ticks(epochs * parts, path),
+    )

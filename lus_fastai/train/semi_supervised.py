@@ -9,103 +9,168 @@ __all__ = ['ramp_up', 'consistency', 'SemiSup', 'PiModel', 'unbiased', 'Temporal
            'WeakAugment', 'StrongAugment']
 
 # %% ../../nbs/train/semi_supervised.ipynb #c003
-import math, warnings
+import math
+import warnings
+
 import torch
-from .contrastive import PairMethod, USCLAugment, _gather, _logits, _mean_loss, soft_cross_entropy
+
+from lus_fastai.train.contrastive import (
+    PairMethod,
+    USCLAugment,
+    _gather,
+    _logits,
+    _mean_loss,
+    soft_cross_entropy,
+)
 
 # %% ../../nbs/train/semi_supervised.ipynb #c008
 def ramp_up(
-    epoch:float,              # from 0
-    length:float,             # epochs until 1 is reached; 0 for no ramp
-) -> float:                   # 0 in the first epoch, then exp(-5 (1 - epoch/length)^2), 1 from length on
+    epoch: float,  # from 0
+    length: float,  # epochs until 1 is reached; 0 for no ramp
+) -> float:  # 0 in the first epoch, then exp(-5 (1 - epoch/length)^2), 1 from length on
     "The Gaussian ramp of Laine and Aila (2017)."
-    if epoch >= length: return 1.
-    return math.exp(-5 * (1 - epoch / length)**2) if epoch > 0 else 0.
+    if epoch >= length:
+        return 1.0
+    return math.exp(-5 * (1 - epoch / length) ** 2) if epoch > 0 else 0.0
 
 # %% ../../nbs/train/semi_supervised.ipynb #c011
 def consistency(
-    logits:torch.Tensor,      # (b, n_classes)
-    target:torch.Tensor,      # (b, n_classes) probabilities
-    known:torch.Tensor=None,  # (b,) True where there is a target; default everywhere
-) -> torch.Tensor:            # scalar in float32
+    logits: torch.Tensor,  # (b, n_classes)
+    target: torch.Tensor,  # (b, n_classes) probabilities
+    known: torch.Tensor = None,  # (b,) True where there is a target; default everywhere
+) -> torch.Tensor:  # scalar in float32
     "Mean squared difference of probabilities over all b times n_classes; items without target count as 0."
     with torch.autocast(logits.device.type, enabled=False):
         gap = (logits.float().softmax(-1) - target.float()).square()
         return (gap if known is None else gap * known[:, None]).mean()
 
-# %% ../../nbs/train/semi_supervised.ipynb #c014
+# %% ../../nbs/train/semi_supervised.ipynb #c014-1
 class SemiSup(PairMethod):
     "Base: cross-entropy of labelled first views plus `weight` times a `term` of all items; a row per trained epoch in `history`. Each fit starts from nothing."
-    ramp = 0.
+
+    ramp = 0.0
     history, kept, fresh = (), None, True
-    def term(self, logits, ids): raise NotImplementedError
-    def reset(self): self.history = []
+
+    def term(self, logits, ids):
+        raise NotImplementedError
+
+    def reset(self):
+        self.history = []
+
     def before_fit(self):
         super().before_fit()
         self.fresh, self.kept = True, self.state_dict() if hasattr(self.learn, 'lr_finder') else None
+
     def before_train(self):
         if self.fresh:
             self.reset()
-            if not len(self.dls.labelled): warnings.warn(f"no clip of the training table has a label: {type(self).__name__} cannot learn classes from agreement alone; give labels, or use a contrastive method")
+            if not len(self.dls.labelled):
+                warnings.warn(
+                    f"no clip of the training table has a label: {type(self).__name__} cannot learn classes from agreement alone; give labels, or use a contrastive method"
+                )
         self.fresh, self.noted = False, {}
+
     def note(self, n, **values):
-        for k, v in values.items(): self.noted.setdefault(k, []).append((torch.as_tensor(v).detach(), n))
+        for k, v in values.items():
+            self.noted.setdefault(k, []).append((torch.as_tensor(v).detach(), n))
+
     def compute(self, pred, y, ids):
         logits = _logits(pred)
         supervised = soft_cross_entropy(logits[:, 0] if logits.ndim == 3 else logits, y[:, 0])
-        if not self.training: return supervised
+        if not self.training:
+            return supervised
         weight, term = self.weight * ramp_up(self.epoch, self.ramp * self.n_epoch), self.term(logits, ids)
         self.note(len(ids), supervised=supervised, unsupervised=term)
         return supervised + weight * term
+
     def after_train(self):
-        self.history.append(dict(epoch=self.epoch, weight=self.weight * ramp_up(self.epoch, self.ramp * self.n_epoch), **{k: _mean_loss(v) for k, v in self.noted.items()}))
+        self.history.append(
+            dict(
+                epoch=self.epoch,
+                weight=self.weight * ramp_up(self.epoch, self.ramp * self.n_epoch),
+                **{k: _mean_loss(v) for k, v in self.noted.items()},
+            )
+        )
+
     def after_fit(self):
         super().after_fit()
-        if self.kept is not None: self.load_state_dict(self.kept); self.kept = None
-    def state_dict(self): return dict(history=list(self.history))
-    def load_state_dict(self, state): self.history = list(state['history'])
+        if self.kept is not None:
+            self.load_state_dict(self.kept)
+            self.kept = None
 
+    def state_dict(self):
+        return dict(history=list(self.history))
+
+    def load_state_dict(self, state):
+        self.history = list(state['history'])
+
+# %% ../../nbs/train/semi_supervised.ipynb #c014-2
 def _share(name, value, top=True):
-    if not (0 <= value <= 1 if top else 0 <= value < 1): raise ValueError(f"{name} is a share from 0 to 1{'' if top else ', and below 1'}, not {value}")
+    if not (0 <= value <= 1 if top else 0 <= value < 1):
+        raise ValueError(f"{name} is a share from 0 to 1{'' if top else ', and below 1'}, not {value}")
     return value
 
+
 def _weight(weight):
-    if not 0 <= weight < math.inf: raise ValueError(f"weight is a number from 0 on, not {weight}")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight is a number from 0 on, not {weight}")
     return weight
 
+# %% ../../nbs/train/semi_supervised.ipynb #c014
 class PiModel(SemiSup):
     "Both views of an item get the same answer (Laine and Aila 2017)."
-    def __init__(self,
-        weight:float=100.,    # of the squared difference, when the ramp is over
-        ramp:float=80/300,    # share of the epochs until then
-    ): self.weight, self.ramp = _weight(weight), _share('ramp', ramp)
-    def term(self, logits, ids): return consistency(logits[:, 0], logits[:, 1].float().softmax(-1))
+
+    def __init__(
+        self,
+        weight: float = 100.0,  # of the squared difference, when the ramp is over
+        ramp: float = 80 / 300,  # share of the epochs until then
+    ):
+        self.weight, self.ramp = _weight(weight), _share('ramp', ramp)
+
+    def term(self, logits, ids):
+        return consistency(logits[:, 0], logits[:, 1].float().softmax(-1))
+
+# %% ../../nbs/train/semi_supervised.ipynb #c018-1
+def unbiased(
+    ensemble: torch.Tensor,  # (n, n_classes) averages that started from zero
+    seen: torch.Tensor,  # (n,) answers in each
+    alpha: float,  # the share that stayed at each
+) -> torch.Tensor:  # (n, n_classes) probabilities; zeros where nothing was seen
+    "Divide an exponential moving average by 1 - alpha^seen."
+    return ensemble / torch.where(seen > 0, 1 - alpha ** seen.to(ensemble.dtype), 1.0)[:, None]
 
 # %% ../../nbs/train/semi_supervised.ipynb #c018
-def unbiased(
-    ensemble:torch.Tensor,    # (n, n_classes) averages that started from zero
-    seen:torch.Tensor,        # (n,) answers in each
-    alpha:float,              # the share that stayed at each
-) -> torch.Tensor:            # (n, n_classes) probabilities; zeros where nothing was seen
-    "Divide an exponential moving average by 1 - alpha^seen."
-    return ensemble / torch.where(seen > 0, 1 - alpha ** seen.to(ensemble.dtype), 1.)[:, None]
-
 class TemporalEnsembling(SemiSup):
     "An item gets the answer that it got on average in earlier epochs (Laine and Aila 2017); one view is evaluated."
+
     ensemble, seen = None, None
-    def __init__(self,
-        weight:float=30.,     # of the squared difference, when the ramp is over
-        ramp:float=80/300,    # share of the epochs until then
-        alpha:float=.6,       # share of the average that stays at each answer
-    ): self.weight, self.ramp, self.alpha = _weight(weight), _share('ramp', ramp), _share('alpha', alpha, top=False)
+
+    def __init__(
+        self,
+        weight: float = 30.0,  # of the squared difference, when the ramp is over
+        ramp: float = 80 / 300,  # share of the epochs until then
+        alpha: float = 0.6,  # share of the average that stays at each answer
+    ):
+        self.weight, self.ramp, self.alpha = (
+            _weight(weight),
+            _share('ramp', ramp),
+            _share('alpha', alpha, top=False),
+        )
+
     def reset(self):
         super().reset()
         self.ensemble, self.seen = None, None
-    def before_batch(self): self.learn.xb = (self.xb[0][:, 0],)
+
+    def before_batch(self):
+        self.learn.xb = (self.xb[0][:, 0],)
+
     def term(self, logits, ids):
         if self.ensemble is None:
             n = len(self.dls.train.dataset)
-            self.ensemble, self.seen = logits.new_zeros(n, logits.shape[-1], dtype=torch.float32), torch.zeros(n, dtype=torch.int64, device=logits.device)
+            self.ensemble, self.seen = (
+                logits.new_zeros(n, logits.shape[-1], dtype=torch.float32),
+                torch.zeros(n, dtype=torch.int64, device=logits.device),
+            )
         at = ids[:, 0]
         loss = consistency(logits, unbiased(self.ensemble[at], self.seen[at], self.alpha), self.seen[at] > 0)
         with torch.no_grad():
@@ -113,56 +178,83 @@ class TemporalEnsembling(SemiSup):
             self.ensemble[at] = self.alpha * self.ensemble[at] + (1 - self.alpha) * p
             self.seen[at] += 1
         return loss
-    def state_dict(self): return {**super().state_dict(), 'ensemble': self.ensemble, 'seen': self.seen}
+
+    def state_dict(self):
+        return {**super().state_dict(), 'ensemble': self.ensemble, 'seen': self.seen}
+
     def load_state_dict(self, state):
         super().load_state_dict(state)
         device = self.dls.device if getattr(self, 'learn', None) is not None else 'cpu'
-        self.ensemble, self.seen = (None if state[k] is None else state[k].to(device, copy=True) for k in ('ensemble', 'seen'))
+        self.ensemble, self.seen = (
+            None if state[k] is None else state[k].to(device, copy=True) for k in ('ensemble', 'seen')
+        )
 
-# %% ../../nbs/train/semi_supervised.ipynb #c022
+# %% ../../nbs/train/semi_supervised.ipynb #c022-1
 def pseudo_labels(
-    logits:torch.Tensor,      # (b, n_classes) of the weak views
-    threshold:float=.95,      # probability from which an answer is accepted
-) -> tuple:                   # class numbers (b,), accepted (b,) bool; without gradient
+    logits: torch.Tensor,  # (b, n_classes) of the weak views
+    threshold: float = 0.95,  # probability from which an answer is accepted
+) -> tuple:  # class numbers (b,), accepted (b,) bool; without gradient
     "The most probable class, and whether it is probable enough (Sohn 2020)."
     p, label = logits.detach().float().softmax(-1).max(-1)
     return label, p >= threshold
 
+# %% ../../nbs/train/semi_supervised.ipynb #c022
 class FixMatch(SemiSup):
     "The strong view learns the class of the weak one, where that is sure (Sohn 2020); made for `pair_dls(..., augment=WeakAugment(), augment2=StrongAugment())`."
-    def __init__(self,
-        weight:float=1.,      # of the cross-entropy with pseudo-labels
-        threshold:float=.95,  # probability from which an answer is accepted, above 0
+
+    def __init__(
+        self,
+        weight: float = 1.0,  # of the cross-entropy with pseudo-labels
+        threshold: float = 0.95,  # probability from which an answer is accepted, above 0
     ):
-        if not 0 < threshold <= 1: raise ValueError(f"threshold is a probability above 0 and up to 1, not {threshold}")
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold is a probability above 0 and up to 1, not {threshold}")
         self.weight, self.threshold = _weight(weight), threshold
+
     def term(self, logits, ids):
         label, accepted = pseudo_labels(logits[:, 0], self.threshold)
         self.note(len(ids), accepted=accepted.float().mean())
-        return (torch.nn.functional.cross_entropy(logits[:, 1].float(), label, reduction='none') * accepted).mean()
+        return (
+            torch.nn.functional.cross_entropy(logits[:, 1].float(), label, reduction='none') * accepted
+        ).mean()
 
-# %% ../../nbs/train/semi_supervised.ipynb #c025
+# %% ../../nbs/train/semi_supervised.ipynb #c025-1
 class WeakAugment(USCLAugment):
     "Random resized crop and flip."
-    def __init__(self,
-        scale:tuple=(.8, 1.), # the crop's share of the area
-        ratio:tuple=(.8, 1.25),# its width over height
-        flip:float=.5,        # chance of a mirror image
-    ): super().__init__(scale, ratio, flip, 0., 0.)
 
+    def __init__(
+        self,
+        scale: tuple = (0.8, 1.0),  # the crop's share of the area
+        ratio: tuple = (0.8, 1.25),  # its width over height
+        flip: float = 0.5,  # chance of a mirror image
+    ):
+        super().__init__(scale, ratio, flip, 0.0, 0.0)
+
+# %% ../../nbs/train/semi_supervised.ipynb #c025
 class StrongAugment(USCLAugment):
     "The crop, flip and jitter of USCL, then cutout: a grey square somewhere on the view."
-    def __init__(self,
-        cutout:float=.5,      # longest side of the square as a share of the frame's sides; the side is drawn evenly from 0 to it
-        **kwargs,             # as for USCLAugment
+
+    def __init__(
+        self,
+        cutout: float = 0.5,  # longest side of the square as a share of the frame's sides; the side is drawn evenly from 0 to it
+        **kwargs,  # as for USCLAugment
     ):
         super().__init__(**kwargs)
         self.cutout = _share('cutout', cutout)
+
     def draw(self, n, size, generator=None):
-        return {**super().draw(n, size, generator), 'hole': torch.rand(n, 3, generator=generator) * torch.tensor([self.cutout, 1., 1.])}   # side, centre down, centre right
+        return {
+            **super().draw(n, size, generator),
+            'hole': torch.rand(n, 3, generator=generator) * torch.tensor([self.cutout, 1.0, 1.0]),
+        }  # side, centre down, centre right
+
     def apply(self, x, draws):
         x = super().apply(x, {k: v for k, v in draws.items() if k != 'hole'})
-        if 'hole' not in draws: return x                               # a part of a batch, within the line above
+        if 'hole' not in draws:
+            return x  # a part of a batch, within the line above
         side, *centre = draws['hole'].to(x.device).unbind(1)
-        down, right = ((((torch.arange(s, device=x.device) + .5) / s - c[:, None]).abs() <= side[:, None] / 2) for s, c in zip(x.shape[-2:], centre))
-        return x.masked_fill((down[:, :, None] & right[:, None, :])[:, None], .5)
+        down, right = (
+            (((torch.arange(s, device=x.device) + 0.5) / s - c[:, None]).abs() <= side[:, None] / 2)
+            for s, c in zip(x.shape[-2:], centre)
+        )
+        return x.masked_fill((down[:, :, None] & right[:, None, :])[:, None], 0.5)
