@@ -412,12 +412,7 @@ def audit(
     table: pd.DataFrame,  # clip table, or frame table of a store
     folds=None,  # fold of every row (Series or array; numbers, or 'train'/'test'); without it the table alone is audited
     store=None,  # a FrameStore that holds the table's frames, to look for near-duplicates
-    columns=(
-        'source',
-        'probe',
-        'kind',
-        'licence',
-    ),  # columns that should not predict the label; those that the table lacks are left out
+    columns=('source', 'probe', 'kind', 'licence'),  # should not predict the label; absent ones are left out
     bits: int = 8,  # near-duplicates: hash bits that may differ
     likeness: float = 0.95,  # near-duplicates: least correlation of the pixels
 ) -> Audit:  # its DataFrames are attributes; prints as a report

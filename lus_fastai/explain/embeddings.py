@@ -8,11 +8,13 @@ Docs: https://lus-fastai.github.io/lus_fastai/explain/embeddings.html.md"""
 __all__ = ['features', 'FeatureMap', 'tsne_map', 'pca_map', 'place', 'plot_embedding', 'plot_thumbnails', 'purity', 'plot_purity']
 
 # %% ../../nbs/explain/embeddings.ipynb #c005
+import contextlib
 import difflib
 import hashlib
 import math
 import time
 import warnings
+from pathlib import Path
 from dataclasses import dataclass
 
 import numpy as np

@@ -512,12 +512,7 @@ def _encoder_weights(weights, name):
 def vunet(
     n_out: int = 1,  # output classes; 1 is the rib against all else
     c_in: int = 3,  # input channels; the paper's count needs 3
-    convs: tuple = (
-        3,
-        3,
-        2,
-        2,
-    ),  # convolutions in the blocks of the decoder, deepest first; (2, 2, 2, 2) in the authors' notebooks
+    convs: tuple = (3, 3, 2, 2),  # in the decoder's blocks, deepest first; (2, 2, 2, 2) in the authors' code
     bn: bool = False,  # batch norm in the decoder (the encoder is VGG16 without)
     weights=None,  # of the encoder: None, 'imagenet', a file, a dictionary or a network with VGG16 in it (see copy_encoder)
 ) -> VUNet:  # (b, c_in, h, w) in 0..1 -> logits (b, n_out, h, w), any size of at least 16

@@ -463,17 +463,8 @@ def mask_rcnn(
     channels: int = None,  # of the first convolution, 1 or 3; default: 3 (Chen 2021), or what the module has
     weights=None,  # the backbone's: None for those that it has, 'imagenet', a file, a dictionary or a module
     trainable: str = 'paper',  # 'paper' freezes the body up to its first stage, 'heads' the whole body, 'all' nothing
-    size: tuple = (
-        800,
-        1333,
-    ),  # pictures are scaled to this shorter side, unless the longer would exceed the second number; (160, 160): longest side 160
-    anchors: tuple = (
-        32,
-        64,
-        128,
-        256,
-        512,
-    ),  # side of the anchor boxes on each of the five scales, the root of their area, in pixels of the scaled picture
+    size: tuple = (800, 1333),  # images are scaled to this shorter side, within the longer one
+    anchors: tuple = (32, 64, 128, 256, 512),  # root of the anchors' area by scale, in pixels
     ratios: tuple = (0.5, 1.0, 2.0),  # their heights over their widths; fit_anchors finds both
     width: int = 256,  # channels of the pyramid and of the mask head; the box head has four times as many
     **kwargs,  # as for torchvision's MaskRCNN; FEW_OBJECTS saves most of the time where a picture has few objects
