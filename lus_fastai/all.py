@@ -1,9 +1,13 @@
 "The public surface in one import: fastai's vision names, then every module of lus_fastai (ours win where a name is in both)."
 from fastai.vision.all import *
 from lus_fastai.core import *
+from lus_fastai.video import *
+from lus_fastai.plot import *
+from lus_fastai.runs import *
 from lus_fastai.stats.classification import *
 from lus_fastai.stats.segmentation import *
 from lus_fastai.stats.calibration import *
+from lus_fastai.stats.figures import *
 from lus_fastai.synth.phantom import *
 from lus_fastai.synth.radiographs import *
 from lus_fastai.data.sources import *

@@ -6,9 +6,9 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 
 # %% auto #0
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS', 'dense_to_sparse',
-           'mask_rgb', 'overlay', 'file_keys', 'TableError', 'check_table', 'clip_ids', 'write_table', 'read_table',
-           'MaskSet', 'atomic_path', 'write_json', 'folder_lock', 'seed_all', 'frozen_eval', 'lus_home', 'shipped',
-           'real_data', 'progress', 'duration', 'StageLog']
+           'file_keys', 'TableError', 'and_more', 'check_columns', 'check_table', 'LeakError', 'assert_disjoint',
+           'clip_ids', 'write_table', 'read_table', 'MaskSet', 'atomic_path', 'write_json', 'folder_lock', 'seed_all',
+           'frozen_eval', 'lus_home', 'shipped', 'real_data', 'progress', 'duration', 'StageLog']
 
 # %% ../nbs/core.ipynb #c003
 import contextlib
@@ -73,33 +73,6 @@ def dense_to_sparse(
         return torch.tensor(DENSE_TO_SPARSE, dtype=x.dtype, device=x.device)[x.long()]
     return np.array(DENSE_TO_SPARSE, x.dtype)[x]
 
-# %% ../nbs/core.ipynb #c017-1
-def mask_rgb(
-    mask,  # integer codes, any shape; 255 means "no label" and is drawn grey
-    colors: np.ndarray = None,  # (n, 3) uint8, a colour per code; default: DENSE_COLORS
-) -> np.ndarray:  # mask.shape + (3,) uint8
-    "Paint integer codes with their colours."
-    colors = DENSE_COLORS if colors is None else colors
-    table = np.full((256, 3), 128, np.uint8)
-    table[: len(colors)] = colors
-    return table[np.asarray(mask).astype(np.uint8)]
-
-# %% ../nbs/core.ipynb #c017
-def overlay(
-    frame,  # (h, w) uint8 grey
-    mask,  # (h, w) integer codes; the last colour's code is background
-    colors: np.ndarray = None,  # (n, 3) uint8, a colour per code; default: DENSE_COLORS
-    alpha: float = 0.45,  # opacity of the tint, 0..1
-) -> np.ndarray:  # (h, w, 3) uint8
-    "A grey frame tinted by its mask, background left as it is."
-    frame, mask = np.asarray(frame), np.asarray(mask)
-    colors = DENSE_COLORS if colors is None else colors
-    if frame.shape != mask.shape:
-        raise ValueError(f"frame {frame.shape} and mask {mask.shape} differ in size")
-    rgb = np.repeat(frame[..., None], 3, -1).astype(np.float32)
-    tinted = (mask < len(colors) - 1)[..., None] * np.float32(alpha)
-    return (rgb * (1 - tinted) + mask_rgb(mask, colors) * tinted).round().astype(np.uint8)
-
 # %% ../nbs/core.ipynb #files
 def file_keys(
     paths,  # paths of files, which need not exist; anything else gets None
@@ -127,6 +100,27 @@ class TableError(ValueError):
 
 def _rows(index):
     return ', '.join(map(str, index[:5])) + (f' and {len(index) - 5} more' if len(index) > 5 else '')
+
+# %% ../nbs/core.ipynb #and-more
+def and_more(xs):
+    return ', '.join(map(str, xs[:5])) + (f' and {len(xs) - 5} more' if len(xs) > 5 else '')
+
+# %% ../nbs/core.ipynb #columns
+def check_columns(table, columns):
+    "Check that `table` has rows, and these columns without holes."
+    if not isinstance(table, pd.DataFrame):
+        raise TableError(f"expected a clip or frame table (a DataFrame), got {type(table).__name__}")
+    missing = [c for c in columns if c not in table]
+    if missing:
+        raise TableError(f"missing column(s) {missing}; the table has {list(table.columns)}")
+    if not len(table):
+        raise TableError("the table is empty: did a filter drop every row?")
+    for c in columns:
+        hole = list(table.index[table[c].isna() | (table[c].astype(str).str.strip() == '')])
+        if hole:
+            raise TableError(
+                f"column '{c}' is empty in row(s) {and_more(hole)}: a row without {c} cannot be split safely; fill or drop it"
+            )
 
 # %% ../nbs/core.ipynb #c021-2
 def _twice(table):
@@ -181,6 +175,45 @@ def check_table(
     if wrong:
         raise TableError('; '.join(wrong))
     return table
+
+# %% ../nbs/core.ipynb #c016-1
+class LeakError(AssertionError):
+    "Two parts of a split share patients or files; `.shared` lists them."
+
+    def __init__(self, message, shared):
+        super().__init__(message)
+        self.shared = shared
+
+# %% ../nbs/core.ipynb #c016-2
+def assert_disjoint(
+    a: pd.DataFrame,  # one part, say the training rows
+    b: pd.DataFrame,  # the other part
+    by: str = 'patient',  # the column that must not have a value in common
+):
+    "Raise `LeakError` naming the patients, or the files, that stand in both parts."
+    for part in (a, b):
+        check_columns(part, (by,))
+    shared = sorted(set(a[by].astype(str).str.strip()) & set(b[by].astype(str).str.strip()))
+    if shared:
+        raise LeakError(f"{len(shared)} {by}(s) in both parts: {and_more(shared)}", shared)
+    if 'path' in a and 'path' in b:
+        _no_shared_file(a['path'].drop_duplicates(), b['path'].drop_duplicates())
+
+# %% ../nbs/core.ipynb #c016
+def _no_shared_file(a, b):
+    "LeakError when a path of `a` leads to a file of `b`."
+    there = {
+        key: f'row {row} ({path})' for key, (row, path) in zip(file_keys(b), b.items()) if key is not None
+    }
+    shared = {
+        path: f'row {row} ({path}) is {there[key]}'
+        for key, (row, path) in zip(file_keys(a), a.items())
+        if key in there
+    }
+    if shared:
+        raise LeakError(
+            f"{len(shared)} file(s) in both parts: {and_more(list(shared.values()))}", list(shared)
+        )
 
 # %% ../nbs/core.ipynb #c026
 def clip_ids(

@@ -30,14 +30,15 @@ from lus_fastai.core import (
     clip_ids,
     frozen_eval,
     lus_home,
-    overlay,
 )
 from .data.fan import Fan, FanError, find_fan
-from .data.store import ClipError, FrameStore, _masks, sample_clip
+from .data.store import FrameStore, _masks
 from .explain.attribution import EXPLAINERS, map_rgb
 from .explain.sanity_checks import heat_in_fan
 from .models.transfer import name_outputs
+from .plot import overlay
 from .synth.phantom import phantom_dataset
+from .video import ClipError, sample_clip
 
 # %% ../nbs/widgets.ipynb #c006-1
 def _ipywidgets():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lus_fastai.core import MaskSet
-from lus_fastai.data.folds import LeakError, assert_disjoint
+from lus_fastai.core import LeakError, assert_disjoint
 from lus_fastai.models.transfer import load_weights
 from lus_fastai.papers import cheng_lam
-from lus_fastai.report import read_results, results_table
+from lus_fastai.runs import read_results, results_table
 
 TINY = cheng_lam.ChengSettings(
     size=32,

@@ -190,7 +190,8 @@ def test_a_second_demo_names_the_process_that_runs_the_first(tmp_path):
 
 def own_clips(folder, patients=6):
     "Phantom clips of two classes as somebody might file them: the label in the folder, the patient in the name."
-    from lus_fastai.synth.phantom import draw_patient, phantom_clip, write_video
+    from lus_fastai.synth.phantom import draw_patient, phantom_clip
+    from lus_fastai.video import write_video
 
     for i in range(patients):
         label, name = (('regular', 'well'), ('covid', 'ill'))[i % 2]

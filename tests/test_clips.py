@@ -25,17 +25,10 @@ from PIL import Image
 
 from lus_fastai.core import TableError
 from lus_fastai.data import store as clips
-from lus_fastai.data.store import (
-    Clip,
-    ClipError,
-    FrameStore,
-    frame_times,
-    function_key,
-    read_clip,
-    sample_clip,
-    sample_times,
-)
-from lus_fastai.synth.phantom import write_video
+from lus_fastai.video import Clip, ClipError, frame_times, read_clip, sample_clip, sample_times
+from lus_fastai.data.store import FrameStore
+from lus_fastai.runs import function_key
+from lus_fastai.video import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
@@ -884,7 +877,7 @@ def test_the_same_function_has_the_same_key_everywhere(tmp_path):
     (tmp_path / 'mine.py').write_text(
         "NAMES = {'a', 'b', 'c'}\ndef prepare(frames, row, outside=0):\n    return frames if row['kind'] in {'video', 'image', 'x'} else len(NAMES)\n"
     )
-    code = "import functools, mine; from lus_fastai.data.store import function_key as k; from lus_fastai.preprocess import fan_crop; "
+    code = "import functools, mine; from lus_fastai.runs import function_key as k; from lus_fastai.preprocess import fan_crop; "
     code += "print(k(mine.prepare), k(functools.partial(mine.prepare, outside={1: [2., None]})), k(fan_crop))"
 
     def keys(seed):

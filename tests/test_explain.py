@@ -13,25 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lus_fastai.core import frozen_eval
-from lus_fastai.data.store import read_clip
+from lus_fastai.video import read_clip
 from lus_fastai.explain import attribution as E
-from lus_fastai.explain.attribution import (
-    EXPLAINERS,
-    OCCLUSION_ARORA,
-    cam,
-    cam_layer,
-    explain_clip,
-    grad_cam,
-    integrated_gradients,
-    map_rgb,
-    occlusion,
-    saliency,
-    seg_target,
-    show_map,
-    show_maps,
-    smooth_grad,
-    write_map_video,
-)
+from lus_fastai.explain.attribution import EXPLAINERS, OCCLUSION_ARORA, cam, cam_layer, explain_clip, grad_cam, integrated_gradients, map_rgb, occlusion, saliency, seg_target, show_map, show_maps, smooth_grad, write_map_video
 from lus_fastai.models.unet import seg_to_cls, unet
 
 METHODS = pytest.mark.parametrize('method', list(EXPLAINERS))

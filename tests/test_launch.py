@@ -11,7 +11,7 @@ import pytest
 
 from lus_fastai.models.transfer import load_weights
 from lus_fastai.papers import uscl
-from lus_fastai.report import read_results
+from lus_fastai.runs import read_results
 
 sys.path.insert(0, str(Path(__file__).parent))
 import launch_worker

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lus_fastai.core import MaskSet
-from lus_fastai.data.folds import LeakError
+from lus_fastai.core import LeakError
 from lus_fastai.papers import merand
 from lus_fastai.papers.merand import Way
-from lus_fastai.report import read_results
+from lus_fastai.runs import read_results
 from lus_fastai.train.segmentation import LossLog
 
 pytestmark = pytest.mark.filterwarnings('ignore:no pixel of')  # so few pictures lack classes

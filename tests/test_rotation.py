@@ -23,7 +23,7 @@ from fastai.vision.all import Callback
 from lus_fastai.data.augment import MerandAugment
 from lus_fastai.core import seed_all
 from lus_fastai.models.unet import unet
-from lus_fastai.stats.segmentation import SoftDiceLoss
+from lus_fastai.train.losses import SoftDiceLoss
 from lus_fastai.train.segmentation import rotation_parts, Rotation, fit_masks, predict_masks, kfold_masks, fit_rotation
 torch.set_num_threads(1)
 

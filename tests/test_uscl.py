@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lus_fastai.data.folds import LeakError
+from lus_fastai.core import LeakError
 from lus_fastai.papers import uscl
-from lus_fastai.report import read_results
+from lus_fastai.runs import read_results
 
 TINY = uscl.UsclSettings(
     max_frames=2,

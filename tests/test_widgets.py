@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from lus_fastai import widgets as W
-from lus_fastai.core import CLASSES, DENSE, DENSE_COLORS, TableError, overlay, write_table
+from lus_fastai.core import CLASSES, DENSE, DENSE_COLORS, TableError, write_table
+from lus_fastai.plot import overlay
 from lus_fastai.data.fan import Fan, find_fan
-from lus_fastai.data.store import read_clip, sample_clip
+from lus_fastai.video import read_clip, sample_clip
 from lus_fastai.explain.attribution import EXPLAINERS, explain_clip
 from lus_fastai.synth.phantom import phantom_dataset
 
@@ -183,7 +184,7 @@ def test_broken_mask_leaves_the_frame(phantom_table, tmp_path):
 
 
 def test_stills_and_long_clips(phantom_table, tmp_path):
-    from lus_fastai.synth.phantom import write_video
+    from lus_fastai.video import write_video
 
     Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)).save(tmp_path / 'still.png')
     n = W._MOST * 2 + 30

@@ -25,7 +25,8 @@ from fastai.vision.all import CrossEntropyLossFlat, Learner
 from lus_fastai.core import CLASSES, seed_all
 from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
 from lus_fastai.data.loaders import frame_dls
-from lus_fastai.data.store import FrameStore, read_clip
+from lus_fastai.data.store import FrameStore
+from lus_fastai.video import read_clip
 from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
 from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
 from lus_fastai.synth.phantom import phantom_dataset

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from ..core import check_table, progress
-from .store import ClipError, sample_clip
+from ..video import ClipError, sample_clip
 
 # %% ../../nbs/data/fan.ipynb #c006-1
 class FanError(ValueError):

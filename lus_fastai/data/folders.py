@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from ..core import CLIP_COLUMNS, TableError, check_table, progress, read_table
-from .store import ClipError, sample_clip
+from ..video import ClipError, sample_clip
 
 # %% ../../nbs/data/folders.ipynb #kind
 _SUFFIXES = (

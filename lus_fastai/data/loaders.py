@@ -44,9 +44,10 @@ from lus_fastai.core import (
     SPARSE_COLORS,
     MaskSet,
     TableError,
-    mask_rgb,
 )
-from .store import ClipError, FrameStore, open_store, resized, sample_clip, store_rows, to_grey
+from .store import FrameStore, open_store, store_rows
+from ..plot import mask_rgb
+from ..video import ClipError, resized, sample_clip, to_grey
 
 # %% ../../nbs/data/loaders.ipynb #c006-1
 class TensorFrame(TensorImageBW):

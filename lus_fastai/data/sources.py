@@ -50,9 +50,8 @@ from lus_fastai.core import (
     shipped,
 )
 from .folds import frame_hash, hamming
-from .store import ClipError, read_clip
-from ..synth.phantom import write_video
 from ..synth.radiographs import CATEGORIES, CHEST, CHEXPERT, fill_boxes
+from ..video import ClipError, read_clip, write_video
 
 # %% ../../nbs/data/sources.ipynb #c006-1
 _MEDIA = dict(

@@ -26,7 +26,7 @@ from torch import nn
 from ..core import TableError, atomic_path, frozen_eval, progress
 from ..data.loaders import ReadFrame
 from ..data.store import FrameStore, store_rows
-from ..report import _INK, _MARKERS, _PALETTE, _canvas, _columns
+from ..plot import INK, MARKERS, PALETTE, figure_canvas, figure_columns
 from ..stats.classification import bootstrap, overall_accuracy
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-1
@@ -365,19 +365,17 @@ def plot_embedding(
         else dict(
             style=columns[style].to_numpy(),
             style_order=sorted(columns[style].unique()),
-            markers=[_MARKERS[k % len(_MARKERS)] for k in range(columns[style].nunique())],
+            markers=[MARKERS[k % len(MARKERS)] for k in range(columns[style].nunique())],
         )
     )
     names = {c: sorted(columns[c].unique()) for c in by}
-    rows = max([math.ceil(len(v) / _columns(v, 3.2)) for v in names.values() if len(v) <= 12], default=0) + (
-        1 if style else 0
-    )
-    with _canvas(3.3 * len(by), 3.5 + 0.2 * rows) as fig:
+    rows = max(
+        [math.ceil(len(v) / figure_columns(v, 3.2)) for v in names.values() if len(v) <= 12], default=0
+    ) + (1 if style else 0)
+    with figure_canvas(3.3 * len(by), 3.5 + 0.2 * rows) as fig:
         for ax, c in zip(fig.subplots(1, len(by), squeeze=False)[0], by):
             v, many = names[c], len(names[c]) > 12
-            colors = (
-                list(_PALETTE[: len(v)]) if len(v) <= len(_PALETTE) else sns.color_palette('husl', len(v))
-            )
+            colors = list(PALETTE[: len(v)]) if len(v) <= len(PALETTE) else sns.color_palette('husl', len(v))
             sns.scatterplot(
                 x=points[:, 0],
                 y=points[:, 1],
@@ -398,7 +396,7 @@ def plot_embedding(
                 ax.legend(
                     loc='upper center',
                     bbox_to_anchor=(0.5, -0.01),
-                    ncols=_columns(v, 3.2),
+                    ncols=figure_columns(v, 3.2),
                     handletextpad=0.1,
                     columnspacing=1,
                 )
@@ -447,7 +445,7 @@ def plot_thumbnails(
     side = max(16, 900 // g)  # pixels of a cell
     tall, edge = max(1, round(side * h / w)), max(2, side // 16)
     sheet = np.full((tall * g, side * g, 3), 255, np.uint8)
-    colors = {c: np.array(mpl.colors.to_rgb(_PALETTE[k % len(_PALETTE)])) * 255 for k, c in enumerate(names)}
+    colors = {c: np.array(mpl.colors.to_rgb(PALETTE[k % len(PALETTE)])) * 255 for k, c in enumerate(names)}
     for col, row, i in cells:
         cell = sheet[tall * (g - 1 - row) + 1 : tall * (g - row) - 1, side * col + 1 : side * (col + 1) - 1]
         cell[:] = colors[labels[i]]
@@ -462,7 +460,7 @@ def plot_thumbnails(
             .byte()
             .numpy()[..., None]
         )
-    with _canvas(width, width * h / w + 0.45 + (0.3 if title else 0)) as fig:
+    with figure_canvas(width, width * h / w + 0.45 + (0.3 if title else 0)) as fig:
         ax = fig.add_subplot()
         ax.imshow(sheet, interpolation='antialiased')
         ax.set_axis_off()
@@ -470,7 +468,7 @@ def plot_thumbnails(
         fig.legend(
             handles=[Patch(color=colors[c] / 255, label=c) for c in names],
             loc='outside lower center',
-            ncols=_columns(names, width),
+            ncols=figure_columns(names, width),
         )
     return fig
 
@@ -566,7 +564,7 @@ def plot_purity(
         raise ImportError("the bars need seaborn: pip install seaborn") from None
     groups = [(None, scores)] if 'features' not in scores else list(scores.groupby('features', sort=False))
     order, hues = list(dict.fromkeys(scores['by'])), ['all', 'other patients']
-    with _canvas(0.6 + 2.5 * len(groups), 2.9 + 0.3 * bool(title)) as fig:
+    with figure_canvas(0.6 + 2.5 * len(groups), 2.9 + 0.3 * bool(title)) as fig:
         axs = fig.subplots(1, len(groups), squeeze=False, sharey=True)[0]
         for ax, (name, rows) in zip(axs, groups):
             sns.barplot(
@@ -576,7 +574,7 @@ def plot_purity(
                 hue='neighbours',
                 order=order,
                 hue_order=hues,
-                palette=[_PALETTE[4], _PALETTE[0]],
+                palette=[PALETTE[4], PALETTE[0]],
                 saturation=1,
                 errorbar=None,
                 ax=ax,
@@ -584,8 +582,8 @@ def plot_purity(
             at = np.array([order.index(b) for b in rows['by']]) + np.where(
                 rows['neighbours'] == hues[0], -0.2, 0.2
             )
-            ax.vlines(at, rows['low'], rows['high'], color=_INK, lw=1, alpha=0.6)
-            ax.hlines(rows['chance'], at - 0.2, at + 0.2, color=_INK, lw=2)
+            ax.vlines(at, rows['low'], rows['high'], color=INK, lw=1, alpha=0.6)
+            ax.hlines(rows['chance'], at - 0.2, at + 0.2, color=INK, lw=2)
             ax.set(xlabel='', ylabel='share of neighbours', ylim=(0, 1.05), title=name or '')
             ax.tick_params(axis='x', length=0)
             ax.grid(axis='y')

@@ -19,28 +19,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import MaskSet, lus_home, real_data
+from ..core import MaskSet, assert_disjoint, lus_home, real_data
 from ..data.augment import ChengAugment
 from ..data.despeckling import despeckle
-from ..data.folds import assert_disjoint, patient_folds, split_hash
+from ..data.folds import patient_folds, split_hash
 from ..data.sources import busi_set, index
 from ..models.transfer import copy_encoder, copy_weights, freeze
 from ..models.unet import create_backbone, keras_init, vunet, xunet
-from lus_fastai.report import (
-    Report,
-    cell,
-    interval_text,
-    limits_note,
-    papers_note,
-    plot_comparison,
-    results_json,
-    results_table,
-    score_text,
-    training_card,
-)
-from ..stats.segmentation import BCEDiceLoss, SoftDiceLoss, evaluate_masks, mask_scores, soft_dice
+from ..plot import interval_text
+from ..report import Report, limits_note, papers_note, score_text, training_card
+from ..runs import cell, results_json, results_table
+from ..stats.figures import plot_comparison
+from ..stats.segmentation import evaluate_masks, mask_scores
 from ..synth.radiographs import rib_masks, salient_shapes
 from ..train.cross_validation import PlateauLR, training_hours
+from ..train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
 from ..train.segmentation import fit_masks, predict_masks
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c006

@@ -27,34 +27,23 @@ from lus_fastai.core import (
     DENSE_TO_SPARSE,
     SPARSE,
     StageLog,
+    assert_disjoint,
     frozen_eval,
     lus_home,
     real_data,
 )
 from ..data.augment import GareAugment, expand_variants, gare_variant
-from ..data.folds import assert_disjoint, leaky_folds, patient_folds, split_hash
+from ..data.folds import leaky_folds, patient_folds, split_hash
 from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore
 from ..models.transfer import copy_weights, name_outputs
 from ..models.unet import seg_to_cls, unet
-from lus_fastai.report import (
-    Report,
-    cell,
-    headline,
-    interval_text,
-    limits_note,
-    papers_note,
-    plot_comparison,
-    plot_confusion,
-    plot_iou,
-    plot_masks,
-    plot_roc,
-    results_json,
-    results_table,
-    training_card,
-)
+from ..plot import interval_text, plot_masks
+from ..report import Report, headline, limits_note, papers_note, training_card
+from ..runs import cell, results_json, results_table
 from ..stats.classification import evaluate, evaluate_seg, roc, vote
+from ..stats.figures import plot_comparison, plot_confusion, plot_iou, plot_roc
 from ..synth.phantom import phantom_dataset
 from lus_fastai.train.cross_validation import (
     ClassProbs,

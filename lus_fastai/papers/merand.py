@@ -26,30 +26,24 @@ from fastai.vision.all import Callback, TensorImage, default_device
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import MaskSet, atomic_path, lus_home, real_data, seed_all
+from ..core import MaskSet, assert_disjoint, atomic_path, lus_home, real_data, seed_all
 from ..data.augment import MerandAugment
-from ..data.folds import assert_disjoint, split_hash
+from ..data.folds import split_hash
 from ..data.loaders import absent_classes
 from ..data.sources import _mask_set, ccxs_set, chexpert_labels, index, siim_set
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
 from ..models.unet import BackboneClassifier, autoencoder, create_backbone, segmenter
 from .arora import mean_over_patients
-from lus_fastai.report import (
-    Report,
-    cell,
-    interval_text,
-    limits_note,
-    papers_note,
-    plot_comparison,
-    results_json,
-    results_table,
-    training_card,
-)
+from ..plot import interval_text
+from ..report import Report, limits_note, papers_note, training_card
+from ..runs import cell, results_json, results_table
 from ..stats.classification import _percentiles, _ratio, _weights
-from ..stats.segmentation import mask_confusions, soft_dice
+from ..stats.figures import plot_comparison
+from ..stats.segmentation import mask_confusions
 from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
 from ..train.contrastive import ABLATION, SimCLR, pair_dls, pretrain
 from ..train.cross_validation import training_hours
+from ..train.losses import soft_dice
 from ..train.segmentation import _fit, adam, fit_masks, fit_rotation, predict_masks
 
 # %% ../../nbs/papers/merand.ipynb #c006

@@ -45,25 +45,17 @@ from ..data.fan import Fan, FanError, find_fan, to_polar
 from ..data.folds import patient_folds, split_hash
 from ..data.loaders import frame_dls
 from ..data.sources import index
-from ..data.store import ClipError, sample_clip
 from ..explain.embeddings import features
 from ..models.unet import create_backbone, unet
-from lus_fastai.report import (
-    Report,
-    cell,
-    interval_text,
-    limits_note,
-    plot_comparison,
-    read_results,
-    results_json,
-    results_table,
-    score_text,
-    training_card,
-)
-from ..stats.segmentation import SoftDiceLoss
+from ..plot import interval_text
+from ..report import Report, limits_note, score_text, training_card
+from ..runs import cell, read_results, results_json, results_table
+from ..stats.figures import plot_comparison
 from ..synth.phantom import Patient, draw_patient, phantom_clip
 from ..train.cross_validation import ClassProbs, cross_validate, training_hours
+from ..train.losses import SoftDiceLoss
 from ..train.segmentation import adam, fit_masks, predict_masks
+from ..video import ClipError, sample_clip
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c006
 def phantom_fan(

@@ -22,9 +22,9 @@ import pandas as pd
 import torch
 from fastai.vision.all import RandTransform, TensorImage, retain_type
 
-from ..core import CLASSES, lus_home, real_data, seed_all
+from ..core import CLASSES, assert_disjoint, lus_home, real_data, seed_all
 from ..data.fan import add_fans
-from ..data.folds import assert_disjoint, patient_folds, split_hash
+from ..data.folds import patient_folds, split_hash
 from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
@@ -34,20 +34,11 @@ from ..explain.sanity_checks import heat_in_fan
 from ..models.transfer import copy_weights, name_outputs, save_weights
 from ..models.unet import BackboneClassifier, create_backbone
 from . import arora
-from lus_fastai.report import (
-    Report,
-    cell,
-    interval_text,
-    limits_note,
-    model_card,
-    papers_note,
-    plot_comparison,
-    results_json,
-    results_table,
-    score_text,
-    training_card,
-)
+from ..plot import interval_text
+from ..report import Report, limits_note, model_card, papers_note, score_text, training_card
+from ..runs import cell, results_json, results_table
 from ..stats.classification import evaluate
+from ..stats.figures import plot_comparison
 from ..synth.phantom import phantom_dataset
 from lus_fastai.train.contrastive import (
     ABLATION,

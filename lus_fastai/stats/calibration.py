@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import TableError, frozen_eval
-from ..data.folds import assert_disjoint
+from ..core import TableError, assert_disjoint, frozen_eval
 from .classification import _draws, _percentiles, check_predictions, pred_classes, predicted
 
 # %% ../../nbs/stats/calibration.ipynb #c010-1

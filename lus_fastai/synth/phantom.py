@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/synth/phantom.html.md"""
 
 # %% auto #0
 __all__ = ['Patient', 'draw_patient', 'BeamGrid', 'speckle', 'log_compress', 'PhantomClip', 'phantom_clip', 'show_phantom',
-           'write_video', 'phantom_dataset']
+           'phantom_dataset']
 
 # %% ../../nbs/synth/phantom.ipynb #c003
 import json
@@ -20,16 +20,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from lus_fastai.core import (
-    CLASSES,
-    DENSE_COLORS,
-    atomic_path,
-    overlay,
-    progress,
-    read_table,
-    write_json,
-    write_table,
-)
+from ..core import CLASSES, DENSE_COLORS, atomic_path, progress, read_table, write_json, write_table
+from ..plot import overlay
+from ..video import write_video
 
 # %% ../../nbs/synth/phantom.ipynb #c008
 _DEVICES = {  # frequency (MHz), radius (mm) and half angle (degrees) of the convex probe; frequency and width (mm) of the linear one; then what the console does
@@ -1062,37 +1055,6 @@ def show_phantom(
         ax.set_axis_off()
     axs[0].set_title(f'{clip.patient.label}, {clip.patient.probe}', fontsize=9)
     return axs
-
-# %% ../../nbs/synth/phantom.ipynb #c054
-def write_video(
-    path,  # target file; the suffix chooses the container (.mp4, .mkv, .avi)
-    frames: np.ndarray,  # (n, h, w) uint8 grey, n at least 1
-    rate: float,  # frames per second, above 0
-    lossless: bool = False,  # FFV1 (for masks; use .mkv) instead of H.264
-):
-    "Write grey frames as a video; raises ValueError for a wrong shape, type or rate."
-    from fractions import Fraction
-
-    import av
-
-    frames = np.asarray(frames)
-    if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(f"frames must be (n, h, w) uint8 and not empty, got {frames.dtype} {frames.shape}")
-    if not (np.isfinite(rate) and rate > 0):
-        raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
-    x264 = dict(crf='18', preset='veryfast', mbtree='0')  # with mbtree, x264 gives other bytes in each run
-    codec, options = ('ffv1', dict(level='3')) if lossless else ('libx264', x264)
-    with av.open(
-        str(path), 'w', options=dict(fflags='+bitexact')
-    ) as out:  # no random ids: the same frames are the same bytes
-        stream = out.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt, stream.options = 'gray', options
-        stream.codec_context.color_range = 2  # full range: 0 stays 0 and 255 stays 255
-        stream.codec_context.thread_count = 1  # the same bytes on any machine
-        for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='gray')))
-        out.mux(stream.encode())
 
 # %% ../../nbs/synth/phantom.ipynb #c055-1
 def _write_clip(root, name, patient, person, seed, n, size):

@@ -36,14 +36,8 @@ from ..core import CLASSES, TableError, atomic_path, frozen_eval, progress
 from ..data.store import FrameStore, store_rows
 from ..models.transfer import copy_weights, load_weights, name_outputs, save_weights
 from ..models.unet import scale_for
-from lus_fastai.train.cross_validation import (
-    AutoPrecision,
-    CosineLR,
-    EpochEnd,
-    _claim,
-    autocast_for,
-    fit_resumable,
-)
+from ..runs import claim_folder
+from .cross_validation import AutoPrecision, CosineLR, EpochEnd, autocast_for, fit_resumable
 
 # %% ../../nbs/train/contrastive.ipynb #c008-1
 def beta_half(
@@ -1142,7 +1136,7 @@ def pretrain(
     if _world() > 1 and torch.device(dls.device).type == 'cuda':
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     with main_first():
-        _claim(
+        claim_folder(
             path,
             dict(
                 method=type(method).__name__,

@@ -44,10 +44,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, progress, seed_all
-from ..data.store import ClipError, read_clip
 from ..models.transfer import copy_weights, load_weights
 from ..models.unet import create_backbone, gray_stem
-from .cross_validation import EpochEnd, _claim, fit_resumable
+from ..runs import claim_folder
+from .cross_validation import EpochEnd, fit_resumable
+from ..video import ClipError, read_clip
 
 # %% ../../nbs/train/detection.ipynb #c006
 def boxes_from_masks(
@@ -878,7 +879,7 @@ def train_detector(
     model = mask_rcnn(
         start if module else backbone, len(items.names) + 1, weights=None if module else start, **kwargs
     )
-    _claim(
+    claim_folder(
         path,
         dict(
             start=_hash(model),

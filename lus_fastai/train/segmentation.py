@@ -24,17 +24,16 @@ from ..core import MaskSet, atomic_path, frozen_eval, progress, seed_all
 from ..data.folds import patient_folds
 from ..data.loaders import absent_classes, mask_dls, rows_of
 from ..models.transfer import load_weights, save_weights
-from ..stats.segmentation import BCEDiceLoss
+from ..runs import claim_folder, weights_hash
 from lus_fastai.train.cross_validation import (
     AutoPrecision,
     CosineLR,
     EpochEnd,
     PlateauLR,
-    _claim,
-    _fingerprint,
     autocast_for,
     fit_resumable,
 )
+from .losses import BCEDiceLoss
 
 # %% ../../nbs/train/segmentation.ipynb #c006
 def rotation_parts(
@@ -197,10 +196,10 @@ def _fit(
     seed_all(seed)
     model, loss = build(), loss or BCEDiceLoss()
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _claim(
+    claim_folder(
         path,
         dict(
-            start=_fingerprint(model),
+            start=weights_hash(model),
             trains=trains,
             epochs=epochs,
             lr=lr,
