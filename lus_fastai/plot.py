@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from .core import DENSE, DENSE_COLORS, overlay
+from .core import DENSE, DENSE_COLORS
 
 # %% ../nbs/plot.ipynb #c008-1
 INK = '#16191d'
