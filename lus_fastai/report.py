@@ -1,4 +1,4 @@
-"""Figures in one style, a report that is a single HTML file, and results that say how they were made
+"""A report that is a single HTML file, and a card that says what a file of weights is
 
 Docs: https://lus-fastai.github.io/lus_fastai/report.html.md"""
 
@@ -8,30 +8,97 @@ Docs: https://lus-fastai.github.io/lus_fastai/report.html.md"""
 __all__ = ['GLOSSARY', 'Report', 'limits_note', 'chance_text', 'score_text', 'headline', 'training_card', 'papers_note',
            'wide_scores', 'model_card']
 
-# %% ../nbs/report.ipynb #c005
+# %% ../nbs/report.ipynb #imports
 import base64
 import hashlib
-import html
 import io
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DENSE, atomic_path
+from .core import DENSE, atomic_path, shipped
 from .plot import INK, PAPERS, interval_text, save_figure
 from .runs import plain_json, results_table, versions, without_folders
 
-# %% ../nbs/report.ipynb #c032-1
+# %% ../nbs/report.ipynb #template
+@cache
+def _templates():
+    "The templates that ship with the package; text that goes into HTML is escaped."
+    import jinja2
+
+    folder = jinja2.FileSystemLoader(shipped('data') / 'templates')
+    return jinja2.Environment(loader=folder, autoescape=jinja2.select_autoescape(['html']), trim_blocks=True)
+
+# %% ../nbs/report.ipynb #report
+class Report:
+    "A report that is one HTML file: sections with blocks, in the order in which they are added."
+
+    def __init__(
+        self,
+        title: str,  # heading of the page
+        subtitle: str = '',  # one or two sentences under it
+    ):
+        self.title, self.subtitle = title, subtitle
+        self.sections = [dict(slug='', title='', blocks=[])]  # the first one has no heading
+        self.figures = self.tables = 0
+
+    def _add(self, kind, **block):
+        "Add a block to the section that was begun last."
+        self.sections[-1]['blocks'].append(dict(kind=kind, **block))
+        return self
+
+    def html(self) -> str:  # the whole page
+        "The page as text."
+        page = _templates().get_template('report.html')
+        return page.render(title=self.title, subtitle=self.subtitle, sections=self.sections).lstrip()
+
+# %% ../nbs/report.ipynb #save
+@patch
+def save(
+    self: Report,
+    path,  # an .html file; its folder is made when it is missing
+) -> Path:  # the same
+    "Write the page, whole or not at all."
+    with atomic_path(path) as tmp:
+        tmp.write_text(self.html(), encoding='utf-8')
+    return Path(path)
+
+# %% ../nbs/report.ipynb #text
+@patch
+def text(
+    self: Report,
+    text: str,  # plain text; an empty line starts a new paragraph
+):  # the report
+    "Add paragraphs."
+    paragraphs = [' '.join(p.split()) for p in re.split(r'\n\s*\n', text) if p.strip()]
+    return self._add('text', paragraphs=paragraphs)
+
+# %% ../nbs/report.ipynb #section
+@patch
+def section(
+    self: Report,
+    title: str,  # heading; appears in the navigation
+    text: str = '',  # plain text; an empty line starts a new paragraph
+):  # the report, so that calls can be chained
+    "Begin a section."
+    words = re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-') or 'section'
+    self.sections.append(dict(slug=f's{len(self.sections)}-{words}', title=title, blocks=[]))
+    return self.text(text)
+
+# %% ../nbs/report.ipynb #figure-1
 def _data_uri(kind, raw):
+    "Bytes of an image as an address that holds them."
     return f'data:image/{kind};base64,{base64.b64encode(raw).decode()}'
 
 
-def _webp(match):
+def _smaller(match):
+    "An embedded PNG as WebP where that is smaller."
     from PIL import Image
 
     raw = base64.b64decode(re.sub(r'\s', '', match[1]))
@@ -39,306 +106,179 @@ def _webp(match):
     Image.open(io.BytesIO(raw)).save(out, 'webp', quality=88)
     return _data_uri('webp', out.getvalue()) if out.tell() < len(raw) else _data_uri('png', raw)
 
-# %% ../nbs/report.ipynb #c032-2
-def _figure_html(fig, number, alt, limit=2_000_000):
+# %% ../nbs/report.ipynb #figure-2
+def _own_ids(svg, number):
+    "Drop ids that nothing refers to, and make the others unique on the page."
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else '', svg)
+    return re.sub(r'(\bid="|href="#|url\(#)', lambda m: f'{m[0]}f{number}-', svg)
+
+
+def _bare_svg(fig):
+    "A figure as SVG without prolog, metadata and style sheet; whether it is drawn in our ink."
     svg = save_figure(fig, format='svg', transparent=True).decode()
     ours = INK in svg
     if not ours:
         svg = save_figure(fig, format='svg').decode()
-    svg = re.sub(r'data:image/png;base64,([A-Za-z0-9+/=\s]+)', _webp, svg)
-    width, label = fig.get_size_inches()[0] * 96, html.escape(alt, quote=True)
-    size = f'style="max-width:{width:.0f}px;min-width:{min(width, max(300, 0.6 * width)):.0f}px"'
+    svg = re.sub(r'data:image/png;base64,([A-Za-z0-9+/=\s]+)', _smaller, svg)
+    return re.sub(
+        r'<metadata>.*?</metadata>|<style.*?</style>', '', svg[svg.index('<svg') :], flags=re.S
+    ), ours
+
+# %% ../nbs/report.ipynb #figure-3
+def _figure_html(fig, number, alt, limit=2_000_000):
+    "A figure as an element of the page: SVG, or a bitmap where that has more than `limit` characters."
+    from markupsafe import Markup, escape
+
+    svg, ours = _bare_svg(fig)
+    width = fig.get_size_inches()[0] * 96
+    size = f'max-width:{width:.0f}px;min-width:{min(width, max(300, 0.6 * width)):.0f}px'
     if len(svg) > limit:
-        return f'<img class="fig white" {size} alt="{label}" src="{_data_uri("png", save_figure(fig, format="png", dpi=150, facecolor="white"))}">'
-    svg = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>', '', svg[svg.index('<svg') :], flags=re.S)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else '', svg)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', lambda m: f'{m[0]}f{number}-', svg)
-    svg = re.sub(
-        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>',
-        lambda m: (
-            f'<svg class="fig{"" if ours else " white"}" {size} viewBox="{m[1]}" role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-        ),
-        svg,
-        count=1,
-    )
-    return svg.replace(INK, 'currentColor').strip()
+        source = _data_uri('png', save_figure(fig, format='png', dpi=150, facecolor='white'))
+        return Markup(f'<img class="fig white" style="{size}" alt="{escape(alt)}" src="{source}">')
+    box = re.search(r'viewBox="([^"]*)"', svg)[1]
+    head = f'<svg class="fig{"" if ours else " white"}" style="{size}" viewBox="{box}" role="img"'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    inside = _own_ids(svg[svg.index('>') + 1 :], number)
+    return Markup(f'{head} aria-label="{escape(alt)}" {spaces}>{inside}'.replace(INK, 'currentColor').strip())
 
-# %% ../nbs/report.ipynb #c032-3
-def _cell(x, digits):
+# %% ../nbs/report.ipynb #figure
+@patch
+def figure(
+    self: Report,
+    fig,  # matplotlib Figure
+    caption: str,  # plain text; also what a screen reader says
+):  # the report
+    "Add a figure."
+    if not hasattr(fig, 'savefig'):
+        raise TypeError(f"a figure is a matplotlib Figure, not {type(fig).__name__}")
+    self.figures += 1
+    image = _figure_html(fig, self.figures, caption)
+    return self._add('figure', number=self.figures, image=image, caption=caption)
+
+# %% ../nbs/report.ipynb #table-1
+def _lines(x, digits=3):
+    "The lines of a cell: a number rounded, a missing one as a dash."
     if x is None or x is pd.NA or isinstance(x, (float, np.floating)) and math.isnan(x):
-        return '–'
-    if isinstance(x, (float, np.floating)):
-        return f'{x:.{digits}f}'
-    first, *rest = html.escape(str(x)).split('\n')
-    return first + ''.join(f'<small>{r}</small>' for r in rest)
+        return ['–']
+    return [f'{x:.{digits}f}'] if isinstance(x, (float, np.floating)) else str(x).split('\n')
 
-# %% ../nbs/report.ipynb #c032-4
-def _flatten(settings, above=''):
-    return {
-        k2: v2
-        for k, v in settings.items()
-        for k2, v2 in (
-            _flatten(v, f'{above}{k}.') if isinstance(v, dict) and v else {f'{above}{k}': v}
-        ).items()
-    }
 
-# %% ../nbs/report.ipynb #c032
-def _table_html(df, number, caption, digits):
-    heads = 0 if isinstance(df.index, pd.RangeIndex) and df.index.name is None else df.index.nlevels
-    if heads:
+def _is_number(said):
+    "Whether the first line of a cell reads as a number, or as a missing one."
+    return bool(re.match(r'[-−]?\.?\d|–$', said[0]))
+
+
+def _heading(column):
+    "The name of a column; of several levels one after the other."
+    return ' · '.join(map(str, column)) if isinstance(column, tuple) else str(column)
+
+# %% ../nbs/report.ipynb #table-2
+def _table_block(df, caption, digits=3):
+    "What the template needs of a table: its columns, and each row as a list of cells."
+    plain_index = isinstance(df.index, pd.RangeIndex) and df.index.name is None
+    n_heads = 0 if plain_index else df.index.nlevels
+    if n_heads:
         df = df.reset_index(allow_duplicates=True)
-    text = [[_cell(x, digits) for x in df.iloc[:, k]] for k in range(df.shape[1])]
-    numeric = [k >= heads and all(re.match(r'[-−]?\.?\d|–$', t) for t in col) for k, col in enumerate(text)]
-    kind = [' class="num"' if n else '' for n in numeric]
-    head = ''.join(
-        f'<th scope="col"{k}>{_cell(" · ".join(map(str, c)) if isinstance(c, tuple) else str(c), digits)}</th>'
-        for c, k in zip(df.columns, kind)
-    )
-    rows = ''.join(
-        '<tr>'
-        + ''.join(
-            f'<th scope="row"{k}>{t}</th>' if j < heads else f'<td{k}>{t}</td>'
-            for j, (t, k) in enumerate(zip(row, kind))
-        )
-        + '</tr>\n'
-        for row in zip(*text)
-    )
-    return f"""<div class="tab"><p class="cap" id="t{number}"><b class="no">Table {number}.</b> {html.escape(caption)}</p>
-<div class="scroll" role="region" tabindex="0" aria-labelledby="t{number}"><table aria-labelledby="t{number}"><thead><tr>{head}</tr></thead>
-<tbody>{rows}</tbody></table></div></div>"""
+    cells = [[_lines(x, digits) for x in df.iloc[:, k]] for k in range(df.shape[1])]  # by column
+    columns = []
+    for k, said in enumerate(cells):
+        numeric = k >= n_heads and all(map(_is_number, said))
+        columns.append(dict(head=_lines(_heading(df.columns[k])), names_row=k < n_heads, numeric=numeric))
+    return dict(columns=columns, rows=list(zip(*cells)), caption=caption)
 
-# %% ../nbs/report.ipynb #c034
-_CSS = """
-:root{--bg:#fff;--card:#f6f7f9;--ink:#16191d;--soft:#59616b;--line:#dde1e6;--accent:#00568a;--head:#0b2538;--headink:#f4f8fb;--shade:#16191d59;color-scheme:light dark}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1c2026;--ink:#e8eaed;--soft:#a3abb5;--line:#323841;--accent:#7cc4f5;--head:#0e1b26;--headink:#e8f1f8;--shade:#000c}}
-*{box-sizing:border-box}
-html{scroll-behavior:smooth;scroll-padding-top:1rem;-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
-.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:1rem;background:var(--bg);color:var(--accent);padding:.5rem 1rem;z-index:2}
-header{background:var(--head);color:var(--headink);padding:2.4rem max(1.2rem,calc((100vw - 76rem)/2 + 1.2rem)) 2.2rem}
-header h1{font-size:clamp(1.5rem,4.5vw,2.3rem);line-height:1.2;margin:0;letter-spacing:-.01em}
-header p{margin:.6rem 0 0;max-width:60rem;opacity:.85;font-size:1.05rem}
-header .note{opacity:1;font-weight:600;font-size:.95rem}
-.page{max-width:76rem;margin:0 auto;padding:0 1.2rem}
-nav{padding:.9rem 0;border-bottom:1px solid var(--line)}
-nav ol{list-style:none;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;font-size:.92rem}
-nav a{color:var(--accent);text-decoration:none;display:inline-block;padding:.15rem 0}nav a:hover,nav a:focus{text-decoration:underline}
-section{padding:1.6rem 0 .6rem}
-h2{font-size:1.35rem;line-height:1.3;margin:0 0 .6rem;letter-spacing:-.005em}
-p{margin:.5rem 0 1rem;max-width:46rem}
-figure{margin:1.2rem 0 1.6rem;padding:1rem;background:var(--card);border:1px solid var(--line);border-radius:.6rem}
-.fig{display:block;width:100%;height:auto;margin:0 auto}.fig *{stroke-linejoin:round;stroke-linecap:butt}.fig.white{background:#fff;color:#16191d;border-radius:.3rem}
-.wide{overflow-x:auto}
-figcaption,.cap{color:var(--soft);font-size:.92rem;line-height:1.45;max-width:46rem}figcaption{margin-top:.8rem}.cap{margin:0 0 .5rem}
-b.no{color:var(--ink);font-weight:600}
-.tab{margin:1.2rem 0 1.6rem}.scroll{overflow-x:auto}
-/* a shadow at each edge behind which there is more; a cover that moves with the content hides it elsewhere */
-.scroll,.wide{--on:var(--bg);background-repeat:no-repeat;background-position:0 50%,100% 50%,0 50%,100% 50%;
-background-size:3.2rem calc(100% + 4px),3.2rem calc(100% + 4px),1.3rem 100%,1.3rem 100%;
-background-attachment:local,local,scroll,scroll;background-image:
-linear-gradient(90deg,var(--on) 40%,transparent),linear-gradient(-90deg,var(--on) 40%,transparent),
-linear-gradient(90deg,var(--shade),transparent),linear-gradient(-90deg,var(--shade),transparent)}
-figure .wide{--on:var(--card)}
-.scroll:focus-visible,.wide:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-table{border-collapse:collapse;font-size:.93rem;line-height:1.4;font-variant-numeric:tabular-nums}
-th,td{padding:.42rem .9rem .42rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-th:last-child,td:last-child{padding-right:.3rem}
-thead th{border-bottom:2px solid var(--soft);font-weight:600;vertical-align:bottom}tbody th{font-weight:500}
-.num{text-align:right;white-space:nowrap}
-td small,th small{display:block;color:var(--soft);font-size:.82em}
-dl.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.8rem;margin:1rem 0 1.4rem}
-dl.numbers div{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.8rem 1rem}
-dl.numbers dt{color:var(--soft);font-size:.88rem;line-height:1.35}dl.numbers dd{margin:0;font-size:1.55rem;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
-dl.numbers dd small{display:block;font-size:.85rem;letter-spacing:0;font-weight:400;color:var(--soft)}
-main{padding-top:1rem}tbody th{min-width:6.5rem}
-dl.words{max-width:46rem;margin:1rem 0 1.4rem}dl.words dt{font-weight:600}
-dl.words dd{margin:0 0 .6rem;color:var(--soft)}
-ol.said{max-width:46rem;margin:1rem 0 1.2rem;padding:0;list-style:none}
-ol.said li{margin:.5rem 0}ol.said b{font-weight:600}
-.settings td{overflow-wrap:anywhere}
-footer{border-top:1px solid var(--line);margin-top:2rem;padding:1rem 0 2.5rem;color:var(--soft);font-size:.88rem}
-@media (max-width:40rem){figure{padding:.7rem .6rem}}
-@media (min-width:64rem){.page{display:grid;grid-template-columns:13rem minmax(0,1fr);column-gap:2.6rem}nav{border:0;padding:2rem 0}nav ol{position:sticky;top:1.6rem;display:block}nav li{margin:.3rem 0}footer{grid-column:2}}
-@media print{nav,.skip{display:none}header{background:none;color:#000;padding:0 0 1rem;border-bottom:2px solid #000}.page{display:block;max-width:none;padding:0}body{font-size:10.5pt}figure,tr,dl.numbers div{break-inside:avoid}.cap{break-after:avoid}h2{break-after:avoid}
-.scroll,.wide{overflow:visible}.fig{min-width:0!important;max-height:22cm}figure{background:none}}
-"""
+# %% ../nbs/report.ipynb #table
+@patch
+def table(
+    self: Report,
+    df: pd.DataFrame,  # an index with a meaning becomes row headers; further lines of a cell are set small
+    caption: str,  # plain text
+    digits: int = 3,  # of floating-point numbers, after the point
+):  # the report
+    "Add a table, numbers aligned right."
+    self.tables += 1
+    return self._add('table', number=self.tables, **_table_block(df, caption, digits))
 
 
-class Report:
-    "A report that is one HTML file: sections with text, figures, tables and numbers, in the order in which they are added."
+@patch
+def numbers(
+    self: Report,
+    numbers: dict,  # what it is -> text; a second line is set small
+):  # the report
+    "Add a row of headline numbers."
+    return self._add('numbers', numbers=[(k, _lines(v)) for k, v in numbers.items()])
 
-    def __init__(
-        self,
-        title: str,  # heading of the page
-        subtitle: str = '',  # one or two sentences under it
-    ):
-        self.title, self.subtitle, self.blocks, self.sections = title, subtitle, [], []
-        self.figures = self.tables = 0
+# %% ../nbs/report.ipynb #settings
+def _flatten(settings, above=''):
+    "Nested dictionaries as one, with names such as a.b."
+    flat = {}
+    for k, v in settings.items():
+        flat.update(_flatten(v, f'{above}{k}.') if isinstance(v, dict) and v else {f'{above}{k}': v})
+    return flat
 
-    def _add(self, block):
-        self.blocks.append(block)
-        return self
 
-    def section(
-        self,
-        title: str,  # heading; appears in the navigation
-        text: str = '',  # plain text; an empty line starts a new paragraph
-    ):  # the report, so that calls can be chained
-        "Begin a section."
-        slug = re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-') or 'section'
-        slug = f's{len(self.sections) + 1}-{slug}'
-        self._add(
-            ('</section>\n' if self.sections else '')
-            + f'<section id="{slug}" aria-labelledby="h-{slug}"><h2 id="h-{slug}">{html.escape(title)}</h2>'
-        )
-        self.sections.append((slug, title))
-        return self.text(text)
+def _value_text(x):
+    "A setting as a person would write it."
+    return str(x) if isinstance(x, (str, Path)) else json.dumps(x, default=str, ensure_ascii=False)
 
-    def text(
-        self,
-        text: str,  # plain text; an empty line starts a new paragraph
-    ):  # the report
-        "Add paragraphs."
-        return self._add(
-            '\n'.join(
-                f'<p>{html.escape(" ".join(p.split()))}</p>' for p in re.split(r'\n\s*\n', text) if p.strip()
-            )
-        )
 
-    def figure(
-        self,
-        fig,  # matplotlib Figure
-        caption: str,  # plain text; also what a screen reader says
-    ):  # the report
-        "Add a figure."
-        if not hasattr(fig, 'savefig'):
-            raise TypeError(f"a figure is a matplotlib Figure, not {type(fig).__name__}")
-        self.figures += 1
-        return self._add(
-            f'<figure><div class="wide" tabindex="0">{_figure_html(fig, self.figures, caption)}</div><figcaption><b class="no">Figure {self.figures}.</b> {html.escape(caption)}</figcaption></figure>'
-        )
+@patch
+def settings(
+    self: Report,
+    settings: dict,  # name -> value; nested dictionaries are written as a.b
+    caption: str,  # plain text
+):  # the report
+    "Add settings or versions, a row each."
+    flat = {k: _value_text(v) for k, v in _flatten(plain_json(settings)).items()}
+    rows = pd.DataFrame({'value': list(flat.values())}, index=pd.Index(flat, name='setting', dtype=object))
+    self.tables += 1
+    block = _table_block(rows, caption)
+    block['columns'] = [{**c, 'numeric': False} for c in block['columns']]
+    return self._add('settings', number=self.tables, **block)
 
-    def table(
-        self,
-        df: pd.DataFrame,  # any table; an index with a meaning becomes row headers; further lines of a cell are set small
-        caption: str,  # plain text
-        digits: int = 3,  # of floating-point numbers, after the point
-    ):  # the report
-        "Add a table, numbers aligned right."
-        self.tables += 1
-        return self._add(_table_html(df, self.tables, caption, digits))
+# %% ../nbs/report.ipynb #provenance
+@patch
+def provenance(
+    self: Report,
+    results: dict,  # from results_json
+    settings: dict,  # of the run, name -> value
+):  # the report
+    "Add what it takes to run it again: command, settings, split hashes, versions, device, hours, seeds."
+    self.section('Settings and versions', f'Command: {results["command"]}')
+    self.settings(settings, 'Settings.')
+    self.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
+    made_with = {
+        **results['versions'],
+        'device': results['device'],
+        'training hours': round(results['hours'], 3),
+        'seeds': results['seeds'],
+    }
+    return self.settings(made_with, 'Versions and device.')
 
-    def numbers(
-        self,
-        numbers: dict,  # what it is -> text; a second line is set small
-    ):  # the report
-        "Add a row of headline numbers."
-        return self._add(
-            '<dl class="numbers">'
-            + ''.join(
-                f'<div><dt>{html.escape(k)}</dt><dd>{_cell(v, 3)}</dd></div>' for k, v in numbers.items()
-            )
-            + '</dl>'
-        )
+# %% ../nbs/report.ipynb #cells
+def _beside(row, digits):
+    "Our number with its interval, and the paper's under it."
+    ours = interval_text(row.ours, row.low, row.high, digits).replace(' [', '\n[')
+    return ours if pd.isna(row.theirs) else f'{ours}\n{PAPERS} {row.theirs:.{digits}f}'
 
-    def settings(
-        self,
-        settings: dict,  # name -> value; nested dictionaries are written as a.b
-        caption: str,  # plain text
-    ):  # the report
-        "Add settings or versions, a row each."
-        flat = _flatten(plain_json(settings))
-        rows = pd.DataFrame(
-            {
-                'value': [
-                    x if isinstance(x, str) else json.dumps(x, default=str, ensure_ascii=False)
-                    for x in flat.values()
-                ]
-            },
-            index=pd.Index(flat, name='setting', dtype=object),
-        )
-        self.tables += 1
-        return self._add(
-            '<div class="settings">'
-            + _table_html(rows, self.tables, caption, 3).replace(' class="num"', '')
-            + '</div>'
-        )
 
-    def provenance(
-        self,
-        results: dict,  # from results_json
-        settings: dict,  # of the run, name -> value
-    ):  # the report
-        "Add what it takes to run it again: command, settings, hashes of the splits, versions, device, hours and seeds."
-        self.section('Settings and versions', f'Command: {results["command"]}').settings(
-            settings, 'Settings.'
-        )
-        self.settings({k: v['split_hash'] for k, v in results['protocols'].items()}, 'Hashes of the splits.')
-        return self.settings(
-            {
-                **results['versions'],
-                'device': results['device'],
-                'training hours': round(results['hours'], 3),
-                'seeds': results['seeds'],
-            },
-            'Versions and device.',
-        )
+@patch
+def cells(
+    self: Report,
+    cells,  # list of cells, or a results dictionary
+    caption: str = '',  # plain text, before the name of each table
+    digits: int = 3,  # after the point
+):  # the report
+    "Add a table per protocol and table name: ours, its interval, and the paper's on its own data."
+    for (protocol, name), part in results_table(cells).groupby(['protocol', 'table'], sort=False):
+        part = part.assign(said=[_beside(row, digits) for row in part.itertuples()])
+        wide = part.pivot(index='row', columns='column', values='said')
+        wide = wide.loc[list(dict.fromkeys(part['row'])), list(dict.fromkeys(part['column']))]  # their order
+        said = ' '.join(x for x in (caption, f'{name}; protocol: {protocol}.') if x)
+        self.table(wide.rename_axis(index='', columns=None).fillna('–'), said, digits)
+    return self
 
-    def cells(
-        self,
-        cells,  # list of cells, or a results dictionary
-        caption: str = '',  # plain text, before the name of each table
-        digits: int = 3,  # after the point
-    ):  # the report
-        "Add a table per protocol and table name: ours, its interval, and the paper's on its own data."
-        long = results_table(cells)
-        for (protocol, name), part in long.groupby(['protocol', 'table'], sort=False):
-            said = [
-                interval_text(r.ours, r.low, r.high, digits).replace(' [', '\n[')
-                + ('' if pd.isna(r.theirs) else f'\n{PAPERS} {r.theirs:.{digits}f}')
-                for r in part.itertuples()
-            ]
-            wide = (
-                part.assign(said=said)
-                .pivot(index='row', columns='column', values='said')
-                .loc[list(dict.fromkeys(part['row'])), list(dict.fromkeys(part['column']))]
-            )
-            self.table(
-                wide.rename_axis(index='', columns=None).fillna('–'),
-                ' '.join(x for x in (caption, f'{name}; protocol: {protocol}.') if x),
-                digits,
-            )
-        return self
-
-    def html(self) -> str:  # the whole page
-        "The page as text."
-        nav = ''.join(f'<li><a href="#{s}">{html.escape(t)}</a></li>' for s, t in self.sections)
-        policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-        return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="generator" content="lus_fastai"><title>{html.escape(self.title)}</title><style>{_CSS}</style></head>
-<body><a class="skip" href="#main">Skip to the content</a>
-<header><h1>{html.escape(self.title)}</h1>{f'<p>{html.escape(self.subtitle)}</p>' if self.subtitle else ''}
-<p class="note">Not a medical device. For teaching and research only.</p></header>
-<div class="page"><nav aria-label="Sections"><ol>{nav}</ol></nav>
-<main id="main">
-{chr(10).join(self.blocks)}
-{'</section>' if self.sections else ''}</main>
-<footer>Written by lus_fastai. Not a medical device.
-This page is one file: it loads nothing and runs no script.</footer></div></body></html>
-"""
-
-    def save(
-        self,
-        path,  # an .html file; its folder is made when it is missing
-    ) -> Path:  # the same
-        "Write the page, whole or not at all."
-        with atomic_path(path) as tmp:
-            tmp.write_text(self.html(), encoding='utf-8')
-        return Path(path)
-
-# %% ../nbs/report.ipynb #c034b-1
+# %% ../nbs/report.ipynb #summary
 @patch
 def summary(
     self: Report,
@@ -351,8 +291,7 @@ def summary(
     empty = [k for k, v in said.items() if not v.strip()]
     if empty:
         raise ValueError(f"a summary says all three things, but nothing under {empty}")
-    lines = (f'<li><b>{k}</b> {html.escape(" ".join(v.split()))}</li>' for k, v in said.items())
-    return self._add(f'<ol class="said">{"".join(lines)}</ol>')
+    return self._add('summary', sentences=[(k, ' '.join(v.split())) for k, v in said.items()])
 
 # %% ../nbs/report.ipynb #c034b
 def limits_note(
@@ -403,7 +342,7 @@ def training_card(
     "How long training took, and on what."
     return {'time in training': f"{results['hours'] * 60:.0f} min\n{results['device']}"}
 
-# %% ../nbs/report.ipynb #c034h
+# %% ../nbs/report.ipynb #glossary-words
 GLOSSARY = {
     'A-line': 'a bright line below the pleura and parallel to it, an echo of the pleura: a sign of air',
     'B-line': 'a bright ray from the pleura down to the edge of the image: a sign of fluid or thickened '
@@ -439,7 +378,7 @@ GLOSSARY = {
     'phantom': 'simulated clips, in which the tissue of each pixel is known; no patient was examined',
 }
 
-
+# %% ../nbs/report.ipynb #glossary
 @patch
 def glossary(
     self: Report,
@@ -449,8 +388,7 @@ def glossary(
     unknown = [w for w in words if w not in GLOSSARY]
     if unknown:
         raise ValueError(f"no explanation of {unknown}; GLOSSARY has {list(GLOSSARY)}")
-    lines = ''.join(f'<dt>{html.escape(w)}</dt><dd>{html.escape(GLOSSARY[w])}.</dd>' for w in words)
-    return self.section('Words')._add(f'<dl class="words">{lines}</dl>')
+    return self.section('Words')._add('words', words=[(w, GLOSSARY[w]) for w in words])
 
 # %% ../nbs/report.ipynb #c034k
 def papers_note(
@@ -461,9 +399,9 @@ def papers_note(
         return 'Numbers of the paper are of its own real images, ours of simulated ones: not to be compared.'
     return 'Numbers of the paper are of its own images, ours of others: closeness is a hint, not a proof.'
 
-# %% ../nbs/report.ipynb #c036
+# %% ../nbs/report.ipynb #wide
 def wide_scores(
-    scores: pd.DataFrame,  # result of metrics.evaluate or evaluate_seg
+    scores: pd.DataFrame,  # result of evaluate or evaluate_seg
     rows: str = 'level',  # column whose values become rows
     columns: str = 'metric',  # column whose values become columns
     digits: int = 3,  # after the point
@@ -471,19 +409,14 @@ def wide_scores(
     "A long table of scores as a wide one for people; raises ValueError when two scores fall into one cell."
     double = scores[scores.duplicated([rows, columns], keep=False)]
     if len(double):
-        raise ValueError(
-            f"{len(double)} scores share a cell, e.g. {rows}={double[rows].iloc[0]!r}, {columns}={double[columns].iloc[0]!r}: filter the table first"
-        )
+        where = f"{rows}={double[rows].iloc[0]!r}, {columns}={double[columns].iloc[0]!r}"
+        raise ValueError(f"{len(double)} scores share a cell, e.g. {where}: filter the table first")
     said = [interval_text(r.value, r.low, r.high, digits).replace(' [', '\n[') for r in scores.itertuples()]
     wide = scores.assign(said=said).pivot(index=rows, columns=columns, values='said')
-    return (
-        wide.loc[list(dict.fromkeys(scores[rows])), list(dict.fromkeys(scores[columns]))]
-        .rename(columns=lambda c: str(c).replace('_', ' '))
-        .rename_axis(columns=None)
-        .fillna('–')
-    )
+    wide = wide.loc[list(dict.fromkeys(scores[rows])), list(dict.fromkeys(scores[columns]))]  # their order
+    return wide.rename(columns=lambda c: str(c).replace('_', ' ')).rename_axis(columns=None).fillna('–')
 
-# %% ../nbs/report.ipynb #c046-1
+# %% ../nbs/report.ipynb #licences
 _LICENCES = (
     'apache-2.0',
     'mit',
@@ -495,46 +428,77 @@ _LICENCES = (
     *(f'cc-by{k}-4.0' for k in ('', '-sa', '-nc', '-nd', '-nc-sa', '-nc-nd')),
 )
 
-
-def _weights_facts(path):
-    "Digest, size, tensors, parameters and types of a safetensors file; reads its header, and its bytes once."
+# %% ../nbs/report.ipynb #facts
+def _tensors_of(path):
+    "Name -> (shape, type) of the tensors of a safetensors file, from its header."
     from safetensors import safe_open
 
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights: there is no file {path}; write it first, by `save_weights`")
     try:
         with safe_open(path, 'pt') as f:
-            tensors = {k: (f.get_slice(k).get_shape(), f.get_slice(k).get_dtype()) for k in f.keys()}
+            return {k: (f.get_slice(k).get_shape(), f.get_slice(k).get_dtype()) for k in f.keys()}
     except Exception as e:
         raise ValueError(
             f"weights: {path} is no safetensors file that can be read ({e}): is it cut short?"
         ) from e
+
+
+def _digest(path):
+    "The sha256 of a file, read in parts."
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
         for part in iter(lambda: f.read(1 << 20), b''):
             digest.update(part)
-    counted = {
-        k: math.prod(shape)
-        for k, (shape, kind) in tensors.items()
-        if 'F' in kind and not k.endswith(('running_mean', 'running_var'))
-    }
-    return (
-        digest.hexdigest(),
-        path.stat().st_size,
-        len(tensors),
-        sum(counted.values()),
-        sorted({tensors[k][1] for k in counted}),
+    return digest.hexdigest()
+
+# %% ../nbs/report.ipynb #facts-2
+def _weights_facts(path):
+    "What a card says of a weights file: name, digest, size, tensors, parameters and their types."
+    tensors = _tensors_of(path)
+    parameters = {}
+    for k, (shape, kind) in tensors.items():
+        if 'F' in kind and not k.endswith(('running_mean', 'running_var')):
+            parameters[k] = math.prod(shape)
+    return dict(
+        name=path.name,
+        sha256=_digest(path),
+        size=path.stat().st_size,
+        tensors=len(tensors),
+        parameters=sum(parameters.values()),
+        kinds=sorted({tensors[k][1] for k in parameters}),
     )
 
-# %% ../nbs/report.ipynb #c046-2
+# %% ../nbs/report.ipynb #md-table
 def _md_table(heads, rows):
+    "A Markdown table; bars in a cell are escaped, an empty cell is a dash."
+
     def tidy(x):
         return ' '.join(str(x).split()).replace('|', '\\|') or '–'
 
     return '\n'.join('| ' + ' | '.join(map(tidy, r)) + ' |' for r in (heads, ['---'] * len(heads), *rows))
 
-# %% ../nbs/report.ipynb #c046
+# %% ../nbs/report.ipynb #card-1
+def _check_card(path, **texts):
+    "Raise ValueError where a card could not be written, or would say nothing."
+    if path.suffix != '.md':
+        raise ValueError(f"path: a model card is a Markdown file, named .md, not {path.name!r}")
+    empty = [k for k, v in texts.items() if not isinstance(v, str) or not v.strip()]
+    if empty:
+        raise ValueError(f"{empty} must be text: a card without it helps nobody")
+
+
+def _fence(code):
+    "Backticks enough to enclose code that may have some itself."
+    return '`' * max(3, 1 + max(map(len, re.findall('`+', code)), default=0))
+
+
+def _licence_key(licence):
+    "The hub's short name of a licence, or 'other'."
+    key = re.sub(r'\s+', '-', licence.strip().lower())
+    return key if key in _LICENCES else 'other'
+
+# %% ../nbs/report.ipynb #card
 def model_card(
     path,  # the card, a file named .md
     *,
@@ -543,75 +507,31 @@ def model_card(
     data: str,  # what it was trained on
     licence: str,  # of the weights: a name such as 'Apache-2.0', or a sentence
     split_hash: str,  # from split_hash: which patients were kept out of training
-    results: dict,  # what was measured -> text, such as {'accuracy': '0.80 [0.70, 0.90]'}; empty where nothing was
+    results: dict,  # what was measured -> text, such as {'accuracy': '0.80 [0.70, 0.90]'}; may be empty
     usage: str,  # code that loads the weights
     settings: dict,  # of the run; nested dictionaries are written as a.b
 ) -> Path:  # the card
     "Write a model card for a weights file, atomically; of absolute paths in it only the last part is kept."
     path = Path(path)
-    if path.suffix != '.md':
-        raise ValueError(f"path: a model card is a Markdown file, named .md, not {path.name!r}")
-    empty = [
-        k
-        for k, v in dict(title=title, data=data, licence=licence, split_hash=split_hash, usage=usage).items()
-        if not isinstance(v, str) or not v.strip()
-    ]
-    if empty:
-        raise ValueError(f"{empty} must be text: a card without it helps nobody")
-    sha, size, tensors, params, kinds = _weights_facts(weights)
-    title, known = ' '.join(title.split()), re.sub(r'\s+', '-', licence.strip().lower())
-    header = (
-        [f'license: {known}']
-        if known in _LICENCES
-        else ['license: other', 'license_name: as-stated-in-the-card']
+    _check_card(path, title=title, data=data, licence=licence, split_hash=split_hash, usage=usage)
+    text = (
+        _templates()
+        .get_template('model_card.md')
+        .render(
+            title=' '.join(title.split()),
+            weights=_weights_facts(Path(weights)),
+            split_hash=split_hash,
+            licence_key=_licence_key(licence),
+            licence=licence.strip(),
+            data=data.strip(),
+            usage=usage.strip(),
+            fence=_fence(usage),
+            results=list(results.items()),
+            versions=list(versions().items()),
+            table=_md_table,
+            settings=[(k, _value_text(v)) for k, v in _flatten(plain_json(settings)).items()],
+        )
     )
-
-    def said(x):
-        return str(x) if isinstance(x, (str, Path)) else json.dumps(x, default=str, ensure_ascii=False)
-
-    fence = '`' * max(3, 1 + max(map(len, re.findall('`+', usage)), default=0))
-    blocks = [
-        '\n'.join(
-            [
-                '---',
-                *header,
-                'library_name: lus_fastai',
-                'tags:',
-                *(f'- {t}' for t in ('lung-ultrasound', 'medical-imaging', 'pytorch', 'safetensors')),
-                '---',
-            ]
-        ),
-        f'# {title}',
-        '## What it is',
-        _md_table(
-            ('weights', Path(weights).name),
-            [
-                ('size', f'{size:,} bytes'),
-                ('sha256', f'`{sha}`'),
-                ('parameters', f'{params:,} ({", ".join(kinds)}), in a file of {tensors} tensors'),
-                ('split hash', f'`{split_hash}`'),
-            ],
-        ),
-        '## How to load it',
-        'Install `lus_fastai`, then, after `from lus_fastai.all import *`:',
-        f'{fence}python\n{usage.strip()}\n{fence}',
-        '## What it was trained on',
-        data.strip(),
-        'The split hash above names the patients that were kept out of training. Results on other patients of the same data are not results on new patients.',
-        '## Results',
-        _md_table(('measure', 'result'), results.items()) if results else 'Nothing was measured.',
-        '## Intended use, and what it is not',
-        'Teaching and research on lung ultrasound. It is no medical device: do not use it for diagnosis, triage or any other decision about a patient. It has seen the machines, probes and patients of its training data and may fail on others; '
-        'it can have learned marks of a source (burnt-in text, depth, probe) instead of the lung. Test it on your own patients, split by patient, before you believe it.',
-        '## Licence',
-        licence.strip(),
-        '## Settings',
-        _md_table(('setting', 'value'), [(k, said(v)) for k, v in _flatten(plain_json(settings)).items()])
-        if settings
-        else 'None were given.',
-        '## Versions',
-        _md_table(('package', 'version'), versions().items()),
-    ]
     with atomic_path(path) as tmp:
-        tmp.write_text(without_folders('\n\n'.join(blocks)) + '\n', encoding='utf-8')
+        tmp.write_text(without_folders(text).rstrip() + '\n', encoding='utf-8')
     return path

@@ -15,8 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lus_fastai import plot, runs
 from lus_fastai import report as R
 from lus_fastai.core import DENSE, SPARSE, SPARSE_COLORS
+from lus_fastai.stats import figures
 
 EVIL = '<script>alert("x")</script> & <img src="https://evil.example/a.png"> \' " url(https://evil.example)'
 
@@ -139,10 +141,10 @@ def every_figure():
         {'class': ['a', 'macro'], 'auc': [0.8, 0.5], 'low': [0.7, np.nan], 'high': [0.9, np.nan]}
     )
     return [
-        R.plot_masks(frames, masks, masks),
-        R.plot_confusion(rng.integers(0, 9, (7, 7)), DENSE),
-        R.plot_roc(curves, areas),
-        R.plot_comparison(scores(), group='group'),
+        plot.plot_masks(frames, masks, masks),
+        figures.plot_confusion(rng.integers(0, 9, (7, 7)), DENSE),
+        figures.plot_roc(curves, areas),
+        figures.plot_comparison(scores(), group='group'),
     ]
 
 
@@ -173,7 +175,7 @@ def test_the_page_keeps_its_promises(tmp_path):
 
 
 def test_all_text_is_escaped():
-    fig = R.plot_comparison(scores().assign(label=EVIL), title=EVIL)
+    fig = figures.plot_comparison(scores().assign(label=EVIL), title=EVIL)
     out = (
         R.Report(EVIL, EVIL)
         .section(EVIL, EVIL)
@@ -182,7 +184,7 @@ def test_all_text_is_escaped():
         .numbers({EVIL: EVIL})
         .settings({EVIL: EVIL}, EVIL)
     )
-    out.cells([R.cell(EVIL, EVIL, EVIL, 0.5, protocol=EVIL)], EVIL)
+    out.cells([runs.cell(EVIL, EVIL, EVIL, 0.5, protocol=EVIL)], EVIL)
     page, _ = check_page(out.html())
     assert not [a for t, a in page.tags if t == 'img']
 
@@ -225,9 +227,9 @@ def test_ours_take_the_colour_of_the_page_and_others_keep_white():
 
     other = Figure(figsize=(3, 2))
     other.subplots().plot([0, 1])
-    ours = R.Report('t').figure(R.plot_confusion(np.eye(2), 'ab'), 'c').html()
+    ours = R.Report('t').figure(figures.plot_confusion(np.eye(2), 'ab'), 'c').html()
     assert (
-        'currentColor' in ours and R._INK not in ours.split('</style>')[1] and 'class="fig white"' not in ours
+        'currentColor' in ours and plot.INK not in ours.split('</style>')[1] and 'class="fig white"' not in ours
     )
     assert 'class="fig white"' in R.Report('t').figure(other, 'c').html()
 
@@ -267,7 +269,7 @@ def test_masks_are_recoded_without_changing_what_is_seen():
     from PIL import Image
 
     frame = np.clip(np.add.outer(np.arange(64) * 2, np.arange(64)), 0, 255).astype(np.uint8)[None]
-    svg = R.Report('t').figure(R.plot_masks(frame), 'c').html()
+    svg = R.Report('t').figure(plot.plot_masks(frame), 'c').html()
     kind, raw = re.search(r'data:image/(\w+);base64,([^"]+)"', svg).groups()
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(raw))).convert('L')).astype(int)
     assert (
@@ -294,12 +296,12 @@ def test_plots_leave_pyplot_and_its_settings_alone():
 
 
 def test_confusion_shows_counts_and_row_shares():
-    texts = [t.get_text() for t in R.plot_confusion(torch.tensor([[3, 1], [0, 0]]), ['a', 'b']).axes[0].texts]
+    texts = [t.get_text() for t in figures.plot_confusion(torch.tensor([[3, 1], [0, 0]]), ['a', 'b']).axes[0].texts]
     assert texts == ['3', '75%', '1', '25%', '0', '0%', '0', '0%']  # an empty row is no division by zero
 
 
 def test_comparison_puts_dots_where_the_numbers_are():
-    ax = R.plot_comparison(scores(), group='group').axes[0]
+    ax = figures.plot_comparison(scores(), group='group').axes[0]
     x, y, paper = (
         *(l for l in ax.lines if l.get_label() in 'xy'),
         next(l for l in ax.lines if l.get_label() == R.PAPERS),
@@ -318,11 +320,11 @@ def test_comparison_puts_dots_where_the_numbers_are():
     assert sorted((s[0][0], s[1][0]) for s in segments) == [(0.4, 0.6), (0.6, 0.8), (0.7, 0.9)]
     assert [t.get_text() for t in ax.get_yticklabels()] == ['a', 'b'] and ax.get_ylim()[0] > ax.get_ylim()[1]
     with pytest.raises(ValueError, match=r"\['low', 'nobody'\]"):
-        R.plot_comparison(scores().drop(columns='low'), group='nobody')
+        figures.plot_comparison(scores().drop(columns='low'), group='nobody')
 
 
 def test_comparison_without_groups_or_intervals():
-    ax = R.plot_comparison(scores()[:2].drop(columns='theirs').assign(low=np.nan, high=np.nan)).axes[0]
+    ax = figures.plot_comparison(scores()[:2].drop(columns='theirs').assign(low=np.nan, high=np.nan)).axes[0]
     assert list(ax.lines[0].get_xdata()) == [0.5, 0.6] and not ax.figure.legends
 
 
@@ -350,7 +352,7 @@ def test_roc_bands_stand_under_their_class():
 
     curves, areas = roc(made_up(), n_boot=20)
     bands = roc_bands(made_up(), points=11, n_boot=20)
-    plain, banded = R.plot_roc(curves, areas).axes[0], R.plot_roc(curves, areas, bands=bands).axes[0]
+    plain, banded = figures.plot_roc(curves, areas).axes[0], figures.plot_roc(curves, areas, bands=bands).axes[0]
     assert not plain.collections and len(banded.collections) == 2  # nobody has class c; means have no band
     for name, shape in zip('ab', banded.collections):
         assert mpl.colors.to_hex(shape.get_facecolor()[0]) == mpl.colors.to_hex(
@@ -365,7 +367,7 @@ def test_precision_recall_is_a_staircase_with_chance():
     from lus_fastai.stats.classification import pr_curve
 
     curves, areas = pr_curve(made_up(), n_boot=20)
-    fig = R.plot_pr(curves, areas, 'title')
+    fig = figures.plot_pr(curves, areas, 'title')
     ax = fig.axes[0]
     a = line(ax, 'a ')
     assert a.get_drawstyle() == 'steps-pre' and list(a.get_ydata()) == list(
@@ -383,8 +385,8 @@ def test_reliability_draws_only_bins_with_rows():
 
     r = reliability(made_up(), n_boot=20)
     one, two = (
-        R.plot_reliability(r),
-        R.plot_reliability({'before': r, 'after': r.assign(n=r.n.where(r.n > 2, 0))}),
+        figures.plot_reliability(r),
+        figures.plot_reliability({'before': r, 'after': r.assign(n=r.n.where(r.n > 2, 0))}),
     )
     ax, below = one.axes
     assert list(ax.lines[1].get_xdata()) == list(r.confidence[r.n > 0]) and list(
@@ -403,7 +405,7 @@ def test_reliability_draws_only_bins_with_rows():
     )
     assert left.get_x() + left.get_width() <= right.get_x() + 1e-9 and one_bar.get_width() < 0.1
     with pytest.raises(ValueError, match='at least one table'):
-        R.plot_reliability({})
+        figures.plot_reliability({})
 
 
 def test_abstention_beside_random():
@@ -414,7 +416,7 @@ def test_abstention_beside_random():
         'largest probability': abstention(preds, n_boot=20)[0],
         'always the same': abstention(preds, 'blind', n_boot=20)[0],
     }
-    fig = R.plot_abstention(named)
+    fig = figures.plot_abstention(named)
     ax = fig.axes[0]
     assert (
         len(ax.lines) == 3 and len(ax.collections) == 2 and legend_fits(fig)
@@ -423,7 +425,7 @@ def test_abstention_beside_random():
         set(line(ax, 'at random').get_ydata()) == {named['always the same'].random[0]}
         and ax.lines[0].get_linestyle() != ax.lines[1].get_linestyle()
     )
-    assert [t.get_text() for t in R.plot_abstention(named['always the same']).legends[0].get_texts()] == [
+    assert [t.get_text() for t in figures.plot_abstention(named['always the same']).legends[0].get_texts()] == [
         'at random'
     ]
 
@@ -435,10 +437,10 @@ def test_curves_go_into_a_page():
     preds, before = made_up(), dict(mpl.rcParams)
     out, title = R.Report('t'), '<b> & "'
     for f in (
-        R.plot_roc(*roc(preds, 5), title, roc_bands(preds, 11, 5)),
-        R.plot_pr(*pr_curve(preds, 5), title),
-        R.plot_reliability({title: reliability(preds, n_boot=5)}, title),
-        R.plot_abstention({title: abstention(preds, n_boot=5)[0]}, title),
+        figures.plot_roc(*roc(preds, 5), title, roc_bands(preds, 11, 5)),
+        figures.plot_pr(*pr_curve(preds, 5), title),
+        figures.plot_reliability({title: reliability(preds, n_boot=5)}, title),
+        figures.plot_abstention({title: abstention(preds, n_boot=5)[0]}, title),
     ):
         out.figure(f, title)
     check_page(out.html())
@@ -456,7 +458,7 @@ def test_iou_plot_takes_the_rows_that_are_ious():
             **{'class': ['all', 'all', 'pleura']},
         )
     )
-    ax = R.plot_iou(table).axes[0]
+    ax = figures.plot_iou(table).axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ['mean', 'pleura'] and ax.lines[0].get_xdata()[
         0
     ] == 0.5
@@ -467,17 +469,17 @@ def test_mask_plot_names_only_codes_that_occur():
     truth = np.full((2, 8, 8), 3)
     truth[0, 0] = 1
     truth[1, 1] = 255  # 255: no label
-    fig = R.plot_masks(frames, truth, None, SPARSE_COLORS, SPARSE, titles=['a', 'b'])
+    fig = plot.plot_masks(frames, truth, None, SPARSE_COLORS, SPARSE, titles=['a', 'b'])
     assert (
         [t.get_text() for t in fig.legends[0].get_texts()] == ['B-line']
         and len(fig.axes) == 4
         and fig.axes[0].get_title() == 'a'
     )
-    assert not R.plot_masks(frames, np.full((2, 8, 8), 3), None, SPARSE_COLORS, SPARSE).legends
+    assert not plot.plot_masks(frames, np.full((2, 8, 8), 3), None, SPARSE_COLORS, SPARSE).legends
     with pytest.raises(ValueError, match='prediction'):
-        R.plot_masks(frames, truth, truth[:, :4])
+        plot.plot_masks(frames, truth, truth[:, :4])
     with pytest.raises(ValueError, match=r'\(8, 8\)'):
-        R.plot_masks(frames[0])
+        plot.plot_masks(frames[0])
 
 
 def legend_fits(fig):
@@ -491,7 +493,7 @@ def legend_fits(fig):
 @pytest.mark.parametrize('n', [1, 2, 3, 4, 6])
 def test_legends_are_never_cut_off(n):
     frames, masks = np.zeros((n, 48, 48), np.uint8), np.tile(np.arange(48) // 7, (n, 48, 1))
-    assert legend_fits(R.plot_masks(frames, masks, masks))
+    assert legend_fits(plot.plot_masks(frames, masks, masks))
     long = pd.DataFrame(
         [
             dict(
@@ -506,7 +508,7 @@ def test_legends_are_never_cut_off(n):
             for k in range(n)
         ]
     )
-    assert legend_fits(R.plot_comparison(long, group='group'))
+    assert legend_fits(figures.plot_comparison(long, group='group'))
 
 
 # -- tables
@@ -612,7 +614,7 @@ def test_wide_scores_keep_the_order_and_refuse_to_merge():
 
 def test_cells_become_a_table_per_protocol():
     cells = [
-        R.cell('T1', r, c, 0.5, (0.4, 0.6), 0.55 if p == 'paper split' else None, protocol=p)
+        runs.cell('T1', r, c, 0.5, (0.4, 0.6), 0.55 if p == 'paper split' else None, protocol=p)
         for p in ('by patient', 'paper split')
         for r in ('dense', 'none')
         for c in ('acc', 'f1')
@@ -634,17 +636,17 @@ def results(tmp_path, **change):
         data='phantom',
         protocols=PROTOCOLS,
         seeds=[0, np.int64(1)],
-        cells=[R.cell('T', 'r', 'c', np.float32(0.5), np.array([0.4, 0.6]), 0.55, protocol='by patient')],
+        cells=[runs.cell('T', 'r', 'c', np.float32(0.5), np.array([0.4, 0.6]), 0.55, protocol='by patient')],
         hours=0.5,
         command='lus_repro gare',
         device='cpu',
     )
-    return R.results_json(tmp_path / 'r.json', **{**kw, **change})
+    return runs.results_json(tmp_path / 'r.json', **{**kw, **change})
 
 
 def test_results_come_back_as_they_went(tmp_path):
     wrote = results(tmp_path)
-    assert R.read_results(tmp_path / 'r.json') == wrote == json.loads((tmp_path / 'r.json').read_text())
+    assert runs.read_results(tmp_path / 'r.json') == wrote == json.loads((tmp_path / 'r.json').read_text())
     assert set(wrote) == {
         'paper',
         'data',
@@ -661,27 +663,27 @@ def test_results_come_back_as_they_went(tmp_path):
             protocol='by patient', table='T', row='r', column='c', ours=0.5, interval=[0.4, 0.6], theirs=0.55
         )
     ]
-    table = R.results_table(wrote)
+    table = runs.results_table(wrote)
     assert table[['ours', 'low', 'high', 'theirs']].iloc[0].tolist() == [
         0.5,
         0.4,
         0.6,
         0.55,
-    ] and table.equals(R.results_table(wrote['cells']))
+    ] and table.equals(runs.results_table(wrote['cells']))
 
 
 def test_what_is_not_known_is_null(tmp_path):
     nan = [
-        R.cell('T', 'r', 'c', float('nan'), (np.nan, np.nan), None, protocol='by patient'),
-        R.cell('T', 'r', 'd', torch.tensor(0.25), (0.1, np.nan), protocol='by patient'),
+        runs.cell('T', 'r', 'c', float('nan'), (np.nan, np.nan), None, protocol='by patient'),
+        runs.cell('T', 'r', 'd', torch.tensor(0.25), (0.1, np.nan), protocol='by patient'),
     ]
     wrote = results(tmp_path, cells=nan)
     assert [(c['ours'], c['interval'], c['theirs']) for c in wrote['cells']] == [
         (None, None, None),
         (0.25, None, None),
     ]
-    assert 'NaN' not in (tmp_path / 'r.json').read_text() and R.results_table(wrote).low.isna().all()
-    assert R.results_table([]).empty
+    assert 'NaN' not in (tmp_path / 'r.json').read_text() and runs.results_table(wrote).low.isna().all()
+    assert runs.results_table([]).empty
 
 
 @pytest.mark.parametrize(
@@ -699,14 +701,14 @@ def test_no_absolute_path_is_published(tmp_path, command, want):
 
 
 def test_versions_say_nothing_about_the_machine():
-    text = json.dumps(R.versions())
+    text = json.dumps(runs.versions())
     assert {'python', 'torch', 'torchvision', 'fastai', 'lus_fastai', 'numpy', 'platform'} == set(
-        R.versions()
+        runs.versions()
     ) and '/' not in text
     assert (
-        R.versions()['torch'] == torch.__version__.split('+')[0] or R.versions()['torch'] == torch.__version__
+        runs.versions()['torch'] == torch.__version__.split('+')[0] or runs.versions()['torch'] == torch.__version__
     )
-    assert R.device_name('cpu').startswith('cpu: ') and R.device_name(torch.device('meta')) == 'meta'
+    assert runs.device_name('cpu').startswith('cpu: ') and runs.device_name(torch.device('meta')) == 'meta'
 
 
 c1 = dict(protocol='by patient', table='T', row='r', column='c', ours=0.5, interval=None, theirs=None)
@@ -739,14 +741,14 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     for text, words in (('{"paper": ', 'no JSON'), ('[]', 'dictionary'), ('{"paper": "x"}', 'missing')):
         (tmp_path / 'bad.json').write_text(text)
         with pytest.raises(ValueError, match='bad.json.*' + words):
-            R.read_results(tmp_path / 'bad.json')
+            runs.read_results(tmp_path / 'bad.json')
 
 
 def test_an_intact_result_survives_a_refused_one(tmp_path):
     wrote = results(tmp_path)
     with pytest.raises(ValueError):
         results(tmp_path, seeds=[])
-    assert R.read_results(tmp_path / 'r.json') == wrote
+    assert runs.read_results(tmp_path / 'r.json') == wrote
 
 
 def test_the_module_is_light():
