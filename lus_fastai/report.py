@@ -208,7 +208,7 @@ def numbers(
     "Add a row of headline numbers."
     return self._add('numbers', numbers=[(k, _lines(v)) for k, v in numbers.items()])
 
-# %% ../nbs/report.ipynb #settings
+# %% ../nbs/report.ipynb #settings-1
 def _flatten(settings, above=''):
     "Nested dictionaries as one, with names such as a.b."
     flat = {}
@@ -221,7 +221,7 @@ def _value_text(x):
     "A setting as a person would write it."
     return str(x) if isinstance(x, (str, Path)) else json.dumps(x, default=str, ensure_ascii=False)
 
-
+# %% ../nbs/report.ipynb #settings
 @patch
 def settings(
     self: Report,
