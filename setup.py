@@ -1,4 +1,5 @@
-"Packaging of lus_fastai, from settings.ini: what pyproject.toml leaves to be filled in. `data/` and `results/` ship inside the wheel as `lus_fastai/_data` and `_results`."
+"""Packaging of lus_fastai, from settings.ini: what pyproject.toml leaves to be filled in. `data/` and
+`results/` ship inside the wheel as `lus_fastai/_data` and `_results`."""
 
 from configparser import ConfigParser
 from pathlib import Path

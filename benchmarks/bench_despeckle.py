@@ -1,7 +1,10 @@
-"""Despeckled frames a second on one core: the homomorphic wavelet filter against scikit-image's wavelet denoising with the same settings.
+"""Despeckled frames a second on one core: the homomorphic wavelet filter against scikit-image's.
+
+Both with the same settings.
 
 usage: python benchmarks/bench_despeckle.py [frames, default 32] [side, default 256]
-The peer is `denoise_wavelet` (db4, three levels, BayesShrink, soft) between log1p and expm1, a picture at a time, as it takes one. CPU seconds of one thread, so that other work on the machine hardly counts.
+The peer is `denoise_wavelet` (db4, three levels, BayesShrink, soft) between log1p and expm1, an image
+at a time, as it takes one. CPU seconds of one thread, so that other work on the machine hardly counts.
 Also printed: the greatest and the mean difference of the two results, in grey levels of 255."""
 
 import os
@@ -56,5 +59,7 @@ pairs = [(seconds(despeckle), seconds(peer)) for _ in range(7)]
 ours, theirs = (statistics.median(o) for o in zip(*pairs))
 each = [p / o for o, p in pairs]
 print(
-    f'despeckle {side}x{side}: ours {n / ours:.0f} frames/s, scikit-image {n / theirs:.0f} frames/s, ratio {theirs / ours:.2f} ({min(each):.2f}..{max(each):.2f}); difference at most {difference.max():.2f}, on average {difference.mean():.3f} grey levels'
+    f'despeckle {side}x{side}: ours {n / ours:.0f} frames/s, scikit-image {n / theirs:.0f} frames/s, '
+    f'ratio {theirs / ours:.2f} ({min(each):.2f}..{max(each):.2f}); '
+    f'difference at most {difference.max():.2f}, on average {difference.mean():.3f} grey levels'
 )

@@ -45,7 +45,7 @@ with tempfile.TemporaryDirectory() as tmp:
         compare(
             f'frame store / PNG through ImageBlock ({workers} workers)',
             lambda: through(ours),
-            lambda: through(peer),
+            lambda peer=peer: through(peer),
             'samples',
             n,
         )

@@ -1,4 +1,5 @@
-"Grad-CAM over a clip of 300 phantom frames at 224x224 against a loop over the frames with pytorch-grad-cam, ResNet-18."
+"""Grad-CAM over a clip of 300 phantom frames at 224x224 against a loop over the frames with pytorch-grad-
+cam, ResNet-18."""
 
 import argparse
 import warnings

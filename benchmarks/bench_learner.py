@@ -1,4 +1,5 @@
-"A Learner with the callbacks of cross_validate against a bare PyTorch loop: the same U-Net steps, fp32, 128x128, batch 8."
+"""A Learner with the callbacks of cross_validate against a bare PyTorch loop: the same U-Net steps, fp32,
+128x128, batch 8."""
 
 import tempfile
 from functools import partial

@@ -1,4 +1,5 @@
-"Occlusion maps against captum's: the same windows (45 pixels, stride 15), batch and fill on convex phantom frames of 224x224; Covid-Net's two backbones."
+"""Occlusion maps against captum's: the same windows (45 pixels, stride 15), batch and fill on convex
+phantom frames of 224x224; Covid-Net's two backbones."""
 
 import argparse
 
@@ -26,7 +27,9 @@ clip = phantom_clip(patient, 0, args.frames, (224, 224))
 fan = torch.from_numpy(clip.fan).bool().to(device)
 x = (torch.from_numpy(clip.frames)[:, None].float() / 255).repeat(1, 3, 1, 1).to(device)
 
-for name in args.models:
+
+def measure(name):
+    "One network: ours against captum, and how far the maps lie apart."
     torch.manual_seed(0)
     model = {'vgg16': vgg16, 'resnet18': resnet18}[name](weights=None, num_classes=3).to(device).eval()
     with torch.no_grad():
@@ -48,8 +51,9 @@ for name in args.models:
                 perturbations_per_eval=max(1, args.bs // len(x)),
             )[:, 0].cpu()
 
-    ratio = compare(
-        f'occlusion of {args.frames} frame(s), {name} on {device}, fan {fan.float().mean():.0%} of the picture / captum',
+    compare(
+        f'occlusion of {args.frames} frame(s), {name} on {device}, '
+        f'fan {fan.float().mean():.0%} of the image / captum',
         ours,
         peer,
         'windows',
@@ -62,3 +66,7 @@ for name in args.models:
         flush=True,
     )
     assert gap < 1e-4
+
+
+for name in args.models:
+    measure(name)

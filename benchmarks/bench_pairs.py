@@ -1,4 +1,5 @@
-"Contrastive pairs a second: `pair_dls` on a frame store against PIL and torchvision item by item; three 96x96 frames of a clip mixed to two, cropped, flipped, jittered."
+"""Contrastive pairs a second: `pair_dls` on a frame store against PIL and torchvision item by item; three
+96x96 frames of a clip mixed to two, cropped, flipped, jittered."""
 
 import random
 import tempfile
@@ -69,7 +70,7 @@ with tempfile.TemporaryDirectory() as tmp:
         compare(
             f'pairs from a frame store / PIL and torchvision ({workers} workers)',
             lambda: through(ours),
-            lambda: through(peer),
+            lambda peer=peer: through(peer),
             'pairs',
             8 * len(files),
             9,

@@ -15,5 +15,6 @@ for seed in range(9):
     rates.append(len(clip.frames) / (time.perf_counter() - start))
 rates.sort()
 print(
-    f'phantom at 256x256: {rates[4]:.0f} frames/s (min {rates[0]:.0f}, max {rates[-1]:.0f}), clips of 60 frames by 9 patients, set-up of each included'
+    f'phantom at 256x256: {rates[4]:.0f} frames/s (min {rates[0]:.0f}, max {rates[-1]:.0f}), '
+    'clips of 60 frames by 9 patients, set-up of each included'
 )

@@ -1,8 +1,10 @@
-"Store build against bare PyAV decoding of the same files, on one process and on two; real POCUS clips where LUS_DATA names them."
+"""Store build against bare PyAV decoding of the same files, on one process and on two; real POCUS clips
+where LUS_DATA names them."""
 
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import av
@@ -40,7 +42,7 @@ with tempfile.TemporaryDirectory() as tmp:
         ):  # by default decoding stops at 30 samples, ten seconds into a clip
             compare(
                 f'store build / bare decoding, {what}, {workers} workers, {end}',
-                lambda: FrameStore.build(table, tmp / 'store', max_frames=most, workers=workers),
+                partial(FrameStore.build, table, tmp / 'store', max_frames=most, workers=workers),
                 bare,
                 'frames',
                 n,

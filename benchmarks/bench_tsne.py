@@ -1,4 +1,5 @@
-"t-SNE of 5,000 points with 64 features: `tsne_map` (openTSNE) against scikit-learn, seconds and how many true neighbours each map keeps."
+"""t-SNE of 5,000 points with 64 features: `tsne_map` (openTSNE) against scikit-learn, seconds and how many
+true neighbours each map keeps."""
 
 import argparse
 import os
@@ -51,7 +52,8 @@ for iterations, what in (
     (1000, "scikit-learn's own 1,000 iterations"),
 ):  # `tsne_map` stops when the divergence hardly falls
     compare(
-        f'tsne_map / sklearn.manifold.TSNE, {n:,} x 64, perplexity {perplexity}, {what}, {os.cpu_count()} cores each',
+        f'tsne_map / sklearn.manifold.TSNE, {n:,} x 64, perplexity {perplexity}, {what}, '
+        f'{os.cpu_count()} cores each',
         ours,
         peer(iterations),
         'maps',

@@ -1,4 +1,5 @@
-"Training images a second and frames of a clip a second: our U-Net (31 M) against MONAI's BasicUNet and segmentation_models.pytorch's Unet at like size; and seconds a step by freezing policy."
+"""Training images a second and frames of a clip a second: our U-Net (31 M) against MONAI's BasicUNet and
+segmentation_models.pytorch's Unet at like size; and seconds a step by freezing policy."""
 
 import os
 import statistics
@@ -105,7 +106,8 @@ for precision in ('fp32', 'bf16') if has_bf16(device) else ('fp32',):
             REPEATS,
         )
 
-# A clip, as bytes in and probabilities out: `predict_masks` against what one writes first, a batch of frames at a time in the memory format they come in.
+# A clip, as bytes in and probabilities out: `predict_masks` against what one writes first, a batch of frames
+# at a time in the memory format they come in.
 clip = np.random.default_rng(0).integers(0, 256, (4 * BATCH, SIZE, SIZE), dtype=np.uint8)
 
 
@@ -128,19 +130,24 @@ for name, build in PEERS.items():
     compare(
         f'a clip of {len(clip)} frames through the U-Net / {name}, {SIZE}x{SIZE}, batch {BATCH}',
         lambda: predict_masks(ours, clip, BATCH),
-        lambda: plain(net),
+        lambda net=net: plain(net),
         'frames',
         len(clip),
         REPEATS,
     )
 
-# Freezing spares the gradients of the frozen weights and the optimiser's work on them. The forward pass is the same, and so is the part of the backward pass that carries the gradient through a frozen bottleneck to the encoder in front of it.
-# Only where everything in front of a layer is frozen too does the backward pass stop: with a frozen encoder, whose skips and input need no gradient.
+# Freezing spares the gradients of the frozen weights and the optimiser's work on them. The forward pass is
+# the same, and so is the part of the backward pass that carries the gradient through a frozen bottleneck to
+# the encoder in front of it.
+# Only where everything in front of a layer is frozen too does the backward pass stop: with a frozen encoder,
+# whose skips and input need no gradient.
 for policy in ('all', 'bottleneck frozen', 'encoder frozen', 'head'):
     (forward, backward, rest), n = seconds_by_part(policy)
     if policy == 'all':
         whole = forward + backward + rest
+    step = forward + backward + rest
     print(
-        f'one step, {policy}: {forward + backward + rest:.3f} s, {(forward + backward + rest) / whole:.2f} of that of all (forward {forward:.3f}, backward {backward:.3f}, optimiser {rest:.3f}); {n:,} parameters train',
+        f'one step, {policy}: {step:.3f} s, {step / whole:.2f} of that of all '
+        f'(forward {forward:.3f}, backward {backward:.3f}, optimiser {rest:.3f}); {n:,} parameters train',
         flush=True,
     )

@@ -1,4 +1,5 @@
-"One USCL step against lightly's SimCLR step: the same ResNet-18, 32 pairs of 96x96, forward, loss, backward, Adam; then the memory of each by batch size."
+"""One USCL step against lightly's SimCLR step: the same ResNet-18, 32 pairs of 96x96, forward, loss,
+backward, Adam; then the memory of each by batch size."""
 
 import subprocess
 import sys
@@ -61,7 +62,10 @@ def resident(field):
 
 def peak(name, b):
     "Megabytes that three steps add to a process of their own, at most."
-    code = f"import bench_uscl as m; s = m.{name}({b}); open('/proc/self/clear_refs', 'w').write('5'); before = m.resident('VmRSS'); s(); s(); s(); print(m.resident('VmHWM') - before)"
+    code = (
+        f"import bench_uscl as m; s = m.{name}({b}); open('/proc/self/clear_refs', 'w').write('5'); "
+        "before = m.resident('VmRSS'); s(); s(); s(); print(m.resident('VmHWM') - before)"
+    )
     return float(
         subprocess.run(
             [sys.executable, '-W', 'ignore', '-c', code],
@@ -77,6 +81,7 @@ if __name__ == '__main__':
     compare("USCL step / lightly's SimCLR step", uscl(32), simclr(32), 'pairs', 32)
     for b in (8, 16, 32, 64):
         print(
-            f"memory of {b} pairs: USCL {peak('uscl', b):.0f} MB, lightly's SimCLR {peak('simclr', b):.0f} MB",
+            f"memory of {b} pairs: USCL {peak('uscl', b):.0f} MB, "
+            f"lightly's SimCLR {peak('simclr', b):.0f} MB",
             flush=True,
         )

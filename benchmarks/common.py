@@ -1,4 +1,5 @@
-"One way to measure: ours and a peer take turns in one process or one run, and the ratio of every pair is kept."
+"""One way to measure: ours and a peer take turns in one process or one run, and the ratio of every pair is
+kept."""
 
 import statistics
 import time
@@ -36,7 +37,8 @@ def compare(
     a, b = (statistics.median(o) for o in zip(*pairs))
     each = [p / o for o, p in pairs]
     print(
-        f'{name}: ours {n / a:.4g} {unit}/s, peer {n / b:.4g} {unit}/s, ratio {b / a:.3f} ({min(each):.3f}..{max(each):.3f})',
+        f'{name}: ours {n / a:.4g} {unit}/s, peer {n / b:.4g} {unit}/s, '
+        f'ratio {b / a:.3f} ({min(each):.3f}..{max(each):.3f})',
         flush=True,
     )
     return b / a

@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit.script. is deprecated', FutureWarning)   # raised by importing fastai; nothing a user can do about it

@@ -11,6 +11,7 @@ __all__ = ['GLOSSARY', 'Report', 'limits_note', 'chance_text', 'score_text', 'he
 # %% ../nbs/report.ipynb #imports
 import base64
 import hashlib
+import html
 import io
 import json
 import math
@@ -128,19 +129,17 @@ def _bare_svg(fig):
 # %% ../nbs/report.ipynb #figure-3
 def _figure_html(fig, number, alt, limit=2_000_000):
     "A figure as an element of the page: SVG, or a bitmap where that has more than `limit` characters."
-    from markupsafe import Markup, escape
-
     svg, ours = _bare_svg(fig)
     width = fig.get_size_inches()[0] * 96
     size = f'max-width:{width:.0f}px;min-width:{min(width, max(300, 0.6 * width)):.0f}px'
     if len(svg) > limit:
         source = _data_uri('png', save_figure(fig, format='png', dpi=150, facecolor='white'))
-        return Markup(f'<img class="fig white" style="{size}" alt="{escape(alt)}" src="{source}">')
+        return f'<img class="fig white" style="{size}" alt="{html.escape(alt)}" src="{source}">'
     box = re.search(r'viewBox="([^"]*)"', svg)[1]
     head = f'<svg class="fig{"" if ours else " white"}" style="{size}" viewBox="{box}" role="img"'
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     inside = _own_ids(svg[svg.index('>') + 1 :], number)
-    return Markup(f'{head} aria-label="{escape(alt)}" {spaces}>{inside}'.replace(INK, 'currentColor').strip())
+    return f'{head} aria-label="{html.escape(alt)}" {spaces}>{inside}'.replace(INK, 'currentColor').strip()
 
 # %% ../nbs/report.ipynb #figure
 @patch

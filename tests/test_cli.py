@@ -14,7 +14,9 @@ import pytest
 TINY = '''
     from dataclasses import replace
     from lus_fastai.papers import gare
-    tiny = gare.GareSettings(size=(48, 48), width=2, seg_patients=6, seg_frames=3, seg_epochs=1, cls_patients=6, cls_frames=3, cls_epochs=1)
+    tiny = dict(size=(48, 48), width=2)
+    for part in ('seg', 'cls'): tiny |= {f'{part}_patients': 6, f'{part}_frames': 3, f'{part}_epochs': 1}
+    tiny = gare.GareSettings(**tiny)
     gare.QUICK, gare.QUICK_REAL = tiny, tiny
 '''
 
@@ -22,7 +24,8 @@ TINY = '''
 def start(tmp_path, name, *args, before='', after='pass', **env):
     "Start a command's entry point as its console script does, between the lines of `before` and `after`."
     script, ours = tmp_path / f'{name}.py', {'LUS_HOME': str(tmp_path / 'home'), 'OMP_NUM_THREADS': '1'}
-    run = f'from lus_fastai.cli import {name}\nif __name__ == "__main__":\n    try: sys.exit({name}())\n    finally: {after}\n'
+    run = f'from lus_fastai.cli import {name}\nif __name__ == "__main__":\n'
+    run += f'    try: sys.exit({name}())\n    finally: {after}\n'
     script.write_text(f'import sys\n{textwrap.dedent(before)}\n{run}')
     there = {k: v for k, v in os.environ.items() if k != 'LUS_DATA'}
     return subprocess.Popen(
@@ -167,7 +170,8 @@ def test_an_interrupt_says_what_is_kept(tmp_path):
     os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     out, err = demo.communicate(timeout=60)
     assert demo.returncode == 130 and 'Traceback' not in err, err
-    kept = r'interrupted: \d trained fold\(s\) are kept in \S+gare\S+, and 1 under way up to its last whole epoch\. '
+    kept = r'interrupted: \d trained fold\(s\) are kept in \S+gare\S+, '
+    kept += r'and 1 under way up to its last whole epoch\. '
     assert re.fullmatch(kept + r'The same command goes on from there\.', err.splitlines()[-1]), err
     first, second, *_ = out.splitlines()
     assert first.startswith('the demo takes about ') and re.fullmatch(
@@ -180,7 +184,8 @@ def test_a_second_demo_names_the_process_that_runs_the_first(tmp_path):
     try:
         wait_for(first, tmp_path / 'home', 'phantom.json')  # the lock is held before anything is made
         second = command(tmp_path, 'lus_demo', '--out', 'elsewhere', before=LONG)
-        said = rf'error: process {first.pid} is running the demo in \S+: wait until .* or set LUS_HOME to another folder .*\n'
+        said = rf'error: process {first.pid} is running the demo in \S+: wait until .* '
+        said += r'or set LUS_HOME to another folder .*\n'
         assert second.returncode == 2 and re.fullmatch(said, second.stderr), second.stderr
         assert first.poll() is None
     finally:
@@ -189,7 +194,7 @@ def test_a_second_demo_names_the_process_that_runs_the_first(tmp_path):
 
 
 def own_clips(folder, patients=6):
-    "Phantom clips of two classes as somebody might file them: the label in the folder, the patient in the name."
+    "Phantom clips of two classes as somebody might file them: label in the folder, patient in the name."
     from lus_fastai.synth.phantom import draw_patient, phantom_clip
     from lus_fastai.video import write_video
 

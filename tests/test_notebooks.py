@@ -1,4 +1,5 @@
-"Every notebook: runs in a fresh kernel, gives the module that is there, is clean, and documents what it exports."
+"""Every notebook: runs in a fresh kernel, gives the module that is there, is clean, and documents what it
+exports."""
 
 import ast
 import configparser
@@ -92,7 +93,8 @@ def test_module_is_what_its_notebook_exports(module, exported):
         ]
     )
     assert a == b, (
-        f'lus_fastai/{module.relative_to(ROOT / "lus_fastai")} and nbs/{notebook} differ: run nbdev-export\n{diff}'
+        f'lus_fastai/{module.relative_to(ROOT / "lus_fastai")} and nbs/{notebook} differ: '
+        f'run nbdev-export\n{diff}'
     )
 
 
@@ -147,7 +149,7 @@ def test_notebook_is_readable(path):
 
 @each_notebook
 def test_all_but_the_installation_in_colab_is_run(path):
-    "The one cell that tests leave out installs the package, from where the package says that it lives, and only in Colab."
+    "The one cell that tests leave out installs the package, from where it lives, and only in Colab."
     config = configparser.ConfigParser(delimiters=['='], interpolation=None)
     config.read(ROOT / 'settings.ini', encoding='utf-8')
     left_out = [
@@ -155,8 +157,57 @@ def test_all_but_the_installation_in_colab_is_run(path):
         for c in load(path)['cells']
         if c['cell_type'] == 'code' and re.search(r'^#\|\s*eval:\s*false', source(c), re.M)
     ]
-    command = f"! [ -e /content ] && pip install -Uqq git+{config['DEFAULT']['git_url']}   # in Colab, install the package first"
+    address = config['DEFAULT']['git_url']
+    command = f"# in Colab, install the package first\n! [ -e /content ] && pip install -Uqq git+{address}"
     assert left_out == ['#| hide\n#| eval: false\n' + command]
+
+
+LONG = ROOT / 'tests/long_cells.tsv'  # cells that may have more lines, each with its reason
+LINES = 25
+
+
+def export_cells(path):
+    "Id and code of the cells that are exported and define something."
+    for c in load(path)['cells']:
+        code = source(c)
+        if c['cell_type'] == 'code' and re.search(r'^#\|\s*exporti?\b', code, re.M):
+            body = ast.parse(code).body
+            if any(not isinstance(s, (ast.Import, ast.ImportFrom)) for s in body):
+                yield c['id'], '\n'.join(x for x in code.splitlines() if not x.startswith('#|')).strip()
+
+
+def test_an_exported_cell_has_one_idea():
+    "At most 25 lines; the few exceptions are listed with a reason, and are exceptions."
+    allowed = dict(line.split('\t') for line in LONG.read_text(encoding='utf-8').splitlines())
+    assert all(reason.strip() for reason in allowed.values())
+    long = {}
+    for path in NOTEBOOKS:
+        for name, code in export_cells(path):
+            if len(code.splitlines()) > LINES:
+                long[f'{path.relative_to(ROOT)}:{name}'] = len(code.splitlines())
+    new, gone = {k: n for k, n in long.items() if k not in allowed}, set(allowed) - set(long)
+    assert not new, f'split them, or list them in {LONG.name} with a reason: {new}'
+    assert not gone, f'no longer long, so no longer listed: {gone}'
+
+
+@each_notebook
+def test_a_function_has_at_most_40_lines(path):
+    allowed = {line.split('\t')[0] for line in LONG.read_text(encoding='utf-8').splitlines()}
+    for name, code in export_cells(path):
+        if f'{path.relative_to(ROOT)}:{name}' in allowed:
+            continue
+        for f in ast.walk(ast.parse(code)):
+            if isinstance(f, ast.FunctionDef):
+                assert f.end_lineno - f.lineno < 40, f'{f.name} in cell {name}'
+
+
+def test_no_name_with_an_underscore_is_imported_from_another_module():
+    found = []
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith('lus_fastai')):
+                found += [f'{module.name}: {a.name}' for a in node.names if a.name.startswith('_')]
+    assert not found, found
 
 
 @each_notebook

@@ -86,7 +86,8 @@ def test_a_notebook_imports_only_from_notebooks_before_it(name):
 def test_light_modules_do_not_import_fastai(name):
     assert (
         fresh(
-            f"import sys, lus_fastai.{name} as it; print(sorted(m for m in ('fastai', 'torchvision', 'matplotlib.pyplot', 'av', 'pydicom', "
+            f"import sys, lus_fastai.{name} as it; "
+            "print(sorted(m for m in ('fastai', 'torchvision', 'matplotlib.pyplot', 'av', 'pydicom', "
             f"'seaborn', 'sklearn', 'lus_fastai.all') if m in sys.modules), it.__name__)"
         )
         == f'[] lus_fastai.{name}'
@@ -96,7 +97,8 @@ def test_light_modules_do_not_import_fastai(name):
 def test_importing_the_package_imports_nothing_else():
     assert (
         fresh(
-            "import sys, lus_fastai; print([m for m in ('torch', 'numpy', 'fastai') if m in sys.modules], lus_fastai.__version__)"
+            "import sys, lus_fastai; "
+            "print([m for m in ('torch', 'numpy', 'fastai') if m in sys.modules], lus_fastai.__version__)"
         )
         == f"[] {settings()['version']}"
     )
@@ -111,8 +113,12 @@ exec('from fastai.vision.all import *', before)
 ours = {}
 exec('from lus_fastai import *', ours)
 import lus_fastai, lus_fastai.all
-print(json.dumps(dict(fastai=sorted(k for k in before if k[0] != '_'), ours=sorted(k for k in ours if k != '__builtins__'), all=sorted(lus_fastai.all.__all__),
-    same=all(ours[k] is getattr(lus_fastai.all, k) for k in ours if k != '__builtins__'), twice=len(lus_fastai.__all__) - len(set(lus_fastai.__all__)))))''')
+ours.pop('__builtins__')
+print(json.dumps(dict(
+    fastai=sorted(k for k in before if k[0] != '_'), ours=sorted(ours), all=sorted(lus_fastai.all.__all__),
+    same=all(ours[k] is getattr(lus_fastai.all, k) for k in ours),
+    twice=len(lus_fastai.__all__) - len(set(lus_fastai.__all__)),
+)))''')
     )
     public = {
         n for m in MODULES if not m.startswith('papers.') for n in import_module(f'lus_fastai.{m}').__all__
@@ -136,7 +142,8 @@ def test_the_star_import_warns_of_nothing():
 def test_attributes_on_demand():
     assert (
         fresh(
-            "import lus_fastai; print(lus_fastai.unet.__module__, lus_fastai.models.transfer.__name__, lus_fastai.Learner.__name__, hasattr(lus_fastai, 'nonsense'), "
+            "import lus_fastai; print(lus_fastai.unet.__module__, lus_fastai.models.transfer.__name__, "
+            "lus_fastai.Learner.__name__, hasattr(lus_fastai, 'nonsense'), "
             "hasattr(lus_fastai, '_hidden'))"
         )
         == 'lus_fastai.models.unet lus_fastai.models.transfer Learner False False'
@@ -376,8 +383,9 @@ def test_wheel_holds_the_package_and_its_data_only(wheel):
 
 def test_installed_wheel_works_elsewhere(installed, tmp_path):
     out = fresh(
-        "import lus_fastai; from lus_fastai.data.sources import manifest; from lus_fastai.report import read_results; "
-        "print(lus_fastai.__version__, lus_fastai.__file__, len(manifest('pocus')) > 100, read_results('gare-pocus')['data'])",
+        "import lus_fastai; from lus_fastai.data.sources import manifest; "
+        "from lus_fastai.runs import read_results; print(lus_fastai.__version__, lus_fastai.__file__, "
+        "len(manifest('pocus')) > 100, read_results('gare-pocus')['data'])",
         cwd=tmp_path,
         PYTHONPATH=str(installed),
     )

@@ -1,4 +1,5 @@
-"What the notebook does not own: the promises of the page, faults while writing, odd tables and figures, results that must be refused."
+"""What the notebook does not own: the promises of the page, faults while writing, odd tables and figures,
+results that must be refused."""
 
 import json
 import platform
@@ -229,7 +230,9 @@ def test_ours_take_the_colour_of_the_page_and_others_keep_white():
     other.subplots().plot([0, 1])
     ours = R.Report('t').figure(figures.plot_confusion(np.eye(2), 'ab'), 'c').html()
     assert (
-        'currentColor' in ours and plot.INK not in ours.split('</style>')[1] and 'class="fig white"' not in ours
+        'currentColor' in ours
+        and plot.INK not in ours.split('</style>')[1]
+        and 'class="fig white"' not in ours
     )
     assert 'class="fig white"' in R.Report('t').figure(other, 'c').html()
 
@@ -296,7 +299,9 @@ def test_plots_leave_pyplot_and_its_settings_alone():
 
 
 def test_confusion_shows_counts_and_row_shares():
-    texts = [t.get_text() for t in figures.plot_confusion(torch.tensor([[3, 1], [0, 0]]), ['a', 'b']).axes[0].texts]
+    texts = [
+        t.get_text() for t in figures.plot_confusion(torch.tensor([[3, 1], [0, 0]]), ['a', 'b']).axes[0].texts
+    ]
     assert texts == ['3', '75%', '1', '25%', '0', '0%', '0', '0%']  # an empty row is no division by zero
 
 
@@ -352,7 +357,10 @@ def test_roc_bands_stand_under_their_class():
 
     curves, areas = roc(made_up(), n_boot=20)
     bands = roc_bands(made_up(), points=11, n_boot=20)
-    plain, banded = figures.plot_roc(curves, areas).axes[0], figures.plot_roc(curves, areas, bands=bands).axes[0]
+    plain, banded = (
+        figures.plot_roc(curves, areas).axes[0],
+        figures.plot_roc(curves, areas, bands=bands).axes[0],
+    )
     assert not plain.collections and len(banded.collections) == 2  # nobody has class c; means have no band
     for name, shape in zip('ab', banded.collections):
         assert mpl.colors.to_hex(shape.get_facecolor()[0]) == mpl.colors.to_hex(
@@ -425,9 +433,9 @@ def test_abstention_beside_random():
         set(line(ax, 'at random').get_ydata()) == {named['always the same'].random[0]}
         and ax.lines[0].get_linestyle() != ax.lines[1].get_linestyle()
     )
-    assert [t.get_text() for t in figures.plot_abstention(named['always the same']).legends[0].get_texts()] == [
-        'at random'
-    ]
+    assert [
+        t.get_text() for t in figures.plot_abstention(named['always the same']).legends[0].get_texts()
+    ] == ['at random']
 
 
 def test_curves_go_into_a_page():
@@ -549,7 +557,8 @@ def test_the_first_screen_says_what_was_counted_and_what_it_is_not():
         'dense start',
     )
     assert score == {
-        'patients right, folds by patient (dense start)': '0.600\n95 % interval 0.400 to 0.800\na random guess: 0.333, always covid: 0.600'
+        'patients right, folds by patient (dense start)': '0.600\n95 % interval 0.400 to 0.800\n'
+        'a random guess: 0.333, always covid: 0.600'
     }
     assert R.headline('clips', 'by frame', (0.5, np.nan, np.nan), 'abab') == {
         'clips right, folds by frame': '0.500\na random guess: 0.500'
@@ -706,7 +715,8 @@ def test_versions_say_nothing_about_the_machine():
         runs.versions()
     ) and '/' not in text
     assert (
-        runs.versions()['torch'] == torch.__version__.split('+')[0] or runs.versions()['torch'] == torch.__version__
+        runs.versions()['torch'] == torch.__version__.split('+')[0]
+        or runs.versions()['torch'] == torch.__version__
     )
     assert runs.device_name('cpu').startswith('cpu: ') and runs.device_name(torch.device('meta')) == 'meta'
 
@@ -755,7 +765,10 @@ def test_the_module_is_light():
     import subprocess
     import sys
 
-    code = "import sys, lus_fastai.report; print([m for m in ('matplotlib', 'fastai', 'sklearn', 'seaborn', 'PIL') if m in sys.modules])"
+    code = (
+        "import sys, lus_fastai.report; "
+        "print([m for m in ('matplotlib', 'fastai', 'sklearn', 'seaborn', 'PIL') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 

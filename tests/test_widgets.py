@@ -20,11 +20,11 @@ from PIL import Image
 
 from lus_fastai import widgets as W
 from lus_fastai.core import CLASSES, DENSE, DENSE_COLORS, TableError, write_table
-from lus_fastai.plot import overlay
 from lus_fastai.data.fan import Fan, find_fan
-from lus_fastai.video import read_clip, sample_clip
 from lus_fastai.explain.attribution import EXPLAINERS, explain_clip
+from lus_fastai.plot import overlay
 from lus_fastai.synth.phantom import phantom_dataset
+from lus_fastai.video import read_clip, sample_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -461,14 +461,16 @@ from lus_fastai.core import CLASSES, read_table
 from lus_fastai.widgets import ClipBrowser, Explainer, FanEditor
 table = read_table('clips.csv')
 torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, 2, 2), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 3))
+from torch import nn
+convs = nn.Conv2d(1, 8, 5, 2, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()
+net = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
 display(ClipBrowser(table), Explainer(net, table, CLASSES, size=(64, 64)), FanEditor(table, 'clips.csv'))
 """
 
 
 @contextlib.contextmanager
 def voila(folder, source):
-    "Voila serving one notebook on localhost; yields its address. Its log is printed, for pytest to show on failure."
+    "Voila serving one notebook on localhost; yields its address. Its log is printed, for a failure."
     import nbformat
 
     nb = nbformat.v4.new_notebook(
@@ -550,9 +552,19 @@ def site(tmp_path_factory):
 
 PATIENCE = 120_000  # milliseconds that a loaded machine may take; nothing waits longer than it needs
 
-DRAWN = """img => new Promise(done => { const draw = () => { const c = document.createElement('canvas'); c.width = img.naturalWidth; c.height = img.naturalHeight;
-  const g = c.getContext('2d'); g.drawImage(img, 0, 0); const d = g.getImageData(0, 0, c.width, c.height).data;
-  let s = ''; for (let i = 0; i < d.length; i += 8192) s += String.fromCharCode.apply(null, d.subarray(i, i + 8192)); done(btoa(s)); }; img.complete && img.naturalWidth ? draw() : img.addEventListener('load', draw, {once: true}); })"""
+DRAWN = """img => new Promise(done => {
+  const draw = () => {
+    const c = document.createElement('canvas');
+    c.width = img.naturalWidth; c.height = img.naturalHeight;
+    const g = c.getContext('2d');
+    g.drawImage(img, 0, 0);
+    const d = g.getImageData(0, 0, c.width, c.height).data;
+    let s = '';
+    for (let i = 0; i < d.length; i += 8192) s += String.fromCharCode.apply(null, d.subarray(i, i + 8192));
+    done(btoa(s));
+  };
+  img.complete && img.naturalWidth ? draw() : img.addEventListener('load', draw, {once: true});
+})"""
 
 
 def drawn(img):
@@ -659,7 +671,8 @@ def test_narrow_screen(page):
     page.set_viewport_size(dict(width=420, height=900))
     for name in ('clipbrowser', 'explainer', 'faneditor'):
         for part in page.locator(
-            f'.lus-{name} img:visible, .lus-{name} .widget-dropdown:visible, .lus-{name} .widget-slider:visible, .lus-{name} button:visible'
+            f'.lus-{name} img:visible, .lus-{name} .widget-dropdown:visible, '
+            f'.lus-{name} .widget-slider:visible, .lus-{name} button:visible'
         ).all():
             box = part.bounding_box()
             assert box['x'] >= 0 and box['x'] + box['width'] <= 420, (name, box)

@@ -1,7 +1,7 @@
 """What the package computes, recorded and compared: proof that a change of its structure changes no number.
 
     python tests/unchanged.py record FILE [PART ...]     # before the change
-    python tests/unchanged.py compare FILE [PART ...]    # after it: exit status 1 and a list where something differs
+    python tests/unchanged.py compare FILE [PART ...]    # after it: status 1 and a list of differences
 
 Everything is computed in float32 with one thread, so that the same machine gives the same digits.
 """
@@ -26,13 +26,13 @@ from lus_fastai.core import CLASSES, seed_all
 from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.store import FrameStore
-from lus_fastai.video import read_clip
 from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
 from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
 from lus_fastai.synth.phantom import phantom_dataset
 from lus_fastai.train import cross_validation as training
 from lus_fastai.train.cross_validation import ClassProbs, cross_validate
 from lus_fastai.train.detection import mask_rcnn
+from lus_fastai.video import read_clip
 
 PAPERS = 'gare', 'cheng_lam', 'arora', 'uscl', 'merand', 'sim_to_real'
 TOLERANCE = 1e-6

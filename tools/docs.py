@@ -1,4 +1,6 @@
-"""The documentation without the Quarto program: derive what nbdev wants in nbs/, make README.md, check the sources, render if possible.
+"""The documentation without the Quarto program.
+
+Derive what nbdev wants in nbs/, make README.md, check the sources, render if possible:
 
 python tools/docs.py all | derive | readme | check
 """
@@ -77,17 +79,19 @@ def results_page(
         'description: Ours beside theirs, as the code wrote them',
         '---',
         '',
-        'Each section is one file of `results/`, written by `lus_repro`, settings and versions included. Intervals come from a bootstrap over patients.',
+        'Each section is one file of `results/`, written by `lus_repro`, settings and versions included. '
+        'Intervals come from a bootstrap over patients.',
         '',
     ]
     for f in sorted(Path(folder).glob('*.json')):
         r = json.loads(f.read_text(encoding='utf-8'))
         out += [
-            f"## {r.get('paper', f.stem)} on {r.get('data', '?')}{' (quick)' if f.stem.endswith('-quick') else ''}",
+            f"## {r.get('paper', f.stem)} on {r.get('data', '?')}" + ' (quick)' * f.stem.endswith('-quick'),
             '',
         ]
         out += [
-            f"`{r.get('command', '?')}`, {_cell(r.get('hours'), 1)} hours of training on {r.get('device', '?')}; seeds {', '.join(map(str, r.get('seeds', [])))}. From `{f.name}`.",
+            f"`{r.get('command', '?')}`, {_cell(r.get('hours'), 1)} hours of training "
+            f"on {r.get('device', '?')}; seeds {', '.join(map(str, r.get('seeds', [])))}. From `{f.name}`.",
             '',
         ]
         for name in dict.fromkeys(c.get('protocol', '') for c in r.get('cells', [])):
@@ -144,7 +148,10 @@ name = "{cfg['lib_name']}"
 description = "{cfg['description']}"
 requires-python = ">={cfg['min_python']}"
 authors = [{{name = "{cfg['author']}", email = "{cfg['author_email']}"}}]
-dynamic = ["version", "readme", "license", "keywords", "classifiers", "dependencies", "optional-dependencies", "scripts"]
+dynamic = [
+    "version", "readme", "license", "keywords", "classifiers",
+    "dependencies", "optional-dependencies", "scripts",
+]
 
 [project.urls]
 Repository = "{cfg['git_url']}"
@@ -165,7 +172,7 @@ custom_sidebar = {cfg['custom_sidebar'].lower()}
 def derive(
     root: Path = root,  # the project's folder
 ):
-    "Write pyproject.toml, and nbs/_quarto.yml, nbdev.yml, sidebar.yml, styles.css, results.qmd and notebooks.qmd, from the root's files."
+    "Write pyproject.toml, and what nbdev and Quarto read in nbs/, from the root's files."
     cfg, quarto = settings(root), _local(yaml.safe_load((root / '_quarto.yml').read_text(encoding='utf-8')))
     sidebar = {'website': {'sidebar': quarto['website'].pop('sidebar')}}
     quarto['metadata-files'] = ['nbdev.yml', 'sidebar.yml']
@@ -211,7 +218,7 @@ def _split_fences(text):
 def readme(
     root: Path = root,  # the project's folder
 ) -> str:  # the text README.md has to have
-    "README.md from the index notebook: its words, code and printed output; pictures stay files, none is embedded."
+    "README.md from the index notebook: its words, code and printed output; images stay files."
     cfg, out = settings(root), []
     for c in _cells(root / 'nbs' / cfg['readme_nb']):
         src = _join(c['source'])
@@ -253,7 +260,7 @@ def readme(
 def check(
     root: Path = root,  # the project's folder; `derive` has run
 ) -> list:  # sentences, one a fault; empty when the site is sound
-    "Faults of the site's sources: pages that do not exist or are not reachable, broken links, front matter, a stale README or pyproject.toml."
+    "Faults of the site's sources: missing pages, broken links, front matter, a stale README."
     faults, nbs = [], root / 'nbs'
     made = {}
     for name in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml', 'results.qmd', 'notebooks.qmd'):
@@ -335,7 +342,7 @@ def _told(cell):
 def process(
     root: Path = root,  # the project's folder
 ) -> list:  # sentences, one a notebook that nbdev could not process
-    "nbdev's own processing of each notebook, as Quarto would be given them; a `show_doc` cell without Markdown is a fault too, since its coloured traceback stalls Pandoc."
+    "nbdev's own processing of each notebook; a `show_doc` cell without Markdown would stall Pandoc."
     from fastcore.nbio import read_nb
     from nbdev.processors import FilterDefaults
 
@@ -378,7 +385,8 @@ def render(
     cfg = settings(root)
     if not shutil.which('quarto'):
         return print(
-            "the site's sources are checked; to render it, install Quarto (https://quarto.org/docs/get-started) and run `make docs` again"
+            "the site's sources are checked; to render it, install Quarto "
+            "(https://quarto.org/docs/get-started) and run `make docs` again"
         )
     (root / 'README.md').touch()  # nbdev would otherwise make its own from the index
     subprocess.run(
@@ -402,7 +410,8 @@ def main(what='all'):
     if faults:
         sys.exit('\n'.join(faults))
     print(
-        "the site's sources are sound: every page exists and is reachable, every internal link resolves, every name is documented"
+        "the site's sources are sound: every page exists and is reachable, every internal link resolves, "
+        "every name is documented"
     )
     if what == 'all':
         render()
