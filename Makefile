@@ -6,9 +6,10 @@ BIN    := .venv/bin
 STAMP  := .venv/.installed
 PLAIN  := .venv/.plain
 
-.PHONY: help demo test docs bench clean
+.PHONY: help demo lint quick test docs bench clean
 help:
 	@echo 'make demo   train on the phantom, from command line to report.html (ARGS="--data FOLDER" for real clips)'
+	@echo 'make quick  lint, the fast tests, and whether modules are what their notebooks export: within three minutes'
 	@echo 'make test   every test: tests/ and every notebook, executed in a fresh kernel (ARGS="-k folds" for some)'
 	@echo 'make docs   README.md and the site: derived, checked, and rendered where the quarto program is installed'
 	@echo 'make bench  every measurement of benchmarks/, one after another'
@@ -32,7 +33,13 @@ $(STAMP): setup.py settings.ini pyproject.toml | $(BIN)/python
 demo: $(PLAIN)
 	@$(BIN)/lus_demo $(ARGS)
 
-test: $(STAMP)
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet .
+
+quick: lint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal -m 'not slow and not paper' tests $(ARGS)
+
+test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal --durations=15 tests $(ARGS)
 
 docs: $(STAMP)

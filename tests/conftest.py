@@ -14,7 +14,12 @@ torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'gpu: needs a CUDA device, skipped without one')
+    for marker in (
+        'gpu: needs a CUDA device, skipped without one',
+        'slow: takes more than a few seconds, left out of `make quick`',
+        'paper: reproduces a paper in small, left out of `make quick`',
+    ):
+        config.addinivalue_line('markers', marker)
 
 
 def pytest_collection_modifyitems(config, items):
