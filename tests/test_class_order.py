@@ -13,7 +13,8 @@ from torch import nn
 from lus_fastai.core import CLASSES, SPARSE, TableError
 from lus_fastai.data.folds import patient_folds
 from lus_fastai.data.loaders import frame_dls
-from lus_fastai.explain.attribution import EXPLAINERS, explain_clip, saliency, seg_target
+from lus_fastai.explain.occlusion import EXPLAINERS, explain_clip
+from lus_fastai.explain.attribution import saliency, seg_target
 from lus_fastai.explain.feature_visualization import maximise_class, show_imagined
 from lus_fastai.explain.sanity_checks import deletion_insertion
 from lus_fastai.models.transfer import copy_weights, load_weights, name_outputs, save_weights

@@ -23,7 +23,7 @@ from lus_fastai.core import CLASSES, DENSE, DENSE_COLORS, TableError, write_tabl
 from lus_fastai.plot import overlay
 from lus_fastai.data.fan import Fan, find_fan
 from lus_fastai.video import read_clip, sample_clip
-from lus_fastai.explain.attribution import EXPLAINERS, explain_clip
+from lus_fastai.explain.occlusion import EXPLAINERS, explain_clip
 from lus_fastai.synth.phantom import phantom_dataset
 
 ROOT = Path(__file__).resolve().parents[1]

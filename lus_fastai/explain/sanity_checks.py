@@ -25,7 +25,8 @@ from ..core import DENSE, TableError, frozen_eval, progress
 from ..data.fan import Fan
 from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
-from .attribution import EXPLAINERS, class_codes
+from .occlusion import EXPLAINERS
+from .attribution import class_codes
 from ..stats.classification import evaluate
 from ..train.cross_validation import ClassProbs, cross_validate
 
