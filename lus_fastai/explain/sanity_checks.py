@@ -32,7 +32,7 @@ from ..train.cross_validation import ClassProbs, cross_validate
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c008-1
 def _layers(model):
-    "The modules that hold parameters, grouped into layers as defined; a norm goes with the weights before it."
+    "The modules with parameters, grouped into layers as defined; a norm goes with the weights before it."
     groups, last = {}, None
     for name, m in model.named_modules():
         own = list(m.parameters(recurse=False))
@@ -263,7 +263,7 @@ def heat_table(
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c022-2
 def _orders(maps, seed):
-    "The rank of each pixel (b, pixels) in the map's order, the hottest first, in random order and in reverse."
+    "The rank of each pixel (b, pixels) in the map's order, hottest first, in random order and in reverse."
     b, pixels = maps.shape
     rng = torch.Generator().manual_seed(seed)
     hottest = maps.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -377,9 +377,7 @@ def pointing_game(
     masks,  # (n, h, w) integer codes, e.g. the phantom's dense ones
     code='B-line',  # which code is the finding: a name of DENSE, or a number
     tolerance: float = 3,  # pixels from the finding that still count
-) -> (
-    dict
-):  # hits, total (frames with the finding), left_out (without), rate (hits/total), chance
+) -> dict:  # hits, total (frames with the finding), left_out (without), rate (hits/total), chance
     "Share of frames in which a map's largest value is on a finding (Zhang 2018)."
     from scipy.ndimage import distance_transform_edt
 
