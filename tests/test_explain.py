@@ -42,7 +42,7 @@ def conv(i, o, stride=1):
 
 @pytest.fixture
 def net():
-    "A small classifier with batch norm whose statistics are not those of a fresh one, in-place ReLU and dropout."
+    "A small classifier with used batch norm statistics, in-place ReLU and dropout."
     torch.manual_seed(0)
     m = nn.Sequential(
         conv(3, 8),
@@ -123,7 +123,7 @@ def test_a_network_that_reads_one_pixel(method):
 
 
 def test_grad_cam_of_a_detector_by_hand():
-    "A vertical-edge detector weighed with 2 and a blur weighed with -1: the map is their sum, weighed, over the 6 x 8 positions."
+    "A vertical-edge detector weighed with 2 and a blur with -1: the map is their sum at 6 x 8 positions."
     m = nn.Sequential(
         nn.Conv2d(1, 2, 3, padding=1, bias=False),
         nn.ReLU(),
@@ -155,7 +155,7 @@ def test_integrated_gradients_are_complete(net, x):
 
 
 def test_occlusion_of_the_paper_by_a_loop(net):
-    "Centres at each stride, half-width 22 of 224 as here 3 of 32, clipped at the border, P(true | covered) - P(true)."
+    "Centres at each stride, half-width 3 of 32, clipped at the border, P(true | covered) - P(true)."
     x, half, stride = torch.rand(1, 3, 20, 33), 3, 2
     with frozen_eval(net), torch.no_grad():
         before, want = net(x).softmax(1)[0, 1], torch.zeros(20, 33)
@@ -251,7 +251,7 @@ def test_against_pytorch_grad_cam(net, x):
         with getattr(peer, name)(other, [other[3]]) as them:
             seen = {}
             raw = them.get_cam_image
-            them.get_cam_image = lambda *a, **k: seen.setdefault('raw', raw(*a, **k))
+            them.get_cam_image = lambda *a, seen=seen, raw=raw, **k: seen.setdefault('raw', raw(*a, **k))
             scaled = them(x, [ClassifierOutputTarget(k) for k in t])
         want = F.interpolate(
             torch.as_tensor(np.ascontiguousarray(seen['raw']))[:, None].float(),

@@ -89,7 +89,7 @@ def _weights_key(model):
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-6
 def _load_part(path, key, n):
-    "The rows of a cache file of this `key`, or None: no file, a damaged one, or one of another model or table."
+    "The rows of a cache file of this `key`, or None: no file, a damaged one, or another model's."
     try:
         with np.load(path, allow_pickle=False) as f:
             there, x = str(f['key']), f['x']
@@ -202,7 +202,7 @@ def features(
     path=None,  # .npz file to keep the features in; used again only for the same weights, layer, rows, pixels
     device=None,  # where to compute; the model is back where it was afterwards. None: where the model is
 ) -> np.ndarray:  # (N, d) float32, in the order of the rows
-    "Features of a layer for every row of a frame table; maps are averaged over pixels, tokens over their sequence."
+    "Features of a layer for every row of a frame table; maps and tokens are averaged."
     _find_layer(model, layer)
     if int(bs) != bs or bs < 1:
         raise ValueError(f"bs is a whole number of at least 1, not {bs!r}")
@@ -239,6 +239,7 @@ class FeatureMap:
 
 # %% ../../nbs/explain/embeddings.ipynb #c018-2
 def _checked(x, name):
+    "Features as a float64 array (N, d); ValueError if they are not finite."
     x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
     if x.ndim != 2 or x.shape[1] < 2 or not np.issubdtype(x.dtype, np.number):
         raise ValueError(
@@ -246,9 +247,8 @@ def _checked(x, name):
         )
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad):
-        raise ValueError(
-            f"{name} is NaN or infinite in row(s) {', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}: leave them out"
-        )
+        rows = ', '.join(map(str, bad[:5])) + (f' and {len(bad) - 5} more' if len(bad) > 5 else '')
+        raise ValueError(f"{name} is NaN or infinite in row(s) {rows}: leave them out")
     return np.ascontiguousarray(x, np.float64)
 
 # %% ../../nbs/explain/embeddings.ipynb #c018-3
@@ -412,7 +412,7 @@ def plot_embedding(
 
 # %% ../../nbs/explain/embeddings.ipynb #c027-1
 def _cells(points, n):
-    "The finest grid of which at most n cells hold points: cells on a side, and (m, 3) of column, row from below, and the point shown."
+    "The finest grid with at most n cells in use: cells on a side, and (m, 3) column, row from below, point."
     span = np.maximum(np.ptp(points, 0), 1e-12)
     best = None
     for g in range(1, 2 * math.isqrt(n) + 2):
@@ -478,7 +478,7 @@ def plot_thumbnails(
 
 # %% ../../nbs/explain/embeddings.ipynb #c031-1
 def _hits(x, codes, patient, k):
-    "(2, B, N) neighbours that share each value, and (2, N) neighbours there are: of all points, and of other patients' only."
+    "Neighbours that share each value (2, B, N), of how many (2, N): among all, and among other patients."
     hits, there = np.zeros((2, *codes.shape), np.int64), np.zeros((2, len(x)), np.int64)
     square = (x * x).sum(1)
     for s in range(0, len(x), 512):
@@ -502,6 +502,20 @@ def _same(a, b=None):
     code = a if b is None else np.unique(np.stack([a, b]), axis=1, return_inverse=True)[1].ravel()
     return np.bincount(code)[code]
 
+# %% ../../nbs/explain/embeddings.ipynb #c031-3
+def _chances(code, patient):
+    "Share of all points, and of other patients' points, that have each point's value: two arrays (N,)."
+    n, same, own, together = len(code), _same(code), _same(patient), _same(code, patient)
+    others = np.divide(same - together, n - own, out=np.full(n, np.nan), where=n > own)
+    return (same - 1) / (n - 1), others
+
+
+def _patient_interval(hits, there, patient, n_boot, seed):
+    "Share of hits with its interval over patients: value, low, high."
+    counts = np.zeros((patient.max() + 1, 2, 2), np.int64)  # as a confusion matrix of one row:
+    np.add.at(counts, (patient, 0), np.stack([hits, there - hits], 1))  # its accuracy is the purity
+    return [float(v) for v in bootstrap(counts, overall_accuracy, n_boot, seed)]
+
 # %% ../../nbs/explain/embeddings.ipynb #c031
 def purity(
     x,  # (N, d) features, or (N, 2) points of a map
@@ -510,8 +524,8 @@ def purity(
     by=('label', 'patient', 'source'),  # columns whose values neighbours may share
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # by, neighbours ('all' or 'other patients'), purity, low, high, chance, k, n, patients; NaN where there are no such neighbours
-    "Share of nearest neighbours that have a point's value, beside chance, among all points and among other patients' only."
+) -> pd.DataFrame:  # by, neighbours (all, other patients), purity, low, high, chance, k, n, patients
+    "Share of nearest neighbours with a point's value, beside chance, among all and other patients' points."
     x, by = _checked(x, 'x'), [by] if isinstance(by, str) else list(by)
     if len(x) != len(table):
         raise ValueError(f"{len(x)} points, but {len(table)} rows in the table")
@@ -520,48 +534,22 @@ def purity(
     codes = np.stack([pd.factorize(v)[0] for _, v in _named(table, ['patient', *by]).items()])
     patient, codes = codes[0], codes[1:]
     hits, there = _hits(x - x.mean(0), codes, patient, int(k))
-    rows, n = [], len(x)
+    rows = []
     for c, code, hit in zip(by, codes, hits.swapaxes(0, 1)):
-        same, own, together = _same(code), _same(patient), _same(code, patient)
-        for j, (name, chance) in enumerate(
-            (
-                ('all', (same - 1) / (n - 1)),
-                (
-                    'other patients',
-                    np.divide(same - together, n - own, out=np.full(n, np.nan), where=n > own),
-                ),
-            )
-        ):
-            if j and c == 'patient':
-                continue
-            counts = np.zeros(
-                (patient.max() + 1, 2, 2), np.int64
-            )  # hits and misses as a confusion matrix of one row: its accuracy is the purity
-            np.add.at(counts, (patient, 0), np.stack([hit[j], there[j] - hit[j]], 1))
-            value, low, high = bootstrap(counts, overall_accuracy, n_boot, seed)
-            rows.append(
-                (
-                    c,
-                    name,
-                    float(value),
-                    float(low),
-                    float(high),
-                    np.nanmean(chance) if np.isfinite(chance).any() else np.nan,
-                    int(k),
-                    n,
-                    len(counts),
-                )
-            )
-    return pd.DataFrame(
-        rows, columns=['by', 'neighbours', 'purity', 'low', 'high', 'chance', 'k', 'n', 'patients']
-    )
+        chances = _chances(code, patient)
+        for j, name in enumerate(('all', 'other patients')[: 1 if c == 'patient' else 2]):
+            value = _patient_interval(hit[j], there[j], patient, n_boot, seed)
+            chance = np.nanmean(chances[j]) if np.isfinite(chances[j]).any() else np.nan
+            rows.append((c, name, *value, chance, int(k), len(x), patient.max() + 1))
+    columns = ['by', 'neighbours', 'purity', 'low', 'high', 'chance', 'k', 'n', 'patients']
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/explain/embeddings.ipynb #c036
 def plot_purity(
     scores: pd.DataFrame,  # what purity returns; several of them with a column features for a panel each
     title: str = '',  # above the figure
 ):  # matplotlib Figure
-    "Purity among all neighbours and among other patients' as bars with intervals, and chance as a black line across each."
+    "Purity among all neighbours and among other patients' as bars with intervals; chance is a black line."
     try:
         import seaborn as sns
     except ImportError:
