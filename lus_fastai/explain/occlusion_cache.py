@@ -326,7 +326,7 @@ def cached_model(
     spans,  # first and last+1 row, and column, of each window
     fill,  # (1, c, 1, 1) that covers
     at,  # (n, 3) image, window row and window column of each pass
-    full,  # function (some of `at`) -> the model's output in full
+    full,  # function (some rows of at) -> the model's output in full
 ):  # OcclusionCache, or None
     "An `OcclusionCache` that gives what the model gives in full, or None."
     if len(at) < 64:
