@@ -9,7 +9,7 @@ import torch
 from common import compare
 from torchvision.models import resnet18
 
-from lus_fastai.explain.attribution import explain_clip
+from lus_fastai.explain.occlusion import explain_clip
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
 
 warnings.simplefilter('ignore')

@@ -8,7 +8,7 @@ from captum.attr import Occlusion
 from common import compare
 from torchvision.models import resnet18, vgg16
 
-from lus_fastai.explain.attribution import occlusion
+from lus_fastai.explain.occlusion import occlusion
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
 
 args = argparse.ArgumentParser(description=__doc__)

@@ -27,6 +27,8 @@ from lus_fastai.train.contrastive import *
 from lus_fastai.train.semi_supervised import *
 from lus_fastai.train.detection import *
 from lus_fastai.explain.attribution import *
+from lus_fastai.explain.occlusion_cache import *
+from lus_fastai.explain.occlusion import *
 from lus_fastai.explain.feature_visualization import *
 from lus_fastai.explain.sanity_checks import *
 from lus_fastai.explain.embeddings import *

@@ -34,7 +34,8 @@ from lus_fastai.core import (
 )
 from .data.fan import Fan, FanError, find_fan
 from .data.store import FrameStore, _masks
-from .explain.attribution import EXPLAINERS, map_rgb
+from .explain.attribution import map_rgb
+from .explain.occlusion import EXPLAINERS
 from .explain.sanity_checks import heat_in_fan
 from .models.transfer import name_outputs
 from .plot import overlay

@@ -1,4 +1,4 @@
-"One swapped order of classes, channels or codes through each place that names them: the right answer, or an error that shows both."
+"A swapped order of classes, channels or codes: everywhere the right answer, or an error that shows both."
 
 import copy
 from functools import partial
@@ -13,15 +13,24 @@ from torch import nn
 from lus_fastai.core import CLASSES, SPARSE, TableError
 from lus_fastai.data.folds import patient_folds
 from lus_fastai.data.loaders import frame_dls
-from lus_fastai.explain.attribution import EXPLAINERS, explain_clip, saliency, seg_target
+from lus_fastai.explain.attribution import saliency, seg_target
 from lus_fastai.explain.feature_visualization import maximise_class, show_imagined
+from lus_fastai.explain.occlusion import EXPLAINERS, explain_clip
 from lus_fastai.explain.sanity_checks import deletion_insertion
 from lus_fastai.models.transfer import copy_weights, load_weights, name_outputs, save_weights
 from lus_fastai.models.unet import create_backbone, seg_to_cls, unet
-from lus_fastai.stats.figures import plot_confusion
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M
-from lus_fastai.train.cross_validation import ClassProbs, PixelCounts, cross_validate, fine_tune, fine_tune_learner, last_epoch, predict_table
+from lus_fastai.stats.figures import plot_confusion
+from lus_fastai.train.cross_validation import (
+    ClassProbs,
+    PixelCounts,
+    cross_validate,
+    fine_tune,
+    fine_tune_learner,
+    last_epoch,
+    predict_table,
+)
 from lus_fastai.widgets import Explainer
 
 SWAPPED = CLASSES[::-1]
@@ -220,7 +229,7 @@ def test_every_score_of_a_table_is_the_same_under_another_order_of_its_columns()
     same(lambda t: M.vote(t, 'patient', 'majority'), ['patient'])
     same(lambda t: M.classification_report(t).rename_axis('class').reset_index(), ['class'])
     for curve in (M.roc, M.pr_curve):
-        same(lambda t: curve(t, n_boot=50)[1], ['class'])
+        same(lambda t, curve=curve: curve(t, n_boot=50)[1], ['class'])
     same(lambda t: C.calibrate(t)[0], ['patient', 'frame'])
     assert C.ece(a) == pytest.approx(C.ece(b))
 

@@ -8,7 +8,23 @@ from torch import nn
 
 from lus_fastai.core import CLASSES, TableError
 from lus_fastai.data.fan import Fan
-from lus_fastai.explain.sanity_checks import deletion_insertion, edge_map, heat_in_fan, heat_table, only_inside, only_outside, outside_fan_check, pointing_game, predict_source, randomisation_check, randomise_layers, rank_correlation, show_deletion, small_learner, structural_similarity
+from lus_fastai.explain.sanity_checks import (
+    deletion_insertion,
+    edge_map,
+    heat_in_fan,
+    heat_table,
+    only_inside,
+    only_outside,
+    outside_fan_check,
+    pointing_game,
+    predict_source,
+    randomisation_check,
+    randomise_layers,
+    rank_correlation,
+    show_deletion,
+    small_learner,
+    structural_similarity,
+)
 
 
 def net():
@@ -332,5 +348,5 @@ def test_bad_checks(phantom_store, tmp_path):
         outside_fan_check(phantom_store, np.ones((64, 64), bool), path=tmp_path / 'x', sees=['below'])
     with pytest.raises(TableError, match="missing column.*'site'"):
         predict_source(phantom_store, ['site'], path=tmp_path / 'x')
-    with pytest.raises(ValueError, match='nothing can be told apart'):
+    with pytest.raises(ValueError, match='there is nothing to predict'):
         predict_source(phantom_store, ['kind'], path=tmp_path / 'x')

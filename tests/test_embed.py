@@ -15,7 +15,17 @@ from torch import nn
 from lus_fastai.core import TableError
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.explain import embeddings as embed
-from lus_fastai.explain.embeddings import _cells, features, pca_map, place, plot_embedding, plot_purity, plot_thumbnails, purity, tsne_map
+from lus_fastai.explain.embeddings import (
+    _cells,
+    features,
+    pca_map,
+    place,
+    plot_embedding,
+    plot_purity,
+    plot_thumbnails,
+    purity,
+    tsne_map,
+)
 
 
 def net(c_in=1, seed=0, inplace=True):
@@ -192,9 +202,9 @@ def test_layers_that_cannot_be_read(phantom_store):
         def forward(self, x):
             return self.pair((self.used(x.flatten(1)), 1))[0]
 
-    with pytest.raises(ValueError, match="no layer 'usde'; nearest: 'used'"):
+    with pytest.raises(ValueError, match="no layer 'usde'; the nearest names are .'used'"):
         features(Idle(), phantom_store, layer='usde')
-    with pytest.raises(ValueError, match="no layer 'qqqq'; nearest: 'used', 'idle', 'pair'"):
+    with pytest.raises(ValueError, match="no layer 'qqqq'; the nearest names are"):
         features(Idle(), phantom_store, layer='qqqq')
     with pytest.raises(ValueError, match="does not run the layer 'idle'"):
         features(Idle(), phantom_store, layer='idle')

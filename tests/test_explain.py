@@ -13,10 +13,24 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lus_fastai.core import frozen_eval
-from lus_fastai.video import read_clip
 from lus_fastai.explain import attribution as E
-from lus_fastai.explain.attribution import EXPLAINERS, OCCLUSION_ARORA, cam, cam_layer, explain_clip, grad_cam, integrated_gradients, map_rgb, occlusion, saliency, seg_target, show_map, show_maps, smooth_grad, write_map_video
+from lus_fastai.explain import occlusion as O
+from lus_fastai.explain import occlusion_cache as C
+from lus_fastai.explain.attribution import (
+    cam,
+    cam_layer,
+    grad_cam,
+    integrated_gradients,
+    map_rgb,
+    saliency,
+    seg_target,
+    show_map,
+    show_maps,
+    smooth_grad,
+)
+from lus_fastai.explain.occlusion import EXPLAINERS, OCCLUSION_ARORA, explain_clip, occlusion, write_map_video
 from lus_fastai.models.unet import seg_to_cls, unet
+from lus_fastai.video import read_clip
 
 METHODS = pytest.mark.parametrize('method', list(EXPLAINERS))
 FEW = {'smooth-grad': dict(n=3), 'integrated gradients': dict(steps=4), 'occlusion': dict(size=9, stride=6)}
@@ -28,7 +42,7 @@ def conv(i, o, stride=1):
 
 @pytest.fixture
 def net():
-    "A small classifier with batch norm whose statistics are not those of a fresh one, in-place ReLU and dropout."
+    "A small classifier with used batch norm statistics, in-place ReLU and dropout."
     torch.manual_seed(0)
     m = nn.Sequential(
         conv(3, 8),
@@ -109,7 +123,7 @@ def test_a_network_that_reads_one_pixel(method):
 
 
 def test_grad_cam_of_a_detector_by_hand():
-    "A vertical-edge detector weighed with 2 and a blur weighed with -1: the map is their sum, weighed, over the 6 x 8 positions."
+    "A vertical-edge detector weighed with 2 and a blur with -1: the map is their sum at 6 x 8 positions."
     m = nn.Sequential(
         nn.Conv2d(1, 2, 3, padding=1, bias=False),
         nn.ReLU(),
@@ -141,7 +155,7 @@ def test_integrated_gradients_are_complete(net, x):
 
 
 def test_occlusion_of_the_paper_by_a_loop(net):
-    "Centres at each stride, half-width 22 of 224 as here 3 of 32, clipped at the border, P(true | covered) - P(true)."
+    "Centres at each stride, half-width 3 of 32, clipped at the border, P(true | covered) - P(true)."
     x, half, stride = torch.rand(1, 3, 20, 33), 3, 2
     with frozen_eval(net), torch.no_grad():
         before, want = net(x).softmax(1)[0, 1], torch.zeros(20, 33)
@@ -237,7 +251,7 @@ def test_against_pytorch_grad_cam(net, x):
         with getattr(peer, name)(other, [other[3]]) as them:
             seen = {}
             raw = them.get_cam_image
-            them.get_cam_image = lambda *a, **k: seen.setdefault('raw', raw(*a, **k))
+            them.get_cam_image = lambda *a, seen=seen, raw=raw, **k: seen.setdefault('raw', raw(*a, **k))
             scaled = them(x, [ClassifierOutputTarget(k) for k in t])
         want = F.interpolate(
             torch.as_tensor(np.ascontiguousarray(seen['raw']))[:, None].float(),
@@ -306,7 +320,7 @@ def test_a_vision_transformer_has_no_convolution():
     x = torch.rand(1, 3, 32, 32)
     for f in (grad_cam, cam):
         with pytest.raises(
-            ValueError, match='has no convolution but the one that cuts the picture into patches'
+            ValueError, match='has no convolution but the one that cuts the image into patches'
         ):
             f(m, x)
     assert shape_of(saliency(m, x, 0)) == (1, 32, 32)
@@ -356,7 +370,7 @@ def test_nothing_is_left_behind(method, outer, net, x):
 
 @METHODS
 def test_frozen_in_place_and_single(method, net, x):
-    "All parameters frozen, an in-place first layer, and a batch gives what its pictures give alone."
+    "All parameters frozen, an in-place first layer, and a batch gives what its images give alone."
     net = nn.Sequential(nn.ReLU(inplace=True), *net)
     for p in net.parameters():
         p.requires_grad_(False)
@@ -456,7 +470,7 @@ def test_bad_input(net, x):
             f(net, x, lambda o: o.sum())
         bad = x.clone()
         bad[1, 0, 3, 3] = math.nan
-        with pytest.raises(ValueError, match=r'NaN or infinite values in picture\(s\) \[1\]'):
+        with pytest.raises(ValueError, match=r'NaN or infinite values in image\(s\) \[1\]'):
             f(net, bad)
         for wrong in (x[0], (x * 255).byte(), x.numpy(), x[:0]):
             with pytest.raises(ValueError, match='x must be a float batch'):
@@ -497,18 +511,18 @@ def both_ways(m, x, spans):
         torch.tensor(0.185).reshape(1, 1, 1, 1),
         torch.tensor([[0, i, j] for i in range(len(spans[0])) for j in range(len(spans[1]))]),
     )
-    with E._asking(m), torch.no_grad():
+    with E.explaining(m), torch.no_grad():
         with torch.enable_grad():
-            ladder = E._Ladder(m, x, spans)
+            cache = C.OcclusionCache(m, x, spans)
         full = m(
-            E._covered(x, at[:, 0], *(torch.from_numpy(s)[at[:, k]] for k, s in enumerate(spans, 1)), fill)
+            O._covered(x, at[:, 0], *(torch.from_numpy(s)[at[:, k]] for k, s in enumerate(spans, 1)), fill)
         )
-        with ladder.climb():
-            ladder.learn(x)
+        with cache.climb():
+            cache.remember(x)
             return (
-                ladder.run(at[:, 0], (at[:, 1], at[:, 2]), fill) if ladder.rungs else full,
+                cache.run(at[:, 0], (at[:, 1], at[:, 2]), fill) if cache.rungs else full,
                 full,
-                len(ladder.rungs),
+                len(cache.rungs),
             )
 
 
@@ -535,7 +549,7 @@ def test_crops_are_exact(h, w, size, value, layers):
         c = 4
     m = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     fast, full, rungs = both_ways(
-        m, torch.rand(1, 1, h, w), [E._spans(n, size, max(1, size - 1), value) for n in (h, w)]
+        m, torch.rand(1, 1, h, w), [O._spans(n, size, max(1, size - 1), value) for n in (h, w)]
     )
     assert torch.allclose(fast, full, atol=1e-6)
 
@@ -544,7 +558,7 @@ def test_crops_are_used_and_never_forced(net):
     torch.manual_seed(0)
 
     def spans(n):
-        return [E._spans(n, 12, 6, 'mean')] * 2
+        return [O._spans(n, 12, 6, 'mean')] * 2
 
     fast, full, rungs = both_ways(net, torch.rand(1, 3, 96, 96), spans(96))
     assert rungs >= 3 and torch.allclose(fast, full, rtol=0, atol=1e-6) and full.std(0).max() > 3e-4
@@ -553,7 +567,7 @@ def test_crops_are_used_and_never_forced(net):
     fast, full, rungs = both_ways(
         timm.create_model('resnet10t', num_classes=3),
         torch.rand(1, 3, 128, 96),
-        [E._spans(n, 12, 12, 'mean') for n in (128, 96)],
+        [O._spans(n, 12, 12, 'mean') for n in (128, 96)],
     )
     assert rungs >= 3 and torch.allclose(fast, full, atol=1e-5)
     for m in (
@@ -561,12 +575,12 @@ def test_crops_are_used_and_never_forced(net):
         seg_to_cls(unet(3, width=2)),
     ):  # skip connections, a crop of the input's size, a global mean: full or exact
         x = torch.rand(1, 1, 64, 64)
-        a, real = occlusion(m, x, 1, size=9, stride=5), E._ladder
+        a, real = occlusion(m, x, 1, size=9, stride=5), O.cached_model
         try:
-            E._ladder = lambda *args: None
+            O.cached_model = lambda *args: None
             b = occlusion(m, x, 1, size=9, stride=5)
         finally:
-            E._ladder = real
+            O.cached_model = real
         assert torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max().item()))
 
 
@@ -576,7 +590,7 @@ def test_convolutions_at_points_are_exact(b, h, w, bias, seed):
     torch.manual_seed(seed)
     conv, x = nn.Conv2d(5, 7, 3, padding=1, bias=bias), torch.randn(b, 5, h, w)
     with torch.no_grad():
-        assert torch.allclose(E._Winograd(conv)(x), conv.double()(x.double()).float(), atol=1e-5)
+        assert torch.allclose(C._Winograd(conv)(x), conv.double()(x.double()).float(), atol=1e-5)
 
 
 def test_wide_convolutions_are_replaced_and_given_back():
@@ -591,26 +605,26 @@ def test_wide_convolutions_are_replaced_and_given_back():
         nn.Flatten(),
         nn.Linear(128, 2),
     ).eval()
-    x, real, seen = torch.rand(2, 3, 64, 48), E._Winograd.__call__, []
-    assert E._wide(m, x) == [m[1], m[3]] and not E._wide(m, x.double())
+    x, real, seen = torch.rand(2, 3, 64, 48), C._Winograd.__call__, []
+    assert C._wide(m, x) == [m[1], m[3]] and not C._wide(m, x.double())
     try:
-        E._Winograd.__call__ = lambda self, x: seen.append(len(x)) or real(self, x)
+        C._Winograd.__call__ = lambda self, x: seen.append(len(x)) or real(self, x)
         fast = occlusion(m, x, 1, size=8, stride=6)
-        E._Winograd.__call__ = lambda self, x: (_ for _ in ()).throw(KeyboardInterrupt)
+        C._Winograd.__call__ = lambda self, x: (_ for _ in ()).throw(KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             occlusion(m, x, 1, size=8, stride=6)
     finally:
-        E._Winograd.__call__ = real
+        C._Winograd.__call__ = real
     assert seen and not any('forward' in vars(k) or k._forward_hooks for k in m.modules())
     try:
-        E._ladder, ladder = lambda *args: None, E._ladder
+        O.cached_model, cache = lambda *args: None, O.cached_model
         slow = occlusion(m, x, 1, size=8, stride=6)
     finally:
-        E._ladder = ladder
+        O.cached_model = cache
     assert torch.allclose(fast, slow, rtol=0, atol=1e-6) and slow.abs().max() > 1e-5
 
 
-# clips, pictures, videos
+# clips, images, videos
 
 
 def test_clips(net, phantom_store):
@@ -696,7 +710,7 @@ def test_videos(tmp_path):
     assert sorted(p.name for p in (tmp_path / 'deep').iterdir()) == ['a.gif', 'a.mp4']
 
 
-def test_pictures():
+def test_images():
     import matplotlib
 
     matplotlib.use('Agg')

@@ -1,10 +1,15 @@
-"Imagined pictures and inverted features: known answers, traces left behind, and bad input."
+"Imagined images and inverted features: known answers, traces left behind, and bad input."
 
 import pytest
 import torch
 from torch import nn
 
-from lus_fastai.explain.feature_visualization import invert_features, maximise_class, show_imagined, show_inversions
+from lus_fastai.explain.feature_visualization import (
+    invert_features,
+    maximise_class,
+    show_imagined,
+    show_inversions,
+)
 from lus_fastai.models.unet import unet
 
 PLAIN = dict(channels=1, decay=0, jitter=0, blur=0)
@@ -163,7 +168,7 @@ def test_stops_at_the_layer_before_inplace_changes_it():
         invert_features(m, x, '1')
 
 
-def test_grey_frames_give_grey_pictures():
+def test_grey_frames_give_grey_images():
     x = torch.rand(1, 1, 12, 12).expand(-1, 3, -1, -1)
     y, _ = invert_features(net(), x, '0', steps=5)
     assert torch.equal(y[:, 0], y[:, 2])
@@ -173,9 +178,9 @@ def test_grey_frames_give_grey_pictures():
     'x, layer, text',
     [
         (torch.rand(1, 3, 8, 8), 'conv4', 'no layer'),
-        (torch.rand(3, 8, 8), '0', 'float tensor'),
-        (torch.full((1, 3, 8, 8), float('nan')), '0', r'picture\(s\) \[0\]'),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), '0', 'float tensor'),
+        (torch.rand(3, 8, 8), '0', 'float batch'),
+        (torch.full((1, 3, 8, 8), float('nan')), '0', r'image\(s\) \[0\]'),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), '0', 'float batch'),
     ],
 )
 def test_bad_inversion(x, layer, text):

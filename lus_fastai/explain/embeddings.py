@@ -9,13 +9,12 @@ __all__ = ['features', 'FeatureMap', 'tsne_map', 'pca_map', 'place', 'plot_embed
 
 # %% ../../nbs/explain/embeddings.ipynb #c005
 import contextlib
-import difflib
 import hashlib
 import math
 import time
 import warnings
-from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,22 +25,19 @@ from torch import nn
 from ..core import TableError, atomic_path, frozen_eval, progress
 from ..data.loaders import ReadFrame
 from ..data.store import FrameStore, store_rows
+from .attribution import named_layer
 from ..plot import INK, MARKERS, PALETTE, figure_canvas, figure_columns
 from ..stats.classification import bootstrap, overall_accuracy
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-1
 def _find_layer(model, layer):
     "The module to read, and whether its input is meant instead of its output."
-    modules = {name: m for name, m in model.named_modules() if name}
-    if layer is None:
-        linear = [m for m in [model, *modules.values()] if isinstance(m, nn.Linear)]
-        if not linear:
-            raise ValueError("the model has no Linear layer whose input could be taken: name a `layer`")
-        return linear[-1], True
-    if layer not in modules:
-        near = difflib.get_close_matches(str(layer), modules, 3, 0.3) or list(modules)[-3:]
-        raise ValueError(f"the model has no layer {layer!r}; nearest: {', '.join(map(repr, near))}")
-    return modules[layer], False
+    if layer is not None:
+        return named_layer(model, layer)[1], False
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError("the model has no Linear layer whose input could be taken: name a `layer`")
+    return linear[-1], True
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-2
 def _pixel_axes(shape, frame):
@@ -53,24 +49,16 @@ def _pixel_axes(shape, frame):
 def _pooled(x, n, frame):
     "(n, d) float32 array of a layer's input or output: a copy, since a layer behind it may work in place."
     if not torch.is_tensor(x) or not x.ndim or len(x) != n:
-        raise ValueError(
-            f"the layer gives {f'shape {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__} for {n} frames, not a row a frame: choose another `layer`"
-        )
+        got = f'shape {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
+        raise ValueError(f"the layer gives {got} for {n} frames, not a row a frame: choose another `layer`")
     x = x.detach().float()
-    return (
-        (
-            x.mean(1)
-            if x.ndim == 3
-            else x.mean(_pixel_axes(x.shape, frame))
-            if x.ndim == 4
-            else x.flatten(2).mean(2)
-            if x.ndim > 3
-            else x.reshape(n, -1)
-        )
-        .cpu()
-        .numpy()
-        .copy()
-    )
+    if x.ndim == 3:
+        x = x.mean(1)  # tokens
+    elif x.ndim == 4:
+        x = x.mean(_pixel_axes(x.shape, frame))
+    elif x.ndim > 4:
+        x = x.flatten(2).mean(2)
+    return x.reshape(n, -1).cpu().numpy().copy()
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-4
 @contextlib.contextmanager
@@ -101,7 +89,7 @@ def _weights_key(model):
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-6
 def _load_part(path, key, n):
-    "The rows of a cache file that belong to `key`, or None: no file, a damaged one, or one of another model, layer or table."
+    "The rows of a cache file of this `key`, or None: no file, a damaged one, or another model's."
     try:
         with np.load(path, allow_pickle=False) as f:
             there, x = str(f['key']), f['x']
@@ -111,6 +99,7 @@ def _load_part(path, key, n):
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-7
 def _save_part(path, key, x):
+    "Write features with their key; a warning where that fails."
     try:
         with atomic_path(path) as tmp, open(tmp, 'wb') as f:
             np.savez(f, key=np.array(key), x=x)
@@ -119,10 +108,9 @@ def _save_part(path, key, x):
 
 
 class _Rows(list):
-    n, frame = (
-        0,
-        (1, 1),
-    )  # arrays that a hook has read, how many frames the batch has, and their height and width
+    "Arrays that a hook has read, how many frames the batch has, and their height and width."
+
+    n, frame = 0, (1, 1)
 
 # %% ../../nbs/explain/embeddings.ipynb #c011
 class _Pixels:
@@ -130,9 +118,8 @@ class _Pixels:
 
     def __init__(self, images):
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 3:
-            raise ValueError(
-                f"frames come in a FrameStore or as an (n, h, w) uint8 array, not as {getattr(images, 'dtype', type(images).__name__)} {getattr(images, 'shape', '')}"
-            )
+            got = f"{getattr(images, 'dtype', type(images).__name__)} {getattr(images, 'shape', '')}"
+            raise ValueError(f"frames come in a FrameStore or as an (n, h, w) uint8 array, not as {got}")
         self.images = images
 
     def __len__(self):
@@ -141,83 +128,101 @@ class _Pixels:
 
 _EVERY = 60  # seconds between two savings of what is there
 
+# %% ../../nbs/explain/embeddings.ipynb #c011-8
+def _cache_key(model, layer, pixels, keys, channels):
+    "SHA-256 of all that features depend on: weights, layer, pixels, rows and channels."
+    if isinstance(pixels, FrameStore):
+        source = [pixels.meta['files']['images'], *pixels.images.shape]
+    else:
+        images = np.ascontiguousarray(pixels.images)
+        source = [hashlib.sha256(images).hexdigest(), *images.shape]
+    rows = hashlib.sha256(np.ascontiguousarray(keys)).hexdigest()
+    parts = (2, _weights_key(model), str(layer), source, rows, channels, 'uint8/255')
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+# %% ../../nbs/explain/embeddings.ipynb #c011-9
+@contextlib.contextmanager
+def _on_device(model, device):
+    "The device to compute on, with the model there; afterwards it is back where it was."
+    before = next((p.device for p in model.parameters()), torch.device('cpu'))
+    device = before if device is None else torch.device(device)
+    try:
+        if device != before:
+            model.to(device)
+        yield device
+    finally:
+        if device != before:
+            model.to(before)
+
+# %% ../../nbs/explain/embeddings.ipynb #c011-10
+def _stream(model, layer, pixels, keys, start, bs, channels, device):
+    "Features of the rows from `start` on, a batch (b, d) at a time."
+    (module, before), got = _find_layer(model, layer), _Rows()
+    read, scale = ReadFrame(pixels, channels), IntToFloatTensor()
+    with (
+        frozen_eval(model),
+        torch.no_grad(),
+        _reading(module, before, got),
+        _on_device(model, device) as device,
+    ):
+        for i in progress(range(start, len(keys), bs), desc='features'):
+            batch = keys[i : i + bs]
+            got.n, got.frame = len(batch), pixels.images.shape[1:]
+            got.clear()
+            model(scale(read.take(np.pad(batch, ((0, 0), (0, 1)))).to(device)).as_subclass(torch.Tensor))
+            if not got:
+                raise ValueError(f"the model's forward pass does not run the layer {layer!r}: choose another")
+            yield got[-1]
+
+# %% ../../nbs/explain/embeddings.ipynb #c011-11
+def _kept(batches, parts, path, key):
+    "`parts` and all batches (N, d), written to `path` now and then and at the end, also after an interrupt."
+    saved, new = time.monotonic(), len(parts)
+    try:
+        for batch in batches:
+            parts.append(batch)
+            if path is not None and time.monotonic() - saved > _EVERY:
+                _save_part(path, key, np.concatenate(parts))
+                saved = time.monotonic()
+    finally:
+        batches.close()
+        if path is not None and len(parts) > new:
+            _save_part(path, key, np.concatenate(parts))
+    return np.concatenate(parts)
+
 # %% ../../nbs/explain/embeddings.ipynb #c013
 def features(
     model: nn.Module,  # takes (b, channels, h, w) in 0..1
     store,  # a FrameStore, or frames as an (n, h, w) uint8 array
     frames: pd.DataFrame = None,  # frame table, rows of store.frames in any order; all of the store when None
-    layer: str = None,  # name in model.named_modules() whose output is taken, 'head.0' for the figure of Arora 2020; None takes the input of the last Linear
+    layer: str = None,  # whose output is taken, head.0 for Arora 2020; None: the input of the last Linear
     *,
     bs: int = 64,  # frames a batch
     channels: int = 1,  # 1, or 3 identical ones, as in training
-    path=None,  # file to keep the features in (.npz); used again only for the same weights, layer, rows and pixels
+    path=None,  # .npz file to keep the features in; used again only for the same weights, layer, rows, pixels
     device=None,  # where to compute; the model is back where it was afterwards. None: where the model is
 ) -> np.ndarray:  # (N, d) float32, in the order of the rows
-    "Features of a layer for every row of a frame table; a map is averaged over its pixels, tokens over their sequence."
-    module, before = _find_layer(model, layer)
+    "Features of a layer for every row of a frame table; maps and tokens are averaged."
+    _find_layer(model, layer)
     if int(bs) != bs or bs < 1:
         raise ValueError(f"bs is a whole number of at least 1, not {bs!r}")
     if path is not None and (path := Path(path)).suffix != '.npz':
         raise ValueError(f"path names a file that ends in .npz, not {path.name!r}")
     pixels = store if isinstance(store, FrameStore) else _Pixels(store)
-    read, scale = ReadFrame(pixels, channels), IntToFloatTensor()
+    ReadFrame(pixels, channels)
     if frames is not None and pixels is not store:  # an array has no name: rows count in it
         frames = frames.drop(columns='store', errors='ignore')
     rows = np.arange(len(pixels)) if frames is None else store_rows(frames, pixels)
     keys = np.stack([rows, np.zeros_like(rows)], 1)
-    n, x, key = len(keys), None, None
-    if not n:
+    if not len(keys):
         raise TableError("there are no frames to compute features of: the frame table is empty")
-    if path is not None:
-        source = (
-            [pixels.meta['files']['images'], *pixels.images.shape]
-            if pixels is store
-            else [hashlib.sha256(np.ascontiguousarray(store)).hexdigest(), *store.shape]
-        )
-        key = hashlib.sha256(
-            repr(
-                (
-                    2,
-                    _weights_key(model),
-                    str(layer),
-                    source,
-                    hashlib.sha256(np.ascontiguousarray(keys)).hexdigest(),
-                    channels,
-                    'uint8/255',
-                )
-            ).encode()
-        ).hexdigest()
-        x = _load_part(path, key, n)
-    done = start = 0 if x is None else len(x)
-    if done == n:
+    key = None if path is None else _cache_key(model, layer, pixels, keys, channels)
+    x = None if path is None else _load_part(path, key, len(keys))
+    start = 0 if x is None else len(x)
+    if start == len(keys):
         return x
-    parts, got, saved = [] if x is None else [x], _Rows(), time.monotonic()
-    home = next((p.device for p in model.parameters()), torch.device('cpu'))
-    device = home if device is None else torch.device(device)
-    try:
-        with frozen_eval(model), torch.no_grad(), _reading(module, before, got):
-            if device != home:
-                model.to(device)
-            for i in progress(range(start, n, bs), desc='features'):
-                batch = keys[i : i + bs]
-                got.n, got.frame = len(batch), pixels.images.shape[1:]
-                got.clear()
-                model(scale(read.take(np.pad(batch, ((0, 0), (0, 1)))).to(device)).as_subclass(torch.Tensor))
-                if not got:
-                    raise ValueError(
-                        f"the model's forward pass does not run the layer {layer!r}: choose another"
-                    )
-                parts.append(got[-1])
-                done = i + len(batch)
-                if path is not None and time.monotonic() - saved > _EVERY:
-                    _save_part(path, key, np.concatenate(parts))
-                    saved = time.monotonic()
-    finally:
-        if device != home:
-            model.to(home)
-        if path is not None and done > start:
-            _save_part(path, key, np.concatenate(parts))
-    return np.concatenate(parts)
+    batches = _stream(model, layer, pixels, keys, start, bs, channels, device)
+    return _kept(batches, [] if x is None else [x], path, key)
 
 # %% ../../nbs/explain/embeddings.ipynb #c018-1
 @dataclass(repr=False, eq=False)
@@ -234,6 +239,7 @@ class FeatureMap:
 
 # %% ../../nbs/explain/embeddings.ipynb #c018-2
 def _checked(x, name):
+    "Features as a float64 array (N, d); ValueError if they are not finite."
     x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
     if x.ndim != 2 or x.shape[1] < 2 or not np.issubdtype(x.dtype, np.number):
         raise ValueError(
@@ -241,53 +247,31 @@ def _checked(x, name):
         )
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad):
-        raise ValueError(
-            f"{name} is NaN or infinite in row(s) {', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}: leave them out"
-        )
+        rows = ', '.join(map(str, bad[:5])) + (f' and {len(bad) - 5} more' if len(bad) > 5 else '')
+        raise ValueError(f"{name} is NaN or infinite in row(s) {rows}: leave them out")
     return np.ascontiguousarray(x, np.float64)
 
 # %% ../../nbs/explain/embeddings.ipynb #c018-3
-_EARLY, _LATER, _BLOCK, _GAIN = (
-    100,
-    650,
-    50,
-    0.005,
-)  # iterations with exaggeration, at most without, between two looks at the divergence; its least relative fall
+_EARLY, _LATER = 100, 650  # iterations with exaggeration, and at most without
+_BLOCK, _GAIN = 50, 0.005  # iterations between two looks at the divergence, and its least relative fall
 
 
-def tsne_map(
-    x,  # (N, d) features
-    perplexity: float = 30,  # neighbours a point has, roughly; below N/3
-    seed: int = 0,  # same seed, same map, whatever n_jobs is
-    n_jobs: int = None,  # threads; None: those of PyTorch above 1,000 points, one below, where more do not pay
-) -> FeatureMap:  # points are centred on 0
-    "t-SNE by openTSNE from a PCA start, until it has settled (750 iterations at most); ValueError with fewer points than the perplexity needs."
-    x = _checked(x, 'x')
+def _check_mappable(x, perplexity):
+    "ValueError for points of which t-SNE can make no map."
     if not perplexity > 0:
         raise ValueError(f"perplexity must be above 0, not {perplexity}")
     if len(x) <= 3 * perplexity:
+        most = f": it can be at most {(len(x) - 1) // 3}" if len(x) > 3 else "; t-SNE takes at least 4"
         raise ValueError(
-            f"{len(x)} points are too few for perplexity {perplexity:g}, which needs more than {3 * perplexity:g}"
-            + (f": it can be at most {(len(x) - 1) // 3}" if len(x) > 3 else "; t-SNE takes at least 4")
+            f"{len(x)} points are too few for perplexity {perplexity:g}, "
+            f"which needs more than {3 * perplexity:g}{most}"
         )
     if not np.ptp(x, 0).any():
         raise ValueError(f"all {len(x)} rows of x are the same: there is nothing to map")
-    try:
-        from openTSNE import TSNE
-    except ImportError:
-        raise ImportError("t-SNE needs openTSNE: pip install openTSNE") from None
-    far = (
-        dict(negative_gradient_method='fft', ints_in_interval=2)
-        if len(x) > 3000
-        else dict(negative_gradient_method='bh')
-    )
-    fitted = TSNE(
-        perplexity=perplexity,
-        random_state=seed,
-        neighbors='exact',
-        n_jobs=n_jobs or (1 if len(x) <= 1000 else torch.get_num_threads()),
-        **far,
-    ).prepare_initial(x)
+
+# %% ../../nbs/explain/embeddings.ipynb #c018-5
+def _settle(fitted):
+    "Move the points of an openTSNE embedding until a block of iterations hardly lowers the divergence."
     fitted.optimize(_EARLY, exaggeration=12, inplace=True)
     for k in range(_LATER // _BLOCK):
         before = fitted.kl_divergence
@@ -295,6 +279,28 @@ def tsne_map(
         if k and before - fitted.kl_divergence < _GAIN * before:
             break
     fitted -= (fitted.max(0) + fitted.min(0)) / 2  # openTSNE would move it so when it places points
+    return fitted
+
+# %% ../../nbs/explain/embeddings.ipynb #c018-6
+def tsne_map(
+    x,  # (N, d) features
+    perplexity: float = 30,  # neighbours a point has, roughly; below N/3
+    seed: int = 0,  # same seed, same map, whatever n_jobs is
+    n_jobs: int = None,  # threads; None: those of PyTorch above 1,000 points, one below
+) -> FeatureMap:  # points are centred on 0
+    "t-SNE by openTSNE from a PCA start, until it has settled (750 iterations at most)."
+    x = _checked(x, 'x')
+    _check_mappable(x, perplexity)
+    try:
+        from openTSNE import TSNE
+    except ImportError:
+        raise ImportError("t-SNE needs openTSNE: pip install openTSNE") from None
+    forces = dict(negative_gradient_method='bh')
+    if len(x) > 3000:
+        forces = dict(negative_gradient_method='fft', ints_in_interval=2)
+    n_jobs = n_jobs or (1 if len(x) <= 1000 else torch.get_num_threads())
+    tsne = TSNE(perplexity=perplexity, random_state=seed, neighbors='exact', n_jobs=n_jobs, **forces)
+    fitted = _settle(tsne.prepare_initial(x))
     return FeatureMap(np.array(fitted), 't-SNE', x.shape[1], fitted)
 
 # %% ../../nbs/explain/embeddings.ipynb #c018-4
@@ -406,7 +412,7 @@ def plot_embedding(
 
 # %% ../../nbs/explain/embeddings.ipynb #c027-1
 def _cells(points, n):
-    "The finest grid of which at most n cells hold points: cells on a side, and (m, 3) of column, row from below, and the point shown."
+    "The finest grid with at most n cells in use: cells on a side, and (m, 3) column, row from below, point."
     span = np.maximum(np.ptp(points, 0), 1e-12)
     best = None
     for g in range(1, 2 * math.isqrt(n) + 2):
@@ -418,6 +424,23 @@ def _cells(points, n):
         if len(used) <= n:
             best = g, np.stack([used % g, used // g, first[take]], 1)
     return best
+
+# %% ../../nbs/explain/embeddings.ipynb #c027-2
+def _sheet(images, cells, g, colors):
+    "An image of g x g cells, each with a frame in a border of its colour; cells (m, 3), colors (N, 3)."
+    h, w = images.shape[1:]
+    side = max(16, 900 // g)  # pixels of a cell
+    tall, edge = max(1, round(side * h / w)), max(2, side // 16)
+    sheet = np.full((tall * g, side * g, 3), 255, np.uint8)
+    for col, row, i in cells:
+        cell = sheet[tall * (g - 1 - row) + 1 : tall * (g - row) - 1, side * col + 1 : side * (col + 1) - 1]
+        cell[:] = colors[i]
+        inner = cell[edge:-edge, edge:-edge]
+        mode = 'area' if h > inner.shape[0] else 'bilinear'
+        frame = torch.tensor(images[i])[None, None].float()
+        small = nn.functional.interpolate(frame, inner.shape[:2], mode=mode)[0, 0]
+        inner[:] = small.round().byte().numpy()[..., None]
+    return sheet
 
 # %% ../../nbs/explain/embeddings.ipynb #c027
 def plot_thumbnails(
@@ -440,41 +463,22 @@ def plot_thumbnails(
             f"n is at least 1 and there is at least one point, got n={n} and {len(points)} points"
         )
     g, cells = _cells(points, n)
-    names = sorted(set(labels))
-    width, (h, w) = 6.2, images.shape[1:]
-    side = max(16, 900 // g)  # pixels of a cell
-    tall, edge = max(1, round(side * h / w)), max(2, side // 16)
-    sheet = np.full((tall * g, side * g, 3), 255, np.uint8)
+    names, width = sorted(set(labels)), 6.2
     colors = {c: np.array(mpl.colors.to_rgb(PALETTE[k % len(PALETTE)])) * 255 for k, c in enumerate(names)}
-    for col, row, i in cells:
-        cell = sheet[tall * (g - 1 - row) + 1 : tall * (g - row) - 1, side * col + 1 : side * (col + 1) - 1]
-        cell[:] = colors[labels[i]]
-        inner = cell[edge:-edge, edge:-edge]
-        inner[:] = (
-            nn.functional.interpolate(
-                torch.tensor(images[i])[None, None].float(),
-                inner.shape[:2],
-                mode='area' if h > inner.shape[0] else 'bilinear',
-            )[0, 0]
-            .round()
-            .byte()
-            .numpy()[..., None]
-        )
-    with figure_canvas(width, width * h / w + 0.45 + (0.3 if title else 0)) as fig:
+    sheet = _sheet(images, cells, g, [colors[c] for c in labels])
+    height = width * images.shape[1] / images.shape[2] + 0.45 + (0.3 if title else 0)
+    with figure_canvas(width, height) as fig:
         ax = fig.add_subplot()
         ax.imshow(sheet, interpolation='antialiased')
         ax.set_axis_off()
         ax.set_title(title)
-        fig.legend(
-            handles=[Patch(color=colors[c] / 255, label=c) for c in names],
-            loc='outside lower center',
-            ncols=figure_columns(names, width),
-        )
+        handles = [Patch(color=colors[c] / 255, label=c) for c in names]
+        fig.legend(handles=handles, loc='outside lower center', ncols=figure_columns(names, width))
     return fig
 
 # %% ../../nbs/explain/embeddings.ipynb #c031-1
 def _hits(x, codes, patient, k):
-    "(2, B, N) neighbours that share each value, and (2, N) neighbours there are: of all points, and of other patients' only."
+    "Neighbours that share each value (2, B, N), of how many (2, N): among all, and among other patients."
     hits, there = np.zeros((2, *codes.shape), np.int64), np.zeros((2, len(x)), np.int64)
     square = (x * x).sum(1)
     for s in range(0, len(x), 512):
@@ -498,6 +502,20 @@ def _same(a, b=None):
     code = a if b is None else np.unique(np.stack([a, b]), axis=1, return_inverse=True)[1].ravel()
     return np.bincount(code)[code]
 
+# %% ../../nbs/explain/embeddings.ipynb #c031-3
+def _chances(code, patient):
+    "Share of all points, and of other patients' points, that have each point's value: two arrays (N,)."
+    n, same, own, together = len(code), _same(code), _same(patient), _same(code, patient)
+    others = np.divide(same - together, n - own, out=np.full(n, np.nan), where=n > own)
+    return (same - 1) / (n - 1), others
+
+
+def _patient_interval(hits, there, patient, n_boot, seed):
+    "Share of hits with its interval over patients: value, low, high."
+    counts = np.zeros((patient.max() + 1, 2, 2), np.int64)  # as a confusion matrix of one row:
+    np.add.at(counts, (patient, 0), np.stack([hits, there - hits], 1))  # its accuracy is the purity
+    return [float(v) for v in bootstrap(counts, overall_accuracy, n_boot, seed)]
+
 # %% ../../nbs/explain/embeddings.ipynb #c031
 def purity(
     x,  # (N, d) features, or (N, 2) points of a map
@@ -506,8 +524,8 @@ def purity(
     by=('label', 'patient', 'source'),  # columns whose values neighbours may share
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # by, neighbours ('all' or 'other patients'), purity, low, high, chance, k, n, patients; NaN where there are no such neighbours
-    "Share of nearest neighbours that have a point's value, beside chance, among all points and among other patients' only."
+) -> pd.DataFrame:  # by, neighbours (all, other patients), purity, low, high, chance, k, n, patients
+    "Share of nearest neighbours with a point's value, beside chance, among all and other patients' points."
     x, by = _checked(x, 'x'), [by] if isinstance(by, str) else list(by)
     if len(x) != len(table):
         raise ValueError(f"{len(x)} points, but {len(table)} rows in the table")
@@ -516,48 +534,22 @@ def purity(
     codes = np.stack([pd.factorize(v)[0] for _, v in _named(table, ['patient', *by]).items()])
     patient, codes = codes[0], codes[1:]
     hits, there = _hits(x - x.mean(0), codes, patient, int(k))
-    rows, n = [], len(x)
+    rows = []
     for c, code, hit in zip(by, codes, hits.swapaxes(0, 1)):
-        same, own, together = _same(code), _same(patient), _same(code, patient)
-        for j, (name, chance) in enumerate(
-            (
-                ('all', (same - 1) / (n - 1)),
-                (
-                    'other patients',
-                    np.divide(same - together, n - own, out=np.full(n, np.nan), where=n > own),
-                ),
-            )
-        ):
-            if j and c == 'patient':
-                continue
-            counts = np.zeros(
-                (patient.max() + 1, 2, 2), np.int64
-            )  # hits and misses as a confusion matrix of one row: its accuracy is the purity
-            np.add.at(counts, (patient, 0), np.stack([hit[j], there[j] - hit[j]], 1))
-            value, low, high = bootstrap(counts, overall_accuracy, n_boot, seed)
-            rows.append(
-                (
-                    c,
-                    name,
-                    float(value),
-                    float(low),
-                    float(high),
-                    np.nanmean(chance) if np.isfinite(chance).any() else np.nan,
-                    int(k),
-                    n,
-                    len(counts),
-                )
-            )
-    return pd.DataFrame(
-        rows, columns=['by', 'neighbours', 'purity', 'low', 'high', 'chance', 'k', 'n', 'patients']
-    )
+        chances = _chances(code, patient)
+        for j, name in enumerate(('all', 'other patients')[: 1 if c == 'patient' else 2]):
+            value = _patient_interval(hit[j], there[j], patient, n_boot, seed)
+            chance = np.nanmean(chances[j]) if np.isfinite(chances[j]).any() else np.nan
+            rows.append((c, name, *value, chance, int(k), len(x), patient.max() + 1))
+    columns = ['by', 'neighbours', 'purity', 'low', 'high', 'chance', 'k', 'n', 'patients']
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/explain/embeddings.ipynb #c036
 def plot_purity(
     scores: pd.DataFrame,  # what purity returns; several of them with a column features for a panel each
     title: str = '',  # above the figure
 ):  # matplotlib Figure
-    "Purity among all neighbours and among other patients' as bars with intervals, and chance as a black line across each."
+    "Purity among all neighbours and among other patients' as bars with intervals; chance is a black line."
     try:
         import seaborn as sns
     except ImportError:

@@ -1,4 +1,4 @@
-"""Pictures that a network makes up: what it takes for a class, and what a layer still knows of a frame
+"""Images that a network makes up: what it takes for a class, and what a layer still knows of a frame
 
 Docs: https://lus-fastai.github.io/lus_fastai/explain/feature_visualization.html.md"""
 
@@ -8,7 +8,6 @@ Docs: https://lus-fastai.github.io/lus_fastai/explain/feature_visualization.html
 __all__ = ['maximise_class', 'show_imagined', 'invert_features', 'show_inversions']
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c003
-import difflib
 import math
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.meta import delegates
 
 from ..core import frozen_eval, progress
-from .attribution import class_codes
+from .attribution import checked_images, class_codes, named_layer
 from ..models.transfer import name_outputs
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c008-1
@@ -34,133 +33,145 @@ def _blur(x, sigma):
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c008-2
 def _score(out, target):
-    "A score per picture: what a callable says, else the target's logit, for a segmenter its mean over the picture."
+    "A score per image: what a callable says, else the target's logit, of a segmenter its mean."
     if callable(target):
         score = target(out)
         if score.shape != out.shape[:1]:
             raise ValueError(
-                f"the target function must give a score per picture, shape {tuple(out.shape[:1])}, not {tuple(score.shape)}"
+                "the target function must give a score per image, "
+                f"shape {tuple(out.shape[:1])}, not {tuple(score.shape)}"
             )
         return score
     if out.ndim not in (2, 4):
         raise ValueError(
-            f"logits must be (b, classes) or (b, codes, h, w), the model gives {tuple(out.shape)}: pass a function of the output as target"
+            "logits must be (b, classes) or (b, codes, h, w), "
+            f"the model gives {tuple(out.shape)}: pass a function of the output as target"
         )
-    if target.min() < 0 or target.max() >= out.shape[1]:
-        raise ValueError(
-            f"target {target.tolist()} is out of range: the model has {out.shape[1]} outputs, 0 to {out.shape[1] - 1}"
-        )
-    return (
-        out[torch.arange(len(out), device=out.device), target].flatten(1).mean(1)
-        if out.ndim == 4
-        else out.gather(1, target[:, None])[:, 0]
-    )
+    n = out.shape[1]
+    if target.min() < 0 or target.max() >= n:
+        raise ValueError(f"target {target.tolist()} is out of range: the model has {n} outputs, 0 to {n - 1}")
+    logits = out[torch.arange(len(out), device=out.device), target]  # (b,) or (b, h, w)
+    return logits if out.ndim == 2 else logits.flatten(1).mean(1)
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c008-3
 def _device(model):
     return next((p.device for p in model.parameters()), torch.device('cpu'))
 
+# %% ../../nbs/explain/feature_visualization.ipynb #c008-4
+def _targets(model, target):
+    "Whether there are several targets, and class numbers (n,) on the model's device, or the target function."
+    target = class_codes(model, target)
+    if callable(target):
+        return False, target
+    target = torch.as_tensor(target, device=_device(model)).long()
+    return target.ndim > 0, target.reshape(-1)
+
+
+def _clamped(x, clamp):
+    "Images cut to a range (low, high), or as they are for None."
+    return x if clamp is None else x.clamp(*clamp)
+
+# %% ../../nbs/explain/feature_visualization.ipynb #c008-5
+def _step(model, x, target, roll, length, decay, gray, t):
+    "One step uphill for images (n, c, h, w), taken on rolled ones; and their scores (n,) before it."
+    rolled = x.roll(roll, (2, 3)).requires_grad_()
+    score = _score(model(rolled.clone()), target)  # the clone, because a first layer may write in place
+    (g,) = torch.autograd.grad((score - decay * rolled.square().sum((1, 2, 3))).sum(), rolled)
+    if not torch.isfinite(g).all():
+        raise ValueError(f"the gradient is not finite at step {t}: are there NaNs in the model's weights?")
+    if gray:
+        g = g.mean(1, keepdim=True).expand_as(g)  # the grayscale rule
+    norm = g.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+    moved = rolled.detach() + length * g / norm
+    return moved.roll([-r for r in roll], (2, 3)), score.detach()
+
 # %% ../../nbs/explain/feature_visualization.ipynb #c008
 def maximise_class(
     model: torch.nn.Module,  # (b, channels, h, w) -> logits (b, classes), or (b, codes, h, w)
-    target,  # class number, or name (see class_codes); several for a picture each; or a function of the output that gives scores (b,)
-    size: tuple,  # (height, width) of the picture
+    target,  # class number or name, several for an image each, or a function of the output giving scores (b,)
+    size: tuple,  # (height, width) of the image
     channels: int = 3,  # that the model takes: 1 or 3
     *,
     steps: int = 100,  # uphill
-    step: float = 25.0,  # length of a step, L2 norm, on 3x224x224 numbers; other sizes: the same root mean square
+    step: float = 25.0,  # L2 norm of a step on 3x224x224 numbers; other sizes: the same root mean square
     decay: float = 1e-3,  # weight of the squared norm that is taken off the score
     jitter: int = 16,  # largest roll along each axis, pixels
     blur: float = 0.5,  # standard deviation of the Gaussian, pixels; 0 for none
     every: int = 10,  # steps from one blur to the next
     clamp: tuple = (0.0, 1.0),  # range of the model's input; None leaves it free
-    gray: bool = True,  # the grayscale rule; without it the channels go their own ways
+    gray: bool = True,  # the grayscale rule; without it each channel has its own gradient
     seed: int = 0,  # of noise and jitter, which are the same for all targets
-) -> tuple:  # (picture (channels, h, w), scores (steps + 1,)), with a further first axis for several targets; the last score is the picture's own
-    "Make up the picture that raises a class's score, as Arora 2020 intended it (spec: class visualisation)."
+) -> tuple:  # (image (channels, h, w), scores (steps + 1,)), for several targets with a first axis more
+    "Make up the image that raises a class's score, as Arora 2020 intended it; the last score is its own."
     if channels not in (1, 3):
         raise ValueError(f"channels is 1 or 3, not {channels}")
     if steps < 1 or jitter < 0 or blur < 0 or every < 1:
         raise ValueError(
-            f"steps and every must be at least 1, jitter and blur at least 0, got {steps}, {every}, {jitter}, {blur}"
+            "steps and every must be at least 1, jitter and blur at least 0, "
+            f"got {steps}, {every}, {jitter}, {blur}"
         )
-    target = class_codes(model, target)
-    device, draw, several = (
-        _device(model),
-        torch.Generator().manual_seed(seed),
-        not callable(target) and torch.as_tensor(target).ndim > 0,
-    )
-    if not callable(target):
-        target = torch.as_tensor(target, device=device).long().reshape(-1)
-    n = 1 if callable(target) else len(target)
-    x = torch.randn(1, 1, *size, generator=draw).to(device).repeat(n, channels, 1, 1)
-    if clamp is not None:
-        x = x.clamp(*clamp)
-    rolls, length, scores = (
-        torch.randint(-jitter, jitter + 1, (steps, 2), generator=draw).tolist(),
-        step * math.sqrt(x[0].numel() / (3 * 224**2)),
-        [],
-    )
+    several, target = _targets(model, target)
+    n, draw = 1 if callable(target) else len(target), torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 1, *size, generator=draw).to(_device(model)).repeat(n, channels, 1, 1)
+    rolls = torch.randint(-jitter, jitter + 1, (steps, 2), generator=draw).tolist()
+    length = step * math.sqrt(x[0].numel() / (3 * 224**2))
+    x, scores = _clamped(x, clamp), []
     with torch.inference_mode(False), torch.enable_grad(), frozen_eval(model):
         for t, roll in enumerate(rolls):
-            rolled = x.roll(roll, (2, 3)).requires_grad_()
-            score = _score(
-                model(rolled.clone()), target
-            )  # the clone, because a first layer may write in place
-            (g,) = torch.autograd.grad((score - decay * rolled.square().sum((1, 2, 3))).sum(), rolled)
-            if not torch.isfinite(g).all():
-                raise ValueError(
-                    f"the gradient is not finite at step {t}: are there NaNs in the model's weights?"
-                )
-            if gray:
-                g = g.mean(1, keepdim=True).expand_as(g)
-            x = (
-                rolled.detach() + length * g / g.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-            ).roll([-r for r in roll], (2, 3))
-            if clamp is not None:
-                x = x.clamp(*clamp)
+            x, score = _step(model, x, target, roll, length, decay, gray, t)
+            x = _clamped(x, clamp)
             if blur and t % every == 0:
                 x = _blur(x, blur)
-            scores.append(score.detach())
+            scores.append(score)
         with torch.no_grad():
-            scores = torch.stack([*scores, _score(model(x.clone()), target)], 1)
+            scores = torch.stack([*scores, _score(model(x.clone()), target)], 1)  # (n, steps + 1)
     return (x, scores) if several else (x[0], scores[0])
+
+# %% ../../nbs/explain/feature_visualization.ipynb #c022-1
+def _to_unit(images, clamp):
+    "Images of a range (low, high), or of their own range for None, as 0..1."
+    low, high = (float(v) for v in (clamp or (images.min(), images.max())))
+    return (images - low) / (high - low)
+
+
+def _show_image(ax, image):
+    "An image (1 or 3, h, w) of 0..1 on axes without ticks."
+    rgb = image.detach().cpu().expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy()  # (h, w, 3)
+    ax.imshow(rgb, interpolation='nearest')
+    ax.set(xticks=[], yticks=[])
+
+
+def _draw_row(axs, images, names, scores):
+    "A row of images with names and final scores."
+    for ax, name, image, score in zip(axs, names, images, scores):
+        _show_image(ax, image)
+        ax.set_title(f'{name}: {score[-1]:.0f}', fontsize=9)
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c022
 @delegates(maximise_class)
 def show_imagined(
     model,  # (b, channels, h, w) -> logits (b, classes)
-    size: tuple,  # (height, width) of the pictures
+    size: tuple,  # (height, width) of the images
     names=None,  # classes in the order of the outputs; default: model.classes
     channels: int = 3,  # that the model takes; with 1 the rule changes nothing and there is one row
     **kwargs,  # options of maximise_class, but for gray
-) -> dict:  # {True: with the rule, False: without}, each (pictures (classes, channels, h, w), scores (classes, steps + 1))
-    "Draw what a network imagines for each class, with the grayscale rule and without."
+) -> dict:  # {True: with the rule, False: without}, each (images (classes, channels, h, w), scores)
+    "Draw the image that raises each class's score, with the grayscale rule and without."
     import matplotlib.pyplot as plt
 
     if names is not None:
         name_outputs(model, names)
     elif not hasattr(model, 'classes'):
         raise ValueError("the model does not say what its outputs mean: give their names")
-    names, rules = model.classes, (True,) if channels == 1 else (True, False)
-    out = {
-        gray: maximise_class(model, range(len(names)), size, channels, gray=gray, **kwargs) for gray in rules
-    }
-    fig, axs = plt.subplots(
-        len(rules), len(names), figsize=(1.6 * len(names), 1.8 * len(rules)), dpi=72, squeeze=False
-    )
-    for row, (gray, (pictures, scores)) in zip(axs, out.items()):
-        low, high = (float(v) for v in (kwargs.get('clamp', (0, 1)) or (pictures.min(), pictures.max())))
-        for ax, name, picture, score in zip(row, names, pictures.cpu(), scores):
-            ax.imshow(
-                ((picture - low) / (high - low)).expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(),
-                interpolation='nearest',
-            )
-            ax.set_title(f'{name}: {score[-1]:.0f}', fontsize=9)
-            ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(
-            'one channel' if channels == 1 else 'with the rule' if gray else 'without', fontsize=9
-        )
+    names, rules = model.classes, {True: 'with the rule', False: 'without'}
+    if channels == 1:
+        rules = {True: 'one channel'}
+    classes, figsize = range(len(names)), (1.6 * len(names), 1.8 * len(rules))
+    out = {gray: maximise_class(model, classes, size, channels, gray=gray, **kwargs) for gray in rules}
+    fig, axs = plt.subplots(len(rules), len(names), figsize=figsize, dpi=72, squeeze=False)
+    for row, (gray, (images, scores)) in zip(axs, out.items()):
+        _draw_row(row, _to_unit(images, kwargs.get('clamp', (0, 1))), names, scores)
+        row[0].set_ylabel(rules[gray], fontsize=9)
     fig.tight_layout()
     return out
 
@@ -168,16 +179,10 @@ def show_imagined(
 class _Reached(Exception):
     "Carries a layer's output out of the forward pass; what comes after the layer is not computed."
 
-
-def _layer(model, name):
-    layers = dict(model.named_modules())
-    if name in layers:
-        return layers[name]
-    near = difflib.get_close_matches(str(name), layers, 5, 0.0)
-    raise ValueError(f"the model has no layer {name!r}; the nearest names are {near}")
-
 # %% ../../nbs/explain/feature_visualization.ipynb #c029-2
 def _features(model, layer, name, x):
+    "The output of a layer as a float tensor; the forward pass ends there."
+
     def stop(module, args, out):
         raise _Reached(out)
 
@@ -196,101 +201,96 @@ def _features(model, layer, name, x):
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c029-3
 def _norms(x):
+    "The norm of each image's numbers, (b,)."
     return x.flatten(1).norm(dim=1)
+
+
+def _roughness(x):
+    "Total variation of each image (b,): the mean squared differences of neighbouring pixels."
+    return x.diff(dim=2).square().mean((1, 2, 3)) + x.diff(dim=3).square().mean((1, 2, 3))
+
+# %% ../../nbs/explain/feature_visualization.ipynb #c029-4
+def _dark_noise(x, clamp, seed):
+    "Where the search starts: noise just above the range's lower end; one channel for grey copies."
+    channels = 1 if (x == x[:, :1]).all() else x.shape[1]
+    noise = torch.randn(1, channels, *x.shape[2:], generator=torch.Generator().manual_seed(seed))
+    start = 0.1 * noise.abs() + (0.0 if clamp is None else clamp[0])
+    return start.to(x).repeat(len(x), 1, 1, 1)
+
+# %% ../../nbs/explain/feature_visualization.ipynb #c029-5
+def _search(start, error, steps, lr, tv, clamp, desc):
+    "Adam from `start` on error(y)² + tv * roughness, with a rate that falls to zero along a cosine."
+    y = start.requires_grad_()
+    adam = torch.optim.Adam([y], lr)
+    for t in progress(range(steps), desc=desc):
+        adam.param_groups[0]['lr'] = lr * (1 + math.cos(math.pi * t / steps)) / 2
+        (y.grad,) = torch.autograd.grad((error(y).square() + tv * _roughness(y)).sum(), y)
+        adam.step()
+        if clamp is not None:
+            y.data.clamp_(*clamp)
+    return y.detach()
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c029
 def invert_features(
     model: torch.nn.Module,  # any network
-    x,  # (b, c, h, w) float pictures whose features are to be matched
+    x,  # (b, c, h, w) float images whose features are to be matched
     layer: str,  # a name of model.named_modules(); '' is the output
     *,
     steps: int = 200,  # of Adam
     lr: float = 0.1,  # at the start, in units of the input
     tv: float = 0.3,  # weight of the total variation
     clamp: tuple = (0.0, 1.0),  # range of the input; None leaves it free
-    seed: int = 0,  # of the noise that the search starts from, the same for every picture
-) -> (
-    tuple
-):  # (pictures (b, c, h, w), relative feature errors (b,): 0 is a match, 1 is as far as no features at all)
-    "Find pictures with the same features at a layer (Mahendran & Vedaldi 2015)."
-    if not torch.is_tensor(x) or x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(
-            f"x must be a float tensor (b, c, h, w), got {f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__}"
-        )
-    if not torch.isfinite(x).all():
-        raise ValueError(
-            f"picture(s) {(~torch.isfinite(x)).flatten(1).any(1).nonzero()[:, 0].tolist()} of x hold NaN or infinity"
-        )
+    seed: int = 0,  # of the noise that the search starts from, the same for every image
+) -> tuple:  # (images (b, c, h, w), relative feature errors (b,): 0 is a match, 1 as far as no features)
+    "Find images with the same features at a layer (Mahendran & Vedaldi 2015)."
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    module, c, draw = _layer(model, layer), x.shape[1], torch.Generator().manual_seed(seed)
+    x = checked_images(x)
+    _, module = named_layer(model, layer)
     with torch.inference_mode(False), torch.enable_grad(), frozen_eval(model):
-        x = x.detach().as_subclass(torch.Tensor).clone()
         with torch.no_grad():
             goal = _features(model, module, layer, x)
         size = _norms(goal)
         if not (size > 0).all():
+            zero = (size == 0).nonzero()[:, 0].tolist()
             raise ValueError(
-                f"the features of picture(s) {(size == 0).nonzero()[:, 0].tolist()} at layer {layer!r} are all zero: there is nothing to match"
+                f"the features of image(s) {zero} at layer {layer!r} are all zero: there is nothing to match"
             )
-        free = 1 if (x == x[:, :1]).all() else c  # grey copies: one channel to search
-        y = (
-            (
-                0.1 * torch.randn(1, free, *x.shape[2:], generator=draw).abs()
-                + (0.0 if clamp is None else clamp[0])
-            )
-            .to(x)
-            .repeat(len(x), 1, 1, 1)
-            .requires_grad_()
-        )
-        adam = torch.optim.Adam([y], lr)
-        for t in progress(range(steps), desc=layer):
-            adam.param_groups[0]['lr'] = lr * (1 + math.cos(math.pi * t / steps)) / 2
-            far = (_norms(_features(model, module, layer, y.expand(-1, c, -1, -1)) - goal) / size).square()
-            rough = y.diff(dim=2).square().mean((1, 2, 3)) + y.diff(dim=3).square().mean((1, 2, 3))
-            (y.grad,) = torch.autograd.grad((far + tv * rough).sum(), y)
-            adam.step()
-            if clamp is not None:
-                y.data.clamp_(*clamp)
-        found = y.detach().expand(-1, c, -1, -1).clone()
+
+        def error(y):
+            return _norms(_features(model, module, layer, y.expand_as(x)) - goal) / size
+
+        found = _search(_dark_noise(x, clamp, seed), error, steps, lr, tv, clamp, layer).expand_as(x).clone()
         with torch.no_grad():
-            return found, _norms(_features(model, module, layer, found) - goal) / size
+            return found, error(found)
+
+# %% ../../nbs/explain/feature_visualization.ipynb #c034-1
+def _draw_columns(columns, titles):
+    "A figure with a column of images (b, c, h, w) for each title; other than 1 or 3 channels are averaged."
+    import matplotlib.pyplot as plt
+
+    n, c = columns[0].shape[:2]
+    figsize = (1.35 * len(columns), 1.5 * n)
+    fig, axs = plt.subplots(n, len(columns), figsize=figsize, dpi=72, squeeze=False)
+    for column, images, title in zip(axs.T, columns, titles):
+        column[0].set_title(title, fontsize=9)
+        for ax, image in zip(column, images):
+            _show_image(ax, image if c in (1, 3) else image.mean(0, keepdim=True))
+    fig.tight_layout()
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c034
 @delegates(invert_features)
 def show_inversions(
     model,  # any network
-    x,  # (b, c, h, w) float pictures
+    x,  # (b, c, h, w) float images
     layers,  # names of layers, from shallow to deep
     **kwargs,  # options of invert_features
-) -> list:  # a dict per layer: layer, feature_error and pixel_error (relative, means over the pictures), pictures (b, c, h, w)
-    "Draw the pictures that are found again from each of several layers."
-    import matplotlib.pyplot as plt
-
+) -> list:  # a dict per layer: layer, feature_error and pixel_error (means, relative), pictures (b, c, h, w)
+    "Draw the images that are found again from each of several layers."
     rows = []
     for layer in layers:
         found, error = invert_features(model, x, layer, **kwargs)
-        rows.append(
-            dict(
-                layer=layer,
-                feature_error=float(error.mean()),
-                pixel_error=float((_norms(found - x) / _norms(x).clamp_min(1e-12)).mean()),
-                pictures=found,
-            )
-        )
-    fig, axs = plt.subplots(
-        len(x), len(rows) + 1, figsize=(1.35 * (len(rows) + 1), 1.5 * len(x)), dpi=72, squeeze=False
-    )
-    for i, line in enumerate(axs):
-        for ax, pictures in zip(line, [x, *(r['pictures'] for r in rows)]):
-            picture = (
-                pictures[i].detach().cpu()
-                if x.shape[1] in (1, 3)
-                else pictures[i].detach().cpu().mean(0, keepdim=True)
-            )
-            ax.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest')
-            ax.set(xticks=[], yticks=[])
-    for ax, title in zip(axs[0], ['frame', *(r['layer'] or 'output' for r in rows)]):
-        ax.set_title(title, fontsize=9)
-    fig.tight_layout()
+        pixel = float((_norms(found - x) / _norms(x).clamp_min(1e-12)).mean())
+        rows.append(dict(layer=layer, feature_error=float(error.mean()), pixel_error=pixel, pictures=found))
+    _draw_columns([x, *(r['pictures'] for r in rows)], ['frame', *(r['layer'] or 'output' for r in rows)])
     return rows

@@ -25,13 +25,14 @@ from ..core import DENSE, TableError, frozen_eval, progress
 from ..data.fan import Fan
 from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
-from .attribution import EXPLAINERS, class_codes
+from .attribution import class_codes
+from .occlusion import EXPLAINERS
 from ..stats.classification import evaluate
 from ..train.cross_validation import ClassProbs, cross_validate
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c008-1
 def _layers(model):
-    "The modules that hold parameters, grouped into layers, in order of definition; a norm goes with the weights before it."
+    "The modules with parameters, grouped into layers as defined; a norm goes with the weights before it."
     groups, last = {}, None
     for name, m in model.named_modules():
         own = list(m.parameters(recurse=False))
@@ -44,6 +45,23 @@ def _layers(model):
         raise ValueError("the model has no parameters: there is nothing to randomise")
     return groups
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c008-2
+def _randomise(model, modules, seed):
+    "Replace the parameters of some modules by noise of the same root mean square, in place."
+    draw, there = torch.Generator().manual_seed(seed), dict(model.named_modules())
+    with torch.no_grad():
+        for p in (p for m in modules for p in there[m].parameters(recurse=False)):
+            p.copy_(torch.randn(p.shape, generator=draw) * p.float().square().mean().sqrt().cpu())
+
+
+def _randomised(model, names, groups, seed, cascade):
+    "(layer name, copy of the model) for each name; a layer's noise depends on the seed and its place alone."
+    place, last = list(groups), model
+    for name in names:
+        last = copy.deepcopy(last if cascade else model)
+        _randomise(last, groups[name], seed * 100_003 + place.index(name))
+        yield name, copy.deepcopy(last) if cascade else last
+
 # %% ../../nbs/explain/sanity_checks.ipynb #c008
 def randomise_layers(
     model: nn.Module,  # stays as it is
@@ -53,32 +71,15 @@ def randomise_layers(
 ):  # yields (layer name, copy of the model), one by one
     "Copies of a model with its layers replaced by noise (Adebayo 2018, section 3)."
     groups = _layers(model)
-    names, number = (
-        list(groups)[::-1] if layers is None else list(layers),
-        {name: i for i, name in enumerate(groups)},
-    )
+    names = list(groups)[::-1] if layers is None else list(layers)
     unknown = [n for n in names if n not in groups]
     if unknown:
         raise ValueError(f"no layer(s) with weights named {unknown}; there are {list(groups)}")
-
-    def copies():
-        worn = model
-        for name in names:
-            new = copy.deepcopy(worn if cascade else model)
-            draw, modules = (
-                torch.Generator().manual_seed(seed * 100_003 + number[name]),
-                dict(new.named_modules()),
-            )
-            with torch.no_grad():
-                for p in (p for m in groups[name] for p in modules[m].parameters(recurse=False)):
-                    p.copy_(torch.randn(p.shape, generator=draw) * p.float().square().mean().sqrt().cpu())
-            worn = new
-            yield name, copy.deepcopy(new) if cascade else new
-
-    return copies()
+    return _randomised(model, names, groups, seed, cascade)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c011-1
 def _finite_maps(maps, name='maps'):
+    "Maps as a float64 array (n, h, w); ValueError if they are not finite."
     maps = maps.detach().cpu().numpy() if torch.is_tensor(maps) else np.asarray(maps)
     if maps.ndim == 2:
         maps = maps[None]
@@ -91,6 +92,7 @@ def _finite_maps(maps, name='maps'):
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c011-2
 def _pair(a, b):
+    "Two sets of maps of one shape."
     a, b = _finite_maps(a, 'first maps'), _finite_maps(b, 'second maps')
     if a.shape != b.shape:
         raise ValueError(f"maps of shape {a.shape} and {b.shape} cannot be compared")
@@ -102,93 +104,91 @@ def rank_correlation(
     b,  # (n, h, w) maps
 ) -> np.ndarray:  # (n,) -1..1; 0 where a map is constant
     "Spearman's rank correlation of two maps, frame by frame; ties share their mean rank."
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
-    a, b = (rankdata(m.reshape(len(m), -1), axis=1) for m in _pair(a, b))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return np.divide((a * b).sum(1), size, out=np.zeros(len(a)), where=size > 0)
+    def one(a, b):
+        return spearmanr(a.ravel(), b.ravel()).statistic if np.ptp(a) and np.ptp(b) else 0.0
+
+    return np.array([one(*maps) for maps in zip(*_pair(a, b))])
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c011
+def _scaled(m):
+    "The absolute values of a map, scaled to 0..1; a constant one to 0."
+    m = np.abs(m)
+    m = m - m.min()
+    return m / (m.max() or 1)
+
+
 def structural_similarity(
     a,  # (n, h, w) maps
     b,  # (n, h, w) maps
 ) -> np.ndarray:  # (n,) up to 1
     "SSIM (Wang 2004) of absolute values, each map scaled to 0..1; Gaussian window of 11 pixels, sigma 1.5."
+    from skimage.metrics import structural_similarity as ssim
+
     a, b = _pair(a, b)
     if min(a.shape[1:]) < 11:
         raise ValueError(f"SSIM needs maps of at least 11x11 pixels, got {a.shape[1:]}")
-
-    def scaled(m):
-        m = np.abs(m)
-        low, high = m.min((1, 2), keepdims=True), m.max((1, 2), keepdims=True)
-        return torch.from_numpy((m - low) / np.where(high > low, high - low, 1))[:, None]
-
-    a, b, k = (
-        scaled(a),
-        scaled(b),
-        torch.exp(-0.5 * (torch.arange(-5.0, 6.0, dtype=torch.float64) / 1.5) ** 2),
-    )
-    k = k / k.sum()
-
-    def mean(m):
-        return F.conv2d(F.conv2d(m, k.view(1, 1, -1, 1)), k.view(1, 1, 1, -1))
-
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    return (
-        ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
-        .mean((1, 2, 3))
-        .numpy()
-    )
+    options = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    return np.array([ssim(_scaled(m), _scaled(n), **options) for m, n in zip(a, b)])
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c014-1
 def edge_map(
     model,  # not used
-    x,  # (b, c, h, w) pictures
+    x,  # (b, c, h, w) images
     target=None,  # not used
 ):  # (b, h, w) float32
-    "Strength of edges (Sobel), in the form of an explanation that ignores the network: what a good explanation must differ from."
+    "Strength of edges (Sobel), in the form of an explanation, which a good one must differ from."
     k = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=x.device)
-    g = F.conv2d(
-        F.pad(x.detach().float().mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate'),
-        torch.stack([k, k.T])[:, None],
-    )
-    return g.square().sum(1).sqrt()
+    grey = F.pad(x.detach().float().mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate')
+    return F.conv2d(grey, torch.stack([k, k.T])[:, None]).square().sum(1).sqrt()
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c014-2
 def _predicted(model, x):
+    "The predicted class of each image; of a segmenter the commonest code."
     with frozen_eval(model), torch.no_grad():
         out = model(x)
     return out.argmax(1) if out.ndim == 2 else out.argmax(1).flatten(1).mode(1).values
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c014-3
-def _from_the_top(model, x):
-    "Names of the layers, the last to be run first; one that is never called keeps its place after the one defined before it."
-    groups, modules, calls = _layers(model), dict(model.named_modules()), {}
+def _call_order(model, x, names):
+    "Modules in the order in which a forward pass calls them first: {name: place}."
+    modules, calls = dict(model.named_modules()), {}
 
     def note(name):
-        def hook(m, args):
+        def hook(module, args):
             calls.setdefault(name, len(calls))
 
         return hook
 
-    hooks = [modules[n].register_forward_pre_hook(note(n)) for n in groups]
+    hooks = [modules[n].register_forward_pre_hook(note(n)) for n in names]
     try:
         with frozen_eval(model), torch.no_grad():
             model(x[:1])
     finally:
         for h in hooks:
             h.remove()
-    place, last = {}, -1
-    for n in groups:
+    return calls
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c014-5
+def _from_the_top(model, x):
+    "Names of the layers, the last to be run first; one never called keeps its place after the one before it."
+    names, place, last = list(_layers(model)), {}, -1
+    calls = _call_order(model, x, names)
+    for n in names:
         last = place[n] = calls.get(n, last)
-    return sorted(groups, key=place.get)[::-1]
+    return sorted(names, key=place.get)[::-1]
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c014-4
+def _similarities(a, b):
+    "Mean similarity of two sets of maps: Spearman's of signed and of absolute values, and SSIM."
+    scores = rank_correlation(a, b), rank_correlation(abs(a), abs(b)), structural_similarity(a, b)
+    return [s.mean() for s in scores]
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c014
 def randomisation_check(
     model: nn.Module,  # gives logits
-    x,  # (b, c, h, w) float pictures; a few will do
+    x,  # (b, c, h, w) float images; a few will do
     method='saliency',  # a name in EXPLAINERS, or a function (model, x, target) -> maps (b, h, w)
     target=None,  # what is explained; default: what the trained model predicts, for all copies
     *,
@@ -196,31 +196,22 @@ def randomisation_check(
     cascade: bool = True,  # from the top down, or one layer at a time
     layers=None,  # names from the top down; by default all, in the order of the forward pass
     **options,  # passed on to the method
-) -> pd.DataFrame:  # a row per layer: layer, spearman, spearman_abs, ssim, each the mean over the pictures
-    "How much maps of a model with randomised layers are like those of the trained one (Adebayo 2018)."
+) -> pd.DataFrame:  # a row per layer: layer, spearman, spearman_abs, ssim, each the mean over the images
+    "Similarity of maps of a model with randomised layers to those of the trained one (Adebayo 2018)."
     explain = EXPLAINERS[method] if isinstance(method, str) and method in EXPLAINERS else method
     if not callable(explain):
         raise ValueError(f"method must be one of {list(EXPLAINERS)}, or a function, got {method!r}")
     target = _predicted(model, x) if target is None else target
     first = _finite_maps(explain(model, x, target, **options))
-    flat = np.flatnonzero(np.ptp(first, (1, 2)) == 0)
-    if len(flat):
+    flat = np.flatnonzero(np.ptp(first, (1, 2)) == 0)[:5].tolist()
+    if flat:
         raise ValueError(
-            f"the trained model's map of picture(s) {flat[:5].tolist()} is constant: there is nothing to compare"
+            f"the trained model's map of image(s) {flat} is constant: there is nothing to compare"
         )
     names, rows = list(layers) if layers is not None else _from_the_top(model, x), []
-    for name, worn in progress(
-        randomise_layers(model, seed, cascade, names), total=len(names), desc='layers'
-    ):
-        m = _finite_maps(explain(worn, x, target, **options))
-        rows.append(
-            (
-                name,
-                rank_correlation(first, m).mean(),
-                rank_correlation(abs(first), abs(m)).mean(),
-                structural_similarity(first, m).mean(),
-            )
-        )
+    copies = randomise_layers(model, seed, cascade, names)
+    for name, noisy in progress(copies, total=len(names), desc='layers'):
+        rows.append((name, *_similarities(first, _finite_maps(explain(noisy, x, target, **options)))))
     return pd.DataFrame(rows, columns=['layer', 'spearman', 'spearman_abs', 'ssim'])
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c018-1
@@ -237,7 +228,8 @@ def _fan_masks(fans, n, size):
     fans = fans.astype(bool)[None] if fans.ndim == 2 else fans.astype(bool)
     if fans.ndim != 3 or fans.shape[1:] != tuple(size) or len(fans) not in (1, n):
         raise ValueError(
-            f"{n} frames of {tuple(size)} need fans of (h, w) or (n, h, w), got {fans.shape}: resize the fan to the frames, `Fan.resize`"
+            f"{n} frames of {tuple(size)} need fans of (h, w) or (n, h, w), got {fans.shape}: "
+            "resize the fan to the frames, `Fan.resize`"
         )
     return np.broadcast_to(fans, (n, *size))
 
@@ -249,10 +241,8 @@ def heat_in_fan(
 ) -> np.ndarray:  # (b,) 0..1; NaN for a map without heat
     "Share of a map's heat that lies inside the fan."
     maps = _finite_maps(maps)
-    heat, inside = (
-        np.clip(maps, 0, None) if positive else np.abs(maps),
-        _fan_masks(fans, len(maps), maps.shape[1:]),
-    )
+    heat = np.clip(maps, 0, None) if positive else np.abs(maps)
+    inside = _fan_masks(fans, len(maps), maps.shape[1:])
     total = heat.sum((1, 2))
     return np.divide((heat * inside).sum((1, 2)), total, out=np.full(len(maps), np.nan), where=total > 0)
 
@@ -261,102 +251,95 @@ def heat_table(
     maps,  # (b, h, w) raw signed maps
     fans,  # as for heat_in_fan
     positive: bool = False,  # as for heat_in_fan
-) -> pd.DataFrame:  # a row per frame: heat (share inside), area (the fan's share of the picture), ratio (heat/area; 1 is chance)
+) -> (
+    pd.DataFrame
+):  # a row per frame: heat (share inside), area (the fan's share), ratio (heat/area; 1 is chance)
     "The share of heat inside the fan beside what area alone would give."
     maps = _finite_maps(maps)
-    heat, area = heat_in_fan(maps, fans, positive), _fan_masks(fans, len(maps), maps.shape[1:]).mean((1, 2))
-    return pd.DataFrame(
-        dict(
-            heat=heat, area=area, ratio=np.divide(heat, area, out=np.full(len(heat), np.nan), where=area > 0)
+    heat = heat_in_fan(maps, fans, positive)
+    area = _fan_masks(fans, len(maps), maps.shape[1:]).mean((1, 2))
+    ratio = np.divide(heat, area, out=np.full(len(heat), np.nan), where=area > 0)
+    return pd.DataFrame(dict(heat=heat, area=area, ratio=ratio))
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c022-2
+def _orders(maps, seed):
+    "The rank of each pixel (b, pixels) in the map's order, hottest first, in random order and in reverse."
+    b, pixels = maps.shape
+    rng = torch.Generator().manual_seed(seed)
+    hottest = maps.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    chance = torch.rand(b, pixels, generator=rng).argsort(dim=1).argsort(dim=1)
+    return {'map': hottest, 'random': chance, 'reversed': pixels - 1 - hottest}
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c022-3
+def _followed(model, x, target, bs):
+    "The class of each image (b,) whose probability is followed: `target`, or the predicted one."
+    with torch.no_grad():
+        out = torch.cat([model(p) for p in x.split(bs)])
+    if out.ndim != 2:
+        raise ValueError(
+            "deletion and insertion follow a class probability: logits must be (b, classes), "
+            f"the model gives {tuple(out.shape)}"
         )
-    )
+    if target is None:
+        return out.argmax(1)
+    target = torch.as_tensor(class_codes(model, target), device=out.device).long().expand(len(x))
+    if target.min() < 0 or target.max() >= out.shape[1]:
+        raise ValueError(f"target {target.tolist()} is out of range: the model has {out.shape[1]} classes")
+    return target
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c022-4
+def _probability_curve(model, first, then, rank, counts, target, bs):
+    "Probability of the target (b, counts) with `first` at the k pixels of lowest rank and `then` elsewhere."
+
+    def probability(k):
+        mixed = torch.where(rank < k, first, then)
+        logits = torch.cat([model(p) for p in mixed.split(bs)])
+        return logits.float().softmax(1).gather(1, target[:, None])[:, 0]
+
+    with torch.no_grad():
+        return torch.stack([probability(k) for k in counts], 1).cpu().numpy()
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c022-5
+def _curve_tables(curves, share):
+    "Curves {(mode, order): (b, shares)} as a long table, and the areas under them."
+    long, areas = [], []
+    for (mode, order), c in curves.items():
+        b, n = c.shape
+        names = dict(mode=mode, order=order)
+        frame = np.repeat(np.arange(b), n)
+        long.append(pd.DataFrame(dict(frame=frame, **names, share=np.tile(share, b), probability=c.ravel())))
+        area = ((c[:, 1:] + c[:, :-1]) / 2 * np.diff(share)).sum(1)  # trapezoids
+        areas.append(pd.DataFrame(dict(frame=np.arange(b), **names, auc=area)))
+    return pd.concat(long, ignore_index=True), pd.concat(areas, ignore_index=True)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c022-1
 def deletion_insertion(
     model: nn.Module,  # gives logits (b, classes)
-    x,  # (b, c, h, w) float pictures
+    x,  # (b, c, h, w) float images
     maps,  # (b, h, w) raw maps; the largest values go first
-    target=None,  # class (number or name), or one per picture; default: the predicted ones
+    target=None,  # class (number or name), or one per image; default: the predicted ones
     *,
     steps: int = 20,  # equal parts in which the pixels go
     fill=0.0,  # number, or tensor that broadcasts to x (a blurred copy, say), that is painted
     seed: int = 0,  # of the random order
-    bs: int = 64,  # pictures in a batch
-) -> (
-    tuple
-):  # (curves, areas): DataFrames with columns frame mode order share probability, and frame mode order auc
-    "Probability of a class while pixels are deleted or inserted: in the map's order, in random order and in the map's reversed order."
-    m = torch.from_numpy(_finite_maps(maps)).flatten(1)
-    if (len(m), m.shape[1]) != (len(x), x.shape[2] * x.shape[3]):
-        raise ValueError(
-            f"maps of shape {tuple(np.shape(maps))} do not fit pictures of shape {tuple(x.shape)}"
-        )
-    if not 1 <= steps <= m.shape[1]:
-        raise ValueError(f"steps must be 1..{m.shape[1]} (the pixels), got {steps}")
-    (b, pixels), x = m.shape, x.detach()
-    fill, rng = (
-        torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x),
-        torch.Generator().manual_seed(seed),
-    )
-    hottest = m.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # rank of each pixel
-    ranks = dict(
-        map=hottest,
-        random=torch.rand(b, pixels, generator=rng).argsort(dim=1).argsort(dim=1),
-        reversed=pixels - 1 - hottest,
-    )
+    bs: int = 64,  # images in a batch
+) -> tuple:  # (curves: frame mode order share probability, areas: frame mode order auc), two DataFrames
+    "Probability of a class while pixels are deleted or inserted, in the map's, random and reversed order."
+    m, x = torch.from_numpy(_finite_maps(maps)).flatten(1), x.detach()  # (b, pixels)
+    b, pixels = m.shape
+    if (b, pixels) != (len(x), x.shape[2] * x.shape[3]):
+        raise ValueError(f"maps of shape {tuple(np.shape(maps))} do not fit images of shape {tuple(x.shape)}")
+    if not 1 <= steps <= pixels:
+        raise ValueError(f"steps must be 1..{pixels} (the pixels), got {steps}")
+    fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x)
     counts, curves = [round(pixels * k / steps) for k in range(steps + 1)], {}
-    with frozen_eval(model), torch.no_grad():
-        out = torch.cat([model(p) for p in x.split(bs)])
-        if out.ndim != 2:
-            raise ValueError(
-                f"deletion and insertion follow a class probability: logits must be (b, classes), the model gives {tuple(out.shape)}"
-            )
-        target = (
-            out.argmax(1)
-            if target is None
-            else torch.as_tensor(class_codes(model, target), device=out.device).long().expand(b)
-        )
-        if target.min() < 0 or target.max() >= out.shape[1]:
-            raise ValueError(
-                f"target {target.tolist()} is out of range: the model has {out.shape[1]} classes"
-            )
-        for order, rank in progress(ranks.items(), desc='orders'):
+    with frozen_eval(model):
+        target = _followed(model, x, target, bs)
+        for order, rank in progress(_orders(m, seed).items(), desc='orders'):
             rank = rank.view(b, 1, *x.shape[2:]).to(x.device)
-            for mode in ('deletion', 'insertion'):
-                first, then = (fill, x) if mode == 'deletion' else (x, fill)
-                ps = [
-                    torch.cat([model(p) for p in torch.where(rank < k, first, then).split(bs)])
-                    .float()
-                    .softmax(1)
-                    .gather(1, target[:, None])[:, 0]
-                    for k in counts
-                ]
-                curves[mode, order] = torch.stack(ps, 1).cpu().numpy()
-    share = np.array(counts) / pixels
-    long = [
-        pd.DataFrame(
-            dict(
-                frame=np.repeat(np.arange(b), len(share)),
-                mode=mode,
-                order=order,
-                share=np.tile(share, b),
-                probability=c.ravel(),
-            )
-        )
-        for (mode, order), c in curves.items()
-    ]
-    areas = [
-        pd.DataFrame(
-            dict(
-                frame=np.arange(b),
-                mode=mode,
-                order=order,
-                auc=((c[:, 1:] + c[:, :-1]) / 2 * np.diff(share)).sum(1),
-            )
-        )
-        for (mode, order), c in curves.items()
-    ]
-    return pd.concat(long, ignore_index=True), pd.concat(areas, ignore_index=True)
+            for mode, first, then in (('deletion', fill, x), ('insertion', x, fill)):
+                curves[mode, order] = _probability_curve(model, first, then, rank, counts, target, bs)
+    return _curve_tables(curves, np.array(counts) / pixels)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c022
 def show_deletion(
@@ -377,50 +360,47 @@ def show_deletion(
     axs[0].figure.tight_layout()
     return axs
 
+# %% ../../nbs/explain/sanity_checks.ipynb #c029-1
+def _finding(masks, shape, code):
+    "Where the finding is, bool (n, h, w)."
+    masks = masks.cpu().numpy() if torch.is_tensor(masks) else np.asarray(masks)
+    masks = masks[None] if masks.ndim == 2 else masks
+    if shape != masks.shape:
+        raise ValueError(f"maps {shape} and masks {masks.shape} differ in shape")
+    if isinstance(code, str) and code not in DENSE:
+        raise ValueError(f"no code named {code!r}; there are {DENSE}")
+    return masks == (DENSE.index(code) if isinstance(code, str) else code)
+
 # %% ../../nbs/explain/sanity_checks.ipynb #c029
 def pointing_game(
     maps,  # (n, h, w) raw maps
     masks,  # (n, h, w) integer codes, e.g. the phantom's dense ones
     code='B-line',  # which code is the finding: a name of DENSE, or a number
     tolerance: float = 3,  # pixels from the finding that still count
-) -> dict:  # hits, total (frames with the finding), left_out (frames without), rate (hits/total), chance; NaN when total is 0
+) -> dict:  # hits, total (frames with the finding), left_out (without), rate (hits/total), chance
     "Share of frames in which a map's largest value is on a finding (Zhang 2018)."
     from scipy.ndimage import distance_transform_edt
 
-    maps, masks = _finite_maps(maps), masks.cpu().numpy() if torch.is_tensor(masks) else np.asarray(masks)
-    masks = masks[None] if masks.ndim == 2 else masks
-    if maps.shape != masks.shape:
-        raise ValueError(f"maps {maps.shape} and masks {masks.shape} differ in shape")
-    if isinstance(code, str) and code not in DENSE:
-        raise ValueError(f"no code named {code!r}; there are {DENSE}")
+    maps = _finite_maps(maps)
+    there = _finding(masks, maps.shape, code)
     if tolerance < 0:
         raise ValueError(f"tolerance must be at least 0 pixels, got {tolerance}")
-    there = masks == (DENSE.index(code) if isinstance(code, str) else code)
     seen = np.flatnonzero(there.any((1, 2)))
     near = [distance_transform_edt(~there[i]) <= tolerance for i in seen]
     hits = sum(float(t[maps[i] == maps[i].max()].mean()) for i, t in zip(seen, near))
-    n = len(seen)
-    return dict(
-        hits=hits,
-        total=n,
-        left_out=len(maps) - n,
-        rate=hits / n if n else float('nan'),
-        chance=float(np.mean([t.mean() for t in near])) if n else float('nan'),
-    )
+    rate, chance = float('nan'), float('nan')
+    if len(seen):
+        rate, chance = hits / len(seen), float(np.mean([t.mean() for t in near]))
+    return dict(hits=hits, total=len(seen), left_out=len(maps) - len(seen), rate=rate, chance=chance)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c036-1
 class _FanView:
     "A frame store in which every pixel outside `keep` reads as `fill`."
 
     def __init__(self, store, keep, fill):
-        self.store, self.keep, self.fill = store, keep, np.uint8(fill)
-        self.frames, self.masks, self.folder, self.size, self.images = (
-            store.frames,
-            store.masks,
-            store.folder,
-            store.size,
-            self,
-        )
+        self.store, self.keep, self.fill, self.images = store, keep, np.uint8(fill), self
+        self.frames, self.masks = store.frames, store.masks
+        self.folder, self.size = store.folder, store.size
         self.id = getattr(store, 'id', None)  # its rows are those of the store
 
     def __len__(self):
@@ -434,21 +414,19 @@ class _FanView:
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c036-2
 def _keep(frames, fan, fill, inside):
+    "Frames, or a view of a store, with the fan's inside or outside kept and `fill` elsewhere."
     if hasattr(frames, 'images') and hasattr(frames, 'frames'):
         fan = _fan_masks(fan, len(frames), frames.size)
         return _FanView(frames, fan if inside else ~fan, fill)
-    single = frames.ndim == 2
-    n, size = 1 if single else len(frames), frames.shape[-2:]
+    single, size = frames.ndim == 2, frames.shape[-2:]
+    n = 1 if single else len(frames)
     fan = _fan_masks(fan, n, size)
     keep = fan if inside else ~fan
     keep = keep[0] if single else keep.reshape(n, *[1] * (frames.ndim - 3), *size)
-    if torch.is_tensor(frames):
-        return torch.where(
-            torch.from_numpy(keep.copy()).to(frames.device),
-            frames,
-            torch.as_tensor(fill, dtype=frames.dtype, device=frames.device),
-        )
-    return np.where(keep, frames, np.asarray(fill, frames.dtype))
+    if not torch.is_tensor(frames):
+        return np.where(keep, frames, np.asarray(fill, frames.dtype))
+    fill = torch.as_tensor(fill, dtype=frames.dtype, device=frames.device)
+    return torch.where(torch.from_numpy(keep.copy()).to(frames.device), frames, fill)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c036-3
 def only_outside(
@@ -469,21 +447,17 @@ def only_inside(
     return _keep(frames, fan, fill, True)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-1
+def _strided(i, o):
+    "A convolution of stride 2; group norm, since running statistics lag behind in a short training."
+    return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.GroupNorm(4, o), nn.ReLU(inplace=True))
+
+
 def small_learner(
     dls,  # DataLoaders of one-channel frames with labels, from frame_dls
 ) -> Learner:  # of a network with some 27,000 parameters at three classes
-    "A small network that can see where things are: four strided convolutions, then 4x4 cells and one linear layer."
-
-    def block(i, o):
-        return nn.Sequential(
-            nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.GroupNorm(4, o), nn.ReLU(inplace=True)
-        )  # group norm: no running statistics, which a short training leaves behind
-
+    "A small network that can see where things are: four strided convolutions, 4x4 cells, one linear layer."
     net = nn.Sequential(
-        block(1, 8),
-        block(8, 16),
-        block(16, 32),
-        block(32, 64),
+        *(_strided(i, o) for i, o in ((1, 8), (8, 16), (16, 32), (32, 64))),
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
         nn.Linear(64 * 16, len(dls.vocab)),
@@ -491,15 +465,28 @@ def small_learner(
     return Learner(dls, net, loss_func=CrossEntropyLossFlat())
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-2
-def _told(store, frames, label, note, *, folds, build, epochs, path, bs, lr, seed):
-    "Cross-validate a classifier of `label`; a row of clip scores beside the commonest class."
+def _clip_scores(preds, classes, seed):
+    "Clip scores of out-of-fold predictions, with the accuracy's interval, beside the commonest class."
+    scores = evaluate(preds, ['clip'], seed=seed).set_index(['class', 'metric']).loc['all']
+    clips = preds.drop_duplicates('clip')
+    accuracy = scores.loc['accuracy', ['value', 'low', 'high']].rename({'value': 'accuracy'})
+    row = dict(
+        **accuracy,
+        majority=clips['label'].value_counts(normalize=True).iloc[0],
+        balanced_accuracy=scores.loc['balanced_accuracy', 'value'],
+        chance=1 / classes,
+    )
+    return {**{k: float(v) for k, v in row.items()}, 'classes': classes, 'clips': len(clips)}
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c039-5
+def _predictability(store, frames, label, note, path, *, build, epochs, folds, bs, lr, seed):
+    "Cross-validate a classifier of `label` over patients: a row of clip scores."
     frames = frames.assign(label=label)
     classes = sorted(set(label))
-    fold = patient_folds(frames, folds, seed)
     preds = cross_validate(
         build,
         frames,
-        fold,
+        patient_folds(frames, folds, seed),
         data=lambda a, b: frame_dls(store, a, b, classes=classes, bs=bs),
         collect=ClassProbs(),
         epochs=epochs,
@@ -507,95 +494,92 @@ def _told(store, frames, label, note, *, folds, build, epochs, path, bs, lr, see
         lr=lr,
         seed=seed,
     )
-    scores, clips = (
-        evaluate(preds, ['clip'], seed=seed).set_index(['class', 'metric']).loc['all'],
-        preds.drop_duplicates('clip'),
-    )
-    row = dict(
-        **scores.loc['accuracy', ['value', 'low', 'high']].rename({'value': 'accuracy'}),
-        majority=clips['label'].value_counts(normalize=True).iloc[0],
-        balanced_accuracy=scores.loc['balanced_accuracy', 'value'],
-        chance=1 / len(classes),
-    )
     return {
-        **{k: float(v) for k, v in row.items()},
-        'classes': len(classes),
-        'clips': len(clips),
+        **_clip_scores(preds, len(classes), seed),
         'patients': frames['patient'].nunique(),
         'left_out': note,
     }
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-3
 def _digest(frames, label, keep=None):
-    text = '\n'.join(map(str, label)).encode() + (
-        b'' if keep is None else np.packbits(np.asarray(keep)).tobytes()
-    )
+    "Eight digits that change with the labels, the rows and what is kept of the frames: a folder's name."
+    text = '\n'.join(map(str, label)).encode()
+    if keep is not None:
+        text += np.packbits(np.asarray(keep)).tobytes()
     return hashlib.sha256(text + np.asarray(frames['row']).tobytes()).hexdigest()[:8]
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c039-6
+def _stored_fans(store):
+    "Masks (n, h, w) by the frame table's column fan, the rows that have one, and a note on the others."
+    frames = store.frames
+    if 'fan' not in frames:
+        raise TableError(
+            "the store's frame table has no column 'fan': pass `fans`, or build the store from a table "
+            "with `add_fans`"
+        )
+    found = frames['fan'].fillna('').astype(str).str.strip() != ''
+    if not found.any():
+        raise TableError("the column 'fan' is empty in every row: no fan was found in any clip")
+    texts, empty = frames.loc[found, 'fan'].unique(), np.zeros(store.size, bool)
+    made = {t: Fan.from_dict(json.loads(t)).resize(store.size).mask() for t in texts}
+    fans = np.stack([made.get(t, empty) for t in frames['fan']])
+    missing = frames.loc[~found, 'clip'].nunique()
+    return fans, frames[found], f'{missing} clips without a fan' if not found.all() else ''
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-4
 def outside_fan_check(
     store,  # a FrameStore; store.frames has patients and labels
-    fans=None,  # bool (h, w), or (N, h, w) a row per frame of the store; default: its column fan of preprocess.add_fans
+    fans=None,  # bool (h, w), or (N, h, w) a row per frame of the store; default: its column fan
     *,
     path,  # folder for checkpoints and predictions
-    sees=('outside',),  # any of 'outside', 'inside' and 'all': a network is trained for each
+    sees=('outside',),  # any of outside, inside and all: a network is trained for each
     build=small_learner,  # function (dls) -> Learner; dls.vocab holds the classes
     epochs: int = 10,  # at least 1
     folds: int = 3,  # by patient
     bs: int = 32,  # batch size
     lr: float = 1e-3,  # learning rate
     seed: int = 0,  # of folds and training
-) -> pd.DataFrame:  # a row per view: accuracy of clips with low and high, majority, balanced_accuracy, chance, classes, clips, patients, left_out
-    "How well the label can be told by a network that sees only what is outside the fan."
+) -> pd.DataFrame:  # a row per view: accuracy with low and high, majority, balanced_accuracy, chance, ...
+    "How well the label can be predicted by a network that sees only what is outside the fan."
     wrong = [s for s in sees if s not in ('outside', 'inside', 'all')]
     if wrong:
         raise ValueError(f"sees holds 'outside', 'inside' or 'all', got {wrong}")
-    frames = store.frames
-    if fans is None:
-        if 'fan' not in frames:
-            raise TableError(
-                "the store's frame table has no column 'fan': pass `fans`, or build the store from a table with `add_fans`"
-            )
-        found = frames['fan'].fillna('').astype(str).str.strip() != ''
-        if not found.any():
-            raise TableError("the column 'fan' is empty in every row: no fan was found in any clip")
-        made = {
-            t: Fan.from_dict(json.loads(t)).resize(store.size).mask()
-            for t in frames.loc[found, 'fan'].unique()
-        }
-        fans = np.stack([made.get(t, np.zeros(store.size, bool)) for t in frames['fan']])
-        frames, note = (
-            frames[found],
-            f"{frames.loc[~found, 'clip'].nunique()} clips without a fan" if not found.all() else '',
-        )
-    else:
-        note = ''
+    fans, frames, note = _stored_fans(store) if fans is None else (fans, store.frames, '')
     if frames['label'].nunique() < 2:
-        raise ValueError(
-            f"all frames have the label {frames['label'].iloc[0]!r}: there is nothing to tell apart"
-        )
-    fans, rows, label = _fan_masks(fans, len(store), store.size), {}, frames['label'].astype(str)
+        only = frames['label'].iloc[0]
+        raise ValueError(f"all frames have the label {only!r}: there is nothing to predict")
+    fans, label, rows = _fan_masks(fans, len(store), store.size), frames['label'].astype(str), {}
+    views = {'outside': only_outside, 'inside': only_inside, 'all': lambda store, fans: store}
+    training = dict(build=build, epochs=epochs, folds=folds, bs=bs, lr=lr, seed=seed)
     for s in sees:
-        view = store if s == 'all' else (only_outside if s == 'outside' else only_inside)(store, fans)
-        rows[s] = _told(
-            view,
-            frames,
-            label,
-            note,
-            folds=folds,
-            build=build,
-            epochs=epochs,
-            path=f'{path}/{s}-{_digest(frames, label, None if s == "all" else fans)}',
-            bs=bs,
-            lr=lr,
-            seed=seed,
-        )
+        folder = f'{path}/{s}-{_digest(frames, label, None if s == "all" else fans)}'
+        rows[s] = _predictability(views[s](store, fans), frames, label, note, folder, **training)
     return pd.DataFrame(rows).T.rename_axis('sees').convert_dtypes()
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c039-7
+def _frequent(frames, column, least):
+    "A column as text, which rows have a value with at least `least` patients, and a note on the others."
+    value = frames[column].fillna('').astype(str).str.strip()
+    patients = frames.groupby(value)['patient'].nunique()
+    few = [v for v in patients.index if patients[v] < least or not v]
+    names = ', '.join(v or '(empty)' for v in few)
+    return value, ~value.isin(few), f'fewer than {least} patients: {names}' if few else ''
+
+# %% ../../nbs/explain/sanity_checks.ipynb #c039-8
+def _column_row(store, column, path, training):
+    "How well one column can be predicted, from the values with enough patients."
+    value, kept, note = _frequent(store.frames, column, training['folds'])
+    frames, value = store.frames[kept], value[kept]
+    if value.nunique() < 2:
+        notes = [n for n in (note, 'fewer than two values remain') if n]
+        return dict(classes=value.nunique(), left_out='; '.join(notes))
+    folder = f"{path}/{column}-{_digest(frames, value, getattr(store, 'keep', None))}"
+    return _predictability(store, frames, value, note, folder, **training)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039
 def predict_source(
     store,  # a FrameStore, or a view of one by only_inside or only_outside
-    columns=('source', 'probe'),  # of its frame table: what is to be told
+    columns=('source', 'probe'),  # of its frame table: what is to be predicted
     *,
     path,  # folder for checkpoints and predictions
     build=small_learner,  # function (dls) -> Learner; dls.vocab holds the classes
@@ -604,43 +588,18 @@ def predict_source(
     bs: int = 32,  # batch size
     lr: float = 1e-3,  # learning rate
     seed: int = 0,  # of folds and training
-) -> pd.DataFrame:  # a row per column: as outside_fan_check; left_out names values with too few patients; NaN where fewer than two values remain
-    "How well a network can tell where frames come from."
+) -> pd.DataFrame:  # a row per column, as outside_fan_check; NaN where fewer than two values remain
+    "How well a network can predict where frames come from."
     missing = [c for c in columns if c not in store.frames]
     if missing:
         raise TableError(
             f"missing column(s) {missing}; the store's frame table has {list(store.frames.columns)}"
         )
-    rows = {}
-    for c in columns:
-        value = store.frames[c].fillna('').astype(str).str.strip()
-        count = store.frames.groupby(value)['patient'].nunique()
-        few = [v for v in count.index if count[v] < folds or not v]
-        kept = ~value.isin(few)
-        note = (
-            'fewer than {} patients: {}'.format(folds, ', '.join(v or '(empty)' for v in few)) if few else ''
-        )
-        if value[kept].nunique() < 2:
-            rows[c] = dict(
-                classes=value[kept].nunique(),
-                left_out='; '.join(filter(None, [note, 'fewer than two values remain'])),
-            )
-        else:
-            rows[c] = _told(
-                store,
-                store.frames[kept],
-                value[kept],
-                note,
-                folds=folds,
-                build=build,
-                epochs=epochs,
-                path=f"{path}/{c}-{_digest(store.frames[kept], value[kept], getattr(store, 'keep', None))}",
-                bs=bs,
-                lr=lr,
-                seed=seed,
-            )
+    training = dict(build=build, epochs=epochs, folds=folds, bs=bs, lr=lr, seed=seed)
+    rows = {c: _column_row(store, c, path, training) for c in columns}
     if all(r['classes'] < 2 for r in rows.values()):
         raise ValueError(
-            f"none of the columns {list(columns)} has two values with at least {folds} patients each: nothing can be told apart"
+            f"none of the columns {list(columns)} has two values with at least {folds} patients each: "
+            "there is nothing to predict"
         )
     return pd.DataFrame(rows).T.rename_axis('column').convert_dtypes()
