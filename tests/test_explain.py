@@ -14,7 +14,7 @@ from torch import nn
 
 from lus_fastai.core import frozen_eval
 from lus_fastai.explain import attribution as E
-from lus_fastai.explain import occlusion as O
+from lus_fastai.explain.occlusion import occlusion as O
 from lus_fastai.explain import occlusion_cache as C
 from lus_fastai.explain.attribution import (
     cam,

@@ -21,7 +21,7 @@ from PIL import Image
 from lus_fastai import widgets as W
 from lus_fastai.core import CLASSES, DENSE, DENSE_COLORS, TableError, write_table
 from lus_fastai.data.fan import Fan, find_fan
-from lus_fastai.explain.attribution import EXPLAINERS, explain_clip
+from lus_fastai.explain.occlusion import EXPLAINERS, explain_clip
 from lus_fastai.plot import overlay
 from lus_fastai.synth.phantom import phantom_dataset
 from lus_fastai.video import read_clip, sample_clip
