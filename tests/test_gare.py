@@ -1,4 +1,4 @@
-"Gare 2021 where no notebook looks: what class weights are counted on, and what the first screen of a report says."
+"Gare 2021 where no notebook looks: what class weights are counted on, what the first screen says."
 
 from dataclasses import replace
 from html.parser import HTMLParser
