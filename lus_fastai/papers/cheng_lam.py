@@ -262,30 +262,6 @@ def vunet_start(
         vgg = create_backbone('vgg16', channels=3, weights='imagenet')
     return (vgg, 'ImageNet') if vgg.pretrained else (pretrain(recipe, path, settings), 'salient shapes')
 
-# %% ../../nbs/papers/cheng_lam.ipynb #c018
-def run_recipe(
-    recipe: Recipe,  # what to train
-    images: MaskSet,  # from recipe_set
-    folds: pd.Series,  # from protocol_folds
-    path,  # from run_folder
-    start=None,  # weights to start from, as from pretrain or vunet_start; default: none
-    protocol: str = 'patient',  # a name from PROTOCOLS
-    settings: ChengSettings = DEFAULT,  # sizes
-) -> tuple:  # out-of-fold probabilities (n, 1, h, w), and the folder with fold0, fold1, ...
-    "Train a recipe on every fold but one and predict that one, for each fold."
-    s, folds = settings, np.asarray(folds)
-    prob = np.empty(images.masks.shape, np.float16)  # (n, 1, h, w)
-    folder, decoder = _recipe_folders(recipe, path, protocol)
-    fit = partial(_fit_fold, recipe, images, folds, protocol, s)
-    for k in sorted(set(folds)):
-        if recipe.net == 'xunet':
-            build = partial(_started, recipe, s, start, copy_weights, recipe.frozen)
-            model = fit(k, build, folder, _epochs(recipe, s)[2], s.lrs[2])
-        else:
-            model = _train_vunet(fit, recipe, s, start, k, decoder, folder)
-        prob[folds == k] = predict_masks(model, images.images[folds == k], s.bs)
-    return prob, decoder if recipe.frozen == 'encoder frozen' else folder
-
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-6x0
 def _train_loss(learn):
     "What the adaptive learning rate watches."
@@ -338,6 +314,30 @@ def _recipe_folders(recipe, path, protocol):
     shared = recipe.images, recipe.bn, recipe.despeckled, protocol
     folder = Path(path) / f"{recipe.net}-{short_hash((recipe, protocol), 8)}"
     return folder, Path(path) / f"decoder-{short_hash(shared, 8)}"
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c018
+def run_recipe(
+    recipe: Recipe,  # what to train
+    images: MaskSet,  # from recipe_set
+    folds: pd.Series,  # from protocol_folds
+    path,  # from run_folder
+    start=None,  # weights to start from, as from pretrain or vunet_start; default: none
+    protocol: str = 'patient',  # a name from PROTOCOLS
+    settings: ChengSettings = DEFAULT,  # sizes
+) -> tuple:  # out-of-fold probabilities (n, 1, h, w), and the folder with fold0, fold1, ...
+    "Train a recipe on every fold but one and predict that one, for each fold."
+    s, folds = settings, np.asarray(folds)
+    prob = np.empty(images.masks.shape, np.float16)  # (n, 1, h, w)
+    folder, decoder = _recipe_folders(recipe, path, protocol)
+    fit = partial(_fit_fold, recipe, images, folds, protocol, s)
+    for k in sorted(set(folds)):
+        if recipe.net == 'xunet':
+            build = partial(_started, recipe, s, start, copy_weights, recipe.frozen)
+            model = fit(k, build, folder, _epochs(recipe, s)[2], s.lrs[2])
+        else:
+            model = _train_vunet(fit, recipe, s, start, k, decoder, folder)
+        prob[folds == k] = predict_masks(model, images.images[folds == k], s.bs)
+    return prob, decoder if recipe.frozen == 'encoder frozen' else folder
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c026-1
 def batch_dice(

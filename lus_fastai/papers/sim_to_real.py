@@ -244,25 +244,6 @@ def _blur(x, sd, dim):
     pad = (0, 0, r, r) if dim == 2 else (r, r, 0, 0)
     return F.conv2d(F.pad(x, pad, mode='replicate'), k)
 
-# %% ../../nbs/papers/sim_to_real.ipynb #c014
-class Roughen(RandTransform):
-    "Domain randomization of unrolled frames and their masks, drawn for each frame of a training batch."
-
-    order = 20
-
-    def before_call(self, b, split_idx):
-        self.effects = _draw_effects(len(b[0]), *b[0].shape[-2:])
-
-    def encodes(self, x: TensorImage):
-        y = _rough_image(torch.Tensor(x)[:, :1], self.effects)
-        return retain_type(y.expand(-1, x.shape[1], -1, -1).contiguous(), x)
-
-    def encodes(self, x: TensorMask):  # noqa: F811
-        return retain_type(_rough_mask(torch.Tensor(x), self.effects), x)
-
-    def __repr__(self):
-        return 'Roughen()'
-
 # %% ../../nbs/papers/sim_to_real.ipynb #c014-3x0
 class _Draw:
     "Draws for n frames of h depths and w beams, from torch's global generator."
@@ -352,6 +333,25 @@ def _rough_mask(x, e):
     "Masks without what lies in a deep shadow or beyond the last depth."
     visible = (e['shade'] > 0.35).float() * e['seen']
     return _mirror(x * visible.to(x.device), e)
+
+# %% ../../nbs/papers/sim_to_real.ipynb #c014
+class Roughen(RandTransform):
+    "Domain randomization of unrolled frames and their masks, drawn for each frame of a training batch."
+
+    order = 20
+
+    def before_call(self, b, split_idx):
+        self.effects = _draw_effects(len(b[0]), *b[0].shape[-2:])
+
+    def encodes(self, x: TensorImage):
+        y = _rough_image(torch.Tensor(x)[:, :1], self.effects)
+        return retain_type(y.expand(-1, x.shape[1], -1, -1).contiguous(), x)
+
+    def encodes(self, x: TensorMask):  # noqa: F811
+        return retain_type(_rough_mask(torch.Tensor(x), self.effects), x)
+
+    def __repr__(self):
+        return 'Roughen()'
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c017-1
 def contrast_channels(
