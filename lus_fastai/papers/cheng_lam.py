@@ -35,7 +35,7 @@ from lus_fastai.papers.experiment import (
     protocol_text,
     proved_folds,
     settings_folder,
-    short_hash,
+    settings_hash,
     without,
 )
 from lus_fastai.report import (
@@ -312,8 +312,8 @@ def _train_vunet(fit, recipe, s, start, k, decoder, folder):
 def _recipe_folders(recipe, path, protocol):
     "Folders of a recipe, and of the decoder that several recipes share."
     shared = recipe.images, recipe.bn, recipe.despeckled, protocol
-    folder = Path(path) / f"{recipe.net}-{short_hash((recipe, protocol), 8)}"
-    return folder, Path(path) / f"decoder-{short_hash(shared, 8)}"
+    folder = Path(path) / f"{recipe.net}-{settings_hash((recipe, protocol), 8)}"
+    return folder, Path(path) / f"decoder-{settings_hash(shared, 8)}"
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018
 def run_recipe(

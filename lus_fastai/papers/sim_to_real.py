@@ -53,7 +53,7 @@ from ..data.sources import index
 from ..data.store import ClipError, sample_clip
 from ..explain.embeddings import features
 from ..models.unet import create_backbone, unet
-from .experiment import Experiment, comparison_rows, settings_folder, short_hash
+from .experiment import Experiment, comparison_rows, settings_folder, settings_hash
 from lus_fastai.report import (
     Report,
     cell,
@@ -587,7 +587,7 @@ FINE = 192, 192  # depths and beams for a network that knows photographs
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-2b
 def _training_set(s, home):
     "The simulated training set, kept in a file."
-    path = Path(home) / f'phantom-{short_hash((s.clips, s.size, s.frames, s.seed))}.npz'
+    path = Path(home) / f'phantom-{settings_hash((s.clips, s.size, s.frames, s.seed))}.npz'
     if not path.exists():
         made = polar_phantom(s.clips, s.size, s.frames, s.seed)
         with atomic_path(path) as tmp, open(tmp, 'wb') as f:
