@@ -112,7 +112,8 @@ def _cpu():
 def _reproduction(paper):
     "The module of a paper; ValueError that lists them."
     folder = importlib.import_module('lus_fastai.papers').__path__
-    there = sorted(m.name for m in pkgutil.iter_modules(folder))
+    modules = {m.name for m in pkgutil.iter_modules(folder)}
+    there = sorted(modules - {'experiment'})  # which is what the papers share
     if paper not in there:
         raise ValueError(f"no reproduction named {paper!r}; there is: {', '.join(there)}")
     return importlib.import_module(f'lus_fastai.papers.{paper}')

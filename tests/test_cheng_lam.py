@@ -1,4 +1,4 @@
-"The reproduction of Cheng & Lam 2021 on tiny settings: what a recipe freezes, what the folds keep apart, and that a second run trains nothing."
+"Cheng & Lam 2021 on tiny settings: what a recipe freezes, what folds separate; a second run trains nothing."
 
 from dataclasses import replace
 
@@ -23,8 +23,8 @@ TINY = cheng_lam.ChengSettings(
 )
 
 
-def pictures(n=24, size=32):
-    "Bright squares on a dark ground, two pictures a patient."
+def squares(n=24, size=32):
+    "Bright squares on a dark ground, two images a patient."
     rng = np.random.default_rng(0)
     masks = np.zeros((n, 1, size, size), bool)
     for m in masks:
@@ -46,8 +46,8 @@ def pictures(n=24, size=32):
     )
 
 
-def test_mirrored_copies_are_mirrored_and_named_after_their_picture():
-    few = pictures(6)
+def test_mirrored_copies_are_mirrored_and_named_after_their_image():
+    few = squares(6)
     both = cheng_lam.mirrored(few)
     assert (
         len(both) == 12
@@ -61,24 +61,24 @@ def test_mirrored_copies_are_mirrored_and_named_after_their_picture():
 
 
 def test_copies_across_by_hand():
-    both = cheng_lam.mirrored(pictures(4))
+    both = cheng_lam.mirrored(squares(4))
     assert cheng_lam.copies_across(both, pd.Series([0, 0, 1, 1] * 2)) == 0
     assert cheng_lam.copies_across(both, pd.Series([0, 0, 1, 1, 1, 0, 1, 1])) == 0.25
 
 
-def test_folds_by_patient_are_disjoint_and_dealt_ones_are_not():
-    both = cheng_lam.mirrored(pictures())
-    honest, dealt = (cheng_lam.protocol_folds(both, p, TINY) for p in ('patient', 'image'))
+def test_folds_by_patient_are_disjoint_and_random_ones_are_not():
+    both = cheng_lam.mirrored(squares())
+    honest, random = (cheng_lam.protocol_folds(both, p, TINY) for p in ('patient', 'image'))
     assert_disjoint(both.table[honest == 0], both.table[honest == 1])
     with pytest.raises(LeakError):
-        assert_disjoint(both.table[dealt == 0], both.table[dealt == 1])
-    assert cheng_lam.copies_across(both, honest) == 0 < cheng_lam.copies_across(both, dealt)
+        assert_disjoint(both.table[random == 0], both.table[random == 1])
+    assert cheng_lam.copies_across(both, honest) == 0 < cheng_lam.copies_across(both, random)
     with pytest.raises(ValueError, match='sun'):
         cheng_lam.protocol_folds(both, 'sun', TINY)
 
 
 def test_batch_dice_by_hand():
-    few = pictures(4)
+    few = squares(4)
     assert cheng_lam.batch_dice(few.masks.astype(np.float16), few, 2) == pytest.approx(1)
     area = few.masks[:2].sum()
     assert cheng_lam.batch_dice(np.zeros(few.masks.shape, np.float16), few[:4], 2) == pytest.approx(
@@ -87,7 +87,7 @@ def test_batch_dice_by_hand():
 
 
 def test_vunet_trains_its_decoder_first_then_everything(tmp_path, monkeypatch):
-    few, s = pictures(8), replace(TINY, bs=4)
+    few, s = squares(8), replace(TINY, bs=4)
     folds = cheng_lam.protocol_folds(few, 'patient', s)
     prob, first = cheng_lam.run_recipe(
         cheng_lam.Recipe('vunet', start='none', frozen='encoder frozen'),

@@ -1,4 +1,4 @@
-"The reproduction of Gare 2021 where no notebook looks: what class weights are counted on, and what a report's first screen says."
+"Gare 2021 where no notebook looks: what class weights are counted on, what the first screen says."
 
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -82,9 +82,9 @@ def test_the_first_screen_names_frames_and_patients(data):
             for _ in range(5 if i == 0 else 1)
         ]
     )
-    told = [c if r else CLASSES[(CLASSES.index(c) + 1) % 3] for c, r in zip(oof.label, oof.right)]
+    predicted = [c if r else CLASSES[(CLASSES.index(c) + 1) % 3] for c, r in zip(oof.label, oof.right)]
     oof = oof.assign(
-        fold=0, frame=range(len(oof)), **{f'p_{c}': [float(t == c) for t in told] for c in CLASSES}
+        fold=0, frame=range(len(oof)), **{f'p_{c}': [float(t == c) for t in predicted] for c in CLASSES}
     )
     rows = [
         (p, row, t)
@@ -111,7 +111,7 @@ def test_the_first_screen_names_frames_and_patients(data):
 
 
 def test_looking_up_never_takes_a_frame_of_its_own_fold():
-    "Three images in a row, each most like the one before; the middle one may only ask the fold that it is not in."
+    "Three images in a row, each most like the one before; the middle one may only ask the other fold."
 
     class Store:
         images = np.repeat(np.repeat(np.array([0, 10, 40], np.uint8)[:, None, None], 8, 1), 8, 2)

@@ -93,7 +93,7 @@ def test_b_lines_stand_upright_and_a_lines_lie():
         assert seen.any() and (run[0].mean() > 20) == tall
 
 
-def test_roughen_moves_pictures_and_masks_alike(frames):
+def test_roughen_moves_images_and_masks_alike(frames):
     x, y = (
         TensorImage(torch.from_numpy(frames.images[:, None] / 255.0).float()),
         TensorMask(torch.from_numpy(frames.masks).float()),
@@ -170,7 +170,7 @@ def test_spearman_is_that_of_scipy():
 
     x, y = np.random.default_rng(0).integers(0, 4, (2, 40))
     assert spearman(x, y) == pytest.approx(spearmanr(x, y)[0]) and np.isnan(spearman([1, 1], [1, 2]))
-    with pytest.raises(ValueError, match='a value per clip'):
+    with pytest.raises(ValueError, match='inconsistent'):
         auc([0, 1], [1])
 
 
@@ -367,11 +367,11 @@ def test_probed_scores_come_from_a_regression_that_has_not_seen_the_patient():
     rng = np.random.default_rng(0)
     answers, patients = rng.integers(0, 2, 60).astype(float), np.repeat([f'p{i}' for i in range(15)], 4)
     table = pd.DataFrame(dict(patient=patients, b_lines=answers))
-    told = np.concatenate([rng.normal(size=(60, 5)), answers[:, None]], 1)
-    got = probed_scores(told, table, 'b_lines')
+    known = np.concatenate([rng.normal(size=(60, 5)), answers[:, None]], 1)
+    got = probed_scores(known, table, 'b_lines')
     assert auc(answers, got) > 0.95
     table.loc[7, 'b_lines'] = np.nan  # no answer for this one
-    got = probed_scores(told, table, 'b_lines')
+    got = probed_scores(known, table, 'b_lines')
     assert np.isnan(got[7]) and np.isfinite(np.delete(got, 7)).all()
     whose = pd.DataFrame(dict(patient=patients, b_lines=np.repeat(rng.permutation([0.0, 1.0] * 8)[:15], 4)))
     knows = (patients[:, None] == np.unique(patients)).astype(
@@ -380,7 +380,7 @@ def test_probed_scores_come_from_a_regression_that_has_not_seen_the_patient():
     got = probed_scores(knows, whose, 'b_lines')
     for f in np.unique(got.round(9)):
         assert whose.patient[got.round(9) == f].nunique() >= 3  # all patients of a fold look the same
-    assert (probed_scores(told, whose.assign(b_lines=1.0), 'b_lines') == 0).all()  # no 'no' to learn from
+    assert (probed_scores(known, whose.assign(b_lines=1.0), 'b_lines') == 0).all()  # no 'no' to learn from
 
 
 def test_a_clips_features_are_the_means_of_its_frames(tmp_path):
