@@ -15,28 +15,7 @@ from torch import nn
 from lus_fastai.core import TableError
 from lus_fastai.data.store import FrameStore
 from lus_fastai.models.unet import create_backbone
-from lus_fastai.train.contrastive import (
-    USCL,
-    ContrastiveNet,
-    MoCo,
-    PairItems,
-    SimCLR,
-    Supervised,
-    USCLAugment,
-    alignment,
-    beta_half,
-    draw_triplets,
-    info_nce,
-    knn_accuracy,
-    label_budget,
-    mix_triplets,
-    nt_xent,
-    pair_dls,
-    pair_learner,
-    pretrain,
-    soft_cross_entropy,
-    uniformity,
-)
+from lus_fastai.train.contrastive import USCL, ContrastiveNet, MoCo, PairItems, SimCLR, Supervised, USCLAugment, alignment, beta_half, draw_triplets, info_nce, knn_accuracy, label_budget, mix_triplets, nt_xent, pair_dls, pair_learner, pretrain, soft_cross_entropy, uniformity
 
 
 class Tiny(nn.Module):

@@ -11,27 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lus_fastai.core import frozen_eval, seed_all
-from lus_fastai.models.transfer import (
-    GradualUnfreeze,
-    copy_decoder,
-    copy_encoder,
-    freeze,
-    load_weights,
-    param_count,
-    save_weights,
-    stages,
-)
-from lus_fastai.models.unet import (
-    BackboneClassifier,
-    LoneBatchNorm,
-    autoencoder,
-    create_backbone,
-    keras_init,
-    segmenter,
-    unet,
-    vunet,
-    xunet,
-)
+from lus_fastai.models.transfer import GradualUnfreeze, copy_decoder, copy_encoder, freeze, load_weights, param_count, save_weights, stages
+from lus_fastai.models.unet import BackboneClassifier, LoneBatchNorm, autoencoder, create_backbone, keras_init, segmenter, unet, vunet, xunet
 
 TRUNKS = dict(vgg16=14_714_688, resnet50=23_508_032, resnext50=22_979_904)
 

@@ -12,18 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lus_fastai.train.contrastive import ContrastiveNet, USCLAugment, pair_dls, pair_learner, pretrain
-from lus_fastai.train.semi_supervised import (
-    FixMatch,
-    PiModel,
-    SemiSup,
-    StrongAugment,
-    TemporalEnsembling,
-    WeakAugment,
-    consistency,
-    pseudo_labels,
-    ramp_up,
-    unbiased,
-)
+from lus_fastai.train.semi_supervised import FixMatch, PiModel, SemiSup, StrongAugment, TemporalEnsembling, WeakAugment, consistency, pseudo_labels, ramp_up, unbiased
 
 
 def backbone(seed=0):

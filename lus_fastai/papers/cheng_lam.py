@@ -38,17 +38,11 @@ from lus_fastai.papers.experiment import (
     settings_hash,
     without,
 )
-from lus_fastai.report import (
-    Report,
-    cell,
-    limits_note,
-    papers_note,
-    plot_comparison,
-    results_table,
-    score_text,
-    training_card,
-)
-from ..stats.segmentation import BCEDiceLoss, SoftDiceLoss, evaluate_masks, mask_scores, soft_dice
+from ..report import Report, limits_note, papers_note, score_text, training_card
+from ..runs import cell, results_table
+from ..stats.figures import plot_comparison
+from ..train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
+from ..stats.segmentation import evaluate_masks, mask_scores
 from ..synth.radiographs import rib_masks, salient_shapes
 from ..train.cross_validation import PlateauLR
 from ..train.segmentation import fit_masks, predict_masks

@@ -17,8 +17,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import StageLog, lus_home
-from ..data.folds import assert_disjoint, patient_folds, split_hash
-from ..report import cell, interval_text, results_json, results_table
+from ..core import assert_disjoint
+from ..data.folds import patient_folds, split_hash
+from ..runs import cell, results_json, results_table
+from ..plot import interval_text
 from ..train.cross_validation import training_hours
 
 # %% ../../nbs/papers/experiment.ipynb #e011

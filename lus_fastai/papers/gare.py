@@ -40,20 +40,10 @@ from lus_fastai.papers.experiment import (
     score_columns,
     settings_folder,
 )
-from lus_fastai.report import (
-    Report,
-    headline,
-    interval_text,
-    limits_note,
-    papers_note,
-    plot_comparison,
-    plot_confusion,
-    plot_iou,
-    plot_masks,
-    plot_roc,
-    results_table,
-    training_card,
-)
+from ..report import Report, headline, limits_note, papers_note, training_card
+from ..plot import interval_text, plot_masks
+from ..stats.figures import plot_comparison, plot_confusion, plot_iou, plot_roc
+from ..runs import results_table
 from ..stats.classification import evaluate, evaluate_seg, roc, vote
 from ..synth.phantom import phantom_dataset
 from lus_fastai.train.cross_validation import (

@@ -50,22 +50,15 @@ from ..data.fan import Fan, FanError, find_fan, to_polar
 from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index
-from ..data.store import ClipError, sample_clip
+from ..video import ClipError, sample_clip
 from ..explain.embeddings import features
 from ..models.unet import create_backbone, unet
 from .experiment import Experiment, comparison_rows, settings_folder, settings_hash
-from lus_fastai.report import (
-    Report,
-    cell,
-    interval_text,
-    limits_note,
-    plot_comparison,
-    read_results,
-    results_table,
-    score_text,
-    training_card,
-)
-from ..stats.segmentation import SoftDiceLoss
+from ..report import Report, limits_note, score_text, training_card
+from ..runs import cell, read_results, results_table
+from ..plot import interval_text
+from ..stats.figures import plot_comparison
+from ..train.losses import SoftDiceLoss
 from ..synth.phantom import Patient, draw_patient, phantom_clip
 from ..train.cross_validation import ClassProbs, cross_validate
 from ..train.segmentation import adam, fit_masks, predict_masks
