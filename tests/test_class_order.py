@@ -16,8 +16,10 @@ from lus_fastai.data.loaders import frame_dls
 from lus_fastai.explain.attribution import EXPLAINERS, explain_clip, saliency, seg_target
 from lus_fastai.explain.feature_visualization import maximise_class, show_imagined
 from lus_fastai.explain.sanity_checks import deletion_insertion
+from lus_fastai.models.backbones import create_backbone
+from lus_fastai.models.classifiers import seg_to_cls
 from lus_fastai.models.transfer import copy_weights, load_weights, name_outputs, save_weights
-from lus_fastai.models.unet import create_backbone, seg_to_cls, unet
+from lus_fastai.models.unet import unet
 from lus_fastai.report import plot_confusion
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M

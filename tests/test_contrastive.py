@@ -14,7 +14,7 @@ from torch import nn
 
 from lus_fastai.core import TableError
 from lus_fastai.data.store import FrameStore
-from lus_fastai.models.unet import create_backbone
+from lus_fastai.models.backbones import create_backbone
 from lus_fastai.train.contrastive import (
     USCL,
     ContrastiveNet,

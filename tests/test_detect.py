@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lus_fastai.core import TableError, seed_all
+from lus_fastai.models.backbones import create_backbone
+from lus_fastai.models.classifiers import BackboneClassifier
 from lus_fastai.models.transfer import param_count, save_weights
-from lus_fastai.models.unet import BackboneClassifier, create_backbone
 from lus_fastai.train.detection import (
     FEW_OBJECTS,
     DetectItems,

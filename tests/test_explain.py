@@ -32,7 +32,8 @@ from lus_fastai.explain.attribution import (
     smooth_grad,
     write_map_video,
 )
-from lus_fastai.models.unet import seg_to_cls, unet
+from lus_fastai.models.classifiers import seg_to_cls
+from lus_fastai.models.unet import unet
 
 METHODS = pytest.mark.parametrize('method', list(EXPLAINERS))
 FEW = {'smooth-grad': dict(n=3), 'integrated gradients': dict(steps=4), 'occlusion': dict(size=9, stride=6)}

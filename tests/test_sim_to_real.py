@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lus_fastai.core import MaskSet
 from lus_fastai.data.fan import FanError
-from lus_fastai.models.unet import create_backbone
+from lus_fastai.models.backbones import create_backbone
 from lus_fastai.papers import sim_to_real
 from lus_fastai.papers.sim_to_real import (
     LINES,

@@ -36,8 +36,8 @@ from ..data.sources import index
 from ..data.store import FrameStore, store_rows
 from ..explain.attribution import grad_cam
 from ..explain.sanity_checks import heat_in_fan, only_outside, outside_fan_check, predict_source
+from ..models.classifiers import covidnet
 from ..models.transfer import copy_weights, name_outputs
-from ..models.unet import covidnet
 from lus_fastai.report import (
     PAPERS,
     Report,

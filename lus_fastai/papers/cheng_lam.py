@@ -24,8 +24,9 @@ from ..data.augment import ChengAugment
 from ..data.despeckling import despeckle
 from ..data.folds import assert_disjoint, patient_folds, split_hash
 from ..data.sources import busi_set, index
+from ..models.backbones import create_backbone
 from ..models.transfer import copy_encoder, copy_weights, freeze
-from ..models.unet import create_backbone, keras_init, vunet, xunet
+from ..models.unet import keras_init, vunet, xunet
 from lus_fastai.report import (
     Report,
     cell,

@@ -36,8 +36,9 @@ from ..data.folds import assert_disjoint, leaky_folds, patient_folds, split_hash
 from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore
+from ..models.classifiers import seg_to_cls
 from ..models.transfer import copy_weights, name_outputs
-from ..models.unet import seg_to_cls, unet
+from ..models.unet import unet
 from lus_fastai.report import (
     Report,
     cell,

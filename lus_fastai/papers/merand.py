@@ -31,8 +31,10 @@ from ..data.augment import MerandAugment
 from ..data.folds import assert_disjoint, split_hash
 from ..data.loaders import absent_classes
 from ..data.sources import _mask_set, ccxs_set, chexpert_labels, index, siim_set
+from ..models.backbones import create_backbone
+from ..models.classifiers import BackboneClassifier
+from ..models.segmenters import autoencoder, segmenter
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
-from ..models.unet import BackboneClassifier, autoencoder, create_backbone, segmenter
 from .arora import mean_over_patients
 from lus_fastai.report import (
     Report,

@@ -47,7 +47,8 @@ from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import ClipError, sample_clip
 from ..explain.embeddings import features
-from ..models.unet import create_backbone, unet
+from ..models.backbones import create_backbone
+from ..models.unet import unet
 from lus_fastai.report import (
     Report,
     cell,

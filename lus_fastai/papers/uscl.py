@@ -31,8 +31,9 @@ from ..data.store import FrameStore, store_rows
 from ..explain.attribution import grad_cam
 from ..explain.embeddings import features
 from ..explain.sanity_checks import heat_in_fan
+from ..models.backbones import create_backbone
+from ..models.classifiers import BackboneClassifier
 from ..models.transfer import copy_weights, name_outputs, save_weights
-from ..models.unet import BackboneClassifier, create_backbone
 from . import arora
 from lus_fastai.report import (
     Report,

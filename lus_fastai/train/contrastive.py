@@ -34,8 +34,8 @@ from torch import nn
 
 from ..core import CLASSES, TableError, atomic_path, frozen_eval, progress
 from ..data.store import FrameStore, store_rows
+from ..models.backbones import scale_for
 from ..models.transfer import copy_weights, load_weights, name_outputs, save_weights
-from ..models.unet import scale_for
 from lus_fastai.train.cross_validation import (
     AutoPrecision,
     CosineLR,

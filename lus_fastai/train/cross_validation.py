@@ -59,8 +59,8 @@ from lus_fastai.core import (
 from ..data.folds import patient_folds, split_hash
 from ..data.loaders import RowReader, frame_dls
 from ..data.store import FrameStore
+from ..models.backbones import scale_for
 from ..models.transfer import freeze, name_outputs, save_weights, split_rates, stages
-from ..models.unet import scale_for
 from ..stats.classification import confusion_columns, mean_iou, pred_classes, predicted
 
 # %% ../../nbs/train/cross_validation.ipynb #c006-1

@@ -45,8 +45,8 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, progress, seed_all
 from ..data.store import ClipError, read_clip
+from ..models.backbones import create_backbone, gray_stem
 from ..models.transfer import copy_weights, load_weights
-from ..models.unet import create_backbone, gray_stem
 from .cross_validation import EpochEnd, _claim, fit_resumable
 
 # %% ../../nbs/train/detection.ipynb #c006
@@ -412,8 +412,8 @@ def _load_body(net, weights):
     account = copy_weights(weights, net)
     parts = {n for n, m in net.named_children() if any(True for _ in m.parameters())}
     head = (getattr(net, 'pretrained_cfg', None) or {}).get('classifier') or 'fc'
-    foreign = [k for k in account.unused if k.split('.')[0] in parts and not k.startswith(head)]
-    if foreign or account.differ or any(not k.endswith('num_batches_tracked') for k in account.left):
+    foreign = [k for k in account.unexpected if k.split('.')[0] in parts and not k.startswith(head)]
+    if foreign or account.mismatched or any(not k.endswith('num_batches_tracked') for k in account.missing):
         raise ValueError(f"these weights are of another architecture than {type(net).__name__}:\n{account}")
     return account
 
