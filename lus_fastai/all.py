@@ -14,6 +14,8 @@ from lus_fastai.data.fan import *
 from lus_fastai.data.despeckling import *
 from lus_fastai.data.loaders import *
 from lus_fastai.data.augment import *
+from lus_fastai.train.distributed import *
+from lus_fastai.data.pairs import *
 from lus_fastai.models.transfer import *
 from lus_fastai.models.backbones import *
 from lus_fastai.models.unet import *

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lus_fastai.train.contrastive import ContrastiveNet, USCLAugment, pair_dls, pair_learner, pretrain
+from lus_fastai.data.pairs import USCLAugment, pair_dls
+from lus_fastai.train.contrastive import ContrastiveNet, pair_learner, pretrain
 from lus_fastai.train.semi_supervised import (
     FixMatch,
     PiModel,

@@ -30,6 +30,7 @@ from ..core import MaskSet, atomic_path, lus_home, real_data, seed_all
 from ..data.augment import MerandAugment
 from ..data.folds import assert_disjoint, split_hash
 from ..data.loaders import absent_classes
+from ..data.pairs import ABLATION, pair_dls
 from ..data.sources import _mask_set, ccxs_set, chexpert_labels, index, siim_set
 from ..models.backbones import create_backbone
 from ..models.classifiers import BackboneClassifier
@@ -50,7 +51,7 @@ from lus_fastai.report import (
 from ..stats.classification import _percentiles, _ratio, _weights
 from ..stats.segmentation import mask_confusions, soft_dice
 from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
-from ..train.contrastive import ABLATION, SimCLR, pair_dls, pretrain
+from ..train.contrastive import SimCLR, pretrain
 from ..train.cross_validation import training_hours
 from ..train.segmentation import _fit, adam, fit_masks, fit_rotation, predict_masks
 

@@ -26,6 +26,7 @@ from ..core import CLASSES, lus_home, real_data, seed_all
 from ..data.fan import add_fans
 from ..data.folds import assert_disjoint, patient_folds, split_hash
 from ..data.loaders import frame_dls
+from ..data.pairs import ABLATION, USCLAugment, pair_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
 from ..explain.attribution import grad_cam
@@ -50,18 +51,7 @@ from lus_fastai.report import (
 )
 from ..stats.classification import evaluate
 from ..synth.phantom import phantom_dataset
-from lus_fastai.train.contrastive import (
-    ABLATION,
-    USCL,
-    MoCo,
-    SimCLR,
-    Supervised,
-    USCLAugment,
-    leave_processes,
-    main_first,
-    pair_dls,
-    pretrain,
-)
+from ..train.contrastive import USCL, MoCo, SimCLR, Supervised, pretrain
 from lus_fastai.train.cross_validation import (
     ClassProbs,
     cross_validate,
@@ -70,6 +60,7 @@ from lus_fastai.train.cross_validation import (
     training_hours,
 )
 from ..train.detection import FEW_OBJECTS, DetectItems, busi_items, phantom_items, train_detector
+from ..train.distributed import leave_processes, main_first
 from ..train.semi_supervised import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 
 # %% ../../nbs/papers/uscl.ipynb #c006

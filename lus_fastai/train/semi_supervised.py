@@ -14,14 +14,9 @@ import warnings
 
 import torch
 
-from lus_fastai.train.contrastive import (
-    PairMethod,
-    USCLAugment,
-    _gather,
-    _logits,
-    _mean_loss,
-    soft_cross_entropy,
-)
+from ..data.pairs import USCLAugment
+from .contrastive import PairMethod, class_logits, soft_cross_entropy
+from .distributed import gather, mean_loss
 
 # %% ../../nbs/train/semi_supervised.ipynb #c008
 def ramp_up(
@@ -75,7 +70,7 @@ class SemiSup(PairMethod):
             self.noted.setdefault(k, []).append((torch.as_tensor(v).detach(), n))
 
     def compute(self, pred, y, ids):
-        logits = _logits(pred)
+        logits = class_logits(pred)
         supervised = soft_cross_entropy(logits[:, 0] if logits.ndim == 3 else logits, y[:, 0])
         if not self.training:
             return supervised
@@ -88,7 +83,7 @@ class SemiSup(PairMethod):
             dict(
                 epoch=self.epoch,
                 weight=self.weight * ramp_up(self.epoch, self.ramp * self.n_epoch),
-                **{k: _mean_loss(v) for k, v in self.noted.items()},
+                **{k: mean_loss(v) for k, v in self.noted.items()},
             )
         )
 
@@ -174,7 +169,7 @@ class TemporalEnsembling(SemiSup):
         at = ids[:, 0]
         loss = consistency(logits, unbiased(self.ensemble[at], self.seen[at], self.alpha), self.seen[at] > 0)
         with torch.no_grad():
-            at, p = _gather(at), _gather(logits.detach().float().softmax(-1))
+            at, p = gather(at), gather(logits.detach().float().softmax(-1))
             self.ensemble[at] = self.alpha * self.ensemble[at] + (1 - self.alpha) * p
             self.seen[at] += 1
         return loss
