@@ -42,7 +42,7 @@ def launch(settings, out, timeout=500):
         **os.environ,
         'OMP_NUM_THREADS': '1',
         'ACCELERATE_USE_CPU': 'true',
-        'PYTHONPATH': str(Path(D.__file__).parents[1]),
+        'PYTHONPATH': str(Path(D.__file__).parents[2]),
         **({'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}),
     }
     command = [
