@@ -11,9 +11,9 @@ from common import compare
 from PIL import Image
 from torchvision import transforms as T
 
+from lus_fastai.data.pairs import pair_dls
 from lus_fastai.data.store import FrameStore
 from lus_fastai.synth.phantom import phantom_dataset
-from lus_fastai.train.contrastive import pair_dls
 
 
 class Pairs(torch.utils.data.Dataset):

@@ -8,7 +8,7 @@ import torch
 from common import compare
 from torch import nn
 
-from lus_fastai.models.unet import create_backbone
+from lus_fastai.models.backbones import create_backbone
 from lus_fastai.train.contrastive import USCL, ContrastiveNet
 from lus_fastai.train.cross_validation import autocast_for
 

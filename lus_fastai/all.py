@@ -18,8 +18,13 @@ from lus_fastai.data.fan import *
 from lus_fastai.data.despeckling import *
 from lus_fastai.data.loaders import *
 from lus_fastai.data.augment import *
+from lus_fastai.train.distributed import *
+from lus_fastai.data.pairs import *
 from lus_fastai.models.transfer import *
+from lus_fastai.models.backbones import *
 from lus_fastai.models.unet import *
+from lus_fastai.models.segmenters import *
+from lus_fastai.models.classifiers import *
 from lus_fastai.train.losses import *
 from lus_fastai.train.cross_validation import *
 from lus_fastai.train.segmentation import *

@@ -1,4 +1,4 @@
-"What each process of tests/test_distributed.py runs: pretraining with several methods, and what this process saw of every batch. Arguments: settings (JSON), results folder."
+"What each process of test_distributed.py runs, and what it saw. Arguments: settings (JSON), results folder."
 
 import json
 import os
@@ -9,8 +9,10 @@ import torch
 from fastai.vision.all import Callback
 from torch import nn
 
+from lus_fastai.data.pairs import pair_dls
 from lus_fastai.data.store import FrameStore
 from lus_fastai.train import contrastive as C
+from lus_fastai.train import distributed as D
 from lus_fastai.train import semi_supervised as S
 
 torch.set_num_threads(1)
@@ -38,7 +40,7 @@ class Norm(nn.Module):
 
 
 class Witness(Callback):
-    "Keeps the items, patients and a sum of the pixels of both views of each training batch of this process, and its losses."
+    "Keeps items, patients, sums of the pixels of both views, and losses of this process's training batches."
 
     def __init__(self):
         self.batches, self.losses = [], []
@@ -62,7 +64,7 @@ class Stop(Callback):
     "One process fails in the middle of its second epoch."
 
     def before_batch(self):
-        if self.epoch == 1 and C._rank() == 1:
+        if self.epoch == 1 and D.process_rank() == 1:
             raise RuntimeError('planted failure')
 
 
@@ -85,7 +87,7 @@ def train(run, store, out, extra=None, world_seed=0):
     backbone, seen = Norm(run.get('norm', 'group')), Witness()
     frames = store.frames
     last = frames['patient'] == sorted(frames['patient'].unique())[-1]
-    dls = C.pair_dls(
+    dls = pair_dls(
         store,
         frames[~last],
         frames[last],
@@ -113,9 +115,9 @@ def train(run, store, out, extra=None, world_seed=0):
 
 
 def main(settings, out):
-    rank = C.join_processes()
+    rank = D.join_processes()
     settings, out = json.loads(Path(settings).read_text()), Path(out)
-    with C.main_first():
+    with D.main_first():
         if rank == 0:
             (out / 'order.txt').write_text('0')
         else:
@@ -127,8 +129,8 @@ def main(settings, out):
     for name, run in settings['runs'].items():
         seen[name], weights = train(run, store, out / name, world_seed=rank)
         torch.save(weights, out / f'{name}-rank{rank}.pt')
-    world, backend = C._world(), torch.distributed.get_backend_config()
-    left = C.leave_processes(), C._world()
+    world, backend = D.n_processes(), torch.distributed.get_backend_config()
+    left = D.leave_processes(), D.n_processes()
     (out / f'rank{rank}.json').write_text(
         json.dumps(dict(runs=seen, wrote=wrote, world=world, backend=backend, left=left))
     )

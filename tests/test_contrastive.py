@@ -1,6 +1,7 @@
-"Pairs, NT-Xent and the pretraining methods against loops, lightly and torchvision; interrupts; two processes."
+"Pairs, NT-Xent and the methods against loops, lightly and torchvision; interrupts; two processes."
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,32 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lus_fastai.core import TableError
+from lus_fastai.data.pairs import (
+    PairItems,
+    USCLAugment,
+    beta_half,
+    draw_triplets,
+    label_budget,
+    mix_triplets,
+    pair_dls,
+)
 from lus_fastai.data.store import FrameStore
-from lus_fastai.models.unet import create_backbone
-from lus_fastai.train.contrastive import USCL, ContrastiveNet, MoCo, PairItems, SimCLR, Supervised, USCLAugment, alignment, beta_half, draw_triplets, info_nce, knn_accuracy, label_budget, mix_triplets, nt_xent, pair_dls, pair_learner, pretrain, soft_cross_entropy, uniformity
+from lus_fastai.models.backbones import create_backbone
+from lus_fastai.train.contrastive import (
+    USCL,
+    ContrastiveNet,
+    MoCo,
+    SimCLR,
+    Supervised,
+    alignment,
+    info_nce,
+    knn_accuracy,
+    nt_xent,
+    pair_learner,
+    pretrain,
+    soft_cross_entropy,
+    uniformity,
+)
 
 
 class Tiny(nn.Module):
@@ -295,7 +319,10 @@ def test_jitter_is_torchvisions():
     ours = a.apply(x, d)
     for i in range(8):
         b, c = float(d['brightness'][i]), float(d['contrast'][i])
-        ops = [lambda t: T.adjust_brightness(t, b), lambda t: T.adjust_contrast(t, c)]
+        ops = [
+            partial(T.adjust_brightness, brightness_factor=b),
+            partial(T.adjust_contrast, contrast_factor=c),
+        ]
         want = x[i]
         for op in ops if d['dark_first'][i] else ops[::-1]:
             want = op(want)
@@ -534,7 +561,7 @@ def test_moco_by_hand(phantom_store):
         learn.fit(2)
     assert len(seen) == 4 and int(method.memory['at']) == 0 and int(method.memory['steps']) == 4
     old = list(first.values())
-    for q, second, ids, queue, loss, encoder, weights in seen:
+    for *_, encoder, weights in seen:
         old = [0.9 * a + 0.1 * b for a, b in zip(old, weights)]
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(old, encoder))
     q, second, ids, queue, loss, *_ = seen[-1]

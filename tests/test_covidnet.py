@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lus_fastai.core import CLASSES, frozen_eval
+from lus_fastai.models.classifiers import covidnet
 from lus_fastai.models.transfer import param_count, save_weights
-from lus_fastai.models.unet import covidnet
 from lus_fastai.train import cross_validation as training
 
 RESNET = dict(trainable=2_394_371, frozen=8_815_168, total=11_209_539)

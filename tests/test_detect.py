@@ -13,9 +13,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lus_fastai.core import TableError, seed_all
+from lus_fastai.models.backbones import create_backbone
+from lus_fastai.models.classifiers import BackboneClassifier
 from lus_fastai.models.transfer import param_count, save_weights
-from lus_fastai.models.unet import BackboneClassifier, create_backbone
-from lus_fastai.train.detection import FEW_OBJECTS, DetectItems, DetectLog, WarmSteps, _coco, boxes_from_masks, busi_items, chen_split, detect_dls, detect_learner, detection_ap, detection_losses, fit_anchors, flip_target, load_detections, mask_rcnn, phantom_items, predict_detections, train_detector
+from lus_fastai.train.detection import (
+    FEW_OBJECTS,
+    DetectItems,
+    DetectLog,
+    WarmSteps,
+    _coco,
+    boxes_from_masks,
+    busi_items,
+    chen_split,
+    detect_dls,
+    detect_learner,
+    detection_ap,
+    detection_losses,
+    fit_anchors,
+    flip_target,
+    load_detections,
+    mask_rcnn,
+    phantom_items,
+    predict_detections,
+    train_detector,
+)
 
 TINY = dict(
     channels=1,

@@ -1,4 +1,4 @@
-"Two CPU processes (gloo, started by accelerate) pretrain as one process does on the same global batches; the main one alone writes; a failure ends all."
+"Two CPU processes (gloo, started by accelerate) train as one does on the same batches; one failure ends all."
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lus_fastai.train import contrastive as C
+from lus_fastai.train import distributed as D
 
 WORKER = Path(__file__).with_name('distributed_worker.py')
 spec = importlib.util.spec_from_file_location('distributed_worker', WORKER)
@@ -35,14 +35,14 @@ SAME = [k for k in RUNS if k != 'batchnorm']
 
 
 def launch(settings, out, timeout=500):
-    "Run the worker in two processes; their exit status and output. A hang is stopped: the launcher ends its processes when it is told to."
+    "Run the worker in two processes; their exit status and output. A hang is stopped with its processes."
     file = out / 'settings.json'
     file.write_text(json.dumps(settings))
     env = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
         'ACCELERATE_USE_CPU': 'true',
-        'PYTHONPATH': str(Path(C.__file__).parents[1]),
+        'PYTHONPATH': str(Path(D.__file__).parents[2]),
         **({'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}),
     }
     command = [
@@ -104,7 +104,7 @@ def test_two_processes_of_accelerate_over_gloo(two):
 
 @pytest.mark.parametrize('name', RUNS)
 def test_ranks_share_the_global_batch_pair_by_pair(two, one, phantom_store, name):
-    """Of each batch the first process has the first half of the pairs, the second the rest: together exactly the batch of one process, both views of a pair (told by their pixels) on one rank, no item on two, and so no patient torn apart within a pair."""
+    "Each process has half of the pairs of a batch; both views of a pair, known by their pixels, in one."
     parts, whole = [r['runs'][name]['batches'] for r in two['ranks']], one[name][0]['batches']
     assert len(parts[0]) == len(parts[1]) == len(whole) > 3
     for a, b, w in zip(*parts, whole):
@@ -139,7 +139,7 @@ def test_all_processes_end_with_the_same_weights(two, name):
 
 
 def test_batch_norm_on_cpu_sees_its_own_slice(two, one):
-    "The documented limit: without synced batch norm, which needs GPUs, each process normalises by its own pairs, so losses differ from those of one process."
+    "Without synced batch norm, which needs GPUs, each process normalises by its own pairs, so losses differ."
     losses = torch.tensor([r['runs']['batchnorm']['losses'] for r in two['ranks']])
     assert (losses.mean(0) - torch.tensor(one['batchnorm'][0]['losses'])).abs().max() > 1e-3
 
@@ -176,18 +176,18 @@ def test_one_process_goes_on_where_two_stopped(two, one, phantom_store):
     )
 
 
-def test_the_main_process_is_told_to_go_on_alone(two):
+def test_the_main_process_goes_on_alone(two):
     assert [r['left'] for r in two['ranks']] == [[True, 1], [False, 1]]
 
 
 def test_alone_nothing_is_joined(monkeypatch):
-    assert C.join_processes() == 0 and C.leave_processes() and not torch.distributed.is_initialized()
-    with C.main_first():
+    assert D.join_processes() == 0 and D.leave_processes() and not torch.distributed.is_initialized()
+    with D.main_first():
         pass
     with pytest.raises(KeyError):
-        with C.main_first():
+        with D.main_first():
             raise KeyError
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setitem(sys.modules, 'accelerate', None)
     with pytest.raises(ImportError, match='pip install accelerate'):
-        C.join_processes()
+        D.join_processes()

@@ -347,7 +347,7 @@ embed.features(net(), FrameStore({str(phantom_store.folder)!r}), path={str(tmp_p
 
 
 def test_another_scaling_is_another_model(phantom_store, tmp_path):
-    from lus_fastai.models.unet import Scale
+    from lus_fastai.models.backbones import Scale
 
     def scaled(mean):
         torch.manual_seed(0)

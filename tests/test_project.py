@@ -244,7 +244,7 @@ def test_what_is_imported_is_required():
         and not packages.get(n, {n}) & (required | asked_for)
     }  # timm brings huggingface_hub
     assert not missing, f'imported but not in settings.ini: {missing}'
-    by_name = (ROOT / 'lus_fastai/models/unet.py').read_text(
+    by_name = (ROOT / 'lus_fastai/models/backbones.py').read_text(
         encoding='utf-8'
     )  # packages of weights are looked up by name
     unused = {

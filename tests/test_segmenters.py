@@ -11,8 +11,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lus_fastai.core import frozen_eval, seed_all
-from lus_fastai.models.transfer import GradualUnfreeze, copy_decoder, copy_encoder, freeze, load_weights, param_count, save_weights, stages
-from lus_fastai.models.unet import BackboneClassifier, LoneBatchNorm, autoencoder, create_backbone, keras_init, segmenter, unet, vunet, xunet
+from lus_fastai.models.backbones import create_backbone
+from lus_fastai.models.classifiers import BackboneClassifier
+from lus_fastai.models.segmenters import LoneBatchNorm, autoencoder, segmenter
+from lus_fastai.models.transfer import (
+    GradualUnfreeze,
+    copy_decoder,
+    copy_encoder,
+    freeze,
+    load_weights,
+    param_count,
+    save_weights,
+    stages,
+)
+from lus_fastai.models.unet import keras_init, unet, vunet, xunet
 
 TRUNKS = dict(vgg16=14_714_688, resnet50=23_508_032, resnext50=22_979_904)
 
@@ -217,7 +229,7 @@ def test_a_unet_says_what_a_batch_of_one_small_image_lacks():
     )
 
 
-def test_bad_names_and_weights_that_cannot_be_had(monkeypatch):
+def test_bad_names_and_weights_that_cannot_be_loaded(monkeypatch):
     with pytest.raises(ValueError, match='resnet50'):
         segmenter('unet', 'resnet_50')
     with pytest.raises(ValueError, match="'unet' or 'deeplabv3'"):
@@ -230,7 +242,7 @@ def test_bad_names_and_weights_that_cannot_be_had(monkeypatch):
     def none(name, names):
         raise ConnectionError('no network')
 
-    monkeypatch.setattr('lus_fastai.models.unet._imagenet', none)
+    monkeypatch.setattr('lus_fastai.models.backbones._imagenet', none)
     with pytest.warns(UserWarning, match='starts from scratch'):
         net = segmenter('unet', 'resnet18', weights='imagenet')
     assert net.head[0].out_channels == 13
@@ -273,7 +285,9 @@ def test_encoders_move_between_all_kinds_of_networks(tmp_path):
     for src in sources:
         account = copy_encoder(src, unets)
         assert (
-            equal(unets.encoder.state_dict(), want) and len(account.loaded) == len(want) and not account.left
+            equal(unets.encoder.state_dict(), want)
+            and len(account.loaded) == len(want)
+            and not account.missing
         )
         unets.encoder.conv1.weight.data.zero_()
     copy_encoder(classifier, ae)
@@ -301,7 +315,7 @@ def test_encoders_of_timm_move_under_either_name(name):
         assert torch.allclose(deep, whole, atol=1e-5)
 
 
-def test_a_grey_stem_is_dealt_out_to_any_number_of_channels():
+def test_a_grey_stem_is_divided_among_any_number_of_channels():
     seed_all(0)
     grey, x = create_backbone('resnet18', 1), torch.rand(1, 1, 32, 32)
     for c in (1, 2, 3, 5):
@@ -383,7 +397,7 @@ def test_a_step_moves_what_trains_and_nothing_else(name, policy):
 
 
 class Flags(Callback):
-    "Which top modules train, epoch by epoch; stops where it is told to, as Ctrl-C does."
+    "Which top modules train, epoch by epoch; stops in a chosen epoch, as Ctrl-C does."
 
     order = 50
 
@@ -420,7 +434,7 @@ def fit(learn, n, **kwargs):
 OPENS = ['head', 'decoder', 'ups', 'bottleneck', 'encoder']
 
 
-def test_stages_open_from_the_head_and_everything_is_given_back():
+def test_stages_open_from_the_head_and_everything_is_as_before():
     seed_all(0)
     net, flags = unet(2, width=2), Flags()
     learn = small_learner(net, GradualUnfreeze(every=2), flags)

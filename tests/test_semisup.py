@@ -11,8 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lus_fastai.train.contrastive import ContrastiveNet, USCLAugment, pair_dls, pair_learner, pretrain
-from lus_fastai.train.semi_supervised import FixMatch, PiModel, SemiSup, StrongAugment, TemporalEnsembling, WeakAugment, consistency, pseudo_labels, ramp_up, unbiased
+from lus_fastai.data.pairs import USCLAugment, pair_dls
+from lus_fastai.train.contrastive import ContrastiveNet, pair_learner, pretrain
+from lus_fastai.train.semi_supervised import (
+    FixMatch,
+    PiModel,
+    SemiSup,
+    StrongAugment,
+    TemporalEnsembling,
+    WeakAugment,
+    consistency,
+    pseudo_labels,
+    ramp_up,
+    unbiased,
+)
 
 
 def backbone(seed=0):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lus_fastai.core import MaskSet
 from lus_fastai.data.fan import FanError
-from lus_fastai.models.unet import create_backbone
+from lus_fastai.models.backbones import create_backbone
 from lus_fastai.papers import sim_to_real
 from lus_fastai.papers.sim_to_real import LINES, LineNet, Roughen, SimSettings, agreement, auc, clip_features, common_fan, contrast_channels, line_areas, patient_interval, phantom_fan, plain_scores, plot_agreement, polar_clips, polar_phantom, probed_scores, reproduce, spearman, taught_scores, tuning_patients, vary
 from lus_fastai.runs import read_results

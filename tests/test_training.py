@@ -26,7 +26,9 @@ from lus_fastai.core import CLASSES, seed_all
 from lus_fastai.data.store import FrameStore
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.augment import GareAugment
-from lus_fastai.models.unet import unet, seg_to_cls, create_backbone, BackboneClassifier
+from lus_fastai.models.unet import unet
+from lus_fastai.models.classifiers import seg_to_cls, BackboneClassifier
+from lus_fastai.models.backbones import create_backbone
 from lus_fastai.data.folds import patient_folds
 from lus_fastai.train.cross_validation import AutoPrecision, EpochEnd, PlateauLR, CosineLR, OneCycleLR, EpochSeed, Checkpoint, fit_resumable, ClassProbs, cross_validate, last_epoch, fold_history, fine_tune_learner, fine_tune
 from lus_fastai.models.transfer import copy_weights, load_weights, split_rates, stages

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lus_fastai.models.backbones import create_backbone
+from lus_fastai.models.classifiers import BackboneClassifier, covidnet, seg_to_cls
 from lus_fastai.models.transfer import copy_weights, freeze, param_count, split_rates, stages
-from lus_fastai.models.unet import BackboneClassifier, covidnet, create_backbone, seg_to_cls, unet
+from lus_fastai.models.unet import unet
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 TIMM = (

@@ -70,7 +70,7 @@ def test_the_released_backbone_loads_and_has_its_card(run):
         and weights.name in card
         and str(run[0]) not in card
     )
-    from lus_fastai.models.unet import create_backbone
+    from lus_fastai.models.backbones import create_backbone
 
     assert create_backbone('resnet18', weights=weights).pretrained
 

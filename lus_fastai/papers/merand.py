@@ -30,9 +30,12 @@ from ..core import MaskSet, assert_disjoint, atomic_path, lus_home, real_data, s
 from ..data.augment import MerandAugment
 from ..data.folds import split_hash
 from ..data.loaders import absent_classes
+from ..data.pairs import ABLATION, pair_dls
 from ..data.sources import _mask_set, ccxs_set, chexpert_labels, index, siim_set
+from ..models.backbones import create_backbone
+from ..models.classifiers import BackboneClassifier
+from ..models.segmenters import autoencoder, segmenter
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
-from ..models.unet import BackboneClassifier, autoencoder, create_backbone, segmenter
 from .arora import mean_over_patients
 from ..plot import interval_text
 from ..report import Report, limits_note, papers_note, training_card
@@ -41,7 +44,7 @@ from ..stats.classification import _percentiles, _ratio, _weights
 from ..stats.figures import plot_comparison
 from ..stats.segmentation import mask_confusions
 from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
-from ..train.contrastive import ABLATION, SimCLR, pair_dls, pretrain
+from ..train.contrastive import SimCLR, pretrain
 from ..train.cross_validation import training_hours
 from ..train.losses import soft_dice
 from ..train.segmentation import _fit, adam, fit_masks, fit_rotation, predict_masks

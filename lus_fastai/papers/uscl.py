@@ -26,13 +26,15 @@ from ..core import CLASSES, assert_disjoint, lus_home, real_data, seed_all
 from ..data.fan import add_fans
 from ..data.folds import patient_folds, split_hash
 from ..data.loaders import frame_dls
+from ..data.pairs import ABLATION, USCLAugment, pair_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
 from ..explain.attribution import grad_cam
 from ..explain.embeddings import features
 from ..explain.sanity_checks import heat_in_fan
+from ..models.backbones import create_backbone
+from ..models.classifiers import BackboneClassifier
 from ..models.transfer import copy_weights, name_outputs, save_weights
-from ..models.unet import BackboneClassifier, create_backbone
 from . import arora
 from ..plot import interval_text
 from ..report import Report, limits_note, model_card, papers_note, score_text, training_card
@@ -40,18 +42,7 @@ from ..runs import cell, results_json, results_table
 from ..stats.classification import evaluate
 from ..stats.figures import plot_comparison
 from ..synth.phantom import phantom_dataset
-from lus_fastai.train.contrastive import (
-    ABLATION,
-    USCL,
-    MoCo,
-    SimCLR,
-    Supervised,
-    USCLAugment,
-    leave_processes,
-    main_first,
-    pair_dls,
-    pretrain,
-)
+from ..train.contrastive import USCL, MoCo, SimCLR, Supervised, pretrain
 from lus_fastai.train.cross_validation import (
     ClassProbs,
     cross_validate,
@@ -60,6 +51,7 @@ from lus_fastai.train.cross_validation import (
     training_hours,
 )
 from ..train.detection import FEW_OBJECTS, DetectItems, busi_items, phantom_items, train_detector
+from ..train.distributed import leave_processes, main_first
 from ..train.semi_supervised import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 
 # %% ../../nbs/papers/uscl.ipynb #c006

@@ -34,7 +34,10 @@ from fastai.vision.all import (
     ValueMetric,
     trainable_params,
 )
+from fastcore.basics import patch
 from torch import nn
+
+# %% ../../nbs/train/detection.ipynb #c003a
 from torchvision.models import ResNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -43,12 +46,12 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, Mask
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+# %% ../../nbs/train/detection.ipynb #c003b
 from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, progress, seed_all
+from ..data.store import ClipError, read_clip
+from ..models.backbones import create_backbone, first_conv, gray_stem
 from ..models.transfer import copy_weights, load_weights
-from ..models.unet import create_backbone, gray_stem
-from ..runs import claim_folder
-from .cross_validation import EpochEnd, fit_resumable
-from ..video import ClipError, read_clip
+from .cross_validation import EpochEnd, _claim, fit_resumable
 
 # %% ../../nbs/train/detection.ipynb #c006
 def boxes_from_masks(
@@ -59,77 +62,91 @@ def boxes_from_masks(
     if masks.ndim != 3:
         raise ValueError(f"masks are (n, h, w), one of each object, got shape {masks.shape}")
     kept = masks.any((1, 2))
-    rows, cols = masks[kept].any(2), masks[kept].any(1)
+    rows, cols = masks[kept].any(2), masks[kept].any(1)  # (m, h), (m, w)
     h, w = masks.shape[1:]
 
     def first(x):
         return x.argmax(1) if x.size else np.zeros(0, int)
 
-    return np.stack([first(cols), first(rows), w - first(cols[:, ::-1]), h - first(rows[:, ::-1])], 1).astype(
-        np.float32
-    ).reshape(-1, 4), kept
+    x0, y0 = first(cols), first(rows)
+    x1, y1 = w - first(cols[:, ::-1]), h - first(rows[:, ::-1])
+    return np.stack([x0, y0, x1, y1], 1).astype(np.float32).reshape(-1, 4), kept
 
 # %% ../../nbs/train/detection.ipynb #c009
 @dataclass(repr=False, eq=False)
 class DetectItems:
-    "Pictures and the masks of their objects; `items[i]` is what the network trains on."
+    "Images and the masks of their objects; `items[i]` is what the network trains on."
 
-    table: pd.DataFrame  # a row per picture, numbered from 0: at least the columns label and patient, so that patient_folds can deal them
+    table: pd.DataFrame  # a row per image, numbered from 0, with at least the columns label and patient
     images: list  # (h, w) uint8 each
     masks: list  # (n, h, w) bool each, n from 0
     labels: list  # (n,) int each, 1 for the first of names; 0 is the network's background
     names: tuple  # of the classes
-    dropped: int = 0  # objects without area that were left out
-    skipped: dict = None  # pictures that could not be read: path -> reason
+    dropped: int = 0  # objects without area
+    skipped: dict = None  # images that could not be read: path -> reason
 
     def __post_init__(self):
         self.skipped = self.skipped or {}
-        if not len(self.table) == len(self.images) == len(self.masks) == len(self.labels):
-            raise ValueError(
-                f"{len(self.table)} rows, {len(self.images)} images, {len(self.masks)} masks and {len(self.labels)} labels: one of each for every picture"
-            )
+        n = len(self.images), len(self.masks), len(self.labels)
+        if set(n) != {len(self.table)}:
+            counts = f"{len(self.table)} rows, {n[0]} images, {n[1]} masks and {n[2]} labels"
+            raise ValueError(f"{counts}: one of each for every image")
         self.table, self.boxes = self.table.reset_index(drop=True), []
-        for i, (x, m, l) in enumerate(zip(self.images, self.masks, self.labels)):
-            if m.shape != (len(l), *x.shape):
-                raise ValueError(
-                    f"picture {i} of {x.shape[1]}x{x.shape[0]} has masks of shape {m.shape} and {len(l)} labels; masks are (n, height, width)"
-                )
-            if len(l) and not 1 <= min(l) <= max(l) <= len(self.names):
-                raise ValueError(
-                    f"picture {i} has labels {sorted(set(map(int, l)))}; with the names {list(self.names)} they are 1..{len(self.names)}"
-                )
-            boxes, kept = boxes_from_masks(m)
-            if not kept.all():
-                self.dropped += int((~kept).sum())
-                self.masks[i], self.labels[i] = m[kept], np.asarray(l)[kept]
-            self.boxes.append(boxes)
+        for i in range(len(self.table)):
+            self._check(i)
+            self._add_boxes(i)
 
     def __len__(self):
         return len(self.table)
 
-    def __getitem__(self, i):
-        "Picture i as (1, h, w) float 0..1, and its target as torchvision wants it."
-        return torch.from_numpy(self.images[i])[None] / 255.0, dict(
-            boxes=torch.from_numpy(self.boxes[i]),
-            labels=torch.as_tensor(np.asarray(self.labels[i], np.int64)),
-            masks=torch.from_numpy(self.masks[i].astype(np.uint8)),
+# %% ../../nbs/train/detection.ipynb #c009-1
+@patch
+def _check(self: DetectItems, i):
+    "ValueError where masks and labels of image i do not fit it or each other."
+    x, m, l, n = self.images[i], self.masks[i], self.labels[i], len(self.names)
+    if m.shape != (len(l), *x.shape):
+        raise ValueError(
+            f"image {i} of {x.shape[1]}x{x.shape[0]} has masks of shape {m.shape} and {len(l)} labels; "
+            f"masks are (n, height, width)"
         )
+    if len(l) and not 1 <= min(l) <= max(l) <= n:
+        found = sorted(set(map(int, l)))
+        raise ValueError(f"image {i} has labels {found}; with the names {list(self.names)} they are 1..{n}")
 
-    def __repr__(self):
-        counts = (
-            np.bincount(
-                np.concatenate([np.asarray(l, int) for l in self.labels]), minlength=len(self.names) + 1
-            )[1:]
-            if len(self)
-            else [0] * len(self.names)
-        )
-        return (
-            f"{len(self)} pictures with "
-            + ', '.join(f'{n} {name}' for n, name in zip(counts, self.names))
-            + f"; {sum(not len(l) for l in self.labels)} without any"
-            + (f"; {self.dropped} objects without area dropped" if self.dropped else '')
-            + (f"; {len(self.skipped)} pictures skipped" if self.skipped else '')
-        )
+
+@patch
+def _add_boxes(self: DetectItems, i):
+    "The boxes of image i; objects without area are dropped."
+    boxes, kept = boxes_from_masks(self.masks[i])
+    if not kept.all():
+        self.dropped += int((~kept).sum())
+        self.masks[i], self.labels[i] = self.masks[i][kept], np.asarray(self.labels[i])[kept]
+    self.boxes.append(boxes)
+
+# %% ../../nbs/train/detection.ipynb #c009-2
+@patch
+def __getitem__(self: DetectItems, i):
+    "Image i as (1, h, w) float 0..1, and its target as torchvision wants it."
+    return torch.from_numpy(self.images[i])[None] / 255.0, dict(
+        boxes=torch.from_numpy(self.boxes[i]),
+        labels=torch.as_tensor(np.asarray(self.labels[i], np.int64)),
+        masks=torch.from_numpy(self.masks[i].astype(np.uint8)),
+    )
+
+
+@patch
+def __repr__(self: DetectItems):
+    counts = [0] * len(self.names)
+    if len(self):
+        labels = np.concatenate([np.asarray(l, int) for l in self.labels])
+        counts = np.bincount(labels, minlength=len(self.names) + 1)[1:]
+    objects = ', '.join(f'{n} {name}' for n, name in zip(counts, self.names))
+    parts = [f"{len(self)} images with {objects}", f"{sum(not len(l) for l in self.labels)} without any"]
+    if self.dropped:
+        parts.append(f"{self.dropped} objects without area dropped")
+    if self.skipped:
+        parts.append(f"{len(self.skipped)} images skipped")
+    return '; '.join(parts)
 
 # %% ../../nbs/train/detection.ipynb #c011-1
 def _paths(x):
@@ -138,51 +155,72 @@ def _paths(x):
         return [p for p in x.split(';') if p.strip()]
     return list(x) if isinstance(x, (list, tuple, np.ndarray)) else []
 
+
+def _read_lesions(path, lesions):
+    "An image and the masks (n, h, w) of its lesions; ClipError for a mask of another size."
+    image = read_clip(path).frames[0]
+    masks = [read_clip(p).frames[0] > 127 for p in lesions]
+    for p, m in zip(lesions, masks):
+        if m.shape != image.shape:
+            raise ClipError(p, 'this mask is of another size than its image')
+    return image, np.stack(masks) if masks else np.zeros((0, *image.shape), bool)
+
 # %% ../../nbs/train/detection.ipynb #c011
 def busi_items(
-    table: pd.DataFrame,  # as sources.index('busi', folder) returns it: lesions is the list of a picture's mask files
-    names=('lesion',),  # the one class; benign and malignant are not told apart (Chen 2021)
-) -> DetectItems:  # an unreadable picture, or one with a mask of another size, is in skipped
-    "Pictures with lesions drawn file by file."
+    table: pd.DataFrame,  # of sources.index('busi', folder): lesions is the list of an image's mask files
+) -> DetectItems:  # an unreadable image, or one with a mask of another size, is in skipped
+    "Images with lesions drawn file by file: one class, benign and malignant alike (Chen 2021)."
     if 'lesions' not in table:
         raise TableError(
-            f"missing column 'lesions', the mask files of each picture; this table has {list(table.columns)}"
+            f"missing column 'lesions', the mask files of each image; this table has {list(table.columns)}"
         )
     rows, images, masks, skipped = [], [], [], {}
-    for i, path, lesions in progress(
-        list(zip(range(len(table)), table['path'], table['lesions'])), desc='lesions'
-    ):
+    files = list(zip(range(len(table)), table['path'], table['lesions']))
+    for i, path, lesions in progress(files, desc='lesions'):
         try:
-            x = read_clip(path).frames[0]
-            drawn = [read_clip(p).frames[0] > 127 for p in _paths(lesions)]
-            wrong = next((p for p, m in zip(_paths(lesions), drawn) if m.shape != x.shape), None)
-            if wrong:
-                raise ClipError(wrong, 'this mask is of another size than its picture')
+            image, drawn = _read_lesions(path, _paths(lesions))
         except ClipError as e:
             skipped[str(path)] = str(e)
             continue
         rows.append(i)
-        images.append(x)
-        masks.append(np.stack(drawn) if drawn else np.zeros((0, *x.shape), bool))
+        images.append(image)
+        masks.append(drawn)
     if not rows:
-        raise TableError(
-            f"none of {len(table)} pictures could be read"
-            + ''.join(f'; first: {r}' for r in list(skipped.values())[:1])
-        )
-    return DetectItems(
-        table.iloc[rows], images, masks, [np.ones(len(m), int) for m in masks], tuple(names), skipped=skipped
-    )
+        first = ''.join(f'; first: {r}' for r in list(skipped.values())[:1])
+        raise TableError(f"none of {len(table)} images could be read{first}")
+    labels = [np.ones(len(m), int) for m in masks]
+    return DetectItems(table.iloc[rows], images, masks, labels, ('lesion',), skipped=skipped)
+
+# %% ../../nbs/train/detection.ipynb #c013-1
+_MIN_AREA = 20  # pixels of the smallest object
+
+
+def _components(mask):
+    "The connected components of a mask, each a mask of its own."
+    from scipy.ndimage import label
+
+    patches, n = label(mask, np.ones((3, 3)))
+    found = [patches == j for j in range(1, n + 1)]
+    return [m for m in found if m.sum() >= _MIN_AREA]
+
+
+def _objects(dense, findings, names):
+    "Masks (n, h, w) and labels (n,) of the objects of a phantom frame."
+    drawn = {'B-line': dense == DENSE.index('B-line'), 'consolidation': findings & 2}
+    masks, labels = [], []
+    for i, name in enumerate(names, 1):
+        found = _components(drawn[name])
+        masks += found
+        labels += [i] * len(found)
+    return np.stack(masks) if masks else np.zeros((0, *dense.shape), bool), np.array(labels, int)
 
 # %% ../../nbs/train/detection.ipynb #c013
 def phantom_items(
     table: pd.DataFrame,  # clip table of phantom_dataset, with columns mask and findings
     frames: int = 2,  # frames of each clip, evenly spaced
-    least: int = 20,  # smallest area of an object, in pixels
     names=('B-line', 'consolidation'),  # one of these, or both
 ) -> DetectItems:  # a row per frame, with the clip table's columns and frame
     "Frames of phantom clips; each connected B-line and consolidation is an object."
-    from scipy.ndimage import label
-
     missing = [c for c in ('mask', 'findings') if c not in table]
     if missing:
         raise TableError(f"missing column(s) {missing}; take the table of `phantom_dataset`")
@@ -191,27 +229,24 @@ def phantom_items(
         raise ValueError(f"names are of 'B-line' and 'consolidation', got {list(names)}")
     rows, images, masks, labels = [], [], [], []
     for _, row in progress(list(table.iterrows()), desc='objects'):
-        pictures, dense, findings = (read_clip(row[c]).frames for c in ('path', 'mask', 'findings'))
-        for k in np.unique(np.linspace(0, len(pictures) - 1, frames).round().astype(int)):
-            found = [
-                (i, m)
-                for i, name in enumerate(names, 1)
-                for patches, n in [
-                    label(
-                        dense[k] == DENSE.index('B-line') if name == 'B-line' else findings[k] & 2,
-                        np.ones((3, 3)),
-                    )
-                ]
-                for m in (patches == j for j in range(1, n + 1))
-                if m.sum() >= least
-            ]
+        clip, dense, findings = (read_clip(row[c]).frames for c in ('path', 'mask', 'findings'))
+        for k in np.unique(np.linspace(0, len(clip) - 1, frames).round().astype(int)):
+            m, l = _objects(dense[k], findings[k], names)
             rows.append(dict(row, frame=int(k)))
-            images.append(pictures[k])
-            masks.append(
-                np.stack([m for _, m in found]) if found else np.zeros((0, *pictures[k].shape), bool)
-            )
-            labels.append(np.array([i for i, _ in found], int))
+            images.append(clip[k])
+            masks.append(m)
+            labels.append(l)
     return DetectItems(pd.DataFrame(rows), images, masks, labels, tuple(names))
+
+# %% ../../nbs/train/detection.ipynb #c016-1
+def _draw_finding(ax, mask, box, color, text):
+    "A tint, a box and a text."
+    from matplotlib.patches import Rectangle
+
+    x0, y0, x1, y1 = box
+    ax.imshow(np.dstack([np.broadcast_to(color, (*mask.shape, 3)), 0.4 * (mask != 0)]))
+    ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=1.2))
+    ax.text(x0, y0 - 2, text, color=color, fontsize=7, va='bottom')
 
 # %% ../../nbs/train/detection.ipynb #c016
 def show_detections(
@@ -222,34 +257,20 @@ def show_detections(
     threshold: float = 0.5,  # findings of a lower score are not drawn
     ax=None,  # matplotlib axes
 ):  # the axes
-    "A picture with its findings in colour, a tint, a box and a score for each, and the truth outlined in white."
+    "An image with a tint, a box and a score for each finding, and the truth outlined in white."
     import matplotlib.pyplot as plt
 
     ax, image = ax or plt.subplots(figsize=(3, 3))[1], np.asarray(image)
-    ax.imshow(
-        image[0] if image.ndim == 3 else image,
-        cmap='gray',
-        vmin=0,
-        vmax=255 if image.dtype == np.uint8 else 1,
-    )
+    white = 255 if image.dtype == np.uint8 else 1
+    ax.imshow(image[0] if image.ndim == 3 else image, cmap='gray', vmin=0, vmax=white)
     ax.axis('off')
     for m in [] if truth is None else np.asarray(truth['masks']):
         ax.contour(m != 0, [0.5], colors='white', linewidths=0.8)
-    if found is None:
-        return ax
-    d = {k: np.asarray(v) for k, v in found.items()}
+    d = {k: np.asarray(v) for k, v in (found or dict(boxes=[])).items()}
     for i in np.flatnonzero(d['scores'] >= threshold) if 'scores' in d else range(len(d['boxes'])):
-        color, (x0, y0, x1, y1) = DENSE_COLORS[[1, 0, 3, 4, 2]][(d['labels'][i] - 1) % 5] / 255, d['boxes'][i]
-        ax.imshow(np.dstack([np.broadcast_to(color, (*image.shape[-2:], 3)), 0.4 * (d['masks'][i] != 0)]))
-        ax.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=1.2))
-        ax.text(
-            x0,
-            y0 - 2,
-            names[d['labels'][i] - 1] + (f" {d['scores'][i]:.2f}" if 'scores' in d else ''),
-            color=color,
-            fontsize=7,
-            va='bottom',
-        )
+        label, score = d['labels'][i] - 1, f" {d['scores'][i]:.2f}" if 'scores' in d else ''
+        color = DENSE_COLORS[[1, 0, 3, 4, 2]][label % 5] / 255
+        _draw_finding(ax, d['masks'][i], d['boxes'][i], color, names[label] + score)
     return ax
 
 # %% ../../nbs/train/detection.ipynb #c019-1
@@ -257,16 +278,15 @@ def flip_target(
     image,  # (c, h, w) tensor
     target: dict,  # boxes (n, 4), masks (n, h, w), and what else there is
 ) -> tuple:  # the mirrored image, and a new target
-    "Mirror left and right: the picture, its boxes and its masks."
+    "Mirror left and right: the image, its boxes and its masks."
     x0, y0, x1, y1 = target['boxes'].unbind(1)
     w = image.shape[-1]
-    return image.flip(-1), dict(
-        target, boxes=torch.stack([w - x1, y0, w - x0, y1], 1), masks=target['masks'].flip(-1)
-    )
+    boxes = torch.stack([w - x1, y0, w - x0, y1], 1)
+    return image.flip(-1), dict(target, boxes=boxes, masks=target['masks'].flip(-1))
 
 # %% ../../nbs/train/detection.ipynb #c019-2
 class DetectDL(DataLoader):
-    "Batches `(images, ids, targets)`: a list of (1, h, w) floats, the items' numbers, a list of targets; flips at random."
+    "Batches `(images, ids, targets)`: lists of (1, h, w) floats, of item numbers and of targets."
 
     n_inp = 1
 
@@ -274,8 +294,8 @@ class DetectDL(DataLoader):
         self,
         items: DetectItems,  # all of them
         rows,  # which: their numbers
-        bs: int = 2,  # pictures a batch
-        flip: float = 0.0,  # chance that a picture is mirrored
+        bs: int = 2,  # images a batch
+        flip: float = 0.0,  # chance that an image is mirrored
         shuffle: bool = False,  # a new order in each epoch
         **kwargs,  # as for fastai's DataLoader
     ):
@@ -293,50 +313,46 @@ class DetectDL(DataLoader):
 
 # %% ../../nbs/train/detection.ipynb #c019-3
 def _rows(which, items, name):
-    which = np.asarray(which)
+    "Numbers of items, from numbers or from a truth value for each; ValueError for those that are not there."
+    which, n = np.asarray(which), len(items)
     rows = np.flatnonzero(which) if which.dtype == bool else which.astype(int)
-    if which.dtype == bool and len(which) != len(items):
+    if which.dtype == bool and len(which) != n:
         raise ValueError(
-            f"{name} is a mask of {len(which)} for {len(items)} items: give one truth value an item, or item numbers"
+            f"{name} is a mask of {len(which)} for {n} items: give one truth value an item, or item numbers"
         )
     if not len(rows):
         raise ValueError(f"{name} names no item")
-    if rows.min() < 0 or rows.max() >= len(items):
-        raise ValueError(
-            f"{name} names item {rows.max() if rows.max() >= len(items) else rows.min()}; there are {len(items)}, numbered from 0"
-        )
+    if rows.min() < 0 or rows.max() >= n:
+        wrong = rows.max() if rows.max() >= n else rows.min()
+        raise ValueError(f"{name} names item {wrong}; there are {n}, numbered from 0")
     return rows
 
 # %% ../../nbs/train/detection.ipynb #c019
 def detect_dls(
-    items: DetectItems,  # pictures and objects
+    items: DetectItems,  # images and objects
     train,  # numbers of the items to train on, or a truth value for each item
     valid,  # those to validate on
-    bs: int = 2,  # pictures a batch (Chen 2021: 2)
-    flip: float = 0.5,  # chance that a training picture is mirrored
+    bs: int = 2,  # images a batch (Chen 2021: 2)
+    flip: float = 0.5,  # chance that a training image is mirrored
     device=None,  # default: fastai's default device
-) -> DataLoaders:  # training batches are shuffled, and a last single picture is left out
-    "DataLoaders of pictures with objects."
+) -> DataLoaders:  # training batches are shuffled, and a last single image is left out
+    "DataLoaders of images with objects."
     from fastai.torch_core import default_device
 
     train, valid = _rows(train, items, 'train'), _rows(valid, items, 'valid')
     device = torch.device(device) if device is not None else default_device()
-    return DataLoaders(
-        DetectDL(
-            items, train, bs, flip, True, drop_last=len(train) > bs and len(train) % bs == 1, device=device
-        ),
-        DetectDL(items, valid, bs, device=device),
-        device=device,
-    )
+    single = len(train) > bs and len(train) % bs == 1
+    training = DetectDL(items, train, bs, flip, True, drop_last=single, device=device)
+    return DataLoaders(training, DetectDL(items, valid, bs, device=device), device=device)
 
 # %% ../../nbs/train/detection.ipynb #c022
 def chen_split(
-    n: int,  # pictures
+    n: int,  # images
     test: int = 50,  # how many of them test
-) -> tuple:  # numbers of the training pictures, and of the test pictures
+) -> tuple:  # numbers of the training images, and of the test images
     "The split of the authors' code, which knows no patients: the last 50 of a permutation with seed 1."
     if not 0 < test < n:
-        raise ValueError(f"{test} of {n} pictures cannot test: choose between 1 and {n - 1}")
+        raise ValueError(f"{test} of {n} images cannot test: choose between 1 and {n - 1}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).numpy()
     return order[:-test], order[-test:]
 
@@ -352,10 +368,19 @@ FEW_OBJECTS = dict(
 
 
 class GreyTransform(GeneralizedRCNNTransform):
-    "torchvision's scaling and normalising, after a grey picture was repeated for the network's channels."
+    "torchvision's scaling and normalising, after a grey image was repeated for the network's channels."
 
     def normalize(self, image):
         return super().normalize(image.expand(len(self.image_mean), -1, -1))
+
+# %% ../../nbs/train/detection.ipynb #c025-2a
+def _check_scales(scales):
+    "ValueError unless these are four scales, the largest features first."
+    if len(scales) < 4 or sorted(set(scales)) != scales:
+        raise ValueError(
+            f"a pyramid needs features at four scales, this network's last stages reduce by {scales}: "
+            f"take a convolutional network, such as 'resnet50' or 'convnext_atto'"
+        )
 
 # %% ../../nbs/train/detection.ipynb #c025-2
 class TimmPyramid(nn.Module):
@@ -363,58 +388,53 @@ class TimmPyramid(nn.Module):
 
     def __init__(
         self,
-        net: nn.Module,  # gives features at four scales by forward_intermediates; changed in place: what comes after the last stage is cut off
+        net: nn.Module,  # with forward_intermediates; changed: what comes after the last stage is cut off
         width: int = 256,  # channels of the pyramid
     ):
         super().__init__()
         info = getattr(net, 'feature_info', [])[-4:]
-        scales = [f['reduction'] for f in info]
-        if len(scales) < 4 or sorted(set(scales)) != scales:
-            raise ValueError(
-                f"a pyramid needs features at four scales, this network's last stages reduce by {scales}: take a convolutional network, such as 'resnet50' or 'convnext_atto'"
-            )
+        _check_scales([f['reduction'] for f in info])
         n = len(net.feature_info)
-        self.first, self.stages = (
-            info[0]['module'],
-            net.prune_intermediate_layers(list(range(n - 4, n)), prune_norm=False, prune_head=True),
-        )
-        self.body, self.fpn, self.out_channels = (
-            net,
-            FeaturePyramidNetwork([f['num_chs'] for f in info], width, LastLevelMaxPool()),
-            width,
-        )
+        cut = dict(prune_norm=False, prune_head=True)
+        self.first = info[0]['module']
+        self.stages = net.prune_intermediate_layers(list(range(n - 4, n)), **cut)
+        self.body, self.out_channels = net, width
+        self.fpn = FeaturePyramidNetwork([f['num_chs'] for f in info], width, LastLevelMaxPool())
 
     def forward(self, x):
-        return self.fpn(
-            dict(
-                zip('0123', self.body.forward_intermediates(x, indices=self.stages, intermediates_only=True))
-            )
-        )
-
-# %% ../../nbs/train/detection.ipynb #c025-3
-def _stem(net):
-    return next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+        features = self.body.forward_intermediates(x, indices=self.stages, intermediates_only=True)
+        return self.fpn(dict(zip('0123', features)))
 
 # %% ../../nbs/train/detection.ipynb #c025-4
-def _load_body(net, weights):
-    "Copy weights into a backbone, through a stem of one or three channels; ValueError naming the tensors if they are of another architecture."
+def _backbone_state(weights):
+    "The tensors of a backbone, from a module, a dictionary or a file."
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
     elif not isinstance(weights, dict):
         weights = load_weights(weights)
-    if any(k.startswith('backbone.') for k in weights):
-        weights = {k[9:]: v for k, v in weights.items() if k.startswith('backbone.')}
-    stem = _stem(net) + '.weight'
+    inside = {k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')}
+    return inside or weights
+
+
+def _fit_stem(weights, net):
+    "The same tensors, the first convolution for as many channels as the network's."
+    stem = first_conv(net)[0] + '.weight'
     want, have = net.get_parameter(stem).shape[1], weights[stem].shape[1] if stem in weights else None
     if (have, want) == (1, 3):
-        weights = {**weights, stem: weights[stem].expand(-1, 3, -1, -1) / 3}
+        return {**weights, stem: weights[stem].expand(-1, 3, -1, -1) / 3}
     if (have, want) == (3, 1):
-        weights = {**weights, stem: weights[stem].sum(1, keepdim=True)}
-    account = copy_weights(weights, net)
+        return {**weights, stem: weights[stem].sum(1, keepdim=True)}
+    return weights
+
+# %% ../../nbs/train/detection.ipynb #c025-4b
+def _load_body(net, weights):
+    "Copy weights into a backbone; ValueError naming the tensors if they are of another architecture."
+    account = copy_weights(_fit_stem(_backbone_state(weights), net), net)
     parts = {n for n, m in net.named_children() if any(True for _ in m.parameters())}
     head = (getattr(net, 'pretrained_cfg', None) or {}).get('classifier') or 'fc'
-    foreign = [k for k in account.unused if k.split('.')[0] in parts and not k.startswith(head)]
-    if foreign or account.differ or any(not k.endswith('num_batches_tracked') for k in account.left):
+    foreign = [k for k in account.unexpected if k.split('.')[0] in parts and not k.startswith(head)]
+    missing = [k for k in account.missing if not k.endswith('num_batches_tracked')]
+    if foreign or account.mismatched or missing:
         raise ValueError(f"these weights are of another architecture than {type(net).__name__}:\n{account}")
     return account
 
@@ -428,7 +448,7 @@ def _scaling(net, weights):
 
 # %% ../../nbs/train/detection.ipynb #c025-6
 def _freeze_body(body, first, trainable):
-    "'paper': all before the second stage stands still; 'all': nothing does; 'heads': the whole body."
+    "'paper' freezes all before the second stage, 'heads' the whole body, 'all' nothing."
     for p in body.parameters():
         p.requires_grad_(trainable == 'all')
     if trainable == 'paper':
@@ -441,98 +461,108 @@ def _freeze_body(body, first, trainable):
 
 # %% ../../nbs/train/detection.ipynb #c025-7
 def fit_anchors(
-    items: DetectItems,  # pictures and objects
+    items: DetectItems,  # images and objects
     rows,  # which of them: numbers, or a truth value for each; those that train
     size: tuple = (800, 1333),  # as for mask_rcnn
 ) -> dict:  # anchors and ratios, for mask_rcnn
-    "Anchor boxes of the objects' own sizes and shapes: five sides from the 5th to the 95th percentile, and height over width at the 10th, 50th and 90th."
+    "Anchors of the objects' own sizes (five, 5th to 95th percentile) and shapes (10th, 50th and 90th)."
     rows = _rows(rows, items, 'rows')
-    scale = [min(size[0] / min(items.images[i].shape), size[1] / max(items.images[i].shape)) for i in rows]
-    boxes = np.concatenate([items.boxes[i] * k for i, k in zip(rows, scale)])
+    shapes = [items.images[i].shape for i in rows]
+    scale = [min(size[0] / min(s), size[1] / max(s)) for s in shapes]
+    boxes = np.concatenate([items.boxes[i] * k for i, k in zip(rows, scale)])  # (objects, 4)
     if not len(boxes):
-        raise ValueError(f"none of the {len(rows)} pictures has an object that anchors could be fitted to")
+        raise ValueError(f"none of the {len(rows)} images has an object that anchors could be fitted to")
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
-    return dict(
-        anchors=tuple(np.geomspace(*np.quantile((w * h) ** 0.5, [0.05, 0.95]), 5).round(2).tolist()),
-        ratios=tuple(np.quantile(h / w, [0.1, 0.5, 0.9]).round(2).tolist()),
-    )
+    sides = np.geomspace(*np.quantile((w * h) ** 0.5, [0.05, 0.95]), 5)
+    ratios = np.quantile(h / w, [0.1, 0.5, 0.9])
+    return dict(anchors=tuple(sides.round(2).tolist()), ratios=tuple(ratios.round(2).tolist()))
 
-# %% ../../nbs/train/detection.ipynb #c025
-def mask_rcnn(
-    backbone='resnet18',  # 'resnet18' (torchvision's), a convolutional network of timm, or a module: from create_backbone, or one that has a backbone; it is copied
-    n_classes: int = 2,  # classes, background included
-    channels: int = None,  # of the first convolution, 1 or 3; default: 3 (Chen 2021), or what the module has
-    weights=None,  # the backbone's: None for those that it has, 'imagenet', a file, a dictionary or a module
-    trainable: str = 'paper',  # 'paper' freezes the body up to its first stage, 'heads' the whole body, 'all' nothing
-    size: tuple = (800, 1333),  # images are scaled to this shorter side, within the longer one
-    anchors: tuple = (32, 64, 128, 256, 512),  # root of the anchors' area by scale, in pixels
-    ratios: tuple = (0.5, 1.0, 2.0),  # their heights over their widths; fit_anchors finds both
-    width: int = 256,  # channels of the pyramid and of the mask head; the box head has four times as many
-    **kwargs,  # as for torchvision's MaskRCNN; FEW_OBJECTS saves most of the time where a picture has few objects
-) -> nn.Module:  # its account says what was loaded, None for a module's own weights or a random start
-    "Mask R-CNN with a feature pyramid (Chen 2021): 30,906,715 parameters with the defaults, 30,749,211 of them trainable."
+# %% ../../nbs/train/detection.ipynb #c025-8
+def _check_detector(trainable, channels, anchors):
+    "ValueError for a choice that there is not."
     if trainable not in ('paper', 'heads', 'all'):
         raise ValueError(f"trainable is 'paper', 'heads' or 'all', not {trainable!r}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels is 1 or 3, not {channels}")
     if len(anchors) != 5:
         raise ValueError(f"anchors are five sizes, one a scale, got {anchors}")
-    imagenet, account = isinstance(weights, str) and weights == 'imagenet', None
+
+# %% ../../nbs/train/detection.ipynb #c025-8b
+def _backbone_of(backbone, channels, imagenet):
+    "The network that a name or a module stands for; ValueError for one without features at four scales."
     if isinstance(backbone, str):
         net = create_backbone(backbone, channels or 3, 'imagenet' if imagenet else None)
+    elif imagenet:
+        raise ValueError(
+            "weights='imagenet' goes with a backbone's name: "
+            "create_backbone(name, weights='imagenet') makes a module that has them"
+        )
     else:
-        if imagenet:
-            raise ValueError(
-                "weights='imagenet' goes with a backbone's name: create_backbone(name, weights='imagenet') makes a module that has them"
-            )
         net = deepcopy(getattr(backbone, 'backbone', backbone)).train()
     if not isinstance(net, ResNet) and not hasattr(net, 'forward_intermediates'):
         raise ValueError(
-            f"{type(net).__name__} gives no features at four scales: take a ResNet of torchvision or a convolutional network of timm"
+            f"{type(net).__name__} gives no features at four scales: "
+            f"take a ResNet of torchvision or a convolutional network of timm"
         )
-    mean, std = _scaling(net, weights)
-    stem = net.get_submodule(_stem(net))
+    return net
+
+# %% ../../nbs/train/detection.ipynb #c025-9
+def _take_channels(net, channels, mean):
+    "Make the first convolution take 1 or 3 channels, where it can; the number that it takes."
+    _, stem = first_conv(net)
     if channels == 1 and stem.in_channels == 3 and len(mean) == 1:  # else a grey image becomes three colours
         gray_stem(net)
     if channels == 3 and stem.in_channels == 1:
         stem.weight, stem.in_channels = nn.Parameter(stem.weight.detach().expand(-1, 3, -1, -1) / 3), 3
-    channels = net.get_submodule(_stem(net)).in_channels
-    if (
-        weights is not None
-        and not isinstance(weights, str)
-        or isinstance(weights, str)
-        and weights != 'imagenet'
-    ):
-        account = _load_body(net, weights)
-    if isinstance(net, ResNet):
-        body = BackboneWithFPN(
-            net,
-            {f'layer{i + 1}': str(i) for i in range(4)},
-            [net.inplanes // 8 * 2**i for i in range(4)],
-            width,
-        )
-        body.first = 'layer1'
-    else:
-        body = TimmPyramid(net, width)
-    _freeze_body(body.body, body.first, trainable)
-    mean, std = ([sum(v) / len(v)] * channels if len(v) != channels else v for v in (mean, std))
-    heads = dict(
+    return stem.in_channels
+
+
+def _pyramid(net, width):
+    "The backbone with a feature pyramid on its four scales; `first` names its first stage."
+    if not isinstance(net, ResNet):
+        return TimmPyramid(net, width)
+    layers = {f'layer{i + 1}': str(i) for i in range(4)}
+    body = BackboneWithFPN(net, layers, [net.inplanes // 8 * 2**i for i in range(4)], width)
+    body.first = 'layer1'
+    return body
+
+# %% ../../nbs/train/detection.ipynb #c025-9b
+def _heads(width, n_classes):
+    "Box and mask heads on a pyramid of `width` channels."
+    return dict(
         box_head=TwoMLPHead(width * 7**2, 4 * width),
         box_predictor=FastRCNNPredictor(4 * width, n_classes),
         mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(width, width, n_classes),
     )
-    model = MaskRCNN(
-        body,
-        rpn_anchor_generator=AnchorGenerator(tuple((a,) for a in anchors), (tuple(ratios),) * 5),
-        **heads,
-        **kwargs,
-    )
-    model.account, model.channels, model.transform = (
-        account,
-        channels,
-        GreyTransform(*size, list(mean), list(std)),
-    )
+
+# %% ../../nbs/train/detection.ipynb #c025
+def mask_rcnn(
+    backbone='resnet18',  # 'resnet18' (torchvision's), a network of timm, or a module, which is copied
+    n_classes: int = 2,  # classes, background included
+    channels: int = None,  # of the first convolution, 1 or 3; default: 3 (Chen 2021), or what the module has
+    weights=None,  # the backbone's: None for its own, 'imagenet', a file, a dictionary or a module
+    trainable: str = 'paper',  # 'paper' freezes up to the first stage, 'heads' the whole body, 'all' nothing
+    size: tuple = (800, 1333),  # images are scaled to this shorter side, within the longer one
+    anchors: tuple = (32, 64, 128, 256, 512),  # root of the anchors' area by scale, in pixels
+    ratios: tuple = (0.5, 1.0, 2.0),  # their heights over their widths; fit_anchors finds both
+    width: int = 256,  # channels of pyramid and mask head; the box head has four times as many
+    **kwargs,  # as for torchvision's MaskRCNN, such as FEW_OBJECTS
+) -> nn.Module:  # its account says what was loaded, None for a module's own weights or a random start
+    "Mask R-CNN with a feature pyramid (Chen 2021): 30,906,715 parameters, 30,749,211 of them trainable."
+    _check_detector(trainable, channels, anchors)
+    imagenet = isinstance(weights, str) and weights == 'imagenet'
+    net = _backbone_of(backbone, channels, imagenet)
+    mean, std = _scaling(net, weights)
+    channels = _take_channels(net, channels, mean)
+    account = None if weights is None or imagenet else _load_body(net, weights)
+    body = _pyramid(net, width)
+    _freeze_body(body.body, body.first, trainable)
+    mean, std = (v if len(v) == channels else [sum(v) / len(v)] * channels for v in (mean, std))
+    boxes = AnchorGenerator(tuple((a,) for a in anchors), (tuple(ratios),) * 5)
+    model = MaskRCNN(body, rpn_anchor_generator=boxes, **_heads(width, n_classes), **kwargs)
+    model.account, model.channels = account, channels
+    model.transform = GreyTransform(*size, list(mean), list(std))
     return model
 
 # %% ../../nbs/train/detection.ipynb #c031-1
@@ -541,7 +571,7 @@ def detection_losses(
     images: list,  # (1, h, w) tensors
     targets: list,  # a dictionary each
 ) -> dict:  # five losses, without gradient
-    "Losses as in training, but with batch norm's running statistics, which do not move, and the same proposals each time."
+    "Losses as in training, but with batch norm's running statistics and the same proposals each time."
     devices = [images[0].device] if images[0].is_cuda else []
     with frozen_eval(model), torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
@@ -551,7 +581,7 @@ def detection_losses(
 
 # %% ../../nbs/train/detection.ipynb #c031
 class Detection(Callback):
-    "Gives the model its targets in training; in validation computes loss and average precision, at the end of the epoch."
+    "Gives the model its targets in training; in validation computes loss and average precision."
 
     order = 20
 
@@ -568,108 +598,118 @@ class Detection(Callback):
     def before_validate(self):
         self.ids, self.truth, self.found, self.table = [], [], [], None
 
-    def after_pred(self):
-        if self.training or not self.yb:
-            return
-        self.losses = detection_losses(self.model, self.xb[0], self.yb[1])
-        self.ids += self.yb[0].tolist()
-        self.truth += [_coco(y) for y in self.yb[1]]
-        self.found += [_coco(p) for p in self.pred]
-
-    def after_loss(self):
-        if self.training and not torch.isfinite(self.loss):
-            raise FloatingPointError(
-                f"the loss became {float(self.loss)} in epoch {self.epoch}, batch {self.iter}: lower the learning rate, or clip the gradient"
-            )
-
     def total(self, pred, ids, targets):
+        "The loss function: the sum of all losses."
         return sum((pred if isinstance(pred, dict) else self.losses).values())
 
-    def ap(self, level):
-        if self.table is None:
-            self.table = _ap_table(self.truth, self.found, self.names, None, 0, 0).set_index(
-                ['level', 'class', 'metric']
-            )['value']
-        return float(self.table[level, 'all', 'AP'])
+# %% ../../nbs/train/detection.ipynb #c031-2
+@patch
+def after_pred(self: Detection):
+    "In validation, compute the losses and keep truth and findings."
+    if self.training or not self.yb:
+        return
+    self.losses = detection_losses(self.model, self.xb[0], self.yb[1])
+    self.ids += self.yb[0].tolist()
+    self.truth += [_coco(y) for y in self.yb[1]]
+    self.found += [_coco(p) for p in self.pred]
+
+
+@patch
+def after_loss(self: Detection):
+    "Stop where the loss is not finite."
+    if self.training and not torch.isfinite(self.loss):
+        raise FloatingPointError(
+            f"the loss became {float(self.loss)} in epoch {self.epoch}, batch {self.iter}: "
+            f"lower the learning rate, or clip the gradient"
+        )
+
+# %% ../../nbs/train/detection.ipynb #c031-3
+@patch
+def average_precision(self: Detection, level):
+    "Average precision of boxes or masks, computed once an epoch."
+    if self.table is None:
+        table = _ap_table(self.truth, self.found, self.names, None, 0, 0)
+        self.table = table.set_index(['level', 'class', 'metric'])['value']
+    return float(self.table[level, 'all', 'AP'])
 
 # %% ../../nbs/train/detection.ipynb #c033-1
 def _coco(d):
-    "Boxes, labels, scores and masks of a target or of the model's findings as arrays, masks run-length coded."
+    "Boxes, labels, scores and masks of a target or of findings as arrays, masks run-length coded."
     try:
         from pycocotools import mask as rle
     except ImportError:
         raise ImportError("average precision needs pycocotools: pip install pycocotools") from None
-    d = {
-        k: v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v)
-        for k, v in d.items()
-        if k in ('boxes', 'labels', 'scores', 'masks')
-    }
+
+    def array(v):
+        return v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v)
+
+    d = {k: array(v) for k, v in d.items() if k in ('boxes', 'labels', 'scores', 'masks')}
     masks = d['masks'][:, 0] >= 0.5 if d['masks'].ndim == 4 else d['masks'] != 0
-    if not len(d['boxes']) == len(d['labels']) == len(masks):
-        raise ValueError(
-            f"{len(d['boxes'])} boxes, {len(d['labels'])} labels and {len(masks)} masks: one of each for every object"
-        )
+    n = len(d['boxes']), len(d['labels']), len(masks)
+    if len(set(n)) > 1:
+        raise ValueError(f"{n[0]} boxes, {n[1]} labels and {n[2]} masks: one of each for every object")
     return dict(d, masks=[rle.encode(np.asfortranarray(m.astype(np.uint8))) for m in masks])
 
 # %% ../../nbs/train/detection.ipynb #c033-2
-def _annotations(pictures):
-    rows = [(i, d, j) for i, d in enumerate(pictures) for j in range(len(d['boxes']))]
-    return [
-        dict(
-            id=k,
-            image_id=i,
-            category_id=int(d['labels'][j]),
-            bbox=[x0, y0, x1 - x0, y1 - y0],
-            area=(x1 - x0) * (y1 - y0),
-            iscrowd=0,
-            segmentation=d['masks'][j],
-            **({'score': float(d['scores'][j])} if 'scores' in d else {}),
-        )
-        for k, (i, d, j) in enumerate(rows, 1)
-        for x0, y0, x1, y1 in [map(float, d['boxes'][j])]
-    ]
+def _annotation(k, i, d, j):
+    "Object j of image i as COCO's annotation number k."
+    x0, y0, x1, y1 = map(float, d['boxes'][j])
+    return dict(
+        id=k,
+        image_id=i,
+        category_id=int(d['labels'][j]),
+        bbox=[x0, y0, x1 - x0, y1 - y0],
+        area=(x1 - x0) * (y1 - y0),
+        iscrowd=0,
+        segmentation=d['masks'][j],
+        **({'score': float(d['scores'][j])} if 'scores' in d else {}),
+    )
+
+# %% ../../nbs/train/detection.ipynb #c033-2b
+def _coco_set(images, names):
+    "A COCO data set of targets or findings."
+    from pycocotools.coco import COCO
+
+    rows, out = [(i, d, j) for i, d in enumerate(images) for j in range(len(d['boxes']))], COCO()
+    sizes = [dict(zip(('height', 'width'), d['masks'][0]['size'])) if d['masks'] else {} for d in images]
+    out.dataset = dict(
+        images=[dict(id=i, **size) for i, size in enumerate(sizes)],
+        categories=[dict(id=c, name=name) for c, name in enumerate(names, 1)],
+        annotations=[_annotation(k, *row) for k, row in enumerate(rows, 1)],
+    )
+    out.createIndex()
+    return out
 
 # %% ../../nbs/train/detection.ipynb #c033-3
-def _matches(truth, found, names, level):
-    "Per class: scores (d,), pictures (d,) and hits (10, d) of the findings, best first, and the number of objects of each picture."
-    from pycocotools.coco import COCO
+def _evaluate(truth, found, names, level):
+    "COCO's matches of every class and image."
     from pycocotools.cocoeval import COCOeval
 
-    n = len(truth)
     with contextlib.redirect_stdout(io.StringIO()):
-        sets = []
-        for pictures in (truth, found):
-            sets.append(COCO())
-            sets[-1].dataset = dict(
-                images=[
-                    dict(
-                        id=i, **(dict(zip(('height', 'width'), d['masks'][0]['size'])) if d['masks'] else {})
-                    )
-                    for i, d in enumerate(pictures)
-                ],
-                categories=[dict(id=c, name=x) for c, x in enumerate(names, 1)],
-                annotations=_annotations(pictures),
-            )
-            sets[-1].createIndex()
+        sets = _coco_set(truth, names), _coco_set(found, names)
         e = COCOeval(*sets, {'box': 'bbox', 'mask': 'segm'}[level])
         e.params.areaRng, e.params.areaRngLbl = [[0, 1e10]], ['all']
         e.evaluate()
+    return e.evalImgs
+
+
+def _matches(truth, found, names, level):
+    "Per class: images (d,) and hits (10, d) of the findings, best first, and the objects of each image."
+    matches, n = _evaluate(truth, found, names, level), len(truth)
     for c in range(len(names)):
-        parts = e.evalImgs[c * n : (c + 1) * n]
-        score = np.concatenate([p['dtScores'] for p in parts if p] or [[]])
-        picture = np.concatenate(
-            [np.full(len(p['dtScores']), i) for i, p in enumerate(parts) if p] or [[]]
-        ).astype(int)
-        hits = np.concatenate(
-            [p['dtMatches'].reshape(10, -1) > 0 for p in parts if p] or [np.zeros((10, 0), bool)], 1
-        )
+        parts = matches[c * n : (c + 1) * n]
+        known = [(i, p) for i, p in enumerate(parts) if p]
+        score = np.concatenate([p['dtScores'] for _, p in known] or [[]])
+        image = np.concatenate([np.full(len(p['dtScores']), i) for i, p in known] or [[]]).astype(int)
+        none = [np.zeros((10, 0), bool)]
+        hits = np.concatenate([p['dtMatches'].reshape(10, -1) > 0 for _, p in known] or none, 1)
         order = np.argsort(-score, kind='mergesort')
-        yield picture[order], hits[:, order], np.array([len(p['gtIds']) if p else 0 for p in parts])
+        yield image[order], hits[:, order], np.array([len(p['gtIds']) if p else 0 for p in parts])
 
 # %% ../../nbs/train/detection.ipynb #c033-4
-def _weighted_ap(picture, hits, objects, weights):
-    "(10, draws): average precision at each threshold, with `weights` (draws, pictures); NaN where a draw has no object."
-    w, total = weights[:, picture], weights @ objects
+def _weighted_ap(image, hits, objects, weights):
+    "(10, draws): average precision at each threshold, for weights (draws, images); NaN without an object."
+    w, total = weights[:, image], weights @ objects
     out = np.full((len(hits), len(weights)), np.nan)
     for t, hit in enumerate(hits):
         tp, fp = np.cumsum(w * hit, 1), np.cumsum(w * ~hit, 1)
@@ -680,17 +720,25 @@ def _weighted_ap(picture, hits, objects, weights):
     return out
 
 # %% ../../nbs/train/detection.ipynb #c033-5
+def _resamples(patients, n, n_boot, seed):
+    "Weights (1 + n_boot, images): ones, then those of resampled patients; and the number of patients."
+    patients = np.arange(n) if patients is None else np.asarray(patients).astype(str)
+    groups = pd.factorize(patients, sort=True)[0]  # (images,)
+    k = groups.max() + 1
+    draws = np.zeros((0, k))
+    if n_boot:
+        draws = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=n_boot)
+    return np.concatenate([np.ones((1, k)), draws])[:, groups].astype(float), k
+
+
+def _interval(x):
+    "The 95 % interval of resampled values; NaN where there is none."
+    return np.nanpercentile(x, [2.5, 97.5]) if len(x) and not np.isnan(x).all() else (np.nan, np.nan)
+
+# %% ../../nbs/train/detection.ipynb #c033-6
 def _ap_table(truth, found, names, patients, n_boot, seed):
-    groups = pd.factorize(
-        np.arange(len(truth)) if patients is None else np.asarray(patients).astype(str), sort=True
-    )[0]
-    n_groups = groups.max() + 1
-    draws = (
-        np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_boot)
-        if n_boot
-        else np.zeros((0, n_groups))
-    )
-    weights = np.concatenate([np.ones((1, n_groups)), draws])[:, groups].astype(float)
+    "Average precision of boxes and masks, of all classes and of each, with intervals."
+    weights, n_patients = _resamples(patients, len(truth), n_boot, seed)
     rows = []
     for level in ('box', 'mask'):
         parts = list(_matches(truth, found, names, level))
@@ -698,43 +746,38 @@ def _ap_table(truth, found, names, patients, n_boot, seed):
         known = ~np.isnan(each)
         every = np.where(known.any(0), np.nansum(each, 0) / np.maximum(known.sum(0), 1), np.nan)
         counts = [int(p[2].sum()) for p in parts]
-        for name, n, a in [('all', sum(counts), every)] + (
-            list(zip(names, counts, each)) if len(names) > 1 else []
-        ):
+        classes = list(zip(names, counts, each)) if len(names) > 1 else []
+        for name, n, a in [('all', sum(counts), every), *classes]:
             for metric, x in dict(AP=a.mean(0), AP50=a[0], AP75=a[5]).items():
-                low, high = (
-                    np.nanpercentile(x[1:], [2.5, 97.5])
-                    if n_boot and n_groups > 1 and not np.isnan(x[1:]).all()
-                    else (np.nan, np.nan)
-                )
-                rows.append((level, name, metric, x[0], low, high, n, n_groups))
+                low, high = _interval(x[1:] if n_patients > 1 else [])
+                rows.append((level, name, metric, x[0], low, high, n, n_patients))
     return pd.DataFrame(rows, columns=['level', 'class', 'metric', 'value', 'low', 'high', 'n', 'patients'])
 
 # %% ../../nbs/train/detection.ipynb #c033
 def detection_ap(
-    truth: list,  # a target for each picture: boxes, labels, masks
-    found: list,  # the findings in each picture: boxes, labels, scores, masks ((n, h, w), or the model's (n, 1, h, w), cut at one half)
+    truth: list,  # a target for each image: boxes, labels, masks
+    found: list,  # the findings in each: boxes, labels, scores, masks (n, h, w), or the model's (n, 1, h, w)
     names=('lesion',),  # class names, for labels from 1
-    patients=None,  # whose each picture is; default: each picture is a patient of its own
+    patients=None,  # whose each image is; default: each image is a patient of its own
     n_boot: int = 1000,  # resamples of patients for the interval; 0 for none
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # level ('box', 'mask'), class, metric (AP, AP50, AP75), value, 95 % interval low and high, n objects, patients; NaN where there is no object
-    "COCO average precision of boxes and masks, at most 100 findings a picture, with intervals over patients."
+) -> pd.DataFrame:  # level, class, metric (AP, AP50, AP75), value, 95 % interval, n objects, patients
+    "COCO average precision of boxes and masks, at most 100 findings an image; NaN where there is no object."
     if len(truth) != len(found) or not len(truth):
         raise ValueError(
-            f"{len(truth)} targets and findings of {len(found)} pictures: one of each for every picture, at least one"
+            f"{len(truth)} targets and findings of {len(found)} images: one of each for every image, "
+            f"at least one"
         )
     if patients is not None and len(patients) != len(truth):
-        raise ValueError(f"{len(patients)} patients for {len(truth)} pictures")
+        raise ValueError(f"{len(patients)} patients for {len(truth)} images")
     if any('scores' not in d for d in found):
         raise ValueError("findings need scores")
-    return _ap_table(
-        [_coco(d) for d in truth], [_coco(d) for d in found], tuple(names), patients, n_boot, seed
-    )
+    truth, found = [_coco(d) for d in truth], [_coco(d) for d in found]
+    return _ap_table(truth, found, tuple(names), patients, n_boot, seed)
 
 # %% ../../nbs/train/detection.ipynb #c039-1
 class WarmSteps(Callback):
-    "Learning rate: a linear rise from a thousandth within the first epoch, then times `factor` every `every` epochs."
+    "Learning rate: a linear rise within the first epoch, then times `factor` every `every` epochs."
 
     order = 60
 
@@ -757,6 +800,21 @@ class WarmSteps(Callback):
         warm = 1.0 if self.epoch or self.iter >= n else 0.001 + 0.999 * self.iter / n
         self.opt.set_hypers(lr=[b * warm * self.factor ** (self.epoch // self.every) for b in self.base])
 
+# %% ../../nbs/train/detection.ipynb #c039-3
+_OPTIMISERS = dict(  # optimiser, weight decay and learning rate
+    sgd=(partial(SGD, mom=0.9, decouple_wd=False), 5e-4, 0.005), adam=(Adam, 0.01, 5e-4)
+)
+
+
+def _check_classes(model, names):
+    "ValueError unless the model has a class for each name, and the background."
+    n, of_items = model.roi_heads.box_predictor.cls_score.out_features, len(names) + 1
+    if n != of_items:
+        raise ValueError(
+            f"the model has {n} classes, the items {len(names)} ({', '.join(names)}) and the background: "
+            f"build it with n_classes={of_items}"
+        )
+
 # %% ../../nbs/train/detection.ipynb #c039-2
 def detect_learner(
     dls: DataLoaders,  # from detect_dls
@@ -764,37 +822,29 @@ def detect_learner(
     every: int = 10,  # epochs between steps of the learning rate
     clip: float = 10.0,  # largest norm of the gradient; None for no limit, as in the authors' code
     cbs=(),  # further callbacks
-    opt: str = 'sgd',  # 'sgd' (Chen 2021) with a learning rate near .005, or 'adam', near 5e-4, where only a few hundred steps can be had
-) -> Learner:  # metrics: AP of boxes and of masks on the validation pictures
+    opt: str = 'sgd',  # 'sgd' (Chen 2021, rate near .005), or 'adam' (near 5e-4) for a few hundred steps
+) -> Learner:  # metrics: AP of boxes and of masks on the validation images
     "A fastai Learner that trains a detector as Chen 2021 does; use it with `fit` or `fit_resumable`."
-    if opt not in ('sgd', 'adam'):
+    if opt not in _OPTIMISERS:
         raise ValueError(f"opt is 'sgd' or 'adam', not {opt!r}")
-    names, n = dls.train.items.names, model.roi_heads.box_predictor.cls_score.out_features
-    if n != len(names) + 1:
-        raise ValueError(
-            f"the model has {n} classes, the items {len(names)} ({', '.join(names)}) and the background: build it with n_classes={len(names) + 1}"
-        )
-    step = Detection(names)
-    return Learner(
-        dls,
-        model,
-        loss_func=step.total,
-        opt_func=partial(SGD, mom=0.9, decouple_wd=False) if opt == 'sgd' else Adam,
-        wd=5e-4 if opt == 'sgd' else 0.01,
-        wd_bn_bias=True,
-        lr=0.005 if opt == 'sgd' else 5e-4,
-        moms=(0.9, 0.9, 0.9),
-        splitter=trainable_params,
-        cbs=[step, WarmSteps(every), *([] if clip is None else [GradientClip(clip)]), *cbs],
-        metrics=[ValueMetric(partial(step.ap, level), f'{level}_AP') for level in ('box', 'mask')],
-    )
+    names = dls.train.items.names
+    _check_classes(model, names)
+    step, (opt_func, wd, lr) = Detection(names), _OPTIMISERS[opt]
+    limit = [] if clip is None else [GradientClip(clip)]
+    metrics = [
+        ValueMetric(partial(step.average_precision, level), f'{level}_AP') for level in ('box', 'mask')
+    ]
+    settings = dict(opt_func=opt_func, wd=wd, wd_bn_bias=True, lr=lr, moms=(0.9, 0.9, 0.9))
+    cbs = [step, WarmSteps(every), *limit, *cbs]
+    loss = dict(loss_func=step.total, metrics=metrics)
+    return Learner(dls, model, splitter=trainable_params, cbs=cbs, **loss, **settings)
 
 # %% ../../nbs/train/detection.ipynb #c039
 def predict_detections(
     model: nn.Module,  # from mask_rcnn; its mode is restored
     dl,  # DataLoader of detect_dls, not shuffled, or of the same kind
-) -> list:  # a dictionary for each picture: boxes (n, 4), labels (n,), scores (n,) falling, masks (n, h, w) bool; arrays
-    "Findings in every picture of a DataLoader, in its order."
+) -> list:  # arrays for each image: boxes (n, 4), labels, scores (falling), masks (n, h, w)
+    "Findings in every image of a DataLoader, in its order."
     device, out = next(model.parameters()).device, []
     with frozen_eval(model), torch.no_grad():
         for images, *_ in dl:
@@ -804,7 +854,7 @@ def predict_detections(
 
 # %% ../../nbs/train/detection.ipynb #c042-1
 class DetectLog(EpochEnd):
-    "Losses, average precision, learning rate and duration of each epoch; saved and restored with the checkpoint."
+    "Losses, average precision, learning rate and duration of each epoch; saved with the checkpoint."
 
     order = 70
 
@@ -818,45 +868,74 @@ class DetectLog(EpochEnd):
         if self.training:
             self.losses.append(self.loss.detach())
 
-    def end_epoch(self):
-        values = {
-            k: float(v)
-            for k, v in zip(self.recorder.metric_names, self.recorder.log)
-            if k not in ('epoch', 'train_loss', 'time')
-        }
-        self.rows.append(
-            dict(
-                epoch=self.epoch,
-                train_loss=float(torch.stack(self.losses).mean()),
-                **values,
-                lr=float(self.opt.hypers[-1]['lr']),
-                seconds=time.perf_counter() - self.start,
-            )
-        )
-
     def state_dict(self):
         return dict(rows=self.rows)
 
     def load_state_dict(self, state):
         self.rows = state['rows']
 
+# %% ../../nbs/train/detection.ipynb #c042-4
+@patch
+def end_epoch(self: DetectLog):
+    "Add the row of this epoch."
+    values = dict(zip(self.recorder.metric_names, self.recorder.log))
+    shown = {k: float(v) for k, v in values.items() if k not in ('epoch', 'train_loss', 'time')}
+    train_loss, lr = float(torch.stack(self.losses).mean()), float(self.opt.hypers[-1]['lr'])
+    seconds = time.perf_counter() - self.start
+    self.rows.append(dict(epoch=self.epoch, train_loss=train_loss, **shown, lr=lr, seconds=seconds))
+
 # %% ../../nbs/train/detection.ipynb #c042-2
 def _hash(model):
+    "A hash of all tensors of a model."
     digest = hashlib.sha1()
     for k, v in model.state_dict().items():
         digest.update(k.encode())
         digest.update(v.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
+
+def _write_run(path, history, found, ap):
+    "The files of a finished run; its checkpoint is removed."
+    arrays = {}
+    for i, d in found.items():
+        arrays |= {f'{i}_{k}': np.packbits(v, axis=-1) if k == 'masks' else v for k, v in d.items()}
+    with atomic_path(path / 'history.csv') as tmp:
+        history.to_csv(tmp, index=False)
+    with atomic_path(path / 'found.npz') as tmp:
+        np.savez_compressed(tmp, **arrays)
+    with atomic_path(path / 'ap.csv') as tmp:
+        ap.to_csv(tmp, index=False)
+    (path / 'checkpoint.pt').unlink()
+
+# %% ../../nbs/train/detection.ipynb #c042-5
+def _build(start, backbone, n_classes, seed, kwargs):
+    "The network of a run: on a pretrained module, or on an architecture with weights."
+    seed_all(seed)
+    if isinstance(start, nn.Module):
+        return mask_rcnn(start, n_classes, weights=None, **kwargs)
+    return mask_rcnn(backbone, n_classes, weights=start, **kwargs)
+
+
+def _bind(path, model, rows, run, kwargs, names):
+    "Bind a folder to a start, a split, a schedule and the classes."
+    of_run = dict(
+        start=_hash(model),
+        split=hashlib.sha1(str(rows).encode()).hexdigest(),
+        **run,
+        settings=str(sorted(kwargs.items())),
+        names=names,
+    )
+    _claim(path, of_run, names=names)
+
 # %% ../../nbs/train/detection.ipynb #c042-3
 def train_detector(
-    start,  # the backbone's weights: None for a random start, 'imagenet', a file, a dictionary; or a pretrained module
-    items: DetectItems,  # pictures and objects
+    start,  # the backbone's weights as for mask_rcnn, or a pretrained module
+    items: DetectItems,  # images and objects
     train,  # numbers of the items to train on, or a truth value for each
     test,  # those to test on
     path,  # folder of this run
     epochs: int = 30,  # in all (Chen 2021: 30)
-    bs: int = 2,  # pictures a batch
+    bs: int = 2,  # images a batch
     lr: float = 0.005,  # at the start
     opt: str = 'sgd',  # as for detect_learner
     every: int = 10,  # epochs between steps of the learning rate
@@ -864,59 +943,25 @@ def train_detector(
     seed: int = 0,  # of the network's start, the order and the flips
     backbone: str = 'resnet18',  # the architecture, unless start is a module
     device=None,  # default: fastai's default device
-    **kwargs,  # as for mask_rcnn: trainable, size, width, channels, **FEW_OBJECTS...; anchors are fitted to the training pictures unless given
+    **kwargs,  # as for mask_rcnn; anchors are fitted to the training images unless given
 ) -> pd.DataFrame:  # as detection_ap returns it, of the last epoch
-    "Train a detector from one start and test it; resumes, and writes `ap.csv`, `history.csv` and `found.npz` into its folder."
-    path, module = Path(path), isinstance(start, nn.Module)
+    "Train a detector from one start and test it; resumes, writes `ap.csv`, `history.csv` and `found.npz`."
+    path = Path(path)
     dls = detect_dls(items, train, test, bs, device=device)
     rows = [[int(i) for i in dl.dataset] for dl in dls.loaders]
-    kwargs = (
-        {**fit_anchors(items, rows[0], kwargs.get('size', (800, 1333))), **kwargs}
-        if 'anchors' not in kwargs
-        else kwargs
-    )
-    seed_all(seed)
-    model = mask_rcnn(
-        start if module else backbone, len(items.names) + 1, weights=None if module else start, **kwargs
-    )
-    claim_folder(
-        path,
-        dict(
-            start=_hash(model),
-            split=hashlib.sha1(str(rows).encode()).hexdigest(),
-            epochs=epochs,
-            bs=bs,
-            lr=lr,
-            opt=opt,
-            every=every,
-            clip=clip,
-            seed=seed,
-            settings=str(sorted(kwargs.items())),
-            names=list(items.names),
-        ),
-        names=list(items.names),
-    )
+    if 'anchors' not in kwargs:
+        kwargs = {**fit_anchors(items, rows[0], kwargs.get('size', (800, 1333))), **kwargs}
+    model = _build(start, backbone, len(items.names) + 1, seed, kwargs)
+    run = dict(epochs=epochs, bs=bs, lr=lr, opt=opt, every=every, clip=clip, seed=seed)
+    _bind(path, model, rows, run, kwargs, list(items.names))
     if (path / 'ap.csv').exists():
         return pd.read_csv(path / 'ap.csv')
     learn, log = detect_learner(dls, model, every, clip, opt=opt), DetectLog()
     with learn.no_bar(), learn.no_logging():
         fit_resumable(learn, epochs, lr, path / 'checkpoint.pt', seed, cbs=[log])
     found, truth = predict_detections(learn.model, dls.valid), [items[i][1] for i in rows[1]]
-    with atomic_path(path / 'history.csv') as tmp:
-        pd.DataFrame(log.rows).to_csv(tmp, index=False)
-    with atomic_path(path / 'found.npz') as tmp:
-        np.savez_compressed(
-            tmp,
-            **{
-                f'{i}_{k}': np.packbits(v, axis=-1) if k == 'masks' else v
-                for i, d in zip(rows[1], found)
-                for k, v in d.items()
-            },
-        )
     ap = detection_ap(truth, found, items.names, items.table['patient'].to_numpy()[rows[1]])
-    with atomic_path(path / 'ap.csv') as tmp:
-        ap.to_csv(tmp, index=False)
-    (path / 'checkpoint.pt').unlink()
+    _write_run(path, pd.DataFrame(log.rows), dict(zip(rows[1], found)), ap)
     return ap
 
 # %% ../../nbs/train/detection.ipynb #c042
@@ -929,9 +974,9 @@ def load_detections(
     with np.load(Path(path) / 'found.npz') as f:
         for name in f.files:
             i, k = name.split('_')
-            out.setdefault(int(i), {})[k] = (
-                np.unpackbits(f[name], axis=-1, count=items.images[int(i)].shape[1]).astype(bool)
-                if k == 'masks'
-                else f[name]
-            )
+            values = f[name]
+            if k == 'masks':
+                width = items.images[int(i)].shape[1]
+                values = np.unpackbits(values, axis=-1, count=width).astype(bool)
+            out.setdefault(int(i), {})[k] = values
     return out

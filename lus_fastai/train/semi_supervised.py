@@ -13,15 +13,11 @@ import math
 import warnings
 
 import torch
+from fastcore.basics import patch
 
-from lus_fastai.train.contrastive import (
-    PairMethod,
-    USCLAugment,
-    _gather,
-    _logits,
-    _mean_loss,
-    soft_cross_entropy,
-)
+from ..data.pairs import USCLAugment
+from .contrastive import PairMethod, class_logits, soft_cross_entropy
+from .distributed import gather, mean_loss
 
 # %% ../../nbs/train/semi_supervised.ipynb #c008
 def ramp_up(
@@ -46,7 +42,7 @@ def consistency(
 
 # %% ../../nbs/train/semi_supervised.ipynb #c014-1
 class SemiSup(PairMethod):
-    "Base: cross-entropy of labelled first views plus `weight` times a `term` of all items; a row per trained epoch in `history`. Each fit starts from nothing."
+    "Base: cross-entropy of labelled first views plus `weight` times a `term` of all items."
 
     ramp = 0.0
     history, kept, fresh = (), None, True
@@ -57,61 +53,82 @@ class SemiSup(PairMethod):
     def reset(self):
         self.history = []
 
-    def before_fit(self):
-        super().before_fit()
-        self.fresh, self.kept = True, self.state_dict() if hasattr(self.learn, 'lr_finder') else None
-
-    def before_train(self):
-        if self.fresh:
-            self.reset()
-            if not len(self.dls.labelled):
-                warnings.warn(
-                    f"no clip of the training table has a label: {type(self).__name__} cannot learn classes from agreement alone; give labels, or use a contrastive method"
-                )
-        self.fresh, self.noted = False, {}
-
-    def note(self, n, **values):
-        for k, v in values.items():
-            self.noted.setdefault(k, []).append((torch.as_tensor(v).detach(), n))
-
-    def compute(self, pred, y, ids):
-        logits = _logits(pred)
-        supervised = soft_cross_entropy(logits[:, 0] if logits.ndim == 3 else logits, y[:, 0])
-        if not self.training:
-            return supervised
-        weight, term = self.weight * ramp_up(self.epoch, self.ramp * self.n_epoch), self.term(logits, ids)
-        self.note(len(ids), supervised=supervised, unsupervised=term)
-        return supervised + weight * term
-
-    def after_train(self):
-        self.history.append(
-            dict(
-                epoch=self.epoch,
-                weight=self.weight * ramp_up(self.epoch, self.ramp * self.n_epoch),
-                **{k: _mean_loss(v) for k, v in self.noted.items()},
-            )
-        )
-
-    def after_fit(self):
-        super().after_fit()
-        if self.kept is not None:
-            self.load_state_dict(self.kept)
-            self.kept = None
-
     def state_dict(self):
         return dict(history=list(self.history))
 
     def load_state_dict(self, state):
         self.history = list(state['history'])
 
+    def note(self, n, **values):
+        "Remember values of a batch of n items for the row of this epoch."
+        for k, v in values.items():
+            self.noted.setdefault(k, []).append((torch.as_tensor(v).detach(), n))
+
+# %% ../../nbs/train/semi_supervised.ipynb #c014-3
+@patch
+def before_fit(self: SemiSup):
+    "Start from nothing; remember the state before a learning rate search."
+    PairMethod.before_fit(self)
+    self.fresh, self.kept = True, self.state_dict() if hasattr(self.learn, 'lr_finder') else None
+
+
+@patch
+def before_train(self: SemiSup):
+    "Reset in the first epoch of a fit; warn where there is no label."
+    if self.fresh:
+        self.reset()
+        if not len(self.dls.labelled):
+            warnings.warn(
+                f"no clip of the training table has a label: {type(self).__name__} cannot learn classes "
+                f"from agreement alone; give labels, or use a contrastive method",
+                stacklevel=2,
+            )
+    self.fresh, self.noted = False, {}
+
+# %% ../../nbs/train/semi_supervised.ipynb #c014-4
+@patch
+def _ramped(self: SemiSup):
+    "The weight of the second term in this epoch."
+    return self.weight * ramp_up(self.epoch, self.ramp * self.n_epoch)
+
+
+@patch
+def compute(self: SemiSup, pred, y, ids):
+    "The supervised loss, and in training the weighted term of all items."
+    logits = class_logits(pred)
+    supervised = soft_cross_entropy(logits[:, 0] if logits.ndim == 3 else logits, y[:, 0])
+    if not self.training:
+        return supervised
+    term = self.term(logits, ids)
+    self.note(len(ids), supervised=supervised, unsupervised=term)
+    return supervised + self._ramped() * term
+
+# %% ../../nbs/train/semi_supervised.ipynb #c014-5
+@patch
+def after_train(self: SemiSup):
+    "The row of this epoch."
+    noted = {k: mean_loss(v) for k, v in self.noted.items()}
+    self.history.append(dict(epoch=self.epoch, weight=self._ramped(), **noted))
+
+
+@patch
+def after_fit(self: SemiSup):
+    "After a learning rate search, go back to the state before it."
+    PairMethod.after_fit(self)
+    if self.kept is not None:
+        self.load_state_dict(self.kept)
+        self.kept = None
+
 # %% ../../nbs/train/semi_supervised.ipynb #c014-2
 def _share(name, value, top=True):
+    "A share; ValueError unless it is from 0 to 1, or below 1."
     if not (0 <= value <= 1 if top else 0 <= value < 1):
         raise ValueError(f"{name} is a share from 0 to 1{'' if top else ', and below 1'}, not {value}")
     return value
 
 
 def _weight(weight):
+    "A weight; ValueError unless it is a number from 0 on."
     if not 0 <= weight < math.inf:
         raise ValueError(f"weight is a number from 0 on, not {weight}")
     return weight
@@ -141,7 +158,7 @@ def unbiased(
 
 # %% ../../nbs/train/semi_supervised.ipynb #c018
 class TemporalEnsembling(SemiSup):
-    "An item gets the answer that it got on average in earlier epochs (Laine and Aila 2017); one view is evaluated."
+    "An item gets the answer that it got on average in earlier epochs (Laine and Aila 2017)."
 
     ensemble, seen = None, None
 
@@ -151,43 +168,50 @@ class TemporalEnsembling(SemiSup):
         ramp: float = 80 / 300,  # share of the epochs until then
         alpha: float = 0.6,  # share of the average that stays at each answer
     ):
-        self.weight, self.ramp, self.alpha = (
-            _weight(weight),
-            _share('ramp', ramp),
-            _share('alpha', alpha, top=False),
-        )
+        self.weight, self.ramp = _weight(weight), _share('ramp', ramp)
+        self.alpha = _share('alpha', alpha, top=False)
 
     def reset(self):
         super().reset()
         self.ensemble, self.seen = None, None
 
     def before_batch(self):
-        self.learn.xb = (self.xb[0][:, 0],)
+        self.learn.xb = (self.xb[0][:, 0],)  # one view is evaluated
 
-    def term(self, logits, ids):
-        if self.ensemble is None:
-            n = len(self.dls.train.dataset)
-            self.ensemble, self.seen = (
-                logits.new_zeros(n, logits.shape[-1], dtype=torch.float32),
-                torch.zeros(n, dtype=torch.int64, device=logits.device),
-            )
-        at = ids[:, 0]
-        loss = consistency(logits, unbiased(self.ensemble[at], self.seen[at], self.alpha), self.seen[at] > 0)
-        with torch.no_grad():
-            at, p = _gather(at), _gather(logits.detach().float().softmax(-1))
-            self.ensemble[at] = self.alpha * self.ensemble[at] + (1 - self.alpha) * p
-            self.seen[at] += 1
-        return loss
+# %% ../../nbs/train/semi_supervised.ipynb #c018-2
+@patch
+def term(self: TemporalEnsembling, logits, ids):
+    "Disagreement with the ensemble, which then takes in these answers."
+    if self.ensemble is None:
+        n = len(self.dls.train.dataset)
+        self.ensemble = logits.new_zeros(n, logits.shape[-1], dtype=torch.float32)  # (items, classes)
+        self.seen = torch.zeros(n, dtype=torch.int64, device=logits.device)
+    at = ids[:, 0]
+    target = unbiased(self.ensemble[at], self.seen[at], self.alpha)
+    loss = consistency(logits, target, self.seen[at] > 0)
+    with torch.no_grad():
+        at, p = gather(at), gather(logits.detach().float().softmax(-1))
+        self.ensemble[at] = self.alpha * self.ensemble[at] + (1 - self.alpha) * p
+        self.seen[at] += 1
+    return loss
 
-    def state_dict(self):
-        return {**super().state_dict(), 'ensemble': self.ensemble, 'seen': self.seen}
+# %% ../../nbs/train/semi_supervised.ipynb #c018-3
+@patch
+def state_dict(self: TemporalEnsembling):
+    "History, ensemble and counts."
+    return {**SemiSup.state_dict(self), 'ensemble': self.ensemble, 'seen': self.seen}
 
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        device = self.dls.device if getattr(self, 'learn', None) is not None else 'cpu'
-        self.ensemble, self.seen = (
-            None if state[k] is None else state[k].to(device, copy=True) for k in ('ensemble', 'seen')
-        )
+
+@patch
+def load_state_dict(self: TemporalEnsembling, state):
+    "Take them back, onto the device of the batches."
+    SemiSup.load_state_dict(self, state)
+    device = self.dls.device if getattr(self, 'learn', None) is not None else 'cpu'
+
+    def copied(x):
+        return None if x is None else x.to(device, copy=True)
+
+    self.ensemble, self.seen = copied(state['ensemble']), copied(state['seen'])
 
 # %% ../../nbs/train/semi_supervised.ipynb #c022-1
 def pseudo_labels(
@@ -200,7 +224,7 @@ def pseudo_labels(
 
 # %% ../../nbs/train/semi_supervised.ipynb #c022
 class FixMatch(SemiSup):
-    "The strong view learns the class of the weak one, where that is sure (Sohn 2020); made for `pair_dls(..., augment=WeakAugment(), augment2=StrongAugment())`."
+    "The strong view learns the class of the weak one, where that is sure (Sohn 2020)."
 
     def __init__(
         self,
@@ -214,9 +238,8 @@ class FixMatch(SemiSup):
     def term(self, logits, ids):
         label, accepted = pseudo_labels(logits[:, 0], self.threshold)
         self.note(len(ids), accepted=accepted.float().mean())
-        return (
-            torch.nn.functional.cross_entropy(logits[:, 1].float(), label, reduction='none') * accepted
-        ).mean()
+        each = torch.nn.functional.cross_entropy(logits[:, 1].float(), label, reduction='none')
+        return (each * accepted).mean()
 
 # %% ../../nbs/train/semi_supervised.ipynb #c025-1
 class WeakAugment(USCLAugment):
@@ -236,25 +259,31 @@ class StrongAugment(USCLAugment):
 
     def __init__(
         self,
-        cutout: float = 0.5,  # longest side of the square as a share of the frame's sides; the side is drawn evenly from 0 to it
+        cutout: float = 0.5,  # longest side of the square, as a share of the frame's; drawn evenly from 0
         **kwargs,  # as for USCLAugment
     ):
         super().__init__(**kwargs)
         self.cutout = _share('cutout', cutout)
 
     def draw(self, n, size, generator=None):
-        return {
-            **super().draw(n, size, generator),
-            'hole': torch.rand(n, 3, generator=generator) * torch.tensor([self.cutout, 1.0, 1.0]),
-        }  # side, centre down, centre right
+        draws = super().draw(n, size, generator)
+        largest = torch.tensor([self.cutout, 1.0, 1.0])  # side, centre down, centre right
+        return {**draws, 'hole': torch.rand(n, 3, generator=generator) * largest}
 
-    def apply(self, x, draws):
-        x = super().apply(x, {k: v for k, v in draws.items() if k != 'hole'})
-        if 'hole' not in draws:
-            return x  # a part of a batch, within the line above
-        side, *centre = draws['hole'].to(x.device).unbind(1)
-        down, right = (
-            (((torch.arange(s, device=x.device) + 0.5) / s - c[:, None]).abs() <= side[:, None] / 2)
-            for s, c in zip(x.shape[-2:], centre)
-        )
-        return x.masked_fill((down[:, :, None] & right[:, None, :])[:, None], 0.5)
+# %% ../../nbs/train/semi_supervised.ipynb #c025-2
+def _near(n, centre, side):
+    "(b, n) True for the pixels of a line of n that are within half a side of a centre."
+    pixels = (torch.arange(n, device=centre.device) + 0.5) / n
+    return (pixels - centre[:, None]).abs() <= side[:, None] / 2
+
+
+@patch
+def apply(self: StrongAugment, x, draws):
+    "Crop, flip and jitter, then cut out."
+    x = USCLAugment.apply(self, x, {k: v for k, v in draws.items() if k != 'hole'})
+    if 'hole' not in draws:
+        return x
+    side, down, right = draws['hole'].to(x.device).unbind(1)
+    h, w = x.shape[-2:]
+    hole = _near(h, down, side)[:, :, None] & _near(w, right, side)[:, None, :]  # (n, h, w)
+    return x.masked_fill(hole[:, None], 0.5)
