@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from lus_fastai.core import CLASSES, TableError
-from lus_fastai.core import LeakError
+from lus_fastai.core import CLASSES, LeakError, TableError
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M
 

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lus_fastai.core import MaskSet
-from lus_fastai.core import LeakError, assert_disjoint
+from lus_fastai.core import LeakError, MaskSet, assert_disjoint
 from lus_fastai.models.transfer import load_weights
 from lus_fastai.papers import cheng_lam
 from lus_fastai.runs import read_results, results_table

@@ -17,12 +17,22 @@ from lus_fastai.explain.attribution import saliency, seg_target
 from lus_fastai.explain.feature_visualization import maximise_class, show_imagined
 from lus_fastai.explain.occlusion import EXPLAINERS, explain_clip
 from lus_fastai.explain.sanity_checks import deletion_insertion
+from lus_fastai.models.backbones import create_backbone
+from lus_fastai.models.classifiers import seg_to_cls
 from lus_fastai.models.transfer import copy_weights, load_weights, name_outputs, save_weights
-from lus_fastai.models.unet import create_backbone, seg_to_cls, unet
+from lus_fastai.models.unet import unet
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M
 from lus_fastai.stats.figures import plot_confusion
-from lus_fastai.train.cross_validation import ClassProbs, PixelCounts, cross_validate, fine_tune, fine_tune_learner, last_epoch, predict_table
+from lus_fastai.train.cross_validation import (
+    ClassProbs,
+    PixelCounts,
+    cross_validate,
+    fine_tune,
+    fine_tune_learner,
+    last_epoch,
+    predict_table,
+)
 from lus_fastai.widgets import Explainer
 
 SWAPPED = CLASSES[::-1]

@@ -25,10 +25,9 @@ from PIL import Image
 
 from lus_fastai.core import TableError
 from lus_fastai.data import store as clips
-from lus_fastai.video import Clip, ClipError, frame_times, read_clip, sample_clip, sample_times
 from lus_fastai.data.store import FrameStore
 from lus_fastai.runs import function_key
-from lus_fastai.video import write_video
+from lus_fastai.video import Clip, ClipError, frame_times, read_clip, sample_clip, sample_times, write_video
 
 ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')

@@ -8,7 +8,23 @@ from torch import nn
 
 from lus_fastai.core import CLASSES, TableError
 from lus_fastai.data.fan import Fan
-from lus_fastai.explain.sanity_checks import deletion_insertion, edge_map, heat_in_fan, heat_table, only_inside, only_outside, outside_fan_check, pointing_game, predict_source, randomisation_check, randomise_layers, rank_correlation, show_deletion, small_learner, structural_similarity
+from lus_fastai.explain.sanity_checks import (
+    deletion_insertion,
+    edge_map,
+    heat_in_fan,
+    heat_table,
+    only_inside,
+    only_outside,
+    outside_fan_check,
+    pointing_game,
+    predict_source,
+    randomisation_check,
+    randomise_layers,
+    rank_correlation,
+    show_deletion,
+    small_learner,
+    structural_similarity,
+)
 
 
 def net():

@@ -15,7 +15,17 @@ from torch import nn
 from lus_fastai.core import TableError
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.explain import embeddings as embed
-from lus_fastai.explain.embeddings import _cells, features, pca_map, place, plot_embedding, plot_purity, plot_thumbnails, purity, tsne_map
+from lus_fastai.explain.embeddings import (
+    _cells,
+    features,
+    pca_map,
+    place,
+    plot_embedding,
+    plot_purity,
+    plot_thumbnails,
+    purity,
+    tsne_map,
+)
 
 
 def net(c_in=1, seed=0, inplace=True):

@@ -14,11 +14,23 @@ from torch import nn
 
 from lus_fastai.core import frozen_eval
 from lus_fastai.explain import attribution as E
-from lus_fastai.explain.occlusion import occlusion as O
 from lus_fastai.explain import occlusion_cache as C
-from lus_fastai.explain.attribution import cam, cam_layer, grad_cam, integrated_gradients, map_rgb, saliency, seg_target, show_map, show_maps, smooth_grad
+from lus_fastai.explain.attribution import (
+    cam,
+    cam_layer,
+    grad_cam,
+    integrated_gradients,
+    map_rgb,
+    saliency,
+    seg_target,
+    show_map,
+    show_maps,
+    smooth_grad,
+)
 from lus_fastai.explain.occlusion import EXPLAINERS, OCCLUSION_ARORA, explain_clip, occlusion, write_map_video
-from lus_fastai.models.unet import seg_to_cls, unet
+from lus_fastai.explain.occlusion import occlusion as O
+from lus_fastai.models.classifiers import seg_to_cls
+from lus_fastai.models.unet import unet
 from lus_fastai.video import read_clip
 
 METHODS = pytest.mark.parametrize('method', list(EXPLAINERS))

@@ -11,8 +11,7 @@ from test_clips import dicom
 
 from lus_fastai.core import TableError, write_table
 from lus_fastai.data.folders import clip_kind, index_folder, read_folder
-from lus_fastai.video import ClipError
-from lus_fastai.video import write_video
+from lus_fastai.video import ClipError, write_video
 
 
 def frames(n, seed=0):

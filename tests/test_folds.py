@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lus_fastai.core import TableError, check_table
-from lus_fastai.core import LeakError, assert_disjoint
-from lus_fastai.data.folds import audit, frame_hash, hamming, leaky_folds, near_duplicates, patient_folds, split_hash
+from lus_fastai.core import LeakError, TableError, assert_disjoint, check_table
+from lus_fastai.data.folds import (
+    audit,
+    frame_hash,
+    hamming,
+    leaky_folds,
+    near_duplicates,
+    patient_folds,
+    split_hash,
+)
 
 
 def clips(patients, seed=0, classes='abc', most=5, p=None):

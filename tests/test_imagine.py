@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from lus_fastai.explain.feature_visualization import invert_features, maximise_class, show_imagined, show_inversions
+from lus_fastai.explain.feature_visualization import (
+    invert_features,
+    maximise_class,
+    show_imagined,
+    show_inversions,
+)
 from lus_fastai.models.unet import unet
 
 PLAIN = dict(channels=1, decay=0, jitter=0, blur=0)

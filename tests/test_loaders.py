@@ -24,11 +24,11 @@ from torch import nn
 from lus_fastai.core import CLASSES, DENSE, MaskSet, TableError
 from lus_fastai.data.folds import audit
 from lus_fastai.data.loaders import ReadFrame, TensorDense, TensorFrame, as_frame, frame_dls, mask_dls
-from lus_fastai.video import ClipError
+from lus_fastai.data.pairs import pair_dls
 from lus_fastai.data.store import FrameStore, open_store, store_rows
 from lus_fastai.explain.embeddings import features
 from lus_fastai.explain.sanity_checks import only_outside
-from lus_fastai.train.contrastive import pair_dls
+from lus_fastai.video import ClipError
 
 
 def darker(frames, row, outside=0):

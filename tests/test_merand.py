@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lus_fastai.core import MaskSet
-from lus_fastai.core import LeakError
+from lus_fastai.core import LeakError, MaskSet
 from lus_fastai.papers import merand
 from lus_fastai.papers.merand import Way
 from lus_fastai.runs import read_results

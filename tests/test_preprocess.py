@@ -12,9 +12,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lus_fastai.data.fan import Fan, FanError, add_fans, burn_in, crop_to_fan, fan_crop, find_fan, find_overlays, from_polar, remove_overlays, to_polar
-from lus_fastai.video import sample_clip
+from lus_fastai.data.fan import (
+    Fan,
+    FanError,
+    add_fans,
+    burn_in,
+    crop_to_fan,
+    fan_crop,
+    find_fan,
+    find_overlays,
+    from_polar,
+    remove_overlays,
+    to_polar,
+)
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
+from lus_fastai.video import sample_clip
 
 
 def overlap(fan, truth):

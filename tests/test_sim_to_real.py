@@ -12,11 +12,34 @@ from lus_fastai.core import MaskSet
 from lus_fastai.data.fan import FanError
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.papers import sim_to_real
-from lus_fastai.papers.sim_to_real import LINES, LineNet, Roughen, SimSettings, agreement, auc, clip_features, common_fan, contrast_channels, line_areas, patient_interval, phantom_fan, plain_scores, plot_agreement, polar_clips, polar_phantom, probed_scores, reproduce, spearman, taught_scores, tuning_patients, vary
+from lus_fastai.papers.sim_to_real import (
+    LINES,
+    LineNet,
+    Roughen,
+    SimSettings,
+    agreement,
+    auc,
+    clip_features,
+    common_fan,
+    contrast_channels,
+    line_areas,
+    patient_interval,
+    phantom_fan,
+    plain_scores,
+    plot_agreement,
+    polar_clips,
+    polar_phantom,
+    probed_scores,
+    reproduce,
+    spearman,
+    taught_scores,
+    tuning_patients,
+    vary,
+)
 from lus_fastai.runs import read_results
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
-from lus_fastai.video import write_video
 from lus_fastai.train import cross_validation as training
+from lus_fastai.video import write_video
 
 
 @pytest.fixture(scope='module')

@@ -20,7 +20,19 @@ import pytest
 from lus_fastai import core
 from lus_fastai.core import CLIP_COLUMNS, TableError
 from lus_fastai.data import sources
-from lus_fastai.data.sources import SOURCES, FetchError, Source, blues_name, extract, fetch, index, manifest, pocus_name, sources_table, verify
+from lus_fastai.data.sources import (
+    SOURCES,
+    FetchError,
+    Source,
+    blues_name,
+    extract,
+    fetch,
+    index,
+    manifest,
+    pocus_name,
+    sources_table,
+    verify,
+)
 
 CONTENT = {
     'clips/a.mp4': os.urandom(300_000),

@@ -7,9 +7,27 @@ from PIL import Image
 
 from lus_fastai.core import TableError
 from lus_fastai.data.folds import patient_folds
-from lus_fastai.data.sources import SOURCES, busi_set, by_hand, ccxs_patient, ccxs_set, chexpert_labels, exact_match, fetch, index, manifest, mask_paths, mask_picture, siim_boxes, siim_set, sources_table, verify, xpie_set
-from lus_fastai.video import ClipError
+from lus_fastai.data.sources import (
+    SOURCES,
+    busi_set,
+    by_hand,
+    ccxs_patient,
+    ccxs_set,
+    chexpert_labels,
+    exact_match,
+    fetch,
+    index,
+    manifest,
+    mask_paths,
+    mask_picture,
+    siim_boxes,
+    siim_set,
+    sources_table,
+    verify,
+    xpie_set,
+)
 from lus_fastai.synth.radiographs import CHEST, CHEXPERT
+from lus_fastai.video import ClipError
 
 
 def picture(seed, shape=(60, 80)):

@@ -14,9 +14,20 @@ from PIL import Image
 from lus_fastai.core import CLIP_COLUMNS, TableError, read_table, write_table
 from lus_fastai.data import sources
 from lus_fastai.data.folds import patient_folds
-from lus_fastai.data.sources import SOURCES, duplicate_groups, fetch, index, lesion_paths, manifest, pack_sequence, sources_table, us4_rows, verify
-from lus_fastai.video import ClipError, read_clip
+from lus_fastai.data.sources import (
+    SOURCES,
+    duplicate_groups,
+    fetch,
+    index,
+    lesion_paths,
+    manifest,
+    pack_sequence,
+    sources_table,
+    us4_rows,
+    verify,
+)
 from lus_fastai.data.store import FrameStore
+from lus_fastai.video import ClipError, read_clip
 
 
 def texture(seed, size=(64, 80)):

@@ -5,7 +5,20 @@ import pandas as pd
 import pytest
 
 from lus_fastai.core import MaskSet
-from lus_fastai.synth.radiographs import CATEGORIES, CHEST, CHEXPERT, box_set, boxes_of, chest_box_set, chest_boxes, chest_labels, chest_phantom, fill_boxes, rib_masks, salient_shapes
+from lus_fastai.synth.radiographs import (
+    CATEGORIES,
+    CHEST,
+    CHEXPERT,
+    box_set,
+    boxes_of,
+    chest_box_set,
+    chest_boxes,
+    chest_labels,
+    chest_phantom,
+    fill_boxes,
+    rib_masks,
+    salient_shapes,
+)
 
 
 def small(masks, names):

@@ -27,10 +27,19 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 
-from ..core import CLASSES, clip_ids, frozen_eval, lus_home, progress, real_data, seed_all
+from lus_fastai.core import (
+    CLASSES,
+    assert_disjoint,
+    clip_ids,
+    frozen_eval,
+    lus_home,
+    progress,
+    real_data,
+    seed_all,
+)
 from ..data.augment import AroraAugment
 from ..data.fan import Fan, add_fans, fan_crop
-from ..data.folds import assert_disjoint, patient_folds, split_hash
+from ..data.folds import patient_folds, split_hash
 from ..data.loaders import TensorFrame, frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
@@ -38,24 +47,9 @@ from ..explain.attribution import grad_cam
 from ..explain.sanity_checks import heat_in_fan, only_outside, outside_fan_check, predict_source
 from ..models.classifiers import covidnet
 from ..models.transfer import copy_weights, name_outputs
-from lus_fastai.report import (
-    PAPERS,
-    Report,
-    cell,
-    headline,
-    interval_text,
-    limits_note,
-    papers_note,
-    plot_abstention,
-    plot_comparison,
-    plot_confusion,
-    plot_pr,
-    plot_reliability,
-    plot_roc,
-    results_json,
-    results_table,
-    training_card,
-)
+from ..plot import PAPERS, interval_text
+from ..report import Report, headline, limits_note, papers_note, training_card
+from ..runs import cell, results_json, results_table
 from ..stats.calibration import abstention, calibrate, confidence, ece, mc_dropout, reliability, tta
 from lus_fastai.stats.classification import (
     classification_report,
@@ -65,6 +59,14 @@ from lus_fastai.stats.classification import (
     roc,
     roc_bands,
     vote,
+)
+from lus_fastai.stats.figures import (
+    plot_abstention,
+    plot_comparison,
+    plot_confusion,
+    plot_pr,
+    plot_reliability,
+    plot_roc,
 )
 from ..synth.phantom import phantom_dataset
 from lus_fastai.train.cross_validation import (

@@ -16,11 +16,10 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import StageLog, lus_home
-from ..core import assert_disjoint
+from ..core import StageLog, assert_disjoint, lus_home
 from ..data.folds import patient_folds, split_hash
-from ..runs import cell, results_json, results_table
 from ..plot import interval_text
+from ..runs import cell, results_json, results_table
 from ..train.cross_validation import training_hours
 
 # %% ../../nbs/papers/experiment.ipynb #e011

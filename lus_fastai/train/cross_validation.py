@@ -7,27 +7,22 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/cross_validation.html.md"""
 # %% auto #0
 __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'PlateauLR', 'CosineLR', 'OneCycleLR', 'EpochSeed',
            'Checkpoint', 'FiniteLoss', 'fit_resumable', 'ClassProbs', 'PixelCounts', 'predict_table', 'FoldLog',
-           'stable_repr', 'cross_validate', 'last_epoch', 'training_hours', 'fold_history', 'fine_tune_learner',
-           'fine_tune']
+           'cross_validate', 'last_epoch', 'training_hours', 'fold_history', 'fine_tune_learner', 'fine_tune']
 
 # %% ../../nbs/train/cross_validation.ipynb #c003
-import ast
 import gc
 import hashlib
-import inspect
 import io
 import json
 import math
 import random
 import tempfile
-import textwrap
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType
 
 import numpy as np
 import pandas as pd
@@ -54,13 +49,13 @@ from lus_fastai.core import (
     frozen_eval,
     progress,
     seed_all,
-    write_json,
 )
 from ..data.folds import patient_folds, split_hash
 from ..data.loaders import RowReader, frame_dls
 from ..data.store import FrameStore
 from ..models.backbones import scale_for
 from ..models.transfer import freeze, name_outputs, save_weights, split_rates, stages
+from ..runs import claim_folder, short_hash, stable_repr, structure_text, tensor_bytes, weights_hash
 from ..stats.classification import confusion_columns, mean_iou, pred_classes, predicted
 
 # %% ../../nbs/train/cross_validation.ipynb #c006-1
@@ -581,109 +576,12 @@ class FoldLog(EpochEnd):
             state[k] for k in ('history', 'best', 'picked', 'last')
         )
 
-# %% ../../nbs/train/cross_validation.ipynb #claim-a-1
-def _short(text):
-    return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:12]
-
-# %% ../../nbs/train/cross_validation.ipynb #claim-a-2
-def _bytes(x):
-    "The values of a tensor or array, whatever their type and device."
-    if isinstance(x, np.ndarray):
-        return str(x.tolist()).encode() if x.dtype == object else x.tobytes()
-    return (
-        x.detach()
-        .as_subclass(torch.Tensor)
-        .cpu()
-        .contiguous()
-        .reshape(-1)
-        .view(torch.uint8)
-        .numpy()
-        .tobytes()
-    )
-
-# %% ../../nbs/train/cross_validation.ipynb #claim-a-3
-def _text_of(f):
-    "The text of a function without comments and layout; its code where there is no text."
-    try:
-        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f))))
-    except (OSError, TypeError, SyntaxError):
-        pass
-    code = f.__code__
-    return repr((code.co_code, code.co_names, [c for c in code.co_consts if not hasattr(c, 'co_code')]))
-
-# %% ../../nbs/train/cross_validation.ipynb #claim-a
-def _name_of(f):
-    "A function or class by name, with what it closes over; one of a notebook or script also by its text."
-    name, inner = getattr(f, '__qualname__', type(f).__name__), getattr(f, '__func__', f)
-    cells = [c.cell_contents for c in getattr(inner, '__closure__', None) or ()]
-    bound = [
-        v
-        for v in [*cells, *(getattr(inner, '__defaults__', None) or ())]
-        if isinstance(v, (bool, int, float, str, tuple, torch.Tensor))
-    ]
-    functions = (
-        [m for m in vars(f).values() if isinstance(m, FunctionType)] if isinstance(f, type) else [inner]
-    )
-    if getattr(f, '__module__', None) == '__main__':
-        name += ' ' + _short(''.join(_text_of(m) for m in functions if hasattr(m, '__code__')))
-    return name + (f' with {stable_repr(bound)}' if bound else '')
-
-# %% ../../nbs/train/cross_validation.ipynb #claim-b-1
-def _kept(x, deep):
-    "The arguments of an object's making that it keeps as attributes, and the modules that it holds."
-    inits = [
-        vars(c)['__init__'] for c in type(x).__mro__ if isinstance(vars(c).get('__init__'), FunctionType)
-    ]
-    names = dict.fromkeys(p for f in inits for p in inspect.signature(f).parameters)
-    held = {k: v for k, v in getattr(x, '__dict__', {}).items() if k in names or isinstance(v, nn.Module)}
-    return ', '.join(f'{k}={stable_repr(v, deep - 1)}' for k, v in held.items())
-
-
-def _structure(module):
-    "Every module in a module, with its options, and the shapes of its tensors."
-    lines = [f'{name} {_name_of(type(m))}({_kept(m, 2)})' for name, m in module.named_modules()]
-    return '\n'.join(lines + [f'{k} {tuple(v.shape)}' for k, v in module.state_dict().items()])
-
-# %% ../../nbs/train/cross_validation.ipynb #claim-b
-def stable_repr(
-    x,  # anything that a Learner is made of
-    deep: int = 5,  # levels of objects within objects
-) -> str:  # the same in every process, for the same thing
-    "What an object is made of, without addresses, devices and paths."
-    if isinstance(x, np.generic):
-        x = x.item()
-    if x is None or isinstance(x, (bool, int, float, str, bytes, torch.dtype)):
-        return repr(x)
-    if isinstance(x, (torch.Tensor, np.ndarray)):
-        return f'{tuple(x.shape)} {_short(_bytes(x))}'
-    if deep == 0:
-        return type(x).__name__
-
-    def each(items):
-        return ', '.join(stable_repr(i, deep - 1) for i in items)
-
-    if isinstance(x, dict):
-        return '{' + ', '.join(f'{k}: {stable_repr(v, deep - 1)}' for k, v in x.items()) + '}'
-    if isinstance(x, (set, frozenset)):
-        return '{' + ', '.join(sorted(stable_repr(i, deep - 1) for i in x)) + '}'
-    if isinstance(x, (list, tuple, L)):
-        return f'[{each(x)}]'
-    if isinstance(x, partial):
-        options = [f'{k}={stable_repr(v, deep - 1)}' for k, v in sorted(x.keywords.items())]
-        return f"{stable_repr(x.func)}({', '.join([*(stable_repr(a, deep - 1) for a in x.args), *options])})"
-    if isinstance(x, (type, FunctionType, BuiltinFunctionType, MethodType)):
-        return _name_of(x)
-    text = f'{_name_of(type(x))}({_kept(x, deep)})'
-    if not isinstance(x, nn.Module) or not (x.state_dict() or list(x.children())):
-        return text
-    return f"{text} {_short(_structure(x) + each(x.state_dict().values()))}"
-
 # %% ../../nbs/train/cross_validation.ipynb #claim-e-1
 def _loaded(first, second):
     "A hash of the tensors that two networks built with different seeds have in common: those that were loaded, not drawn."
     a, b = first.state_dict(), second.state_dict()
     same = [k for k in a if k in b and a[k].shape == b[k].shape and torch.equal(a[k], b[k].to(a[k].device))]
-    return _short(b''.join(k.encode() + _bytes(a[k]) for k in same))
+    return short_hash(b''.join(k.encode() + tensor_bytes(a[k]) for k in same))
 
 # %% ../../nbs/train/cross_validation.ipynb #claim-e-2
 def _content(dls, frames, most=2000):
@@ -694,7 +592,7 @@ def _content(dls, frames, most=2000):
         for reader in (t for t in items.tfms if isinstance(t, RowReader)):
             keys = reader.keys(rows)
             for k in range(0, len(keys), 64):
-                h.update(_bytes(reader.take(keys[k : k + 64])))
+                h.update(tensor_bytes(reader.take(keys[k : k + 64])))
     return h.hexdigest()[:12]
 
 # %% ../../nbs/train/cross_validation.ipynb #claim-e
@@ -711,8 +609,8 @@ def _made_of(learn, build, frames):
     options = {k: getattr(learn, k) for k in ('wd', 'moms', 'wd_bn_bias', 'train_bn', 'splitter')}
     seed_all(2**31)
     return dict(
-        network=f'{type(model).__name__} with {sum(p.numel() for p in tensors.values()):,} parameters ({_short(_structure(model))})',
-        trains=f'{sum(trains.values()):,} parameters ({_short(str(list(trains)))})',
+        network=f'{type(model).__name__} with {sum(p.numel() for p in tensors.values()):,} parameters ({short_hash(structure_text(model))})',
+        trains=f'{sum(trains.values()):,} parameters ({short_hash(str(list(trains)))})',
         loaded=_loaded(model, build(learn.dls).model),
         optimiser=f'{stable_repr(learn.opt_func)} {stable_repr(options)}',
         loss=stable_repr(learn.loss_func),
@@ -777,7 +675,7 @@ def cross_validate(
     )
     done = all((path / f'fold{k}' / 'predictions.pt').exists() for k in numbers)
     with nullcontext() if done else folder_lock(path):
-        _claim(path, settings, schedule='plateau', **made)
+        claim_folder(path, settings, schedule='plateau', **made)
         ticks = iter(progress(range(len(numbers) * epochs), desc=f'epochs of {path.name}'))
         next(ticks, None)
 
@@ -841,20 +739,6 @@ def _fold_learner(build, data, frames, folds, k, select, seed):
     seed_all(seed)
     learn = build(data(train if inner is None else train[~inner], valid))
     return learn, valid, None if inner is None else learn.dls.test_dl(test, with_labels=True)
-
-# %% ../../nbs/train/cross_validation.ipynb #cv-b-1
-def _claim(path, settings, **before):
-    "Bind a folder to one run's settings, or complain that it belongs to another; `before` holds what a claim of an older version, which lacks these keys, was made with."
-    claim = path / 'run.json'
-    if not claim.exists():
-        return write_json(claim, settings)
-    old = {**before, **json.loads(claim.read_text())}
-    if old == settings:
-        return
-    other = ', '.join(
-        f"{k} {old.get(k)} -> {settings.get(k)}" for k in {**settings, **old} if old.get(k) != settings.get(k)
-    )
-    raise ValueError(f"{path} holds another run ({other}): choose another path, or delete that folder")
 
 # %% ../../nbs/train/cross_validation.ipynb #cv-b-2
 def _train_fold(
@@ -966,14 +850,6 @@ def fine_tune_learner(
         splitter=splitter,
     )
 
-# %% ../../nbs/train/cross_validation.ipynb #c045a
-def _fingerprint(module):
-    "A short hash of all tensors and their names."
-    h = hashlib.sha256()
-    for k, v in module.state_dict().items():
-        h.update(k.encode() + _bytes(v))
-    return h.hexdigest()[:16]
-
 # %% ../../nbs/train/cross_validation.ipynb #c045b
 def fine_tune(
     backbone: nn.Module,  # as for fine_tune_learner; gets one or three channels, whatever its first convolution takes
@@ -1031,10 +907,10 @@ def fine_tune(
             raise ValueError("folds has rows that are not of the store: make the folds from its frame table")
         frames = store.frames if folds is None else store.frames.loc[folds.index]
         channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 1)
-        _claim(
+        claim_folder(
             Path(folder),
             dict(
-                backbone=_fingerprint(backbone),
+                backbone=weights_hash(backbone),
                 policy=policy,
                 wd=wd,
                 bs=bs,

@@ -48,10 +48,10 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 # %% ../../nbs/train/detection.ipynb #c003b
 from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, progress, seed_all
-from ..data.store import ClipError, read_clip
 from ..models.backbones import create_backbone, first_conv, gray_stem
 from ..models.transfer import copy_weights, load_weights
 from .cross_validation import EpochEnd, _claim, fit_resumable
+from ..video import ClipError, read_clip
 
 # %% ../../nbs/train/detection.ipynb #c006
 def boxes_from_masks(
