@@ -29,14 +29,8 @@ from ..core import atomic_path, frozen_eval, progress
 from ..data.pairs import PairItems
 from ..models.backbones import scale_for
 from ..models.transfer import copy_weights, load_weights, name_outputs, save_weights
-from lus_fastai.train.cross_validation import (
-    AutoPrecision,
-    CosineLR,
-    EpochEnd,
-    _claim,
-    autocast_for,
-    fit_resumable,
-)
+from .cross_validation import AutoPrecision, CosineLR, EpochEnd, autocast_for, fit_resumable
+from ..runs import claim_folder
 from lus_fastai.train.distributed import (
     AverageGradients,
     gather,
@@ -644,7 +638,7 @@ def pretrain(
     net = _build(dls, backbone, seed, dim, classify)
     run = dict(epochs=epochs, lr=lr, wd=wd, seed=seed, warm=warm, precision=precision)
     with main_first():
-        _claim(path, _bound_to(method, dls, run))
+        claim_folder(path, _bound_to(method, dls, run))
     if (path / 'history.csv').exists():
         _fit_in(load_weights(path / 'net.safetensors'), net, path / 'net.safetensors')
     else:

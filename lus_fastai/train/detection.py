@@ -50,7 +50,8 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, progress, seed_all
 from ..models.backbones import create_backbone, first_conv, gray_stem
 from ..models.transfer import copy_weights, load_weights
-from .cross_validation import EpochEnd, _claim, fit_resumable
+from .cross_validation import EpochEnd, fit_resumable
+from ..runs import claim_folder
 from ..video import ClipError, read_clip
 
 # %% ../../nbs/train/detection.ipynb #c006
@@ -925,7 +926,7 @@ def _bind(path, model, rows, run, kwargs, names):
         settings=str(sorted(kwargs.items())),
         names=names,
     )
-    _claim(path, of_run, names=names)
+    claim_folder(path, of_run, names=names)
 
 # %% ../../nbs/train/detection.ipynb #c042-3
 def train_detector(
