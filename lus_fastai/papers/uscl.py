@@ -870,7 +870,7 @@ def uscl_report(
     results: dict,  # from results_json
     settings: UsclSettings,  # sizes
 ) -> Path:  # the file
-    "Comparison, ablation, similarity conflict, labels, attention, detection, settings and versions, in one file."
+    "All that a reproduction found, its settings and versions, in one file."
     r = _open_report(results)
     _start_section(r, results)
     _starts_section(r, results, settings)
