@@ -1,4 +1,7 @@
-"One process of `test_launch`: `reproduce` with tiny settings, as `lus_repro uscl` calls it; argument: a folder. Which files this process wrote goes to rank<k>.json."
+"""One process of `test_launch`: `reproduce` with tiny settings, as `lus_repro uscl` calls it.
+
+Argument: a folder. Which files this process wrote goes to rank<k>.json.
+"""
 
 import json
 import os
@@ -28,14 +31,10 @@ TINY = uscl.UsclSettings(
 
 
 def backbone(name, weights=None):
-    "A short ResNet with group norm: with batch norm, each process has statistics of its own, and two differ from one."
+    "A short ResNet with group norm: with batch norm, each process has statistics of its own."
     net = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=lambda n: nn.GroupNorm(8, n))
-    net.conv1, net.fc, net.n_features, net.pretrained = (
-        nn.Conv2d(1, 64, 7, 2, 3, bias=False),
-        nn.Identity(),
-        512,
-        False,
-    )
+    net.conv1, net.fc = nn.Conv2d(1, 64, 7, 2, 3, bias=False), nn.Identity()
+    net.n_features, net.pretrained = 512, False
     if weights not in (None, 'imagenet'):
         copy_weights(weights, net, strict=True)
     return net
@@ -44,10 +43,8 @@ def backbone(name, weights=None):
 def reproduce(home):
     "The report's path, or None in all processes but the main one."
     create, uscl.create_backbone = uscl.create_backbone, backbone
-    native, training.has_bf16 = (
-        training.has_bf16,
-        lambda device: False,
-    )  # in bfloat16 two halves of a batch differ from the whole in the third digit
+    # in bfloat16 two halves of a batch differ from the whole in the third digit
+    native, training.has_bf16 = training.has_bf16, lambda device: False
     try:
         return uscl.reproduce('phantom', out=home / 'results', home=home, settings=TINY)
     finally:

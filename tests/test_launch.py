@@ -1,4 +1,4 @@
-"`lus_repro uscl` under `accelerate launch`: two CPU processes go through the reproduction from clips to report, and the main one alone writes."
+"`lus_repro uscl` under `accelerate launch`: two CPU processes, and the main one alone writes."
 
 import json
 import os

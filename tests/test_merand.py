@@ -1,4 +1,4 @@
-"The reproduction of Merand 2021 end to end on a tiny phantom: resumable, and no patient of one step is met in another."
+"The reproduction of Merand 2021 on a tiny phantom: resumable, and no patient is in two steps."
 
 import numpy as np
 import pandas as pd
@@ -89,7 +89,7 @@ def test_resumed_run_equals_undisturbed_one(parts, tmp_path, monkeypatch):
     assert runs == [0, 1] and all(np.array_equal(whole[k], cut[k]) for k in whole)
 
 
-def test_test_pictures_are_read_when_training_is_over(parts, tmp_path, monkeypatch):
+def test_test_images_are_read_when_training_is_over(parts, tmp_path, monkeypatch):
     read, hidden = [], MaskSet(parts.test.images, parts.test.masks, parts.test.names, parts.test.table)
 
     class Watched(MaskSet):
@@ -182,10 +182,8 @@ def test_bad_input(monkeypatch, tmp_path):
 def test_a_folder_of_another_run_is_refused(parts, tmp_path):
     from dataclasses import replace
 
-    merand.first_step(Way('test_resnet', 'classifier'), parts, tmp_path, TINY)
-    (file := merand.first_step(Way('test_resnet', 'classifier'), parts, tmp_path, TINY)).parent.joinpath(
-        'history.csv'
-    ).unlink()
+    file = merand.first_step(Way('test_resnet', 'classifier'), parts, tmp_path, TINY)
+    (file.parent / 'history.csv').unlink()
     with pytest.raises(ValueError, match='holds another run'):
         merand.first_step(Way('test_resnet', 'classifier'), parts, tmp_path, replace(TINY, first_epochs=2))
 

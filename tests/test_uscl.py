@@ -1,4 +1,4 @@
-"The reproduction of Chen 2021 end to end on a tiny phantom: resumable, and nothing of a test fold is ever pretrained on."
+"The reproduction of Chen 2021 on a tiny phantom: resumable, and no test fold is ever pretrained on."
 
 import numpy as np
 import pandas as pd
