@@ -41,8 +41,8 @@ from ..data.sources import index
 from ..data.store import FrameStore, store_rows
 from ..explain.attribution import grad_cam
 from ..explain.sanity_checks import heat_in_fan, only_outside, outside_fan_check, predict_source
+from ..models.classifiers import covidnet
 from ..models.transfer import copy_weights, name_outputs
-from ..models.unet import covidnet
 from lus_fastai.papers.experiment import (
     Experiment,
     cells_of,
@@ -55,22 +55,16 @@ from lus_fastai.papers.experiment import (
 )
 
 # %% ../../nbs/papers/arora.ipynb #c003-2
-from lus_fastai.report import (
-    PAPERS,
-    Report,
-    cell,
-    headline,
-    interval_text,
-    limits_note,
-    papers_note,
+from ..plot import PAPERS, interval_text
+from ..report import Report, headline, limits_note, papers_note, training_card
+from ..runs import cell, results_table
+from lus_fastai.stats.figures import (
     plot_abstention,
     plot_comparison,
     plot_confusion,
     plot_pr,
     plot_reliability,
     plot_roc,
-    results_table,
-    training_card,
 )
 
 # %% ../../nbs/papers/arora.ipynb #c003-3

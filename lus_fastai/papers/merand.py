@@ -30,13 +30,14 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/papers/merand.ipynb #c003-1
-from ..core import MaskSet, atomic_path, real_data, seed_all
+from ..core import MaskSet, assert_disjoint, atomic_path, real_data, seed_all
 from ..data.augment import MerandAugment
-from ..data.folds import assert_disjoint
 from ..data.loaders import absent_classes
 from ..data.sources import _mask_set, ccxs_set, chexpert_labels, index, siim_set
+from ..models.backbones import create_backbone
+from ..models.classifiers import BackboneClassifier
+from ..models.segmenters import autoencoder, segmenter
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
-from ..models.unet import BackboneClassifier, autoencoder, create_backbone, segmenter
 from .arora import mean_over_patients
 from lus_fastai.papers.experiment import (
     Experiment,
@@ -49,19 +50,15 @@ from lus_fastai.papers.experiment import (
 )
 
 # %% ../../nbs/papers/merand.ipynb #c003-2
-from lus_fastai.report import (
-    Report,
-    cell,
-    limits_note,
-    papers_note,
-    plot_comparison,
-    results_table,
-    training_card,
-)
+from ..data.pairs import ABLATION, pair_dls
+from ..report import Report, limits_note, papers_note, training_card
+from ..runs import cell, results_table
 from ..stats.classification import _percentiles, _ratio, _weights
-from ..stats.segmentation import mask_confusions, soft_dice
+from ..stats.figures import plot_comparison
+from ..stats.segmentation import mask_confusions
 from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
-from ..train.contrastive import ABLATION, SimCLR, pair_dls, pretrain
+from ..train.contrastive import SimCLR, pretrain
+from ..train.losses import soft_dice
 from ..train.segmentation import _fit, adam, fit_masks, fit_rotation, predict_masks
 
 # %% ../../nbs/papers/merand.ipynb #c006

@@ -24,17 +24,18 @@ import pandas as pd
 import torch
 from fastai.vision.all import RandTransform, TensorImage, retain_type
 
-from ..core import CLASSES, lus_home, real_data, seed_all
+from ..core import CLASSES, assert_disjoint, lus_home, real_data, seed_all
 from ..data.fan import add_fans
-from ..data.folds import assert_disjoint, patient_folds
+from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
 from ..explain.attribution import grad_cam
 from ..explain.embeddings import features
 from ..explain.sanity_checks import heat_in_fan
+from ..models.backbones import create_backbone
+from ..models.classifiers import BackboneClassifier
 from ..models.transfer import copy_weights, name_outputs, save_weights
-from ..models.unet import BackboneClassifier, create_backbone
 
 # %% ../../nbs/papers/uscl.ipynb #c003-1
 import hashlib
@@ -50,35 +51,19 @@ from lus_fastai.papers.experiment import (
     settings_folder,
     without,
 )
-from lus_fastai.report import (
-    Report,
-    interval_text,
-    limits_note,
-    model_card,
-    papers_note,
-    plot_comparison,
-    results_table,
-    score_text,
-    training_card,
-)
+from ..plot import interval_text
+from ..report import Report, limits_note, model_card, papers_note, score_text, training_card
+from ..runs import results_table
+from ..stats.figures import plot_comparison
 
 # %% ../../nbs/papers/uscl.ipynb #c003-2
+from ..data.pairs import ABLATION, USCLAugment, pair_dls
 from ..stats.classification import evaluate
 from ..synth.phantom import phantom_dataset
-from lus_fastai.train.contrastive import (
-    ABLATION,
-    USCL,
-    MoCo,
-    SimCLR,
-    Supervised,
-    USCLAugment,
-    leave_processes,
-    main_first,
-    pair_dls,
-    pretrain,
-)
+from ..train.contrastive import USCL, MoCo, SimCLR, Supervised, pretrain
 from ..train.cross_validation import ClassProbs, cross_validate, fine_tune_learner, last_epoch
 from ..train.detection import FEW_OBJECTS, DetectItems, busi_items, phantom_items, train_detector
+from ..train.distributed import leave_processes, main_first
 from ..train.semi_supervised import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 
 # %% ../../nbs/papers/uscl.ipynb #c006

@@ -25,8 +25,8 @@ def plot_confusion(
     from matplotlib.patches import Rectangle
 
     from lus_fastai.stats.classification import (
-        total_confusion,
-    )  # here, because it is not as light as this module
+        total_confusion,  # here, because it is not as light as this module
+    )
 
     cm, names = total_confusion(cm, names)
     share, n = cm / np.maximum(cm.sum(1, keepdims=True), 1), len(names)

@@ -29,8 +29,8 @@ from ..core import atomic_path, frozen_eval, progress
 from ..data.pairs import PairItems
 from ..models.backbones import scale_for
 from ..models.transfer import copy_weights, load_weights, name_outputs, save_weights
-from .cross_validation import AutoPrecision, CosineLR, EpochEnd, autocast_for, fit_resumable
 from ..runs import claim_folder
+from .cross_validation import AutoPrecision, CosineLR, EpochEnd, autocast_for, fit_resumable
 from lus_fastai.train.distributed import (
     AverageGradients,
     gather,

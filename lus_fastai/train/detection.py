@@ -50,8 +50,8 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, progress, seed_all
 from ..models.backbones import create_backbone, first_conv, gray_stem
 from ..models.transfer import copy_weights, load_weights
-from .cross_validation import EpochEnd, fit_resumable
 from ..runs import claim_folder
+from .cross_validation import EpochEnd, fit_resumable
 from ..video import ClipError, read_clip
 
 # %% ../../nbs/train/detection.ipynb #c006
