@@ -349,6 +349,46 @@ def _named(table, columns):
         raise TableError(f"missing column(s) {missing}; the table has {list(table.columns)}")
     return table[list(columns)].astype(str)
 
+# %% ../../nbs/explain/embeddings.ipynb #embedding-1
+_MOST_NAMES = 12  # values of a column that a legend has room for
+
+
+def _seaborn(what):
+    "The package that draws, or an error that says how to install it."
+    try:
+        import seaborn
+    except ImportError:
+        raise ImportError(f"{what} seaborn: pip install seaborn") from None
+    return seaborn
+
+
+def _marks(column):
+    "What seaborn needs to give each value of a column its own mark."
+    names = sorted(column.unique())
+    markers = [MARKERS[k % len(MARKERS)] for k in range(len(names))]
+    return dict(style=column.to_numpy(), style_order=names, markers=markers)
+
+# %% ../../nbs/explain/embeddings.ipynb #embedding-2
+def _colored_points(ax, points, column, marks):
+    "Points (N, 2) coloured by a column; many values get no legend, but their number in the title."
+    sns = _seaborn('the scatter needs')
+    names = sorted(column.unique())
+    many = len(names) > _MOST_NAMES
+    colors = PALETTE[: len(names)] if len(names) <= len(PALETTE) else sns.color_palette('husl', len(names))
+    color = dict(hue=column.to_numpy(), hue_order=names, palette=list(colors))
+    legend = False if many else 'full'
+    sns.scatterplot(
+        x=points[:, 0], y=points[:, 1], s=22, linewidth=0.3, ax=ax, legend=legend, **color, **marks
+    )
+    title = f'{column.name} ({len(names)} values)' if many else column.name
+    ax.set(xticks=[], yticks=[], xlabel='', ylabel='', title=title)
+    ax.set_aspect('equal', 'datalim')
+    ax.spines[:].set_visible(True)
+    ax.spines[:].set_alpha(0.25)
+    if not many:
+        below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.01), ncols=figure_columns(names, 3.2))
+        ax.legend(**below, handletextpad=0.1, columnspacing=1)
+
 # %% ../../nbs/explain/embeddings.ipynb #c021
 def plot_embedding(
     points,  # (N, 2), such as tsne_map(x).points
@@ -358,54 +398,17 @@ def plot_embedding(
     title: str = '',  # above the figure
 ):  # matplotlib Figure; a column of more than 12 values gets no legend
     "Points of a map, coloured by label, patient, source or any other column."
-    try:
-        import seaborn as sns
-    except ImportError:
-        raise ImportError("the scatter needs seaborn: pip install seaborn") from None
+    _seaborn('the scatter needs')
     by = [by] if isinstance(by, str) else list(by)
     points = _points(points, len(table), 'rows in the table')
     columns = _named(table, [*by, *([style] if style else [])])
-    shape = (
-        {}
-        if style is None
-        else dict(
-            style=columns[style].to_numpy(),
-            style_order=sorted(columns[style].unique()),
-            markers=[MARKERS[k % len(MARKERS)] for k in range(columns[style].nunique())],
-        )
-    )
-    names = {c: sorted(columns[c].unique()) for c in by}
-    rows = max(
-        [math.ceil(len(v) / figure_columns(v, 3.2)) for v in names.values() if len(v) <= 12], default=0
-    ) + (1 if style else 0)
+    marks = _marks(columns[style]) if style else {}
+    names = [sorted(columns[c].unique()) for c in by]
+    legends = [math.ceil(len(v) / figure_columns(v, 3.2)) for v in names if len(v) <= _MOST_NAMES]
+    rows = max(legends, default=0) + bool(style)  # of the tallest legend
     with figure_canvas(3.3 * len(by), 3.5 + 0.2 * rows) as fig:
         for ax, c in zip(fig.subplots(1, len(by), squeeze=False)[0], by):
-            v, many = names[c], len(names[c]) > 12
-            colors = list(PALETTE[: len(v)]) if len(v) <= len(PALETTE) else sns.color_palette('husl', len(v))
-            sns.scatterplot(
-                x=points[:, 0],
-                y=points[:, 1],
-                hue=columns[c].to_numpy(),
-                hue_order=v,
-                palette=colors,
-                s=22,
-                linewidth=0.3,
-                ax=ax,
-                legend=False if many else 'full',
-                **shape,
-            )
-            ax.set(xticks=[], yticks=[], xlabel='', ylabel='', title=f'{c} ({len(v)} values)' if many else c)
-            ax.set_aspect('equal', 'datalim')
-            ax.spines[:].set_visible(True)
-            ax.spines[:].set_alpha(0.25)
-            if not many:
-                ax.legend(
-                    loc='upper center',
-                    bbox_to_anchor=(0.5, -0.01),
-                    ncols=figure_columns(v, 3.2),
-                    handletextpad=0.1,
-                    columnspacing=1,
-                )
+            _colored_points(ax, points, columns[c], marks)
         if title:
             fig.suptitle(title)
     return fig
@@ -544,43 +547,36 @@ def purity(
     columns = ['by', 'neighbours', 'purity', 'low', 'high', 'chance', 'k', 'n', 'patients']
     return pd.DataFrame(rows, columns=columns)
 
+# %% ../../nbs/explain/embeddings.ipynb #purity-bars
+def _purity_bars(ax, rows, order, title):
+    "Bars of two kinds of neighbours with intervals, chance as a black line; returns what a legend needs."
+    hues = ['all', 'other patients']
+    color = dict(hue='neighbours', hue_order=hues, palette=[PALETTE[4], PALETTE[0]], saturation=1)
+    _seaborn('the bars need').barplot(rows, x='by', y='purity', order=order, errorbar=None, ax=ax, **color)
+    beside = np.where(rows['neighbours'] == hues[0], -0.2, 0.2)
+    at = np.array([order.index(b) for b in rows['by']]) + beside
+    ax.vlines(at, rows['low'], rows['high'], color=INK, lw=1, alpha=0.6)
+    ax.hlines(rows['chance'], at - 0.2, at + 0.2, color=INK, lw=2)
+    ax.set(xlabel='', ylabel='share of neighbours', ylim=(0, 1.05), title=title)
+    ax.tick_params(axis='x', length=0)
+    ax.grid(axis='y')
+    handles = ax.get_legend_handles_labels()
+    ax.get_legend().remove()
+    return handles
+
 # %% ../../nbs/explain/embeddings.ipynb #c036
 def plot_purity(
     scores: pd.DataFrame,  # what purity returns; several of them with a column features for a panel each
     title: str = '',  # above the figure
 ):  # matplotlib Figure
     "Purity among all neighbours and among other patients' as bars with intervals; chance is a black line."
-    try:
-        import seaborn as sns
-    except ImportError:
-        raise ImportError("the bars need seaborn: pip install seaborn") from None
+    _seaborn('the bars need')
     groups = [(None, scores)] if 'features' not in scores else list(scores.groupby('features', sort=False))
-    order, hues = list(dict.fromkeys(scores['by'])), ['all', 'other patients']
+    order = list(dict.fromkeys(scores['by']))
     with figure_canvas(0.6 + 2.5 * len(groups), 2.9 + 0.3 * bool(title)) as fig:
         axs = fig.subplots(1, len(groups), squeeze=False, sharey=True)[0]
         for ax, (name, rows) in zip(axs, groups):
-            sns.barplot(
-                rows,
-                x='by',
-                y='purity',
-                hue='neighbours',
-                order=order,
-                hue_order=hues,
-                palette=[PALETTE[4], PALETTE[0]],
-                saturation=1,
-                errorbar=None,
-                ax=ax,
-            )
-            at = np.array([order.index(b) for b in rows['by']]) + np.where(
-                rows['neighbours'] == hues[0], -0.2, 0.2
-            )
-            ax.vlines(at, rows['low'], rows['high'], color=INK, lw=1, alpha=0.6)
-            ax.hlines(rows['chance'], at - 0.2, at + 0.2, color=INK, lw=2)
-            ax.set(xlabel='', ylabel='share of neighbours', ylim=(0, 1.05), title=name or '')
-            ax.tick_params(axis='x', length=0)
-            ax.grid(axis='y')
-            handles = ax.get_legend_handles_labels()
-            ax.get_legend().remove()
+            handles = _purity_bars(ax, rows, order, name or '')
         fig.legend(*handles, loc='outside lower center', ncols=2, title='neighbours')
         if title:
             fig.suptitle(title)
