@@ -21,7 +21,9 @@ from lus_fastai.data.augment import *
 from lus_fastai.models.transfer import *
 from lus_fastai.models.unet import *
 from lus_fastai.train.losses import *
+from lus_fastai.train.callbacks import *
 from lus_fastai.train.cross_validation import *
+from lus_fastai.train.fine_tuning import *
 from lus_fastai.train.segmentation import *
 from lus_fastai.train.contrastive import *
 from lus_fastai.train.semi_supervised import *

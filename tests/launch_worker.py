@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from lus_fastai.models.transfer import copy_weights
 from lus_fastai.papers import uscl
-from lus_fastai.train import cross_validation as training
+from lus_fastai.train import callbacks
 
 TINY = uscl.UsclSettings(
     lr=1e-4,
@@ -44,14 +44,14 @@ def backbone(name, weights=None):
 def reproduce(home):
     "The report's path, or None in all processes but the main one."
     create, uscl.create_backbone = uscl.create_backbone, backbone
-    native, training.has_bf16 = (
-        training.has_bf16,
+    native, callbacks.has_bf16 = (
+        callbacks.has_bf16,
         lambda device: False,
     )  # in bfloat16 two halves of a batch differ from the whole in the third digit
     try:
         return uscl.reproduce('phantom', out=home / 'results', home=home, settings=TINY)
     finally:
-        uscl.create_backbone, training.has_bf16 = create, native
+        uscl.create_backbone, callbacks.has_bf16 = create, native
 
 
 if __name__ == '__main__':

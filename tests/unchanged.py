@@ -30,8 +30,9 @@ from lus_fastai.video import read_clip
 from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
 from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
 from lus_fastai.synth.phantom import phantom_dataset
-from lus_fastai.train import cross_validation as training
-from lus_fastai.train.cross_validation import ClassProbs, cross_validate
+from lus_fastai.train import callbacks
+from lus_fastai.train.callbacks import ClassProbs
+from lus_fastai.train.cross_validation import cross_validate
 from lus_fastai.train.detection import mask_rcnn
 
 PAPERS = 'gare', 'cheng_lam', 'arora', 'uscl', 'merand', 'sim_to_real'
@@ -163,7 +164,7 @@ def differences(a, b, where=''):
 
 def main(what, file, *parts):
     torch.set_num_threads(1)
-    training.has_bf16 = lambda device: False
+    callbacks.has_bf16 = lambda device: False
     file = Path(file)
     known = json.loads(file.read_text()) if file.exists() else {}
     found = []

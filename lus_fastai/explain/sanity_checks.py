@@ -27,7 +27,8 @@ from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
 from .attribution import EXPLAINERS, class_codes
 from ..stats.classification import evaluate
-from ..train.cross_validation import ClassProbs, cross_validate
+from ..train.callbacks import ClassProbs
+from ..train.cross_validation import cross_validate
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c008-1
 def _layers(model):

@@ -69,13 +69,8 @@ from lus_fastai.stats.figures import (
     plot_roc,
 )
 from ..synth.phantom import phantom_dataset
-from lus_fastai.train.cross_validation import (
-    AutoPrecision,
-    ClassProbs,
-    autocast_for,
-    cross_validate,
-    training_hours,
-)
+from ..train.callbacks import AutoPrecision, ClassProbs, autocast_for
+from ..train.cross_validation import cross_validate, training_hours
 
 # %% ../../nbs/papers/arora.ipynb #c006-1
 @dataclass(frozen=True)

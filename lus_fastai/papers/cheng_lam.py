@@ -32,7 +32,8 @@ from ..runs import cell, results_json, results_table
 from ..stats.figures import plot_comparison
 from ..stats.segmentation import evaluate_masks, mask_scores
 from ..synth.radiographs import rib_masks, salient_shapes
-from ..train.cross_validation import PlateauLR, training_hours
+from ..train.callbacks import PlateauLR
+from ..train.cross_validation import training_hours
 from ..train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
 from ..train.segmentation import fit_masks, predict_masks
 

@@ -45,14 +45,8 @@ from ..runs import cell, results_json, results_table
 from ..stats.classification import evaluate, evaluate_seg, roc, vote
 from ..stats.figures import plot_comparison, plot_confusion, plot_iou, plot_roc
 from ..synth.phantom import phantom_dataset
-from lus_fastai.train.cross_validation import (
-    ClassProbs,
-    PixelCounts,
-    cross_validate,
-    fold_history,
-    last_epoch,
-    training_hours,
-)
+from ..train.callbacks import ClassProbs, PixelCounts
+from ..train.cross_validation import cross_validate, fold_history, last_epoch, training_hours
 from ..train.losses import DiceCELoss, class_weights, code_counts
 
 # %% ../../nbs/papers/gare.ipynb #c008

@@ -52,7 +52,8 @@ from ..report import Report, limits_note, score_text, training_card
 from ..runs import cell, read_results, results_json, results_table
 from ..stats.figures import plot_comparison
 from ..synth.phantom import Patient, draw_patient, phantom_clip
-from ..train.cross_validation import ClassProbs, cross_validate, training_hours
+from ..train.callbacks import ClassProbs
+from ..train.cross_validation import cross_validate, training_hours
 from ..train.losses import SoftDiceLoss
 from ..train.segmentation import adam, fit_masks, predict_masks
 from ..video import ClipError, sample_clip

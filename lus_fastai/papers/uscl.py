@@ -52,13 +52,9 @@ from lus_fastai.train.contrastive import (
     pair_dls,
     pretrain,
 )
-from lus_fastai.train.cross_validation import (
-    ClassProbs,
-    cross_validate,
-    fine_tune_learner,
-    last_epoch,
-    training_hours,
-)
+from ..train.callbacks import ClassProbs
+from ..train.cross_validation import cross_validate, last_epoch, training_hours
+from ..train.fine_tuning import fine_tune_learner
 from ..train.detection import FEW_OBJECTS, DetectItems, busi_items, phantom_items, train_detector
 from ..train.semi_supervised import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 

@@ -37,7 +37,7 @@ from ..data.store import FrameStore, store_rows
 from ..models.transfer import copy_weights, load_weights, name_outputs, save_weights
 from ..models.unet import scale_for
 from ..runs import claim_folder
-from .cross_validation import AutoPrecision, CosineLR, EpochEnd, autocast_for, fit_resumable
+from .callbacks import AutoPrecision, CosineLR, EpochEnd, autocast_for, fit_resumable
 
 # %% ../../nbs/train/contrastive.ipynb #c008-1
 def beta_half(
