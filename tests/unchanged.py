@@ -26,7 +26,6 @@ from lus_fastai.core import CLASSES, seed_all
 from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.store import FrameStore
-from lus_fastai.video import read_clip
 from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
 from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
 from lus_fastai.synth.phantom import phantom_dataset
@@ -34,6 +33,7 @@ from lus_fastai.train import callbacks
 from lus_fastai.train.callbacks import ClassProbs
 from lus_fastai.train.cross_validation import cross_validate
 from lus_fastai.train.detection import mask_rcnn
+from lus_fastai.video import read_clip
 
 PAPERS = 'gare', 'cheng_lam', 'arora', 'uscl', 'merand', 'sim_to_real'
 TOLERANCE = 1e-6

@@ -93,9 +93,21 @@ def _used_frames(store, folds):
         raise ValueError("folds has rows that are not of the store: make the folds from its frame table")
     return store.frames.loc[folds.index]
 
+# %% ../../nbs/train/fine_tuning.ipynb #check-model
+def _check_model(backbone, n_classes, policy, lr, factor):
+    "The learning rate, or one for each stage; a policy that does not fit is found before clips are decoded."
+    model = _classifier(backbone, n_classes)
+    freeze(model, policy)
+    return lr if factor is None else [g['lr'] for g in split_rates(model, lr, factor)]
+
+
+def _channels(backbone):
+    "What the first convolution takes; one channel where there is none."
+    return next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 1)
+
 # %% ../../nbs/train/fine_tuning.ipynb #fine-tune
 def fine_tune(
-    backbone: nn.Module,  # as for fine_tune_learner; its first convolution tells whether it gets 1 or 3 channels
+    backbone: nn.Module,  # as for fine_tune_learner; 1 or 3 channels, as its first convolution takes
     table,  # a clip table, or a FrameStore
     last=3,  # how many of the last weight layers train, the new head included; or a policy of freeze
     *,
@@ -133,15 +145,3 @@ def fine_tune(
         fits = dict(epochs=epochs, lr=rates, select=select, seed=seed, precision=precision, schedule='cosine')
         run = dict(data=partial(frame_dls, store, **loaders), collect=ClassProbs(), path=folder / 'folds')
         return cross_validate(build, frames, folds, **run, **fits)
-
-# %% ../../nbs/train/fine_tuning.ipynb #check-model
-def _check_model(backbone, n_classes, policy, lr, factor):
-    "The learning rate, or one for each stage; a policy that does not fit is found before clips are decoded."
-    model = _classifier(backbone, n_classes)
-    freeze(model, policy)
-    return lr if factor is None else [g['lr'] for g in split_rates(model, lr, factor)]
-
-
-def _channels(backbone):
-    "What the first convolution takes; one channel where there is none."
-    return next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 1)
