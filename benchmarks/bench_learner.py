@@ -14,7 +14,8 @@ from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.store import FrameStore
 from lus_fastai.models.unet import unet
 from lus_fastai.synth.phantom import phantom_dataset
-from lus_fastai.train.cross_validation import AutoPrecision, EpochSeed, FoldLog, PixelCounts, PlateauLR
+from lus_fastai.train.callbacks import AutoPrecision, EpochSeed, PixelCounts, PlateauLR
+from lus_fastai.train.cross_validation import FoldLog
 
 with tempfile.TemporaryDirectory() as tmp:
     store = FrameStore.build(

@@ -5,7 +5,7 @@ from common import compare
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from torchvision.models import resnet18
 
-from lus_fastai.train.cross_validation import AutoPrecision, has_bf16
+from lus_fastai.train.callbacks import AutoPrecision, has_bf16
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 n, bs = (64, 32) if device == 'cpu' else (2048, 128)

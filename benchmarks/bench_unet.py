@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lus_fastai.core import seed_all
 from lus_fastai.models.transfer import freeze, param_count
 from lus_fastai.models.unet import xunet
-from lus_fastai.train.cross_validation import autocast_for, has_bf16
+from lus_fastai.train.callbacks import autocast_for, has_bf16
 from lus_fastai.train.segmentation import predict_masks
 
 SIZE, BATCH, REPEATS = (int(os.environ.get(k, v)) for k, v in (('SIZE', 128), ('BATCH', 4), ('REPEATS', 5)))

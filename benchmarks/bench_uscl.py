@@ -10,7 +10,7 @@ from torch import nn
 
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.train.contrastive import USCL, ContrastiveNet
-from lus_fastai.train.cross_validation import autocast_for
+from lus_fastai.train.callbacks import autocast_for
 
 
 def batch(b):

@@ -1,7 +1,4 @@
-"""One process of `test_launch`: `reproduce` with tiny settings, as `lus_repro uscl` calls it.
-
-Argument: a folder. Which files this process wrote goes to rank<k>.json.
-"""
+"One process of `test_launch`: `reproduce` with tiny settings, as `lus_repro uscl` calls it; argument: a folder. Which files this process wrote goes to rank<k>.json."
 
 import json
 import os
@@ -13,7 +10,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from lus_fastai.models.transfer import copy_weights
 from lus_fastai.papers import uscl
-from lus_fastai.train import cross_validation as training
+from lus_fastai.train import callbacks
 
 TINY = uscl.UsclSettings(
     lr=1e-4,
@@ -31,10 +28,14 @@ TINY = uscl.UsclSettings(
 
 
 def backbone(name, weights=None):
-    "A short ResNet with group norm: with batch norm, each process has statistics of its own."
+    "A short ResNet with group norm: with batch norm, each process has statistics of its own, and two differ from one."
     net = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=lambda n: nn.GroupNorm(8, n))
-    net.conv1, net.fc = nn.Conv2d(1, 64, 7, 2, 3, bias=False), nn.Identity()
-    net.n_features, net.pretrained = 512, False
+    net.conv1, net.fc, net.n_features, net.pretrained = (
+        nn.Conv2d(1, 64, 7, 2, 3, bias=False),
+        nn.Identity(),
+        512,
+        False,
+    )
     if weights not in (None, 'imagenet'):
         copy_weights(weights, net, strict=True)
     return net
@@ -43,12 +44,14 @@ def backbone(name, weights=None):
 def reproduce(home):
     "The report's path, or None in all processes but the main one."
     create, uscl.create_backbone = uscl.create_backbone, backbone
-    # in bfloat16 two halves of a batch differ from the whole in the third digit
-    native, training.has_bf16 = training.has_bf16, lambda device: False
+    native, callbacks.has_bf16 = (
+        callbacks.has_bf16,
+        lambda device: False,
+    )  # in bfloat16 two halves of a batch differ from the whole in the third digit
     try:
         return uscl.reproduce('phantom', out=home / 'results', home=home, settings=TINY)
     finally:
-        uscl.create_backbone, training.has_bf16 = create, native
+        uscl.create_backbone, callbacks.has_bf16 = create, native
 
 
 if __name__ == '__main__':

@@ -30,7 +30,9 @@ from lus_fastai.models.unet import unet
 from lus_fastai.models.classifiers import seg_to_cls, BackboneClassifier
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.data.folds import patient_folds
-from lus_fastai.train.cross_validation import AutoPrecision, EpochEnd, PlateauLR, CosineLR, OneCycleLR, EpochSeed, Checkpoint, fit_resumable, ClassProbs, cross_validate, last_epoch, fold_history, fine_tune_learner, fine_tune
+from lus_fastai.train.callbacks import AutoPrecision, EpochEnd, PlateauLR, CosineLR, OneCycleLR, EpochSeed, Checkpoint, fit_resumable, ClassProbs
+from lus_fastai.train.cross_validation import cross_validate, last_epoch, fold_history
+from lus_fastai.train.fine_tuning import fine_tune_learner, fine_tune
 from lus_fastai.models.transfer import copy_weights, load_weights, split_rates, stages
 torch.set_num_threads(1)
 
@@ -774,7 +776,7 @@ def test_backbone_classifier_reads_the_weights_and_gives_the_same_logits(phantom
 def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, tuned, tmp_path):
     torch.save(backbone.state_dict(), tmp_path / 'backbone.pt')
     code = f'''
-        import lus_fastai.train.cross_validation as training
+        import lus_fastai.train.fine_tuning as training
         made = training.fine_tune_learner
         store = FrameStore({str(phantom_store.folder)!r})
         folds = patient_folds(store.frames, 2)

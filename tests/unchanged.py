@@ -1,7 +1,7 @@
 """What the package computes, recorded and compared: proof that a change of its structure changes no number.
 
     python tests/unchanged.py record FILE [PART ...]     # before the change
-    python tests/unchanged.py compare FILE [PART ...]    # after it: status 1 and a list of differences
+    python tests/unchanged.py compare FILE [PART ...]    # after it: exit status 1 and a list where something differs
 
 Everything is computed in float32 with one thread, so that the same machine gives the same digits.
 """
@@ -26,14 +26,12 @@ from lus_fastai.core import CLASSES, seed_all
 from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.store import FrameStore
-from lus_fastai.models.backbones import create_backbone
-from lus_fastai.models.classifiers import covidnet
-from lus_fastai.models.segmenters import segmenter
-from lus_fastai.models.unet import unet, vunet, xunet
+from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
 from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
 from lus_fastai.synth.phantom import phantom_dataset
-from lus_fastai.train import cross_validation as training
-from lus_fastai.train.cross_validation import ClassProbs, cross_validate
+from lus_fastai.train import callbacks
+from lus_fastai.train.callbacks import ClassProbs
+from lus_fastai.train.cross_validation import cross_validate
 from lus_fastai.train.detection import mask_rcnn
 from lus_fastai.video import read_clip
 
@@ -166,7 +164,7 @@ def differences(a, b, where=''):
 
 def main(what, file, *parts):
     torch.set_num_threads(1)
-    training.has_bf16 = lambda device: False
+    callbacks.has_bf16 = lambda device: False
     file = Path(file)
     known = json.loads(file.read_text()) if file.exists() else {}
     found = []

@@ -28,7 +28,8 @@ from ..data.loaders import frame_dls
 from .attribution import class_codes
 from .occlusion import EXPLAINERS
 from ..stats.classification import evaluate
-from ..train.cross_validation import ClassProbs, cross_validate
+from ..train.callbacks import ClassProbs
+from ..train.cross_validation import cross_validate
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c008-1
 def _layers(model):

@@ -51,7 +51,7 @@ from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, pr
 from ..models.backbones import create_backbone, first_conv, gray_stem
 from ..models.transfer import copy_weights, load_weights
 from ..runs import claim_folder
-from .cross_validation import EpochEnd, fit_resumable
+from .callbacks import EpochEnd, fit_resumable
 from ..video import ClipError, read_clip
 
 # %% ../../nbs/train/detection.ipynb #c006

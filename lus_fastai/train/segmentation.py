@@ -25,7 +25,7 @@ from ..data.folds import patient_folds
 from ..data.loaders import absent_classes, mask_dls, rows_of
 from ..models.transfer import load_weights, save_weights
 from ..runs import claim_folder, weights_hash
-from lus_fastai.train.cross_validation import (
+from lus_fastai.train.callbacks import (
     AutoPrecision,
     CosineLR,
     EpochEnd,
