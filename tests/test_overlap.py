@@ -8,9 +8,21 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
 from lus_fastai.core import MaskSet, TableError
-from lus_fastai.stats.classification import bootstrap, iou
+from lus_fastai.stats.bootstrap import bootstrap
+from lus_fastai.stats.classification import iou
+from lus_fastai.stats.segmentation import (
+    boundary_f1,
+    dice_scores,
+    evaluate_masks,
+    false_positive_area,
+    hd95,
+    iou_scores,
+    islands,
+    mask_confusions,
+    mask_scores,
+    worst_cases,
+)
 from lus_fastai.train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
-from lus_fastai.stats.segmentation import boundary_f1, dice_scores, evaluate_masks, false_positive_area, hd95, iou_scores, islands, mask_confusions, mask_scores, worst_cases
 
 masks = arrays(bool, (2, 1, 2, 7, 9))  # prediction and truth
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from lus_fastai.core import CLASSES, check_table, read_table
 from lus_fastai.synth import phantom
-from lus_fastai.synth.phantom import BeamGrid, draw_patient, log_compress, phantom_clip, phantom_dataset, speckle
+from lus_fastai.synth.phantom import (
+    BeamGrid,
+    draw_patient,
+    log_compress,
+    phantom_clip,
+    phantom_dataset,
+    speckle,
+)
 from lus_fastai.video import write_video
 
 
