@@ -368,7 +368,7 @@ def test_only_dropout_is_active():
 
 
 def test_mc_dropout_is_the_loop_and_its_mean_is_right():
-    "One dropout before a linear layer: logits with the mean of evaluation mode, the variance of a Bernoulli sum."
+    "One dropout before a linear layer: the mean of evaluation mode, the variance of a Bernoulli sum."
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 2, bias=False))
     z = C.mc_dropout(model, X, n=4000).log()
