@@ -4,7 +4,9 @@ from lus_fastai.core import *
 from lus_fastai.video import *
 from lus_fastai.plot import *
 from lus_fastai.runs import *
+from lus_fastai.stats.bootstrap import *
 from lus_fastai.stats.classification import *
+from lus_fastai.stats.curves import *
 from lus_fastai.stats.segmentation import *
 from lus_fastai.stats.calibration import *
 from lus_fastai.stats.figures import *

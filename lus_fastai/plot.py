@@ -8,7 +8,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/plot.html.md"""
 __all__ = ['INK', 'PALETTE', 'MARKERS', 'PAPERS', 'save_figure', 'figure_canvas', 'figure_columns', 'interval_text', 'mask_rgb',
            'overlay', 'plot_masks']
 
-# %% ../nbs/plot.ipynb #imports-0
+# %% ../nbs/plot.ipynb #imports
 import contextlib
 import io
 import math
@@ -19,11 +19,13 @@ import pandas as pd
 
 from .core import DENSE, DENSE_COLORS
 
-# %% ../nbs/plot.ipynb #c008-1
-INK = '#16191d'
-PALETTE = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
-MARKERS = 'osD^vP'
+# %% ../nbs/plot.ipynb #colours
+INK = '#16191d'  # text and axes
+PALETTE = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00')  # of Okabe and Ito
+MARKERS = 'osD^vP'  # a shape for each colour
 PAPERS = 'paper, own data'  # what a paper's number is called beside ours
+
+# %% ../nbs/plot.ipynb #rc
 _RC = {
     'font.size': 10,
     'axes.titlesize': 11,
@@ -43,8 +45,12 @@ _RC = {
     **{k: INK for k in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color')},
 }
 
-
-def save_figure(fig, **kw):
+# %% ../nbs/plot.ipynb #save
+def save_figure(
+    fig,  # matplotlib Figure
+    **kw,  # of savefig, such as format='svg'
+) -> bytes:  # the file
+    "A figure as a file in memory, the same bytes in every run."
     import matplotlib as mpl
 
     out = io.BytesIO()
@@ -52,9 +58,10 @@ def save_figure(fig, **kw):
         fig.savefig(out, **kw)
     return out.getvalue()
 
-# %% ../nbs/plot.ipynb #c008-2
+# %% ../nbs/plot.ipynb #figure-type
 @cache
 def _figure_type():
+    "A class of figures, made when it is first needed: importing matplotlib takes long."
     from matplotlib.figure import Figure
 
     class Shown(Figure):
@@ -65,21 +72,28 @@ def _figure_type():
 
     return Shown
 
-# %% ../nbs/plot.ipynb #c008-3
+# %% ../nbs/plot.ipynb #canvas
 @contextlib.contextmanager
-def figure_canvas(width, height):
+def figure_canvas(
+    width: float,  # inches
+    height: float,  # inches
+):  # context: an empty matplotlib Figure; draw inside the block
+    "A figure in the style of this package, which shows itself in a notebook."
     import matplotlib as mpl
 
     with mpl.rc_context(_RC):
         yield _figure_type()(figsize=(width, height), layout='constrained')
 
 
-def figure_columns(names, width):
-    return max(
-        1, min(len(names), int(width / (0.6 + 0.083 * max(map(len, names)))))
-    )  # of a legend under a figure that many inches wide
+def figure_columns(
+    names,  # texts of the legend
+    width: float,  # of the figure, in inches
+) -> int:  # at least 1
+    "How many columns a legend under a figure has room for."
+    column = 0.6 + 0.083 * max(map(len, names))  # inches: the sign, and the letters of the longest name
+    return max(1, min(len(names), int(width / column)))
 
-# %% ../nbs/plot.ipynb #c008
+# %% ../nbs/plot.ipynb #interval
 def interval_text(
     value,  # a number; NaN or None gives a dash
     low=None,  # lower end of the interval; NaN or None for no interval
@@ -92,7 +106,7 @@ def interval_text(
         return '–'
     return f'{value:.{digits}f}' + (f' [{low:.{digits}f}, {high:.{digits}f}]' if all(known) else '')
 
-# %% ../nbs/plot.ipynb #c017-1
+# %% ../nbs/plot.ipynb #mask-rgb
 def mask_rgb(
     mask,  # integer codes, any shape; 255 means "no label" and is drawn grey
     colors: np.ndarray = None,  # (n, 3) uint8, a colour per code; default: DENSE_COLORS
@@ -103,7 +117,7 @@ def mask_rgb(
     table[: len(colors)] = colors
     return table[np.asarray(mask).astype(np.uint8)]
 
-# %% ../nbs/plot.ipynb #c017
+# %% ../nbs/plot.ipynb #overlay
 def overlay(
     frame,  # (h, w) uint8 grey
     mask,  # (h, w) integer codes; the last colour's code is background
@@ -119,7 +133,52 @@ def overlay(
     tinted = (mask < len(colors) - 1)[..., None] * np.float32(alpha)
     return (rgb * (1 - tinted) + mask_rgb(mask, colors) * tinted).round().astype(np.uint8)
 
-# %% ../nbs/plot.ipynb #c028
+# %% ../nbs/plot.ipynb #plot-masks-rows
+def _mask_rows(frames, truth, pred):
+    "The rows of the figure, (name, masks or None); raises ValueError for other sizes."
+    given = [(name, np.asarray(m)) for name, m in (('truth', truth), ('prediction', pred)) if m is not None]
+    wrong = [(name, m.shape) for name, m in given if m.shape != frames.shape]
+    if wrong or frames.ndim != 3:
+        raise ValueError(f"frames are (n, h, w) and masks alike, got {frames.shape} and {wrong}")
+    return [('frame', None), *given]
+
+
+def _codes_in(rows, n):
+    "The codes of the masks that are below the background's, sorted."
+    codes = set().union(*(np.unique(m).tolist() for _, m in rows[1:]))
+    return sorted(codes & set(range(n - 1)))
+
+
+def _legend_of_codes(fig, codes, colors, names, ncols):
+    "A patch for each code."
+    from matplotlib.patches import Patch
+
+    style = dict(edgecolor=INK, lw=0.5)
+    handles = [Patch(facecolor=np.array(colors[k]) / 255, label=names[k], **style) for k in codes]
+    fig.legend(handles=handles, loc='outside lower center', ncols=ncols)
+
+# %% ../nbs/plot.ipynb #plot-masks-image
+def _bare_image(ax, image):
+    "An image without ticks and frame."
+    ax.imshow(image, interpolation='none')
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+
+
+def _mask_row(axs, frames, masks, colors):
+    "Each frame, tinted by its mask if there are masks."
+    for i, ax in enumerate(axs):
+        grey = np.repeat(frames[i][..., None], 3, -1)
+        _bare_image(ax, grey if masks is None else overlay(frames[i], masks[i], colors))
+
+
+def _masks_height(shape, n_rows, legend_rows, titled):
+    "Height of the figure in inches."
+    _, h, w = shape
+    return (1.75 * h / w) * n_rows + 0.2 + 0.2 * legend_rows + (0.25 if titled else 0)
+
+# %% ../nbs/plot.ipynb #plot-masks
 def plot_masks(
     frames,  # (n, h, w) uint8 grey; n is the number of columns, 3 to 6 look best
     truth=None,  # (n, h, w) codes, or None when nobody knows
@@ -129,50 +188,19 @@ def plot_masks(
     titles=None,  # n short texts above the columns
 ):  # matplotlib Figure
     "Frames, and under each its true and its predicted mask."
-    from matplotlib.patches import Patch
-
-    frames = np.asarray(frames)
-    colors = DENSE_COLORS if colors is None else colors
-    rows = [('frame', None)] + [
-        (name, np.asarray(m)) for name, m in (('truth', truth), ('prediction', pred)) if m is not None
-    ]
-    wrong = [(name, m.shape) for name, m in rows[1:] if m.shape != frames.shape]
-    if wrong or frames.ndim != 3:
-        raise ValueError(f"frames are (n, h, w) and masks alike, got {frames.shape} and {wrong}")
-    n, (h, w) = len(frames), frames.shape[1:]
-    used = sorted(set().union(*(np.unique(m).tolist() for _, m in rows[1:])) & set(range(len(names) - 1)))
-    width = max(3.0, 0.35 + 1.75 * n)
-    ncols = figure_columns([names[k] for k in used], width) if used else 1
-    with figure_canvas(
-        width,
-        (1.75 * h / w) * len(rows)
-        + 0.2
-        + 0.2 * math.ceil(len(used) / ncols)
-        + (0.25 if titles is not None else 0),
-    ) as fig:
-        axs = fig.subplots(len(rows), n, squeeze=False)
-        for (name, mask), line in zip(rows, axs):
-            for i, ax in enumerate(line):
-                ax.imshow(
-                    np.repeat(frames[i][..., None], 3, -1)
-                    if mask is None
-                    else overlay(frames[i], mask[i], colors),
-                    interpolation='none',
-                )
-                ax.set_xticks([])
-                ax.set_yticks([])
-                ax.spines[:].set_visible(False)
+    frames, colors = np.asarray(frames), DENSE_COLORS if colors is None else colors
+    rows = _mask_rows(frames, truth, pred)
+    codes = _codes_in(rows, len(names))
+    width = max(3.0, 0.35 + 1.75 * len(frames))
+    ncols = figure_columns([names[k] for k in codes], width) if codes else 1
+    height = _masks_height(frames.shape, len(rows), math.ceil(len(codes) / ncols), titles is not None)
+    with figure_canvas(width, height) as fig:
+        axs = fig.subplots(len(rows), len(frames), squeeze=False)
+        for (name, masks), line in zip(rows, axs):
+            _mask_row(line, frames, masks, colors)
             line[0].set_ylabel(name)
-        if titles is not None:
-            for ax, t in zip(axs[0], titles):
-                ax.set_title(t, size=9)
-        if used:
-            fig.legend(
-                handles=[
-                    Patch(facecolor=np.array(colors[k]) / 255, edgecolor=INK, lw=0.5, label=names[k])
-                    for k in used
-                ],
-                loc='outside lower center',
-                ncols=ncols,
-            )
+        for ax, title in zip(axs[0], () if titles is None else titles):
+            ax.set_title(title, size=9)
+        if codes:
+            _legend_of_codes(fig, codes, colors, names, ncols)
     return fig

@@ -14,12 +14,13 @@ from torch import nn
 from lus_fastai.core import CLASSES, LeakError, TableError
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M
+from lus_fastai.stats.bootstrap import patient_draws
 
 COLS = ['p_' + c for c in CLASSES]
 
 
 def table(patients=12, frames=8, too_sure=1.0, seed=0, mu=1.4):
-    "Frames whose calibrated forecast is softmax(mu x), made too sure by a known factor; patients share half of the noise."
+    "Frames whose calibrated forecast is softmax(mu x), too sure by a factor; patients share half the noise."
     rng = np.random.default_rng(seed)
     who, code = np.repeat(np.arange(patients), frames), np.repeat(np.arange(patients) % 3, frames)
     x = mu * np.eye(3)[code] + 0.5**0.5 * (
@@ -79,7 +80,7 @@ def test_bin_intervals_resample_patients():
     for b in (2, 3):
         naive = [
             np.average(right[at == b], weights=w[group][at == b])
-            for w in M._draws(9, 50, 7)
+            for w in patient_draws(9, 50, 7)
             if w[group][at == b].sum()
         ]
         np.testing.assert_allclose(
@@ -113,7 +114,7 @@ def test_scores_against_scikit_learn_and_a_loop():
     )
     np.testing.assert_allclose(
         scores.loc['nll', ['low', 'high']].astype(float),
-        np.percentile([np.average(row, weights=w[group]) for w in M._draws(7, 40, 3)], [2.5, 97.5]),
+        np.percentile([np.average(row, weights=w[group]) for w in patient_draws(7, 40, 3)], [2.5, 97.5]),
     )
 
 
@@ -367,7 +368,7 @@ def test_only_dropout_is_active():
 
 
 def test_mc_dropout_is_the_loop_and_its_mean_is_right():
-    "One dropout before a linear layer: the logits of many passes have the mean of the evaluation mode, and the variance of a Bernoulli sum."
+    "One dropout before a linear layer: the mean of evaluation mode, the variance of a Bernoulli sum."
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 2, bias=False))
     z = C.mc_dropout(model, X, n=4000).log()
@@ -403,13 +404,14 @@ def test_tta_draws_from_any_generator_and_evaluates():
     for draw in (lambda: torch.rand(1).item(), random.random, np.random.rand):
         seen = []
 
-        def augment(x):
+        def augment(x, draw=draw, seen=seen):
             seen.append(draw())
             return x * (0.5 + seen[-1])
 
         x = X.clone()
         s = C.tta(model, x, augment, n=4, seed=5)
-        first, seen = list(seen), []
+        first = list(seen)
+        seen.clear()
         assert torch.equal(x, X) and len(set(first)) == 4 and states() == rng
         assert torch.equal(s, C.tta(model, x, augment, n=4, seed=5)) and seen == first
         with torch.no_grad():
@@ -510,7 +512,7 @@ def test_abstention_is_the_loop():
         and areas.patients.eq(10).all()
     )
     group, naive = pd.factorize(t.patient, sort=True)[0][order], []
-    for w in M._draws(10, 30, 2):
+    for w in patient_draws(10, 30, 2):
         rows = np.repeat(right, w[group])
         n = len(rows)
         naive.append(

@@ -1,4 +1,4 @@
-"What the notebook does not own: independent references (loops, scikit-learn), properties, Learners in all their modes, bad input."
+"What notebooks do not own: independent references (loops, scikit-learn), properties, Learners, bad input."
 
 import pickle
 import subprocess
@@ -26,6 +26,8 @@ from sklearn import metrics as sk
 
 from lus_fastai.core import CLASSES, DENSE, DENSE_TO_SPARSE, SPARSE, TableError, dense_to_sparse
 from lus_fastai.stats import classification as M
+from lus_fastai.stats import curves as R
+from lus_fastai.stats.bootstrap import bootstrap, patient_draws
 
 codes = arrays(np.int64, 60, elements=st.integers(0, 3))
 pytestmark = pytest.mark.filterwarnings(
@@ -287,7 +289,11 @@ def test_exported_learner_loads_in_a_fresh_process(tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
     learn.export('learner.pkl')
-    code = f"from fastai.learner import load_learner; l = load_learner({str(tmp_path / 'learner.pkl')!r}, cpu=True); print(*[m.name for m in l.metrics])"
+    file = str(tmp_path / 'learner.pkl')
+    code = (
+        f"from fastai.learner import load_learner; l = load_learner({file!r}, cpu=True); "
+        "print(*[m.name for m in l.metrics])"
+    )
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert (
@@ -386,7 +392,7 @@ def test_row_order_does_not_matter():
         M.evaluate(preds, n_boot=50), M.evaluate(preds.sample(frac=1, random_state=1), n_boot=50)
     )
     pd.testing.assert_frame_equal(
-        M.roc(preds, n_boot=50)[1], M.roc(preds.sample(frac=1, random_state=1), n_boot=50)[1]
+        R.roc(preds, n_boot=50)[1], R.roc(preds.sample(frac=1, random_state=1), n_boot=50)[1]
     )
 
 
@@ -407,7 +413,7 @@ def test_vote_refuses_what_it_does_not_know():
 def test_bootstrap_is_the_naive_loop():
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 6, (9, 3, 3))
-    draws = M._draws(9, 200, 7)
+    draws = patient_draws(9, 200, 7)
     assert (draws.sum(1) == 9).all()
     naive = []
     for draw in draws:
@@ -416,7 +422,7 @@ def test_bootstrap_is_the_naive_loop():
             for _ in range(times):
                 total += counts[patient]
         naive.append(np.trace(total) / total.sum())
-    value, low, high = M.bootstrap(counts, M.overall_accuracy, n_boot=200, seed=7)
+    value, low, high = bootstrap(counts, M.overall_accuracy, n_boot=200, seed=7)
     assert value == np.trace(counts.sum(0)) / counts.sum()
     np.testing.assert_allclose([low, high], np.percentile(naive, [2.5, 97.5]))
 
@@ -437,7 +443,7 @@ def test_bootstrap_is_seeded_and_leaves_the_global_generator_alone():
     counts = np.random.default_rng(0).integers(0, 6, (9, 3, 3))
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
-    a, b, c = (M.bootstrap(counts, M.mean_iou, seed=s) for s in (1, 1, 2))
+    a, b, c = (bootstrap(counts, M.mean_iou, seed=s) for s in (1, 1, 2))
     assert a == b and a != c and (np.random.get_state()[1] == before).all()
 
 
@@ -451,7 +457,7 @@ def test_frames_of_a_patient_stay_together():
 @pytest.mark.parametrize('shape', [(3, 3), (0, 3, 3), (4, 3, 2)])
 def test_bootstrap_names_the_shape(shape):
     with pytest.raises(ValueError, match=r'got shape'):
-        M.bootstrap(np.zeros(shape), M.overall_accuracy)
+        bootstrap(np.zeros(shape), M.overall_accuracy)
 
 
 def test_a_class_that_some_resamples_miss_still_has_an_interval():
@@ -459,7 +465,7 @@ def test_a_class_that_some_resamples_miss_still_has_an_interval():
     counts[:, 0, 0] = 5
     counts[0, 1, 1] = 3
     counts[0, 1, 0] = 1  # only one patient has class 1, nobody class 2
-    value, low, high = M.bootstrap(counts, M.iou)
+    value, low, high = bootstrap(counts, M.iou)
     assert np.isfinite([low[1], high[1]]).all() and value[1] == 0.75
     assert np.isnan(value[2]) and np.isnan(low[2]) and np.isnan(high[2])
 
@@ -504,7 +510,7 @@ def test_a_class_absent_from_a_fold():
     assert np.isnan(
         M.evaluate(never, levels=['frame'], n_boot=50).set_index(['class', 'metric']).value['pneumonia', 'f1']
     )
-    curves, areas = M.roc(fold, n_boot=20)
+    curves, areas = R.roc(fold, n_boot=20)
     assert (
         np.isnan(areas.set_index('class').auc['pneumonia'])
         and 'pneumonia' not in set(curves['class'])
@@ -514,7 +520,7 @@ def test_a_class_absent_from_a_fold():
 
 def test_one_patient_has_scores_but_no_interval():
     lone = table(patients=1)
-    for scores in (M.evaluate(lone), M.roc(lone)[1]):
+    for scores in (M.evaluate(lone), R.roc(lone)[1]):
         assert scores.low.isna().all() and scores.high.isna().all() and (scores.patients == 1).all()
 
 
@@ -561,7 +567,7 @@ def test_evaluate_is_fast():
 
 def test_areas_and_curves_are_scikit_learns():
     preds = table(patients=10, seed=2).round(1)  # rounding makes ties
-    curves, areas = M.roc(preds, n_boot=10)
+    curves, areas = R.roc(preds, n_boot=10)
     areas, cols = areas.set_index('class'), ['p_' + c for c in CLASSES]
     hot = preds.label.to_numpy()[:, None] == np.array(CLASSES)
     for i, c in enumerate(CLASSES):
@@ -585,17 +591,17 @@ def test_areas_and_curves_are_scikit_learns():
 
 def test_area_bootstrap_is_the_naive_loop():
     preds = table(patients=7, seed=4)
-    got = M.roc(preds, n_boot=60, seed=5)[1].set_index('class').loc['covid']
+    got = R.roc(preds, n_boot=60, seed=5)[1].set_index('class').loc['covid']
     group, P = pd.factorize(preds.patient, sort=True)[0], 7
     naive = [
         sk.roc_auc_score(preds.label == 'covid', preds.p_covid, sample_weight=draw[group])
-        for draw in M._draws(P, 60, 5)
+        for draw in patient_draws(P, 60, 5)
         if len(set((preds.label == 'covid')[draw[group] > 0])) == 2
     ]
     np.testing.assert_allclose([got.low, got.high], np.percentile(naive, [2.5, 97.5]))
 
 
-@pytest.mark.parametrize('curve', [M.roc, M.roc_bands, M.pr_curve])
+@pytest.mark.parametrize('curve', [R.roc, R.roc_bands, R.pr_curve])
 def test_curves_of_one_class_only_are_refused(curve):
     only = table(two_labels=False)
     only = only[only.label == 'covid']
@@ -610,13 +616,13 @@ def test_curves_of_one_class_only_are_refused(curve):
 def test_band_is_the_naive_loop():
     preds = table(patients=7, seed=4).round(1)
     got, group, grid = (
-        M.roc_bands(preds, points=11, n_boot=40, seed=5),
+        R.roc_bands(preds, points=11, n_boot=40, seed=5),
         pd.factorize(preds.patient, sort=True)[0],
         np.linspace(0, 1, 11),
     )
     for c in CLASSES:
         hit, naive = (preds.label == c).to_numpy(), []
-        for draw in M._draws(7, 40, 5):
+        for draw in patient_draws(7, 40, 5):
             take = np.repeat(np.arange(len(preds)), draw[group])
             if len(set(hit[take])) == 2:
                 naive.append(
@@ -632,7 +638,7 @@ def test_band_is_the_naive_loop():
         np.testing.assert_allclose(
             g.tpr, np.interp(grid, *sk.roc_curve(hit, preds['p_' + c])[:2]), atol=1e-12
         )
-    curves = M.roc(preds, n_boot=2)[0]
+    curves = R.roc(preds, n_boot=2)[0]
     for c in ('micro', 'macro'):
         g, one = got[got['class'] == c], curves[curves['class'] == c]
         np.testing.assert_allclose(
@@ -643,12 +649,12 @@ def test_band_is_the_naive_loop():
 def test_bands_of_a_missing_class_and_of_one_patient():
     fold = table(patients=9, two_labels=False)
     fold = fold[fold.label != 'pneumonia']
-    assert set(M.roc_bands(fold, n_boot=10)['class']) == {'covid', 'regular', 'micro', 'macro'}
+    assert set(R.roc_bands(fold, n_boot=10)['class']) == {'covid', 'regular', 'micro', 'macro'}
     lone = table(patients=1)  # one patient, two labels
     assert (
-        M.roc_bands(lone, n_boot=10).low.isna().all()
-        and M.roc_bands(lone, n_boot=10).tpr.notna().all()
-        and M.pr_curve(lone, n_boot=10)[1].low.isna().all()
+        R.roc_bands(lone, n_boot=10).low.isna().all()
+        and R.roc_bands(lone, n_boot=10).tpr.notna().all()
+        and R.pr_curve(lone, n_boot=10)[1].low.isna().all()
     )
 
 
@@ -657,7 +663,7 @@ def test_bands_of_a_missing_class_and_of_one_patient():
 
 def test_average_precision_is_scikit_learns():
     preds = table(patients=10, seed=2).round(1)  # rounding makes ties
-    curves, areas = M.pr_curve(preds, n_boot=10)
+    curves, areas = R.pr_curve(preds, n_boot=10)
     areas, cols, hot = (
         areas.set_index('class'),
         ['p_' + c for c in CLASSES],
@@ -682,13 +688,13 @@ def test_average_precision_is_scikit_learns():
 def test_average_precision_bootstrap_is_the_naive_loop():
     preds = table(patients=7, seed=4).round(1)
     got, group = (
-        M.pr_curve(preds, n_boot=60, seed=5)[1].set_index('class').loc['covid'],
+        R.pr_curve(preds, n_boot=60, seed=5)[1].set_index('class').loc['covid'],
         pd.factorize(preds.patient, sort=True)[0],
     )
     hit = (preds.label == 'covid').to_numpy()
     naive = [
         sk.average_precision_score(hit, preds.p_covid, sample_weight=draw[group])
-        for draw in M._draws(7, 60, 5)
+        for draw in patient_draws(7, 60, 5)
         if len(set(hit[draw[group] > 0])) == 2
     ]
     np.testing.assert_allclose([got.low, got.high], np.percentile(naive, [2.5, 97.5]))
@@ -697,7 +703,7 @@ def test_average_precision_bootstrap_is_the_naive_loop():
 def test_precision_recall_without_one_class():
     fold = table(patients=9, two_labels=False)
     fold = fold[fold.label != 'pneumonia']
-    curves, areas = M.pr_curve(fold, n_boot=20)
+    curves, areas = R.pr_curve(fold, n_boot=20)
     areas = areas.set_index('class')
     assert (
         np.isnan(areas.ap['pneumonia'])

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
 from lus_fastai.core import MaskSet, TableError
-from lus_fastai.stats.classification import bootstrap, iou
+from lus_fastai.stats.bootstrap import bootstrap
+from lus_fastai.stats.classification import iou
 from lus_fastai.stats.segmentation import (
     boundary_f1,
     dice_scores,

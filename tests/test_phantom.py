@@ -1,4 +1,4 @@
-"Faults, properties and independent measurements of the phantom; what a single picture shows is tested in the notebook."
+"Faults, properties and independent measurements of the phantom; single images are tested in the notebook."
 
 import json
 from dataclasses import replace
@@ -445,7 +445,7 @@ def test_a_lost_file_is_made_again(tmp_path):
 
 
 def test_the_encoder_gives_the_same_bytes_in_each_run(tmp_path):
-    "x264 with its macroblock tree did not, at this size and on some processors: the same clips differed by up to 17 grey levels."
+    "x264 with its macroblock tree did not, on some processors: clips differed by up to 17 grey levels."
     runs = []
     for k in range(3):
         table = phantom_dataset(

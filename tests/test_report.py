@@ -353,7 +353,7 @@ def line(ax, start):
 
 
 def test_roc_bands_stand_under_their_class():
-    from lus_fastai.stats.classification import roc, roc_bands
+    from lus_fastai.stats.curves import roc, roc_bands
 
     curves, areas = roc(made_up(), n_boot=20)
     bands = roc_bands(made_up(), points=11, n_boot=20)
@@ -372,7 +372,7 @@ def test_roc_bands_stand_under_their_class():
 
 
 def test_precision_recall_is_a_staircase_with_chance():
-    from lus_fastai.stats.classification import pr_curve
+    from lus_fastai.stats.curves import pr_curve
 
     curves, areas = pr_curve(made_up(), n_boot=20)
     fig = figures.plot_pr(curves, areas, 'title')
@@ -440,7 +440,7 @@ def test_abstention_beside_random():
 
 def test_curves_go_into_a_page():
     from lus_fastai.stats.calibration import abstention, reliability
-    from lus_fastai.stats.classification import pr_curve, roc, roc_bands
+    from lus_fastai.stats.curves import pr_curve, roc, roc_bands
 
     preds, before = made_up(), dict(mpl.rcParams)
     out, title = R.Report('t'), '<b> & "'

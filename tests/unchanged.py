@@ -27,7 +27,8 @@ from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.store import FrameStore
 from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
-from lus_fastai.stats.classification import evaluate, evaluate_seg, roc
+from lus_fastai.stats.classification import evaluate, evaluate_seg
+from lus_fastai.stats.curves import roc
 from lus_fastai.synth.phantom import phantom_dataset
 from lus_fastai.train import callbacks
 from lus_fastai.train.callbacks import ClassProbs

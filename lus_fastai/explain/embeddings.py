@@ -27,7 +27,8 @@ from ..data.loaders import ReadFrame
 from ..data.store import FrameStore, store_rows
 from .attribution import named_layer
 from ..plot import INK, MARKERS, PALETTE, figure_canvas, figure_columns
-from ..stats.classification import bootstrap, overall_accuracy
+from ..stats.bootstrap import bootstrap
+from ..stats.classification import overall_accuracy
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-1
 def _find_layer(model, layer):

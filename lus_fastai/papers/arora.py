@@ -27,16 +27,7 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 
-from lus_fastai.core import (
-    CLASSES,
-    assert_disjoint,
-    clip_ids,
-    frozen_eval,
-    lus_home,
-    progress,
-    real_data,
-    seed_all,
-)
+from ..core import CLASSES, assert_disjoint, clip_ids, frozen_eval, lus_home, progress, real_data, seed_all
 from ..data.augment import AroraAugment
 from ..data.fan import Fan, add_fans, fan_crop
 from ..data.folds import patient_folds, split_hash
@@ -51,26 +42,11 @@ from ..plot import PAPERS, interval_text
 from ..report import Report, headline, limits_note, papers_note, training_card
 from ..runs import cell, results_json, results_table
 from ..stats.calibration import abstention, calibrate, confidence, ece, mc_dropout, reliability, tta
-from lus_fastai.stats.classification import (
-    classification_report,
-    evaluate,
-    pr_curve,
-    pred_classes,
-    roc,
-    roc_bands,
-    vote,
-)
-from lus_fastai.stats.figures import (
-    plot_abstention,
-    plot_comparison,
-    plot_confusion,
-    plot_pr,
-    plot_reliability,
-    plot_roc,
-)
+from ..stats.classification import classification_report, evaluate, pred_classes, vote
+from ..stats.curves import pr_curve, roc, roc_bands
+from ..stats.figures import plot_abstention, plot_comparison, plot_confusion, plot_pr, plot_reliability, plot_roc
 from ..synth.phantom import phantom_dataset
-from ..train.callbacks import AutoPrecision, ClassProbs, autocast_for
-from ..train.cross_validation import cross_validate, training_hours
+from ..train.cross_validation import AutoPrecision, ClassProbs, autocast_for, cross_validate, training_hours
 
 # %% ../../nbs/papers/arora.ipynb #c006-1
 @dataclass(frozen=True)

@@ -21,17 +21,7 @@ import pandas as pd
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 
-from lus_fastai.core import (
-    CLASSES,
-    DENSE,
-    DENSE_TO_SPARSE,
-    SPARSE,
-    StageLog,
-    assert_disjoint,
-    frozen_eval,
-    lus_home,
-    real_data,
-)
+from ..core import CLASSES, DENSE, DENSE_TO_SPARSE, SPARSE, StageLog, assert_disjoint, frozen_eval, lus_home, real_data
 from ..data.augment import GareAugment, expand_variants, gare_variant
 from ..data.folds import leaky_folds, patient_folds, split_hash
 from ..data.loaders import frame_dls
@@ -42,11 +32,11 @@ from ..models.unet import seg_to_cls, unet
 from ..plot import interval_text, plot_masks
 from ..report import Report, headline, limits_note, papers_note, training_card
 from ..runs import cell, results_json, results_table
-from ..stats.classification import evaluate, evaluate_seg, roc, vote
+from ..stats.classification import evaluate, evaluate_seg, vote
+from ..stats.curves import roc
 from ..stats.figures import plot_comparison, plot_confusion, plot_iou, plot_roc
 from ..synth.phantom import phantom_dataset
-from ..train.callbacks import ClassProbs, PixelCounts
-from ..train.cross_validation import cross_validate, fold_history, last_epoch, training_hours
+from ..train.cross_validation import ClassProbs, PixelCounts, cross_validate, fold_history, last_epoch, training_hours
 from ..train.losses import DiceCELoss, class_weights, code_counts
 
 # %% ../../nbs/papers/gare.ipynb #c008

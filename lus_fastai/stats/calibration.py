@@ -1,4 +1,4 @@
-"""How far a probability can be believed, one number that mends most of it, and when a network should not answer
+"""How far a probability can be believed, one number that repairs most of it, and when a network should not answer
 
 Docs: https://lus-fastai.github.io/lus_fastai/stats/calibration.html.md"""
 
@@ -17,21 +17,22 @@ import pandas as pd
 import torch
 
 from ..core import TableError, assert_disjoint, frozen_eval
-from .classification import _draws, _percentiles, check_predictions, pred_classes, predicted
+from .bootstrap import patient_draws, percentile_interval, resampled_sums
+from lus_fastai.stats.classification import (
+    check_predictions,
+    class_probabilities,
+    pred_classes,
+    predicted,
+    row_columns,
+)
 
 # %% ../../nbs/stats/calibration.ipynb #c010-1
-def _probs(preds):
-    return preds[['p_' + c for c in pred_classes(preds)]].to_numpy(float)
-
-
 def _hits(preds):
     "Check a prediction table; largest probability, whether it was right, number of each row's patient."
-    check_predictions(preds, [c for c in ('clip', 'frame') if c in preds])
-    return (
-        _probs(preds).max(1),
-        (predicted(preds) == preds['label'].astype(str)).to_numpy(),
-        pd.factorize(preds['patient'].astype(str), sort=True)[0],
-    )
+    check_predictions(preds, row_columns(preds))
+    right = (predicted(preds) == preds['label'].astype(str)).to_numpy()
+    group = pd.factorize(preds['patient'].astype(str), sort=True)[0]
+    return class_probabilities(preds).max(1), right, group
 
 # %% ../../nbs/stats/calibration.ipynb #c010-2
 def _bin_sums(preds, bins):
@@ -39,16 +40,14 @@ def _bin_sums(preds, bins):
     if not isinstance(bins, (int, np.integer)) or bins < 1:
         raise ValueError(f"bins is a whole number from 1, got {bins!r}")
     conf, right, group = _hits(preds)
+    bin_of = np.digitize(conf, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     out = np.zeros((group.max() + 1, bins, 3))
-    np.add.at(
-        out,
-        (group, np.digitize(conf, np.linspace(0, 1, bins + 1)[1:-1], right=True)),
-        np.stack([np.ones_like(conf), conf, right], 1),
-    )
+    np.add.at(out, (group, bin_of), np.stack([np.ones_like(conf), conf, right], 1))
     return out
 
 # %% ../../nbs/stats/calibration.ipynb #c010-3
 def _safe(a, b):
+    "a / b, NaN where there is nothing to divide by."
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
 
 # %% ../../nbs/stats/calibration.ipynb #c010-4
@@ -57,86 +56,76 @@ def reliability(
     bins: int = 10,  # number of bins of equal width over 0..1
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # a row per bin: above, to (its ends), confidence, accuracy, low, high (95 % interval of the accuracy), n; NaN in an empty bin
-    "Mean probability of the called class and share that was right, bin by bin."
+) -> pd.DataFrame:  # a row per bin: above, to, confidence, accuracy, low, high, n; NaN in an empty bin
+    "Mean probability of the predicted class and accuracy in each bin, with the accuracy's 95 % interval."
     sums = _bin_sums(preds, bins)
     n, conf, right = sums.sum(0).T
-    drawn = np.tensordot(_draws(len(sums), n_boot, seed).astype(float), sums[..., [0, 2]], 1)
-    low, high = _percentiles(_safe(drawn[..., 1], drawn[..., 0]), len(sums))
+    drawn = resampled_sums(sums[..., [0, 2]], n_boot, seed)[1:]  # (n_boot, bins, rows and right)
+    low, high = percentile_interval(_safe(drawn[..., 1], drawn[..., 0]), len(sums))
     ends = np.linspace(0, 1, bins + 1)
-    return pd.DataFrame(
-        dict(
-            above=ends[:-1],
-            to=ends[1:],
-            confidence=_safe(conf, n),
-            accuracy=_safe(right, n),
-            low=low,
-            high=high,
-            n=n.astype(int),
-        )
-    )
+    table = pd.DataFrame(dict(above=ends[:-1], to=ends[1:], confidence=_safe(conf, n)))
+    return table.assign(accuracy=_safe(right, n), low=low, high=high, n=n.astype(int))
 
 # %% ../../nbs/stats/calibration.ipynb #c010
 def ece(
     preds: pd.DataFrame,  # prediction table of frames, or what vote returns
     bins: int = 10,  # number of bins of equal width over 0..1
 ) -> float:  # 0 (promises kept) to 1
-    "Expected calibration error: mean distance of confidence and accuracy over the bins, weighted by their rows."
+    "Expected calibration error: mean distance of confidence and accuracy, weighted by the rows of a bin."
     n, conf, right = _bin_sums(preds, bins).sum(0).T
     return float(np.abs(conf - right).sum() / n.sum())
 
-# %% ../../nbs/stats/calibration.ipynb #c016
+# %% ../../nbs/stats/calibration.ipynb #c016-a
 _FLOOR = 1e-12  # a probability of 0 has no logarithm
 
 
+def _score_sums(preds, bins):
+    "(patients, 5): sums of negative log likelihood, Brier score and confidence, rows that are right, rows."
+    group, p = _hits(preds)[2], class_probabilities(preds)
+    hot = preds['label'].astype(str).to_numpy()[:, None] == np.array(pred_classes(preds))  # (rows, classes)
+    nll, brier = -np.log(np.clip(p[hot], _FLOOR, None)), ((p - hot) ** 2).sum(1)
+    losses = np.stack([np.bincount(group, x) for x in (nll, brier)], 1)
+    n, conf, right = np.moveaxis(_bin_sums(preds, bins).sum(1), 1, 0)
+    return np.c_[losses, conf, right, n]
+
+# %% ../../nbs/stats/calibration.ipynb #c016
 def calibration_scores(
     preds: pd.DataFrame,  # prediction table of frames, or what vote returns
     bins: int = 10,  # of the ECE
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of the resampling
-) -> (
-    pd.DataFrame
-):  # metric ('ece', 'nll', 'brier', 'confidence', 'accuracy'), value, low, high, n (rows), patients
-    "ECE, negative log likelihood, Brier score, mean confidence and accuracy with 95 % intervals over patients; the ECE, biased upwards by chance, has none."
-    sums, (_, _, group), p = _bin_sums(preds, bins), _hits(preds), _probs(preds)
-    hot = preds['label'].astype(str).to_numpy()[:, None] == np.array(pred_classes(preds))
-    rows = [-np.log(np.clip(p[hot], _FLOOR, None)), ((p - hot) ** 2).sum(1)]
-    sums = np.concatenate(
-        [np.stack([np.bincount(group, r) for r in rows], 1), sums[..., 1:].sum(1), sums[..., :1].sum(1)], 1
-    )  # (patients, 5): nll, brier, confidence, right, rows
-    value, drawn = sums.sum(0), _draws(len(sums), n_boot, seed).astype(float) @ sums
-    low, high = _percentiles(drawn[:, :4] / drawn[:, 4:], len(sums))
-    return pd.DataFrame(
-        dict(
-            metric=['ece', 'nll', 'brier', 'confidence', 'accuracy'],
-            value=[ece(preds, bins), *value[:4] / value[4]],
-            low=[np.nan, *low],
-            high=[np.nan, *high],
-            n=len(preds),
-            patients=len(sums),
-        )
-    )
+) -> pd.DataFrame:  # metric (ece, nll, brier, confidence, accuracy), value, low, high, n (rows), patients
+    "Scores of calibration with 95 % intervals over patients; the ECE, biased upwards by chance, has none."
+    sums = _score_sums(preds, bins)  # (patients, 5)
+    drawn = resampled_sums(sums, n_boot, seed)[1:]  # (n_boot, 5)
+    value = sums.sum(0)
+    low, high = percentile_interval(drawn[:, :4] / drawn[:, 4:], len(sums))
+    table = pd.DataFrame({'metric': ['ece', 'nll', 'brier', 'confidence', 'accuracy']})
+    table['value'] = [ece(preds, bins), *value[:4] / value[4]]
+    return table.assign(low=[np.nan, *low], high=[np.nan, *high], n=len(preds), patients=len(sums))
 
 # %% ../../nbs/stats/calibration.ipynb #c019-1
 _COLDEST, _HOTTEST = 0.05, 20.0
 
 
 def _softmax(z):
+    "Probabilities of logits, row by row."
     z = np.exp(z - z.max(1, keepdims=True))
     return z / z.sum(1, keepdims=True)
 
 # %% ../../nbs/stats/calibration.ipynb #c019-2
 def _logits(x):
+    "Logits, or the logarithms of probabilities, as floats (n, classes)."
     x = (x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)).astype(float)
     if x.ndim != 2 or not len(x):
         raise ValueError(
             f"logits or probabilities are (n, classes) with at least one row, got shape {x.shape}"
         )
-    if not np.isfinite(x).all():
-        raise ValueError(
-            f"logits or probabilities are NaN or infinite in row(s) {np.flatnonzero(~np.isfinite(x).all(1))[:5].tolist()}"
-        )
-    return np.log(np.clip(x, _FLOOR, None)) if (x >= 0).all() and np.allclose(x.sum(1), 1, atol=1e-3) else x
+    bad = np.flatnonzero(~np.isfinite(x).all(1))
+    if len(bad):
+        raise ValueError(f"logits or probabilities are NaN or infinite in row(s) {bad[:5].tolist()}")
+    are_probabilities = (x >= 0).all() and np.allclose(x.sum(1), 1, atol=1e-3)
+    return np.log(np.clip(x, _FLOOR, None)) if are_probabilities else x
 
 # %% ../../nbs/stats/calibration.ipynb #c019-3
 def apply_temperature(
@@ -148,66 +137,62 @@ def apply_temperature(
         raise ValueError(f"a temperature is above 0, got {temperature}")
     return _softmax(_logits(logits) / temperature)
 
+# %% ../../nbs/stats/calibration.ipynb #c019-a
+def _check_labels(y, z):
+    "Raise ValueError for labels that are no codes of the classes."
+    codes = y.shape == z.shape[:1] and np.issubdtype(y.dtype, np.integer)
+    if not codes or y.min() < 0 or y.max() >= z.shape[1]:
+        raise ValueError(f"labels are {len(z)} codes 0..{z.shape[1] - 1}, got {y.dtype} of shape {y.shape}")
+
 # %% ../../nbs/stats/calibration.ipynb #c019
 def fit_temperature(
     logits,  # (n, classes) logits, or probabilities: rows from 0 that add up to one
     labels,  # (n,) true codes 0..classes-1
 ) -> float:  # from 0.05 to 20
     "The temperature that minimises the negative log likelihood of the labels."
-    z, y = _logits(logits), labels.detach().cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
-    if (
-        y.shape != z.shape[:1]
-        or not np.issubdtype(y.dtype, np.integer)
-        or y.min() < 0
-        or y.max() >= z.shape[1]
-    ):
-        raise ValueError(f"labels are {len(z)} codes 0..{z.shape[1] - 1}, got {y.dtype} of shape {y.shape}")
+    z = _logits(logits)
+    y = labels.detach().cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
+    _check_labels(y, z)
     true = z[np.arange(len(z)), y]
 
     def slope(log_t):
-        return (
-            (_softmax(z * np.exp(-log_t)) * z).sum(1) - true
-        ).mean()  # of the likelihood in 1/T: falls as T grows
+        "Of the likelihood in 1/T: falls as T grows."
+        return ((_softmax(z * np.exp(-log_t)) * z).sum(1) - true).mean()
 
     low, high = np.log([_COLDEST, _HOTTEST])
     for _ in range(50):
-        low, high = ((low + high) / 2, high) if slope((low + high) / 2) > 0 else (low, (low + high) / 2)
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
     return float(np.exp((low + high) / 2))
 
-# %% ../../nbs/stats/calibration.ipynb #c024
-def calibrate(
-    preds: pd.DataFrame,  # out-of-fold predictions with a column fold, from folds by patient; frames, or what vote returns
-) -> tuple:  # (the table with scaled p_ columns, Series of the temperature of each fold)
-    "Scale each fold's probabilities by the temperature of all other folds; raises LeakError when a patient stands in two folds."
-    check_predictions(preds, ['fold'] + [c for c in ('clip', 'frame') if c in preds])
+# %% ../../nbs/stats/calibration.ipynb #c024-a
+def _check_folds(preds):
+    "Raise TableError for a prediction table without folds."
+    check_predictions(preds, ['fold', *row_columns(preds)])
     gone = preds['fold'].isna()
     if gone.any():
         raise TableError(f"no fold in {gone.sum()} row(s), such as {preds.index[gone][0]}")
     if preds['fold'].nunique() < 2:
         raise TableError("a temperature is fitted on the other folds: at least two are needed")
-    codes = preds['label'].astype(str).map({c: i for i, c in enumerate(pred_classes(preds))}).to_numpy(int)
-    p, temperatures = _probs(preds), {}
-    out = np.empty_like(p)
+
+# %% ../../nbs/stats/calibration.ipynb #c024
+def calibrate(
+    preds: pd.DataFrame,  # out-of-fold predictions with a column fold; frames, or what vote returns
+) -> tuple:  # (the table with scaled p_ columns, Series of the temperature of each fold)
+    "Scale each fold by the temperature of all others; raises LeakError for a patient in two folds."
+    _check_folds(preds)
+    classes, p = pred_classes(preds), class_probabilities(preds)
+    codes = preds['label'].astype(str).map({c: i for i, c in enumerate(classes)}).to_numpy(int)
+    temperatures, scaled = {}, np.empty_like(p)
     for k in sorted(preds['fold'].unique()):
         held = (preds['fold'] == k).to_numpy()
         assert_disjoint(preds[~held], preds[held])
         temperatures[k] = fit_temperature(p[~held], codes[~held])
-        out[held] = apply_temperature(p[held], temperatures[k])
-    return preds.assign(**{f'p_{c}': out[:, i] for i, c in enumerate(pred_classes(preds))}), pd.Series(
-        temperatures, name='temperature'
-    ).rename_axis('fold')
+        scaled[held] = apply_temperature(p[held], temperatures[k])
+    table = preds.assign(**{f'p_{c}': scaled[:, i] for i, c in enumerate(classes)})
+    return table, pd.Series(temperatures, name='temperature').rename_axis('fold')
 
 # %% ../../nbs/stats/calibration.ipynb #c027-1
-_DROPOUT = (
-    torch.nn.Dropout,
-    torch.nn.Dropout1d,
-    torch.nn.Dropout2d,
-    torch.nn.Dropout3d,
-    torch.nn.AlphaDropout,
-    torch.nn.FeatureAlphaDropout,
-)
-
-
 @contextlib.contextmanager
 def _seeded(device, seed):
     "Python's, NumPy's and PyTorch's generators start at `seed` inside the block and are as before after it."
@@ -227,6 +212,7 @@ def _seeded(device, seed):
 
 # %% ../../nbs/stats/calibration.ipynb #c027-2
 def _passes(model, inputs, n, seed, device):
+    "Probabilities of n passes, (n, b, classes); `inputs` gives the batch of each."
     if not isinstance(n, (int, np.integer)) or n < 2:
         raise ValueError(f"n passes, at least 2 to see them differ, got {n!r}")
     with torch.no_grad(), _seeded(device, seed):
@@ -235,6 +221,16 @@ def _passes(model, inputs, n, seed, device):
         raise ValueError("the model's probabilities are NaN: is there a NaN in x?")
     return probs
 
+# %% ../../nbs/stats/calibration.ipynb #c027-b
+_DROPOUT = (
+    torch.nn.Dropout,
+    torch.nn.Dropout1d,
+    torch.nn.Dropout2d,
+    torch.nn.Dropout3d,
+    torch.nn.AlphaDropout,
+    torch.nn.FeatureAlphaDropout,
+)
+
 # %% ../../nbs/stats/calibration.ipynb #c027-3
 def mc_dropout(
     model,  # gives logits (b, classes); has dropout layers (nn.Dropout and its kin, with p above 0)
@@ -242,11 +238,12 @@ def mc_dropout(
     n: int = 10,  # passes, at least 2
     seed: int = 0,  # of the dropout
 ) -> torch.Tensor:  # (n, b, classes) probabilities
-    "Passes with only the dropout layers in training mode; modes and random generators are restored; ValueError without a dropout layer."
+    "Passes with only the dropout layers in training mode; modes and random generators are restored."
     layers = [m for m in model.modules() if isinstance(m, _DROPOUT) and m.p > 0]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no dropout layer (nn.Dropout with p above 0), so all passes would be equal: use tta instead"
+            f"{type(model).__name__} has no dropout layer (nn.Dropout with p above 0), "
+            "so all passes would be equal: use tta instead"
         )
     with frozen_eval(model):
         for m in layers:
@@ -266,9 +263,8 @@ def tta(
     def changed():
         out = augment(x.clone())
         if not torch.is_tensor(out) or out.shape != x.shape:
-            raise ValueError(
-                f"augment must give a batch of shape {tuple(x.shape)}, got {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__}"
-            )
+            got = tuple(out.shape) if torch.is_tensor(out) else type(out).__name__
+            raise ValueError(f"augment must give a batch of shape {tuple(x.shape)}, got {got}")
         return out
 
     with frozen_eval(model):
@@ -278,56 +274,56 @@ def tta(
 def confidence(
     samples,  # (n, b, classes) probabilities of n passes, tensor or array
 ):  # (b,) from 0 to 1, of the same kind
-    "POCOVID-Net's confidence: 1 - clip(s, 0, 0.5)/0.5, s the standard deviation over the passes of the class that is likeliest on average."
+    "POCOVID-Net's confidence: 1 - clip(s, 0, 0.5)/0.5, s the standard deviation over passes."
     s = samples if torch.is_tensor(samples) else torch.as_tensor(np.asarray(samples, float))
     if s.ndim != 3 or len(s) < 2:
         raise ValueError(f"samples are (n, b, classes) with at least 2 passes, got shape {tuple(s.shape)}")
-    called = s.mean(0).argmax(1, keepdim=True)
-    out = 1 - s.std(0, correction=0).gather(1, called).squeeze(1).clamp(0, 0.5) / 0.5
+    called = s.mean(0).argmax(1, keepdim=True)  # (b, 1) the class that is likeliest on average
+    spread = s.std(0, correction=0).gather(1, called).squeeze(1)  # (b,)
+    out = 1 - spread.clamp(0, 0.5) / 0.5
     return out if torch.is_tensor(samples) else out.numpy()
+
+# %% ../../nbs/stats/calibration.ipynb #c036-a
+def _confidence_of(preds, by):
+    "The column `by`, checked."
+    if by not in preds:
+        raise TableError(f"no column {by!r} to abstain by; there is {list(preds.columns)}")
+    sure = preds[by].to_numpy(float)
+    if np.isnan(sure).any():
+        raise TableError(f"no confidence {by!r} in row(s) {preds.index[np.isnan(sure)][:5].tolist()}")
+    return sure
+
+
+def _accuracy_at(coverage, right, ends, weights):
+    "Accuracy of the surest rows, up to each coverage; `ends` are the last rows of each confidence."
+    n, hits = (np.r_[0, np.cumsum(w)[ends]] / weights.sum() for w in (weights, weights * right))
+    return np.interp(coverage, n, hits) / coverage
+
+
+def _abstention_areas(curve):
+    "Mean accuracy over coverages, accuracy at full coverage, and their difference, (..., 3)."
+    return np.stack([curve.mean(-1), curve[..., -1], curve.mean(-1) - curve[..., -1]], -1)
 
 # %% ../../nbs/stats/calibration.ipynb #c036
 def abstention(
     preds: pd.DataFrame,  # prediction table of frames, or what vote returns
-    by: str = None,  # column with the confidence of each row, higher is surer; by default the largest probability
+    by: str = None,  # column with the confidence of each row; default: the largest probability
     steps: int = 50,  # coverages 1/steps, 2/steps, ... 1
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of the resampling
-) -> tuple:  # (curve, areas): DataFrames with columns coverage accuracy low high random, and name value low high patients for 'abstention', 'random' and 'gain'
-    "Accuracy of the surest rows at each coverage, and the mean over coverages, with 95 % intervals over patients."
+) -> tuple:  # (curve, areas): of coverage accuracy low high random, and of name value low high patients
+    "Accuracy of the surest rows at each coverage, and its mean and gain over random, with intervals."
     sure, right, group = _hits(preds)
-    if by is not None:
-        if by not in preds:
-            raise TableError(f"no column {by!r} to abstain by; there is {list(preds.columns)}")
-        sure = preds[by].to_numpy(float)
-        if np.isnan(sure).any():
-            raise TableError(f"no confidence {by!r} in row(s) {preds.index[np.isnan(sure)][:5].tolist()}")
+    sure = sure if by is None else _confidence_of(preds, by)
     order = np.argsort(-sure, kind='stable')
     sure, right, group = sure[order], right[order], group[order]
-    ends, P = np.r_[np.flatnonzero(np.diff(sure)), len(sure) - 1], group.max() + 1
+    ends, patients = np.r_[np.flatnonzero(np.diff(sure)), len(sure) - 1], group.max() + 1
     coverage = np.arange(1, steps + 1) / steps
-
-    def accuracy(weights):
-        n, hits = (np.r_[0, np.cumsum(w)[ends]] / weights.sum() for w in (weights, weights * right))
-        return np.interp(coverage, n, hits) / coverage
-
-    curve = accuracy(np.ones(len(sure)))
-    drawn = np.stack([accuracy(w[group]) for w in _draws(P, n_boot, seed)])
-    low, high = _percentiles(drawn, P)
-
-    def areas(c):
-        return np.stack([c.mean(-1), c[..., -1], c.mean(-1) - c[..., -1]], -1)
-
-    ends_low, ends_high = _percentiles(areas(drawn), P)
-    return (
-        pd.DataFrame(dict(coverage=coverage, accuracy=curve, low=low, high=high, random=curve[-1])),
-        pd.DataFrame(
-            dict(
-                name=['abstention', 'random', 'gain'],
-                value=areas(curve),
-                low=ends_low,
-                high=ends_high,
-                patients=P,
-            )
-        ),
-    )
+    value = _accuracy_at(coverage, right, ends, np.ones(len(sure)))
+    drawn = [_accuracy_at(coverage, right, ends, w[group]) for w in patient_draws(patients, n_boot, seed)]
+    drawn = np.stack(drawn)  # (n_boot, steps)
+    low, high = percentile_interval(drawn, patients)
+    curve = pd.DataFrame(dict(coverage=coverage, accuracy=value, low=low, high=high, random=value[-1]))
+    low, high = percentile_interval(_abstention_areas(drawn), patients)
+    areas = dict(name=['abstention', 'random', 'gain'], value=_abstention_areas(value), low=low, high=high)
+    return curve, pd.DataFrame(dict(areas, patients=patients))

@@ -7,13 +7,36 @@ Docs: https://lus-fastai.github.io/lus_fastai/stats/figures.html.md"""
 # %% auto #0
 __all__ = ['plot_confusion', 'plot_roc', 'plot_pr', 'plot_reliability', 'plot_abstention', 'plot_comparison', 'plot_iou']
 
-# %% ../../nbs/stats/figures.ipynb #imports-0
+# %% ../../nbs/stats/figures.ipynb #imports
 import math
 
 import numpy as np
 import pandas as pd
 
 from ..plot import INK, MARKERS, PALETTE, PAPERS, figure_canvas, figure_columns, interval_text
+from .classification import total_confusion
+
+# %% ../../nbs/stats/figures.ipynb #c011-a
+def _confusion_cell(ax, i, j, count, share, size):
+    "One cell: a square as dark as its share, the count, and the share below it."
+    from matplotlib.patches import Rectangle
+
+    style = dict(facecolor=PALETTE[0], alpha=0.04 + 0.96 * share, lw=0)
+    ax.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, **style))
+    text = dict(ha='center', va='center', color='white' if share > 0.5 else INK)
+    ax.text(j, i - 0.1, f'{int(count)}', size=size, weight='bold' if i == j else 'normal', **text)
+    ax.text(j, i + 0.25, f'{share:.0%}', size=8, **text)
+
+
+def _confusion_axes(ax, names, title):
+    "Class names at both axes, without ticks and frame; long lists are turned."
+    n = len(names)
+    ax.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), aspect='equal')
+    ax.set(xlabel='predicted', ylabel='true', title=title)
+    ax.set_xticks(range(n), names, rotation=35 if n > 4 else 0, ha='right' if n > 4 else 'center')
+    ax.set_yticks(range(n), names)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
 
 # %% ../../nbs/stats/figures.ipynb #c011
 def plot_confusion(
@@ -22,53 +45,15 @@ def plot_confusion(
     title: str = '',  # above the figure
 ):  # matplotlib Figure
     "A confusion matrix, coloured by the share of each row, with counts."
-    from matplotlib.patches import Rectangle
-
-    from lus_fastai.stats.classification import (
-        total_confusion,  # here, because it is not as light as this module
-    )
-
     cm, names = total_confusion(cm, names)
     share, n = cm / np.maximum(cm.sum(1, keepdims=True), 1), len(names)
+    size = 10 if cm.max() < 1e6 else 8
     with figure_canvas(1.5 + 0.85 * n, 1 + 0.75 * n) as fig:
         ax = fig.add_subplot()
         for i in range(n):
             for j in range(n):
-                dark, size = share[i, j] > 0.5, 10 if cm.max() < 1e6 else 8
-                ax.add_patch(
-                    Rectangle(
-                        (j - 0.48, i - 0.48),
-                        0.96,
-                        0.96,
-                        facecolor=PALETTE[0],
-                        alpha=0.04 + 0.96 * share[i, j],
-                        lw=0,
-                    )
-                )
-                color = 'white' if dark else INK
-                ax.text(
-                    j,
-                    i - 0.1,
-                    f'{int(cm[i, j])}',
-                    ha='center',
-                    va='center',
-                    color=color,
-                    size=size,
-                    weight='bold' if i == j else 'normal',
-                )
-                ax.text(j, i + 0.25, f'{share[i, j]:.0%}', ha='center', va='center', color=color, size=8)
-        ax.set(
-            xlim=(-0.5, n - 0.5),
-            ylim=(n - 0.5, -0.5),
-            aspect='equal',
-            xlabel='predicted',
-            ylabel='true',
-            title=title,
-        )
-        ax.set_xticks(range(n), names, rotation=35 if n > 4 else 0, ha='right' if n > 4 else 'center')
-        ax.set_yticks(range(n), names)
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
+                _confusion_cell(ax, i, j, cm[i, j], share[i, j], size)
+        _confusion_axes(ax, names, title)
     return fig
 
 # %% ../../nbs/stats/figures.ipynb #c015-1
@@ -77,33 +62,24 @@ _MEANS = {'micro': (':', 0.9), 'macro': ('--', 0.9)}
 
 def _class_curves(ax, curves, area, x, y, **kw):
     "Draw a line per class, the means dashed in ink; gives the colour of each class."
-    colors = {
-        c: INK if c in _MEANS else PALETTE[k % len(PALETTE)]
-        for k, c in enumerate(dict.fromkeys(curves['class']))
-    }
+    names = dict.fromkeys(curves['class'])
+    colors = {c: INK if c in _MEANS else PALETTE[k % len(PALETTE)] for k, c in enumerate(names)}
     for name, g in curves.groupby('class', sort=False):
         dash, alpha = _MEANS.get(name, ('-', 1))
-        ax.plot(
-            g[x],
-            g[y],
-            dash,
-            alpha=alpha,
-            color=colors[name],
-            label=f'{name} {interval_text(*area.loc[name], 2)}',
-            **kw,
-        )
+        label = f'{name} {interval_text(*area.loc[name], 2)}'
+        ax.plot(g[x], g[y], dash, alpha=alpha, color=colors[name], label=label, **kw)
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal')
     ax.grid()
     return colors
 
 # %% ../../nbs/stats/figures.ipynb #c015-2
 def plot_roc(
-    curves: pd.DataFrame,  # first result of metrics.roc: class, fpr, tpr
+    curves: pd.DataFrame,  # first result of curves.roc: class, fpr, tpr
     areas: pd.DataFrame,  # second result: class, auc, low, high
     title: str = '',  # above the figure
-    bands: pd.DataFrame = None,  # result of metrics.roc_bands: class, fpr, low, high
+    bands: pd.DataFrame = None,  # result of curves.roc_bands: class, fpr, low, high
 ):  # matplotlib Figure
-    "One-against-rest ROC curves, with micro and macro means dashed, areas in the legend, and bands of the classes."
+    "One-against-rest ROC curves, micro and macro means dashed, areas in the legend, bands of the classes."
     with figure_canvas(4.6, 4.4) as fig:
         ax = fig.add_subplot()
         ax.plot([0, 1], [0, 1], color=INK, alpha=0.3, lw=1)
@@ -117,43 +93,50 @@ def plot_roc(
 
 # %% ../../nbs/stats/figures.ipynb #c015
 def plot_pr(
-    curves: pd.DataFrame,  # first result of metrics.pr_curve: class, recall, precision
+    curves: pd.DataFrame,  # first result of curves.pr_curve: class, recall, precision
     areas: pd.DataFrame,  # second result: class, ap, low, high, chance
     title: str = '',  # above the figure
 ):  # matplotlib Figure
-    "One-against-rest precision-recall staircases, with micro and macro means dashed, average precisions below, and ticks at chance."
+    "One-against-rest precision-recall staircases, means dashed, average precisions below, ticks at chance."
     area = areas.set_index('class')
+    legend = dict(title='average precision', title_fontsize=9, alignment='left')
     with figure_canvas(4.6, 5.3) as fig:
         ax = fig.add_subplot()
-        colors = _class_curves(
-            ax, curves, area[['ap', 'low', 'high']], 'recall', 'precision', drawstyle='steps-pre'
-        )
+        shown = area[['ap', 'low', 'high']]
+        colors = _class_curves(ax, curves, shown, 'recall', 'precision', drawstyle='steps-pre')
         for name, color in colors.items():
             ax.plot([0.975, 1.01], [area.chance[name]] * 2, color=color, lw=2.5, alpha=0.9)
         ax.set(xlabel='recall', ylabel='precision', title=title)
-        fig.legend(
-            title='average precision', loc='outside lower center', ncols=2, title_fontsize=9, alignment='left'
-        )
+        fig.legend(loc='outside lower center', ncols=2, **legend)
     return fig
 
 # %% ../../nbs/stats/figures.ipynb #c020-1
 def _named(tables, what):
+    "Name, table, colour and marker of each line."
     tables = tables if isinstance(tables, dict) else {'': tables}
     if not tables:
         raise ValueError(f"nothing to draw: give at least one {what}")
-    return [
-        (*item, PALETTE[k % len(PALETTE)], MARKERS[k % len(MARKERS)]) for k, item in enumerate(tables.items())
-    ]
+    n = len(PALETTE)
+    return [(name, t, PALETTE[k % n], MARKERS[k % n]) for k, (name, t) in enumerate(tables.items())]
+
+
+def _reliability_axes(ax, below, title):
+    "Limits and labels of both axes."
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), ylabel='accuracy', title=title)
+    ax.grid()
+    below.grid(axis='y')
+    below.set(xlabel='confidence', ylabel='rows')
+    below.yaxis.set_major_formatter(lambda y, _: f'{y:.0%}')
 
 # %% ../../nbs/stats/figures.ipynb #c020-2
 def plot_reliability(
     tables,  # result of calibration.reliability, or a dictionary of name -> result
     title: str = '',  # above the figure
 ):  # matplotlib Figure
-    "Accuracy against confidence in each bin, with intervals over patients, and below it the share of rows in the bins."
+    "Accuracy against confidence in each bin, with intervals over patients, and the share of rows below."
     items = _named(tables, 'table of bins')
-    ncols = figure_columns([name for name, *_ in items], 4.6)
-    with figure_canvas(4.6, 5.4 + 0.2 * math.ceil(len(items) / ncols) * bool(items[0][0])) as fig:
+    ncols, named = figure_columns([name for name, *_ in items], 4.6), bool(items[0][0])
+    with figure_canvas(4.6, 5.4 + 0.2 * math.ceil(len(items) / ncols) * named) as fig:
         ax, below = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         ax.plot([0, 1], [0, 1], color=INK, alpha=0.3, lw=1)
         for k, (name, t, color, marker) in enumerate(items):
@@ -161,17 +144,21 @@ def plot_reliability(
             ax.vlines(t.confidence, t.low, t.high, color=color, lw=2.2, alpha=0.5)
             ax.plot(t.confidence, t.accuracy, '-', color=color, lw=1.2, marker=marker, ms=6, label=name)
             width = (t.to - t.above) / len(items) * 0.86
-            below.bar(
-                (t.above + t.to) / 2 + (k - (len(items) - 1) / 2) * width, t.n / t.n.sum(), width, color=color
-            )
-        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), ylabel='accuracy', title=title)
-        ax.grid()
-        below.grid(axis='y')
-        below.set(xlabel='confidence', ylabel='rows')
-        below.yaxis.set_major_formatter(lambda y, _: f'{y:.0%}')
-        if items[0][0]:
+            at = (t.above + t.to) / 2 + (k - (len(items) - 1) / 2) * width
+            below.bar(at, t.n / t.n.sum(), width, color=color)
+        _reliability_axes(ax, below, title)
+        if named:
             fig.legend(loc='outside lower center', ncols=ncols)
     return fig
+
+# %% ../../nbs/stats/figures.ipynb #c020-a
+def _random_levels(ax, items):
+    "A dashed level for random abstention, once for each value; only the first has a label."
+    first, *others = dict.fromkeys(c.random.iloc[0] for _, c, *_ in items)
+    style = dict(color=INK, alpha=0.6, ls='--', lw=1.2)
+    ax.axhline(first, label='at random', **style)
+    for level in others:
+        ax.axhline(level, **style)
 
 # %% ../../nbs/stats/figures.ipynb #c020
 def plot_abstention(
@@ -181,33 +168,68 @@ def plot_abstention(
     "Accuracy of what is answered at each coverage, with bands over patients, beside random abstention."
     items = _named(curves, 'abstention curve')
     names = [name for name, *_ in items if name] + ['at random']
-    with figure_canvas(5.2, 3.6 + 0.2 * math.ceil(len(names) / figure_columns(names, 5.2))) as fig:
+    ncols = figure_columns(names, 5.2)
+    with figure_canvas(5.2, 3.6 + 0.2 * math.ceil(len(names) / ncols)) as fig:
         ax = fig.add_subplot()
         for k, (name, c, color, _) in enumerate(items):
             ax.fill_between(c.coverage, c.low, c.high, color=color, alpha=0.15, lw=0)
             ax.plot(c.coverage, c.accuracy, ('-', '-.', ':')[k % 3], color=color, label=name)
-        for level in dict.fromkeys(c.random.iloc[0] for _, c, *_ in items):
-            ax.axhline(
-                level,
-                color=INK,
-                alpha=0.6,
-                ls='--',
-                lw=1.2,
-                label='at random' if level == items[0][1].random.iloc[0] else None,
-            )
-        ax.set(
-            xlim=(0, 1.01),
-            xlabel='coverage: share of rows that are answered',
-            ylabel='accuracy of the answers',
-            title=title,
-        )
+        _random_levels(ax, items)
+        ax.set(xlim=(0, 1.01), xlabel='coverage: share of rows that are answered')
+        ax.set(ylabel='accuracy of the answers', title=title)
         ax.grid()
-        fig.legend(loc='outside lower center', ncols=figure_columns(names, 5.2))
+        fig.legend(loc='outside lower center', ncols=ncols)
     return fig
+
+# %% ../../nbs/stats/figures.ipynb #c024-a
+def _check_comparison(df, label, group):
+    "Raise ValueError for columns that are missing."
+    needed = ('value', 'low', 'high', label) + ((group,) if group else ())
+    missing = [c for c in needed if c not in df]
+    if missing:
+        raise ValueError(f"missing column(s) {missing} for a comparison; there is {list(df.columns)}")
+
+
+def _group_dots(ax, rows, y, k, name):
+    "The dots of one group with their intervals."
+    color, marker = PALETTE[k % len(PALETTE)], MARKERS[k % len(MARKERS)]
+    value, low, high = (rows[c].to_numpy(float) for c in ('value', 'low', 'high'))
+    ax.hlines(y, low, high, color=color, lw=2.2, alpha=0.65)
+    ax.plot(value, y, marker, color=color, ms=6.5, label=None if name is None else str(name))
+
+
+def _paper_dots(ax, dots, label):
+    "The paper's numbers as open diamonds, once for the groups that share one."
+    known = dots.dropna(subset='theirs').groupby([label, 'theirs'], sort=False)['y'].mean().reset_index()
+    if len(known):
+        ax.plot(known['theirs'], known['y'], 'D', mfc='none', mec=INK, mew=1.3, ms=8, label=PAPERS)
+
+# %% ../../nbs/stats/figures.ipynb #c024-b
+def _comparison_height(labels, groups):
+    "Height of the figure in inches, and columns of its legend."
+    ncols = figure_columns([str(g) for g in groups] + [PAPERS], 5.2)
+    legend = 0.2 * math.ceil((len(groups) + 1) / ncols)
+    return 0.9 + legend + (0.26 + 0.2 * len(groups)) * len(labels), ncols
+
+
+def _offset(k, n):
+    "How far below its row the dots of group k of n are."
+    return (k - (n - 1) / 2) * (0.62 / n)
+
+
+def _comparison_axes(ax, labels, xlabel, title, xlim):
+    "A row for each label, from the top."
+    ax.set(ylim=(len(labels) - 0.45, -0.55), xlabel=xlabel, title=title)
+    ax.set_yticks(range(len(labels)), [str(l) for l in labels])
+    if xlim:
+        ax.set_xlim(*xlim)
+    ax.grid(axis='x')
+    ax.spines['left'].set_visible(False)
+    ax.tick_params(axis='y', length=0)
 
 # %% ../../nbs/stats/figures.ipynb #c024-1
 def plot_comparison(
-    df: pd.DataFrame,  # a row per dot: value, low, high (NaN: no interval), the columns named below, and perhaps theirs
+    df: pd.DataFrame,  # a row per dot: value, low, high (NaN: no interval), label, group, perhaps theirs
     label: str = 'label',  # column that names the rows of the figure
     group: str = None,  # column whose values are drawn in different colours
     xlabel: str = '',  # what the value is
@@ -215,60 +237,30 @@ def plot_comparison(
     xlim=None,  # (low, high) of the axis; by default from the data
 ):  # matplotlib Figure
     "Dots with intervals, a row per label, a colour per group; open diamonds are the paper's."
-    missing = [c for c in ('value', 'low', 'high', label) + ((group,) if group else ()) if c not in df]
-    if missing:
-        raise ValueError(f"missing column(s) {missing} for a comparison; there is {list(df.columns)}")
+    _check_comparison(df, label, group)
     labels, groups = list(dict.fromkeys(df[label])), list(dict.fromkeys(df[group])) if group else [None]
-    step, at = 0.62 / len(groups), []
-    ncols = figure_columns([str(g) for g in groups] + [PAPERS], 5.2)
-    with figure_canvas(
-        5.2, 0.9 + 0.2 * math.ceil((len(groups) + 1) / ncols) + (0.26 + 0.2 * len(groups)) * len(labels)
-    ) as fig:
+    height, ncols = _comparison_height(labels, groups)
+    dots = []
+    with figure_canvas(5.2, height) as fig:
         ax = fig.add_subplot()
         for k, g in enumerate(groups):
             rows = df[df[group] == g] if group else df
-            y = np.array([labels.index(l) for l in rows[label]]) + (k - (len(groups) - 1) / 2) * step
-            color, value = PALETTE[k % len(PALETTE)], rows['value'].to_numpy(float)
-            ax.hlines(
-                y, rows['low'].to_numpy(float), rows['high'].to_numpy(float), color=color, lw=2.2, alpha=0.65
-            )
-            ax.plot(
-                value, y, MARKERS[k % len(MARKERS)], color=color, ms=6.5, label=None if g is None else str(g)
-            )
-            at.append(
-                rows[[label]].assign(y=y, theirs=rows['theirs'].to_numpy(float) if 'theirs' in df else np.nan)
-            )
-        paper = (
-            pd.concat(at)
-            .dropna(subset='theirs')
-            .groupby([label, 'theirs'], sort=False)['y']
-            .mean()
-            .reset_index()
-        )
-        if len(paper):
-            ax.plot(paper['theirs'], paper['y'], 'D', mfc='none', mec=INK, mew=1.3, ms=8, label=PAPERS)
-        ax.set(ylim=(len(labels) - 0.45, -0.55), xlabel=xlabel, title=title)
-        ax.set_yticks(range(len(labels)), [str(l) for l in labels])
-        if xlim:
-            ax.set_xlim(*xlim)
-        ax.grid(axis='x')
-        ax.spines['left'].set_visible(False)
-        ax.tick_params(axis='y', length=0)
+            y = np.array([labels.index(l) for l in rows[label]]) + _offset(k, len(groups))
+            _group_dots(ax, rows, y, k, g)
+            dots.append(rows[[label]].assign(y=y, theirs=rows.get('theirs', np.nan)))
+        _paper_dots(ax, pd.concat(dots), label)
+        _comparison_axes(ax, labels, xlabel, title, xlim)
         if ax.get_legend_handles_labels()[0]:
             fig.legend(loc='outside lower center', ncols=ncols)
     return fig
 
 # %% ../../nbs/stats/figures.ipynb #c024
 def plot_iou(
-    table: pd.DataFrame,  # result of metrics.evaluate_seg; several of them with a column model to compare
+    table: pd.DataFrame,  # result of evaluate_seg; several of them with a column model to compare
     title: str = '',  # above the figure
 ):  # matplotlib Figure
     "IoU of each class and their mean, with intervals; a colour per `model`."
     rows = table[table['metric'].isin(['iou', 'mean_iou'])]
-    return plot_comparison(
-        rows.assign(label=rows['class'].replace('all', 'mean')),
-        group='model' if 'model' in table else None,
-        xlabel='IoU',
-        title=title,
-        xlim=(-0.02, 1.02),
-    )
+    rows = rows.assign(label=rows['class'].replace('all', 'mean'))
+    group = 'model' if 'model' in table else None
+    return plot_comparison(rows, group=group, xlabel='IoU', title=title, xlim=(-0.02, 1.02))

@@ -1,4 +1,4 @@
-"""Scores of masks that may overlap: Dice in its several meanings, IoU, boundaries, islands, and why Dice and the eye disagree
+"""Scores of masks that may overlap: Dice and IoU, boundaries, connected components, and why Dice and the eye disagree
 
 Docs: https://lus-fastai.github.io/lus_fastai/stats/segmentation.html.md"""
 
@@ -14,31 +14,40 @@ import pandas as pd
 import torch
 
 from ..core import TableError, progress
-from .classification import _COLUMNS, _percentiles, _ratio, _weights, f1, iou
+from .bootstrap import defined_mean, percentile_interval, ratio_of_sums, resampled_sums
+from .classification import SCORE_COLUMNS, f1, iou
 
 # %% ../../nbs/stats/segmentation.ipynb #c012-1
 def _array(x):
+    "An array of a tensor or array; half precision becomes single."
     if not torch.is_tensor(x):
         return np.asarray(x)
     x = x.detach().as_subclass(torch.Tensor).cpu()
     return (x.float() if x.is_floating_point() else x).numpy()
 
 # %% ../../nbs/stats/segmentation.ipynb #c012-2
-def _masks(pred, target, threshold):
-    "Predicted and true masks, both (n, k, h, w) bool."
-    pred, target = _array(pred), _array(target)
+def _check_masks(pred, target):
+    "Raise ValueError for shapes that differ and for values that are no masks."
     if pred.shape != target.shape or pred.ndim != 4:
         raise ValueError(
             f"predicted and true masks are both (n, k, h, w), got {pred.shape} and {target.shape}"
         )
     if target.dtype != bool and ((target != 0) & (target != 1)).any():
         raise ValueError(
-            f"true masks hold 0 and 1, got values from {target.min()} to {target.max()}: of masks of 0 and 255 give `target > 127`"
+            f"true masks hold 0 and 1, got values from {target.min()} to {target.max()}: "
+            "of masks of 0 and 255 give `target > 127`"
         )
     if pred.dtype != bool and pred.size and not (pred.min() >= 0 and pred.max() <= 1):
         raise ValueError(
-            f"predictions are masks or probabilities, 0..1, got values from {pred.min()} to {pred.max()}: of logits give `torch.sigmoid(logits)`, of masks of 0 and 255 `pred > 127`"
+            f"predictions are masks or probabilities, 0..1, got values from {pred.min()} to {pred.max()}: "
+            "of logits give `torch.sigmoid(logits)`, of masks of 0 and 255 `pred > 127`"
         )
+
+
+def _masks(pred, target, threshold):
+    "Predicted and true masks, both (n, k, h, w) bool."
+    pred, target = _array(pred), _array(target)
+    _check_masks(pred, target)
     return pred if pred.dtype == bool else pred > threshold, target.astype(bool)
 
 # %% ../../nbs/stats/segmentation.ipynb #c012-3
@@ -47,16 +56,12 @@ def mask_confusions(
     target,  # (n, k, h, w) true masks, bool or 0 and 1
     threshold: float = 0.5,  # probabilities above it are 1
 ) -> np.ndarray:  # (n, k, 2, 2) counts of pixels, rows true: [[tn, fp], [fn, tp]]
-    "The confusion matrix of each image and class; raises ValueError for other shapes and values (logits, 0 and 255, NaN)."
+    "The confusion matrix of each image and class; raises ValueError for other shapes and values."
     pred, target = _masks(pred, target, threshold)
-    tp, called, true = (x.sum((2, 3)) for x in (pred & target, pred, target))
-    return np.stack(
-        [
-            np.stack([np.prod(target.shape[2:]) - called - true + tp, called - tp], -1),
-            np.stack([true - tp, tp], -1),
-        ],
-        -2,
-    )
+    tp, called, true = (x.sum((2, 3)) for x in (pred & target, pred, target))  # (n, k) each
+    fp, fn = called - tp, true - tp
+    tn = np.prod(target.shape[2:]) - tp - fp - fn
+    return np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2)
 
 # %% ../../nbs/stats/segmentation.ipynb #c012-4
 def dice_scores(
@@ -81,13 +86,14 @@ def false_positive_area(
     pred,  # (n, k, h, w) masks or probabilities 0..1
     target,  # (n, k, h, w) true masks
     threshold: float = 0.5,  # probabilities above it are 1
-) -> np.ndarray:  # (n, k), share of the picture 0..1; always defined
-    "How much of the picture is called something that it is not: sees what Dice cannot, false alarms on images without the object."
+) -> np.ndarray:  # (n, k), share of the image 0..1; always defined
+    "False positive pixels as a share of the image: what Dice cannot see on images without the object."
     cm = mask_confusions(pred, target, threshold)
     return cm[..., 0, 1] / np.maximum(cm.sum((-2, -1)), 1)
 
 # %% ../../nbs/stats/segmentation.ipynb #c017-1
 def _edge(m):
+    "Pixels of a mask with a neighbour that is not in it."
     p = np.pad(m, 1)
     return m & ~(p[2:, 1:-1] & p[:-2, 1:-1] & p[1:-1, 2:] & p[1:-1, :-2])
 
@@ -101,12 +107,14 @@ def _distances(pred, target, spacing):
 
 # %% ../../nbs/stats/segmentation.ipynb #c017-2
 def _hd95(d, pred, target, spacing):
+    "HD95 of one pair of masks from its distances."
     if d is None:
         return np.hypot(*np.multiply(pred.shape, spacing)) if pred.any() or target.any() else np.nan
     return max(np.percentile(x, 95) for x in d)
 
 
 def _boundary_f1(d, pred, target, within):
+    "Boundary F1 of one pair of masks from its distances."
     if d is None:
         return 0.0 if pred.any() or target.any() else np.nan
     p, r = ((x <= within).mean() for x in d)
@@ -114,9 +122,10 @@ def _boundary_f1(d, pred, target, within):
 
 # %% ../../nbs/stats/segmentation.ipynb #c017-3
 def _each(f, pred, target):
-    return np.array([f(a, b) for x, y in zip(pred, target) for a, b in zip(x, y)], float).reshape(
-        pred.shape[:2]
-    )
+    "f of each pair of masks, (n, k)."
+    h, w = pred.shape[2:]
+    pairs = zip(pred.reshape(-1, h, w), target.reshape(-1, h, w))
+    return np.array([f(a, b) for a, b in pairs], float).reshape(pred.shape[:2])
 
 # %% ../../nbs/stats/segmentation.ipynb #c017-4
 def hd95(
@@ -124,13 +133,13 @@ def hd95(
     target,  # (n, k, h, w) true masks
     spacing: tuple = (1.0, 1.0),  # height and width of a pixel, in mm if the result should be
     threshold: float = 0.5,  # probabilities above it are 1
-) -> (
-    np.ndarray
-):  # (n, k) in pixels or mm; NaN where both masks are empty, the picture's diagonal where one is
+) -> np.ndarray:  # (n, k) in pixels or mm; NaN where both are empty, the image's diagonal where one is
     "95th percentile of the distances between the outlines, the larger of both directions."
-    return _each(
-        lambda a, b: _hd95(_distances(a, b, spacing), a, b, spacing), *_masks(pred, target, threshold)
-    )
+
+    def one(a, b):
+        return _hd95(_distances(a, b, spacing), a, b, spacing)
+
+    return _each(one, *_masks(pred, target, threshold))
 
 # %% ../../nbs/stats/segmentation.ipynb #c017
 def boundary_f1(
@@ -141,31 +150,53 @@ def boundary_f1(
     threshold: float = 0.5,  # probabilities above it are 1
 ) -> np.ndarray:  # (n, k) 0..1; NaN where both masks are empty, 0 where one is
     "F1 of edge pixels that lie near the other outline."
-    return _each(
-        lambda a, b: _boundary_f1(_distances(a, b, spacing), a, b, within), *_masks(pred, target, threshold)
-    )
 
-# %% ../../nbs/stats/segmentation.ipynb #c020
-def _islands(mask, other=None):
+    def one(a, b):
+        return _boundary_f1(_distances(a, b, spacing), a, b, within)
+
+    return _each(one, *_masks(pred, target, threshold))
+
+# %% ../../nbs/stats/segmentation.ipynb #c020-a
+def _components(mask, other=None):
+    "Number of connected components of one mask, or of those that touch nothing of another."
     from scipy.ndimage import label
 
     at, n = label(mask, np.ones((3, 3)))
     return n if other is None else n - len(np.setdiff1d(at[other], 0))
 
-
+# %% ../../nbs/stats/segmentation.ipynb #c020
 def islands(
     mask,  # (n, k, h, w) masks or probabilities 0..1
-    other=None,  # (n, k, h, w) masks: count only objects without a pixel in common with it
+    other=None,  # (n, k, h, w) masks: count only components without a pixel in common with it
     threshold: float = 0.5,  # probabilities above it are 1
 ) -> np.ndarray:  # (n, k) counts; 0 for an empty mask
-    "Number of connected objects, or of those that touch nothing of another mask."
+    "Number of connected components, or of those that touch nothing of another mask."
     mask, against = _masks(mask, mask > threshold if other is None else other, threshold)
-    return _each(_islands if other is not None else lambda a, b: _islands(a), mask, against).astype(int)
+    if other is None:
+        return _each(lambda a, _: _components(a), mask, mask).astype(int)
+    return _each(_components, mask, against).astype(int)
 
-# %% ../../nbs/stats/segmentation.ipynb #c023-1
+# %% ../../nbs/stats/segmentation.ipynb #c023-a
 _SCORES = ['dice', 'iou', 'hd95', 'boundary_f1', 'false_positive_area', 'islands', 'missed']
 
 
+def _pair_scores(pred, true, spacing, within):
+    "Pixels of truth, prediction and both, and every score, of one image and class."
+    near, p, t, both = _distances(pred, true, spacing), pred.sum(), true.sum(), (pred & true).sum()
+    return dict(
+        truth=t,
+        predicted=p,
+        shared=both,
+        dice=2 * both / (p + t) if p + t else np.nan,
+        iou=both / (p + t - both) if p + t else np.nan,
+        hd95=_hd95(near, pred, true, spacing),
+        boundary_f1=_boundary_f1(near, pred, true, within),
+        false_positive_area=(p - both) / pred.size,
+        islands=_components(pred, true),
+        missed=_components(true, pred),
+    )
+
+# %% ../../nbs/stats/segmentation.ipynb #c023-1
 def mask_scores(
     prob,  # (n, k, h, w) probabilities 0..1 or masks; read an image at a time, so a memory map will do
     target,  # (n, k, h, w) true masks
@@ -174,142 +205,123 @@ def mask_scores(
     spacing: tuple = (1.0, 1.0),  # height and width of a pixel, for hd95 and boundary_f1
     within: float = 2.0,  # of boundary_f1
     threshold: float = 0.5,  # probabilities above it are 1
-) -> pd.DataFrame:  # the table's columns, then image, class, truth, predicted, shared (pixels), dice, iou, hd95, boundary_f1, false_positive_area, islands, missed
+) -> pd.DataFrame:  # the table's columns, then image, class, pixels (truth, predicted, shared) and the scores
     "Every score of every image and class; raises ValueError when the sizes do not fit."
     if len(prob) != len(target) or len(table) != len(prob):
-        raise ValueError(
-            f"{len(prob)} predictions, {len(target)} masks and {len(table)} rows of the table should be as many"
-        )
+        sizes = f"{len(prob)} predictions, {len(target)} masks and {len(table)} rows of the table"
+        raise ValueError(f"{sizes} should be as many")
     rows = []
     for i in progress(range(len(prob)), desc='scores'):
         pred, true = (x[0] for x in _masks(prob[i : i + 1], target[i : i + 1], threshold))
         if len(names) != len(true):
             raise ValueError(f"{len(names)} names for {len(true)} classes: {tuple(names)}")
         for c, a, b in zip(names, pred, true):
-            near, p, t, both = _distances(a, b, spacing), a.sum(), b.sum(), (a & b).sum()
-            rows.append(
-                (
-                    i,
-                    c,
-                    t,
-                    p,
-                    both,
-                    2 * both / (p + t) if p + t else np.nan,
-                    both / (p + t - both) if p + t else np.nan,
-                    _hd95(near, a, b, spacing),
-                    _boundary_f1(near, a, b, within),
-                    (p - both) / a.size,
-                    _islands(a, b),
-                    _islands(b, a),
-                )
-            )
+            rows.append({'image': i, 'class': c, **_pair_scores(a, b, spacing, within)})
     out = pd.DataFrame(rows, columns=['image', 'class', 'truth', 'predicted', 'shared', *_SCORES])
     kept = table.reset_index(drop=True).drop(columns=[c for c in out if c in table])
     return kept.iloc[out['image']].reset_index(drop=True).join(out)
+
+# %% ../../nbs/stats/segmentation.ipynb #c023-b
+def _check_scores(scores):
+    "Raise TableError for a table that `mask_scores` did not make."
+    needed = ('patient', 'image', 'class', 'truth', 'predicted', 'shared', *_SCORES)
+    missing = [c for c in needed if c not in scores]
+    if missing:
+        raise TableError(f"missing column(s) {missing} in the table of `mask_scores`")
+    if not len(scores) or scores['patient'].isna().any():
+        raise TableError("the table of `mask_scores` is empty, or rows have no patient")
+
+
+def _grid(scores, column):
+    "A column as (images, classes), both in the order of the table."
+    grid = scores.pivot(index='image', columns='class', values=column)
+    return grid.loc[scores['image'].unique(), scores['class'].unique()].to_numpy(float)
+
+# %% ../../nbs/stats/segmentation.ipynb #c023-c
+def _ratios(scores, total):
+    "Each score of the sample and its resamples, (1 + n_boot, classes), by level and metric."
+    truth, called, shared = (total(_grid(scores, c)) for c in ('truth', 'predicted', 'shared'))
+    ratios = {
+        ('pixel', 'iou'): ratio_of_sums(shared, truth + called - shared, truth + called > 0),
+        ('pixel', 'dice'): ratio_of_sums(2 * shared, truth + called, truth + called > 0),
+    }
+    for c in _SCORES:
+        x = _grid(scores, c)
+        known = total((~np.isnan(x)).astype(float))
+        ratios['image', c] = ratio_of_sums(total(np.nan_to_num(x)), known, known > 0)
+    return ratios, truth > 0
 
 # %% ../../nbs/stats/segmentation.ipynb #c023
 def evaluate_masks(
     scores: pd.DataFrame,  # of mask_scores, with a column patient
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # level ('pixel', 'image'), class, metric, value, low, high, n (images whose truth holds the class; all images for 'all'), patients
+) -> pd.DataFrame:  # level (pixel, image), class, metric, value, low, high, n (images that hold it), patients
     "Scores of each class and of all, with 95 % intervals over patients (NaN with fewer than two)."
-    missing = [
-        c for c in ('patient', 'image', 'class', 'truth', 'predicted', 'shared', *_SCORES) if c not in scores
-    ]
-    if missing:
-        raise TableError(f"missing column(s) {missing} in the table of `mask_scores`")
-    if not len(scores) or scores['patient'].isna().any():
-        raise TableError("the table of `mask_scores` is empty, or rows have no patient")
-    names, (group, patients) = (
-        list(scores['class'].unique()),
-        pd.factorize(scores.drop_duplicates('image')['patient'].astype(str), sort=True),
-    )
+    _check_scores(scores)
+    names, owner = list(scores['class'].unique()), scores.drop_duplicates('image')['patient'].astype(str)
+    group, patients = pd.factorize(owner, sort=True)
 
-    def grid(c):
-        return (
-            scores.pivot(index='image', columns='class', values=c)
-            .loc[scores['image'].unique(), names]
-            .to_numpy(float)
-        )
+    def total(grid):
+        sums = np.stack([np.bincount(group, x, len(patients)) for x in grid.T], 1)  # (patients, classes)
+        return resampled_sums(sums, n_boot, seed)
 
-    weights = _weights(len(patients), n_boot, seed)  # the first row is the sample itself
-
-    def total(x):
-        return weights @ np.stack(
-            [np.bincount(group, o, len(patients)) for o in x.T], 1
-        )  # (1 + n_boot, k) sums over resampled patients
-
-    truth, called, shared = (total(grid(c)) for c in ('truth', 'predicted', 'shared'))
-    parts = {
-        ('pixel', 'iou'): _ratio(shared, truth + called - shared, truth + called > 0),
-        ('pixel', 'dice'): _ratio(2 * shared, truth + called, truth + called > 0),
-    }
-    for c in _SCORES:
-        x = grid(c)
-        known = total((~np.isnan(x)).astype(float))
-        parts['image', c] = _ratio(total(np.nan_to_num(x)), known, known > 0)
-    n, held, rows = (grid('truth') > 0).sum(0), truth > 0, []
-    for (level, metric), x in parts.items():
-        x = np.c_[_ratio(np.where(held, x, 0).sum(1), held.sum(1).astype(float), held.any(1)), x]
-        low, high = _percentiles(x[1:], len(patients))
-        rows += [
-            (level, c, metric, *v, k, len(patients))
-            for c, k, *v in zip(['all', *names], [len(scores['image'].unique()), *n], x[0], low, high)
-        ]
-    return pd.DataFrame(rows, columns=_COLUMNS)
+    ratios, held = _ratios(scores, total)
+    n = [scores['image'].nunique(), *(_grid(scores, 'truth') > 0).sum(0)]
+    rows = []
+    for (level, metric), x in ratios.items():
+        x = np.c_[defined_mean(x, held), x]  # (1 + n_boot, all and classes)
+        low, high = percentile_interval(x[1:], len(patients))
+        for i, c in enumerate(['all', *names]):
+            rows.append((level, c, metric, x[0, i], low[i], high[i], n[i], len(patients)))
+    return pd.DataFrame(rows, columns=SCORE_COLUMNS)
 
 # %% ../../nbs/stats/segmentation.ipynb #c028-1
 def _outline(ax, m, color):
+    "Draw the outline of a mask, closed at the border of the image."
     if m.any():
-        ax.contour(
-            np.arange(-1, m.shape[1] + 1),
-            np.arange(-1, m.shape[0] + 1),
-            np.pad(m, 1).astype(float),
-            [0.5],
-            colors=color,
-            linewidths=1,
-        )
+        rows, columns = np.arange(-1, m.shape[0] + 1), np.arange(-1, m.shape[1] + 1)
+        ax.contour(columns, rows, np.pad(m, 1).astype(float), [0.5], colors=color, linewidths=1)
+
+
+def _small_axes(n):
+    "n axes, four to a row."
+    import matplotlib.pyplot as plt
+
+    rows, columns = -(-n // 4), min(n, 4)
+    size = (2 * columns, 2.3 * rows)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')[1]
+
+
+def _worst(scores, names, by, n):
+    "The n worst rows; raises ValueError for an unknown score or class."
+    if by not in _SCORES:
+        raise ValueError(f"unknown score {by!r}; there are {_SCORES}")
+    strange = [c for c in scores['class'].unique() if c not in names]
+    if strange:
+        raise ValueError(f"the table has class(es) {strange}, the set {names}")
+    high_is_good = by in ('dice', 'iou', 'boundary_f1')
+    return scores.dropna(subset=[by]).sort_values(by, ascending=high_is_good, kind='stable').head(n)
 
 # %% ../../nbs/stats/segmentation.ipynb #c028
 def worst_cases(
     set,  # MaskSet
     prob,  # (n, k, h, w) probabilities 0..1 or masks of its images
-    scores: pd.DataFrame,  # of mask_scores of these; give some of its rows (one class, one source) to look at those
+    scores: pd.DataFrame,  # of mask_scores of these, or some of its rows (one class, one source)
     by: str = 'dice',  # which score; of hd95, false_positive_area, islands and missed the largest are worst
     n: int = 4,  # how many to draw
     threshold: float = 0.5,  # probabilities above it are 1
     axs=None,  # n matplotlib axes; new ones when None
 ):  # the axes
-    "Draw the worst predictions: truth in blue, prediction in orange; raises ValueError for an unknown score or class."
-    import matplotlib.pyplot as plt
-
-    if by not in _SCORES:
-        raise ValueError(f"unknown score {by!r}; there are {_SCORES}")
-    strange = [c for c in scores['class'].unique() if c not in set.names]
-    if strange:
-        raise ValueError(f"the table has class(es) {strange}, the set {set.names}")
-    worst = (
-        scores.dropna(subset=[by])
-        .sort_values(by, ascending=by in ('dice', 'iou', 'boundary_f1'), kind='stable')
-        .head(n)
-    )
-    if axs is None:
-        axs = plt.subplots(
-            -(-n // 4),
-            min(n, 4),
-            figsize=(2 * min(n, 4), 2.3 * -(-n // 4)),
-            squeeze=False,
-            layout='constrained',
-        )[1]
-    axs = np.ravel(axs)
+    "Draw the worst predictions: truth in blue, prediction in orange; ValueError for an unknown score."
+    worst = _worst(scores, set.names, by, n)
+    axs = np.ravel(_small_axes(n) if axs is None else axs)
     for ax in axs:
         ax.set_axis_off()
     for ax, (_, row) in zip(axs, worst.iterrows()):
         i, k = row['image'], set.names.index(row['class'])
-        pred, true = (
-            x[0, 0] for x in _masks(prob[i : i + 1, k : k + 1], set.masks[i : i + 1, k : k + 1], threshold)
-        )
+        one = np.s_[i : i + 1, k : k + 1]
+        pred, true = (x[0, 0] for x in _masks(prob[one], set.masks[one], threshold))
         ax.imshow(set.images[i], cmap='gray', vmin=0, vmax=255)
         _outline(ax, true, 'deepskyblue')
         _outline(ax, pred, 'darkorange')
