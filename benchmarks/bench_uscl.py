@@ -9,8 +9,8 @@ from common import compare
 from torch import nn
 
 from lus_fastai.models.backbones import create_backbone
-from lus_fastai.train.contrastive import USCL, ContrastiveNet
 from lus_fastai.train.callbacks import autocast_for
+from lus_fastai.train.contrastive import USCL, ContrastiveNet
 
 
 def batch(b):

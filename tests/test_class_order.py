@@ -24,15 +24,9 @@ from lus_fastai.models.unet import unet
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M
 from lus_fastai.stats.figures import plot_confusion
-from lus_fastai.train.cross_validation import (
-    ClassProbs,
-    PixelCounts,
-    cross_validate,
-    fine_tune,
-    fine_tune_learner,
-    last_epoch,
-    predict_table,
-)
+from lus_fastai.train.callbacks import ClassProbs, PixelCounts, predict_table
+from lus_fastai.train.cross_validation import cross_validate, last_epoch
+from lus_fastai.train.fine_tuning import fine_tune, fine_tune_learner
 from lus_fastai.widgets import Explainer
 
 SWAPPED = CLASSES[::-1]

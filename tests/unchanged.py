@@ -26,7 +26,10 @@ from lus_fastai.core import CLASSES, seed_all
 from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.store import FrameStore
-from lus_fastai.models.unet import covidnet, create_backbone, segmenter, unet, vunet, xunet
+from lus_fastai.models.backbones import create_backbone
+from lus_fastai.models.classifiers import covidnet
+from lus_fastai.models.segmenters import segmenter
+from lus_fastai.models.unet import unet, vunet, xunet
 from lus_fastai.stats.classification import evaluate, evaluate_seg
 from lus_fastai.stats.curves import roc
 from lus_fastai.synth.phantom import phantom_dataset

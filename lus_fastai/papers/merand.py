@@ -53,13 +53,13 @@ from lus_fastai.papers.experiment import (
 from ..data.pairs import ABLATION, pair_dls
 from ..report import Report, limits_note, papers_note, training_card
 from ..runs import cell, results_table
-from ..stats.classification import _percentiles, _ratio, _weights
+from ..stats.bootstrap import draw_weights, percentile_interval, ratio_of_sums
 from ..stats.figures import plot_comparison
 from ..stats.segmentation import mask_confusions
 from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
 from ..train.contrastive import SimCLR, pretrain
 from ..train.losses import soft_dice
-from ..train.segmentation import _fit, adam, fit_masks, fit_rotation, predict_masks
+from ..train.segmentation import adam, fit_in_folder, fit_masks, fit_rotation, predict_masks
 
 # %% ../../nbs/papers/merand.ipynb #c006
 PRETRAININGS = {  # name in our tables -> (first step, then boxes?)
@@ -462,7 +462,7 @@ def _learn_targets(way, images, labels, share, folder, settings):
     loss = PictureLoss() if labels is None else LabelLoss()
     claim = dict(n=len(images), bs=s.bs, augment=repr(augment))
     training = s.first_epochs, s.lr, loss, 'best', s.patience, 'constant', None, adam, s.seed, 'auto'
-    _fit(build, data, folder, *training, claim)
+    fit_in_folder(build, data, folder, *training, claim)
 
 # %% ../../nbs/papers/merand.ipynb #c019-9
 def first_step(
@@ -651,14 +651,14 @@ def resampled_iou(
     n_boot: int,  # resamples of patients
 ) -> np.ndarray:  # (runs, 1 + n_boot, k), first of all patients; NaN where the truth lacks a class
     "IoU of each class over the pixels of all images together, in each resample of the patients."
-    weights = _weights(who.max() + 1, n_boot, 0)  # (draws, patients)
+    weights = draw_weights(who.max() + 1, n_boot, 0)  # (draws, patients)
     belongs = (who == np.arange(who.max() + 1)[:, None]).astype(float)  # (patients, n)
     runs, n, k = confusions.shape[:3]
     sums = belongs @ confusions.reshape(runs, n, k * 4)  # (runs, patients, 4k)
     cm = (weights @ sums).reshape(runs, -1, k, 2, 2)  # (runs, draws, k, 2, 2)
     tp, fp, fn = cm[..., 1, 1], cm[..., 0, 1], cm[..., 1, 0]  # (runs, draws, k)
     union = tp + fp + fn
-    return np.where(tp + fn > 0, _ratio(tp, union, union > 0), np.nan)
+    return np.where(tp + fn > 0, ratio_of_sums(tp, union, union > 0), np.nan)
 
 
 def _mean_iou(iou, of):
@@ -679,7 +679,7 @@ def run_scores(
     held = (cm[0, :, :, 1].sum(-1) > 0).mean(0)  # share of the images that hold a class
     mean, common = _mean_iou(iou, held > 0), _mean_iou(iou, held >= 0.5)
     both = np.concatenate([mean[..., None], common[..., None], iou], -1).mean(0)  # (draws, 2 + k)
-    low, high = _percentiles(both[1:], len(names))
+    low, high = percentile_interval(both[1:], len(names))
     return dict(
         mIoU=(both[0, 0], low[0], high[0]),
         common=(both[0, 1], low[1], high[1]),

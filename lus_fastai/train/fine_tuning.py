@@ -23,8 +23,8 @@ from torch import nn
 from ..core import CLASSES, TableError, check_table
 from ..data.loaders import frame_dls
 from ..data.store import FrameStore
+from ..models.backbones import scale_for
 from ..models.transfer import freeze, name_outputs, split_rates, stages
-from ..models.unet import scale_for
 from ..runs import claim_folder, weights_hash
 from .callbacks import ClassProbs
 from .cross_validation import cross_validate
