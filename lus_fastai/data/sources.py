@@ -37,19 +37,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from lus_fastai.core import (
-    CLIP_COLUMNS,
-    MaskSet,
-    TableError,
-    atomic_path,
-    check_table,
-    clip_ids,
-    lus_home,
-    progress,
-    real_data,
-    shipped,
-)
-from .folds import frame_hash, hamming
+from ..core import CLIP_COLUMNS, MaskSet, TableError, atomic_path, check_table, clip_ids, lus_home, progress, real_data, shipped
+from .audit import frame_hash, hamming
 from ..synth.radiographs import CATEGORIES, CHEST, CHEXPERT, fill_boxes
 from ..video import ClipError, read_clip, write_video
 
