@@ -13,7 +13,10 @@ from lus_fastai.synth.radiographs import *
 from lus_fastai.data.store import *
 from lus_fastai.data.folds import *
 from lus_fastai.data.audit import *
+from lus_fastai.data.fetching import *
+from lus_fastai.data.readers import *
 from lus_fastai.data.sources import *
+from lus_fastai.data.mask_sets import *
 from lus_fastai.data.folders import *
 from lus_fastai.data.fan import *
 from lus_fastai.data.despeckling import *

@@ -23,7 +23,8 @@ from ..core import MaskSet, assert_disjoint, lus_home, real_data
 from ..data.augment import ChengAugment
 from ..data.despeckling import despeckle
 from ..data.folds import patient_folds, split_hash
-from ..data.sources import busi_set, index
+from ..data.mask_sets import busi_set
+from ..data.sources import index
 from ..models.transfer import copy_encoder, copy_weights, freeze
 from ..models.unet import create_backbone, keras_init, vunet, xunet
 from ..plot import interval_text

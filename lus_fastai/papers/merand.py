@@ -30,7 +30,9 @@ from ..core import MaskSet, assert_disjoint, atomic_path, lus_home, real_data, s
 from ..data.augment import MerandAugment
 from ..data.folds import split_hash
 from ..data.loaders import absent_classes
-from ..data.sources import _mask_set, ccxs_set, chexpert_labels, index, siim_set
+from ..data.mask_sets import ccxs_set, read_mask_set, siim_set
+from ..data.readers import chexpert_labels
+from ..data.sources import index
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
 from ..models.unet import BackboneClassifier, autoencoder, create_backbone, segmenter
 from .arora import mean_over_patients
@@ -220,7 +222,7 @@ def learning_parts(
         return chest_phantom(n, s.size, seed=10 * s.seed + k)
 
     first = (
-        _mask_set(
+        read_mask_set(
             index('chexpert', real_data()), s.size, (), lambda row, shape, size: np.zeros((0, *size), bool)
         )
         if here('chexpert')
