@@ -12,7 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lus_fastai.data.fan import Fan, FanError, add_fans, burn_in, crop_to_fan, fan_crop, find_fan, find_overlays, from_polar, remove_overlays, to_polar
+from lus_fastai.data.fan import (
+    Fan,
+    FanError,
+    add_fans,
+    burn_in,
+    crop_to_fan,
+    fan_crop,
+    find_fan,
+    find_overlays,
+    from_polar,
+    remove_overlays,
+    to_polar,
+)
 from lus_fastai.video import sample_clip
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
 
@@ -210,7 +222,7 @@ def test_crop_of_tensors_and_stacks():
         torch.equal(crop_to_fan(x, fan), x[:, :, 2:12, 5:25])
         and (crop_to_fan(x.numpy(), fan) == x[:, :, 2:12, 5:25].numpy()).all()
     )
-    with pytest.raises(FanError, match='lies outside its picture'):
+    with pytest.raises(FanError, match='lies outside its image'):
         Fan('linear', (20, 30), 40, 50, 5, 25).box()
 
 

@@ -1,4 +1,4 @@
-"""The fan found by image analysis, the crop to it, beams as rows and columns, and captions and calipers taken away
+"""The fan found by image analysis, the crop to it, beams as rows and columns, and captions and calipers removed
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/fan.html.md"""
 
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..core import check_table, progress
 from ..video import ClipError, sample_clip
@@ -28,166 +29,153 @@ class FanError(ValueError):
 # %% ../../nbs/data/fan.ipynb #c006
 @dataclass(frozen=True)
 class Fan:
-    "Where the probe sees, in a picture of `size`: a sector (convex) or a rectangle or trapezoid (linear). Raises `FanError` for an impossible one."
+    "Where the probe sees: a sector (convex), or a rectangle or trapezoid (linear); `FanError` if impossible."
 
     kind: str  # 'convex' or 'linear'
-    size: tuple  # height and width of the picture
-    near: float  # convex: radius of the near arc, in pixels down the picture; linear: its top row
+    size: tuple  # height and width of the image
+    near: float  # convex: radius of the near arc, in pixels down the image; linear: its top row
     far: float  # radius of the far arc, or bottom row
-    left: float  # convex: angle of the leftmost beam in degrees, negative to the left of straight down; linear: left end of the top row
+    left: float  # convex: angle of the leftmost beam in degrees from straight down; linear: left of the top
     right: float  # the same on the right
     x: float = 0.0  # convex: column of the apex
-    y: float = 0.0  # convex: row of the apex, usually above the picture
-    aspect: float = 1.0  # convex: how much the picture is stretched sideways
+    y: float = 0.0  # convex: row of the apex, usually above the image
+    aspect: float = 1.0  # convex: how much the image is stretched sideways
     flare: float = 0.0  # linear: by how much each side moves out from top to bottom
 
     def __post_init__(self):
-        if self.kind not in ('convex', 'linear'):
-            raise FanError(f"kind is 'convex' or 'linear', not {self.kind!r}")
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise FanError(f"size is (height, width), got {self.size!r}")
+        self._check_size()
         object.__setattr__(self, 'size', tuple(int(s) for s in self.size))
-        numbers = [getattr(self, f.name) for f in fields(self)[2:]]
-        if not np.isfinite(numbers).all():
-            raise FanError(f"a fan's geometry must be finite, got {numbers}")
-        if not (self.near < self.far and self.left < self.right and self.aspect > 0):
-            raise FanError(f"a fan needs near < far, left < right and aspect > 0, got {self}")
-        if self.kind == 'convex' and (self.near < 0 or self.left <= -90 or self.right >= 90):
-            raise FanError(
-                f"a convex fan's radii are not negative and its angles within 90 degrees, got {self}"
-            )
+        self._check_geometry()
 
-    def coordinates(
-        self,
-        px,  # columns, numbers or array
-        py,  # rows, broadcast with px
-    ):  # depth and beam, each 0..1 inside the fan
-        "Pixels to depth and beam."
-        if self.kind == 'convex':
-            dx, dy = (px - self.x) / self.aspect, py - self.y
-            return (np.hypot(dx, dy) - self.near) / (self.far - self.near), (
-                np.degrees(np.arctan2(dx, dy)) - self.left
-            ) / (self.right - self.left)
-        d = (py - self.near) / (self.far - self.near)
-        return d + 0 * px, (px - self.left + self.flare * d) / np.maximum(
-            self.right - self.left + 2 * self.flare * d, 1e-6
-        )
+# %% ../../nbs/data/fan.ipynb #c006-p1
+@patch
+def _check_size(self: Fan):
+    "`FanError` for an unknown kind or an impossible size."
+    if self.kind not in ('convex', 'linear'):
+        raise FanError(f"kind is 'convex' or 'linear', not {self.kind!r}")
+    if len(self.size) != 2 or min(self.size) < 1:
+        raise FanError(f"size is (height, width), got {self.size!r}")
 
-    def pixels(
-        self,
-        depth,  # 0 (probe) to 1, numbers or array
-        beam,  # 0 (left) to 1, broadcast with depth
-    ):  # columns and rows
-        "Depth and beam to pixels."
-        if self.kind == 'convex':
-            r, t = (
-                self.near + depth * (self.far - self.near),
-                np.radians(self.left + beam * (self.right - self.left)),
-            )
-            return self.x + self.aspect * r * np.sin(t), self.y + r * np.cos(t)
-        return self.left - self.flare * depth + beam * (
-            self.right - self.left + 2 * self.flare * depth
-        ), self.near + depth * (self.far - self.near) + 0 * beam
 
-    def mask(self):  # (h, w) bool
-        "Pixels whose centre lies inside."
-        (h, w) = self.size
-        d, b = self.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
-        return (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
+@patch
+def _check_geometry(self: Fan):
+    "`FanError` for numbers that no fan can have."
+    numbers = [getattr(self, f.name) for f in fields(self)[2:]]
+    if not np.isfinite(numbers).all():
+        raise FanError(f"a fan's geometry must be finite, got {numbers}")
+    if not (self.near < self.far and self.left < self.right and self.aspect > 0):
+        raise FanError(f"a fan needs near < far, left < right and aspect > 0, got {self}")
+    if self.kind == 'convex' and (self.near < 0 or self.left <= -90 or self.right >= 90):
+        raise FanError(f"a convex fan's radii are not negative and its angles within 90 degrees, got {self}")
 
-    def outline(
-        self,
-        n: int = 50,  # points along each of the four sides
-    ):  # (4n, 2) columns and rows, in turn around the fan; they may lie outside the picture
-        "The fan's edge, for drawing."
-        t, o = np.linspace(0, 1, n), np.ones(n)
-        return np.stack(self.pixels(np.r_[0 * o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0 * o]), 1)
+# %% ../../nbs/data/fan.ipynb #c006-p2
+@patch
+def coordinates(
+    self: Fan,
+    px,  # columns, numbers or array
+    py,  # rows, broadcast with px
+):  # depth and beam, each 0..1 inside the fan
+    "Pixels to depth and beam."
+    if self.kind == 'convex':
+        dx, dy = (px - self.x) / self.aspect, py - self.y
+        depth = (np.hypot(dx, dy) - self.near) / (self.far - self.near)
+        return depth, (np.degrees(np.arctan2(dx, dy)) - self.left) / (self.right - self.left)
+    depth = (py - self.near) / (self.far - self.near)
+    width = np.maximum(self.right - self.left + 2 * self.flare * depth, 1e-6)
+    return depth + 0 * px, (px - self.left + self.flare * depth) / width
 
-    def box(self):  # top, bottom, left, right: rows top..bottom-1 and columns left..right-1 of the picture
-        "The smallest box around the mask; raises `FanError` if the fan lies outside the picture."
-        m = self.mask()
-        if not m.any():
-            raise FanError(
-                f"the fan lies outside its picture of {self.size[1]}x{self.size[0]} pixels: {self}"
-            )
-        rows, cols = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
-        return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
+# %% ../../nbs/data/fan.ipynb #c006-p3
+@patch
+def pixels(
+    self: Fan,
+    depth,  # 0 (probe) to 1, numbers or array
+    beam,  # 0 (left) to 1, broadcast with depth
+):  # columns and rows
+    "Depth and beam to pixels."
+    if self.kind == 'convex':
+        radius = self.near + depth * (self.far - self.near)
+        angle = np.radians(self.left + beam * (self.right - self.left))
+        return self.x + self.aspect * radius * np.sin(angle), self.y + radius * np.cos(angle)
+    width = self.right - self.left + 2 * self.flare * depth
+    rows = self.near + depth * (self.far - self.near) + 0 * beam
+    return self.left - self.flare * depth + beam * width, rows
 
-    def resize(
-        self,
-        size: tuple,  # new height and width
-    ):  # Fan
-        "The fan of the picture resized."
-        sy, sx = size[0] / self.size[0], size[1] / self.size[1]
-        if self.kind == 'convex':
-            return replace(
-                self,
-                size=size,
-                near=self.near * sy,
-                far=self.far * sy,
-                x=self.x * sx,
-                y=self.y * sy,
-                aspect=self.aspect * sx / sy,
-            )
-        return replace(
-            self,
-            size=size,
-            near=self.near * sy,
-            far=self.far * sy,
-            left=self.left * sx,
-            right=self.right * sx,
-            flare=self.flare * sx,
-        )
+# %% ../../nbs/data/fan.ipynb #c006-p4
+@patch
+def mask(self: Fan):  # (h, w) bool
+    "Pixels whose centre lies inside."
+    (h, w) = self.size
+    d, b = self.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
+    return (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
 
-    def cropped(self):  # Fan
-        "The fan of the picture cropped to `box`."
-        top, bottom, left, right = self.box()
-        size = bottom - top, right - left
-        if self.kind == 'convex':
-            return replace(self, size=size, x=self.x - left, y=self.y - top)
-        return replace(
-            self,
-            size=size,
-            near=self.near - top,
-            far=self.far - top,
-            left=self.left - left,
-            right=self.right - left,
-        )
 
-    def to_dict(self):
-        return {
-            k: list(v) if k == 'size' else v if k == 'kind' else round(float(v), 4)
-            for k, v in asdict(self).items()
-        }  # what JSON can hold
+@patch
+def outline(
+    self: Fan,
+    n: int = 50,  # points along each of the four sides
+):  # (4n, 2) columns and rows, in turn around the fan; they may lie outside the image
+    "The fan's edge, for drawing."
+    t, o = np.linspace(0, 1, n), np.ones(n)
+    return np.stack(self.pixels(np.r_[0 * o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0 * o]), 1)
 
-    @classmethod
-    def from_dict(
-        cls,
-        d: dict,  # from to_dict
-    ):  # Fan
-        "The inverse of `to_dict`; raises `FanError` for missing or unknown entries."
-        try:
-            return cls(**d)
-        except TypeError as e:
-            raise FanError(f"this is no fan: {d!r} ({e})") from None
+# %% ../../nbs/data/fan.ipynb #c006-p5
+@patch
+def box(self: Fan):  # top, bottom, left, right: rows top..bottom-1 and columns left..right-1 of the image
+    "The smallest box around the mask; raises `FanError` if the fan lies outside the image."
+    m = self.mask()
+    if not m.any():
+        h, w = self.size
+        raise FanError(f"the fan lies outside its image of {w}x{h} pixels: {self}")
+    rows, cols = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
+    return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
+
+# %% ../../nbs/data/fan.ipynb #c006-p6
+@patch
+def resize(
+    self: Fan,
+    size: tuple,  # new height and width
+):  # Fan
+    "The fan of the image resized."
+    sy, sx = size[0] / self.size[0], size[1] / self.size[1]
+    depths = dict(size=size, near=self.near * sy, far=self.far * sy)
+    if self.kind == 'convex':
+        return replace(self, **depths, x=self.x * sx, y=self.y * sy, aspect=self.aspect * sx / sy)
+    return replace(self, **depths, left=self.left * sx, right=self.right * sx, flare=self.flare * sx)
+
+# %% ../../nbs/data/fan.ipynb #c006-p7
+@patch
+def cropped(self: Fan):  # Fan
+    "The fan of the image cropped to `box`."
+    top, bottom, left, right = self.box()
+    size = bottom - top, right - left
+    if self.kind == 'convex':
+        return replace(self, size=size, x=self.x - left, y=self.y - top)
+    rows = dict(near=self.near - top, far=self.far - top)
+    return replace(self, size=size, **rows, left=self.left - left, right=self.right - left)
+
+# %% ../../nbs/data/fan.ipynb #c006-p8
+@patch
+def to_dict(self: Fan):
+    "The fan as what JSON can hold."
+    numbers = {k: round(float(v), 4) for k, v in asdict(self).items() if k not in ('kind', 'size')}
+    return dict(kind=self.kind, size=list(self.size)) | numbers
+
+
+@patch(cls_method=True)
+def from_dict(
+    cls: Fan,
+    d: dict,  # from to_dict
+):  # Fan
+    "The inverse of `to_dict`; raises `FanError` for missing or unknown entries."
+    try:
+        return cls(**d)
+    except TypeError as e:
+        raise FanError(f"this is no fan: {d!r} ({e})") from None
 
 # %% ../../nbs/data/fan.ipynb #c010
-def burn_in(
-    frames: np.ndarray,  # (n, h, w) uint8, h and w at least 48
-    seed: int = 0,  # where and what
-    text: str = 'LUNG 9L  MI 1.2',  # the caption
-) -> tuple:  # the frames with caption, body mark, scale, two calipers and a dotted line, the same on each; and (h, w) bool, where they are
-    "Write on a clip what machines write: outside the fan mostly, and the calipers inside."
-    from PIL import Image, ImageDraw, ImageFont
-
-    frames, rng = np.asarray(frames), np.random.default_rng(seed)
-    if frames.ndim != 3 or frames.dtype != np.uint8 or min(frames.shape[1:]) < 48:
-        raise ValueError(
-            f"frames must be (n, h, w) uint8 with h and w at least 48, got {frames.dtype} {frames.shape}"
-        )
-    h, w = frames.shape[1:]
-    ink = Image.new('L', (w, h))
-    draw, unit = ImageDraw.Draw(ink), max(1, round(h / 160))
+def _draw_labels(draw, h, w, text, unit):
+    "A caption of two lines, a logo and a depth scale."
+    from PIL import ImageFont
 
     def font(size):
         return ImageFont.load_default(max(9, round(size * h)))
@@ -196,20 +184,38 @@ def burn_in(
     draw.text((0.02 * w, 0.07 * h), ' '.join(text.split()[1:]), fill=200, font=font(0.035))
     draw.ellipse((0.9 * w, 0.02 * h, 0.98 * w, 0.02 * h + 0.08 * w), outline=220, width=unit)  # logo
     for k in range(9):
-        draw.line(
-            ((1 - 0.02 * (1 + (k % 4 == 0))) * w, h * (0.1 + 0.1 * k), w, h * (0.1 + 0.1 * k)),
-            fill=210,
-            width=unit,
-        )  # depth scale
-    arm, ends = (
-        0.02 * h,
-        [(rng.uniform(0.35, 0.65) * w, y * h) for y in (rng.uniform(0.3, 0.45), rng.uniform(0.55, 0.7))],
-    )
+        start, y = (1 - 0.02 * (1 + (k % 4 == 0))) * w, h * (0.1 + 0.1 * k)
+        draw.line((start, y, w, y), fill=210, width=unit)  # depth scale
+
+# %% ../../nbs/data/fan.ipynb #c010-p1
+def _draw_calipers(draw, h, w, rng, unit):
+    "Two crosses and a dotted line from one to the other."
+    arm, heights = 0.02 * h, (rng.uniform(0.3, 0.45), rng.uniform(0.55, 0.7))
+    ends = [(rng.uniform(0.35, 0.65) * w, y * h) for y in heights]
     for x, y in ends:
         draw.line((x - arm, y, x + arm, y), fill=255, width=unit)
         draw.line((x, y - arm, x, y + arm), fill=255, width=unit)
     for t in np.linspace(0.1, 0.9, 12):
         draw.point([tuple((1 - t) * a + t * b for a, b in zip(*ends))], fill=255)
+
+# %% ../../nbs/data/fan.ipynb #c010-p2
+def burn_in(
+    frames: np.ndarray,  # (n, h, w) uint8, h and w at least 48
+    seed: int = 0,  # where and what
+    text: str = 'LUNG 9L  MI 1.2',  # the caption
+) -> tuple:  # the frames with the same overlays on each, and (h, w) bool, where they are
+    "Write on a clip what machines write: caption, mark and scale outside the fan mostly, calipers inside."
+    from PIL import Image, ImageDraw
+
+    frames, rng = np.asarray(frames), np.random.default_rng(seed)
+    if frames.ndim != 3 or frames.dtype != np.uint8 or min(frames.shape[1:]) < 48:
+        got = f"{frames.dtype} {frames.shape}"
+        raise ValueError(f"frames must be (n, h, w) uint8 with h and w at least 48, got {got}")
+    h, w = frames.shape[1:]
+    ink = Image.new('L', (w, h))
+    draw, unit = ImageDraw.Draw(ink), max(1, round(h / 160))
+    _draw_labels(draw, h, w, text, unit)
+    _draw_calipers(draw, h, w, rng, unit)
     ink = np.asarray(ink)
     return np.where(ink > 0, np.maximum(frames, ink), frames), ink > 0
 
@@ -537,43 +543,43 @@ def _resample(x, cols, rows, inside, nearest, outside):
     return out if tensor else out.numpy()
 
 # %% ../../nbs/data/fan.ipynb #c030-2
+def _extent(fan):
+    "Pixels on the longest beam and on the longest arc."
+    down = (fan.far - fan.near) * max(fan.aspect, 1)
+    if fan.kind == 'convex':
+        return down, np.radians(fan.right - fan.left) * fan.far * max(fan.aspect, 1)
+    return down, fan.right - fan.left + 2 * max(fan.flare, 0)
+
+
+def _check_fits(fan, shape):
+    "`FanError` when a fan belongs to images of another size."
+    if tuple(shape[-2:]) != fan.size:
+        h, w = fan.size
+        raise FanError(
+            f"the fan belongs to images of {w}x{h} pixels, these are {tuple(shape)}: use fan.resize"
+        )
+
+# %% ../../nbs/data/fan.ipynb #c030-2-p1
 def to_polar(
-    images,  # (..., h, w) array or tensor: pictures, masks or maps
-    fan: Fan,  # of pictures of this size
+    images,  # (..., h, w) array or tensor: images, masks or maps
+    fan: Fan,  # of images of this size
     size: tuple = None,  # numbers of depths and beams; None: pixels on the longest beam and arc
     nearest: bool = False,  # take the nearest value rather than interpolate: for masks
-    outside=0,  # value of samples that lie outside the picture; 6 for dense codes
+    outside=0,  # value of samples that lie outside the image; 6 for dense codes
 ):  # (..., depths, beams), same type
     "Unroll the fan: a row for each depth, a column for each beam. Raises `FanError` when the sizes differ."
-    if tuple(images.shape[-2:]) != fan.size:
-        raise FanError(
-            f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {tuple(images.shape)}: use fan.resize"
-        )
-    across = (
-        np.radians(fan.right - fan.left) * fan.far * max(fan.aspect, 1)
-        if fan.kind == 'convex'
-        else fan.right - fan.left + 2 * max(fan.flare, 0)
-    )
-    down = (fan.far - fan.near) * max(fan.aspect, 1)
+    _check_fits(fan, images.shape)
+    down, across = _extent(fan)
     if size is None:
         size = int(np.ceil(down)), int(np.ceil(across))
     if len(size) != 2 or min(size) < 2:
         raise ValueError(f"size is (depths, beams), at least 2 each, got {size!r}")
-    d, b = np.meshgrid(
-        (np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing='ij'
-    )
-    cols, rows = fan.pixels(d, b)
-    edge = (
-        0 if nearest else 1.5 * max(down / size[0], across / size[1])
-    )  # the way back interpolates: its neighbours just over the border repeat the border
-    return _resample(
-        images,
-        cols,
-        rows,
-        (cols >= -edge) & (cols <= fan.size[1] + edge) & (rows >= -edge) & (rows <= fan.size[0] + edge),
-        nearest,
-        outside,
-    )
+    depths, beams = ((np.arange(n) + 0.5) / n for n in size)
+    cols, rows = fan.pixels(*np.meshgrid(depths, beams, indexing='ij'))  # (depths, beams) each
+    # the way back interpolates: its neighbours just over the border repeat the border
+    edge = 0 if nearest else 1.5 * max(down / size[0], across / size[1])
+    inside = (cols >= -edge) & (cols <= fan.size[1] + edge) & (rows >= -edge) & (rows <= fan.size[0] + edge)
+    return _resample(images, cols, rows, inside, nearest, outside)
 
 # %% ../../nbs/data/fan.ipynb #c030
 def from_polar(
