@@ -226,32 +226,33 @@ def _moves(most, least):
     return bool(lit.any() and np.median((most - least)[lit]) > 4)
 
 # %% ../../nbs/data/fan.ipynb #c013
+def _dark_around(label, n, core, least):
+    "Around every component: how many pixels its ring has, how many of them are dark, and its brightest level."
+    from scipy import ndimage as ndi
+
+    level, owner = ndi.maximum(least, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
+    ring = (owner > 0) & ~ndi.binary_dilation(core, np.ones((3, 3)), 2)
+    around = np.bincount(owner[ring], minlength=n + 1)
+    dark = np.bincount(owner[ring], least[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
+    return around, dark, level
+
+# %% ../../nbs/data/fan.ipynb #c013-s
 def _strokes(most, least, moving, dots=False):
-    "Thin bright strokes, and single pixels if `dots`, with dark around them that stand still if anything moves: (h, w) bool."
+    "(h, w) bool: thin bright strokes (single pixels if `dots`) on dark, still if anything moves."
     from scipy import ndimage as ndi
 
     long = max(least.shape)
     core = ndi.white_tophat(least, size=2 * max(3, round(long / 60)) + 1) > 40
     if moving:
         core &= most - least <= 6
-    label, n = ndi.label(core, np.ones((3, 3)))
+    label, n = ndi.label(core, np.ones((3, 3)))  # connected components
     if not n:
         return core
-    level, owner = ndi.maximum(least, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
-    ring = (owner > 0) & ~ndi.binary_dilation(core, np.ones((3, 3)), 2)
-    around = np.bincount(owner[ring], minlength=n + 1)
-    dark = np.bincount(owner[ring], least[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
-    small = np.array(
-        [True]
-        + [max(s.stop - s.start for s in box) <= max(12, 0.22 * long) for box in ndi.find_objects(label)]
-    )
-    good = (
-        small
-        & (around > 0)
-        & (dark >= (0.85 if moving else 0.9) * around)
-        & (level > (90 if moving else 150))
-        & (np.bincount(label.ravel(), minlength=n + 1) > (0 if dots else 1))
-    )
+    around, dark, level = _dark_around(label, n, core, least)
+    longest = np.array([0] + [max(s.stop - s.start for s in box) for box in ndi.find_objects(label)])
+    good = (longest <= max(12, 0.22 * long)) & (around > 0)
+    good &= (dark >= (0.85 if moving else 0.9) * around) & (level > (90 if moving else 150))
+    good &= np.bincount(label.ravel(), minlength=n + 1) > (0 if dots else 1)
     good[0] = False
     return good[label]
 
@@ -300,79 +301,85 @@ class _Search:
         self.x, self.y = np.tile((np.arange(w) + 0.5) / w, h), np.repeat((np.arange(h) + 0.5) / h, w)
         self.v, self.ratio = gain.ravel(), w / h
 
-    def sector(self, p, n):
-        "Score, slope of the sides and both radii of the best sector; p: column of the apex, log of its height over the bottom, log of the aspect; n bins."
-        x, y = abs(self.x - p[0]) * (self.ratio * np.exp(-p[2])), self.y - 1 + np.exp(p[1])
-        ok = (y > 0.02) & (x < 2 * y)
-        if not ok.any():
-            return 0, None
-        x, y = x[ok], y[ok]
-        slope, radius = x / y, np.hypot(x, y)
-        ds, r0, dr = (slope.max() + 1e-6) / n, radius.min(), (np.ptp(radius) + 1e-6) / n
-        bins = (slope / ds).astype(np.int32) * n + ((radius - r0) / dr).astype(np.int32)
-        within = np.cumsum(
-            np.bincount(bins, self.v[ok], n * n).reshape(n, n), 0
-        )  # gains by radius, of all slopes up to each
-        side = n - 1
-        for _ in range(4):
-            a, b, gain = _best_run(within[side])
-            side = int(within[:, a:b].sum(1).argmax())
-        a, b, gain = _best_run(within[side])
-        return (gain / self.best, ((side + 1) * ds, r0 + a * dr, r0 + b * dr)) if b > a else (0, None)
+# %% ../../nbs/data/fan.ipynb #c014-4-p1
+@patch
+def sector(self: _Search, p, n):
+    """Score, slope of the sides and both radii of the best sector, in n bins.
 
-    def rectangle(self):
-        "Score and (top, bottom, left, right), in cells."
-        top, bottom = 0, len(self.gain)
-        for _ in range(4):
-            left, right, _ = _best_run(self.gain[top:bottom].sum(0))
-            top, bottom, gain = _best_run(self.gain[:, left:right].sum(1))
-        return gain / self.best, (top, bottom, left, right)
+    p: column of the apex, log of its height over the bottom, log of the aspect."""
+    x, y = abs(self.x - p[0]) * (self.ratio * np.exp(-p[2])), self.y - 1 + np.exp(p[1])
+    ok = (y > 0.02) & (x < 2 * y)
+    if not ok.any():
+        return 0, None
+    x, y = x[ok], y[ok]
+    slope, radius = x / y, np.hypot(x, y)
+    ds, r0, dr = (slope.max() + 1e-6) / n, radius.min(), (np.ptp(radius) + 1e-6) / n
+    bins = (slope / ds).astype(np.int32) * n + ((radius - r0) / dr).astype(np.int32)
+    gains = np.bincount(bins, self.v[ok], n * n).reshape(n, n)  # (slopes, radii)
+    within = np.cumsum(gains, 0)  # gains by radius, of all slopes up to each
+    side = n - 1
+    for _ in range(4):
+        a, b, gain = _best_run(within[side])
+        side = int(within[:, a:b].sum(1).argmax())
+    a, b, gain = _best_run(within[side])
+    if b <= a:
+        return 0, None
+    return gain / self.best, ((side + 1) * ds, r0 + a * dr, r0 + b * dr)
+
+# %% ../../nbs/data/fan.ipynb #c014-4-p2
+@patch
+def rectangle(self: _Search):
+    "Score and (top, bottom, left, right), in cells."
+    top, bottom = 0, len(self.gain)
+    for _ in range(4):
+        left, right, _ = _best_run(self.gain[top:bottom].sum(0))
+        top, bottom, gain = _best_run(self.gain[:, left:right].sum(1))
+    return gain / self.best, (top, bottom, left, right)
 
 # %% ../../nbs/data/fan.ipynb #c014
-_OFF_CENTRE, _FOR_CENTRE = (
-    0.015,
-    0.0065,
-)  # a fan this far off the middle is moved there if its score falls by less than this
+_OFF_CENTRE = 0.015  # a fan this far off the middle is moved there
+_FOR_CENTRE = 0.0065  # if its score falls by less than this
 
 
-def _fit_sector(gain):
-    "Score, apex and aspect as in `_Search.sector`, slope and radii."
+def _loss(search, n):
+    "What is minimized over the apex and aspect p: the score with its sign changed, and a little for the aspect."
+    return lambda p: _STRETCH * p[2] ** 2 - search.sector(p, n)[0]
+
+# %% ../../nbs/data/fan.ipynb #c014-s
+def _descend(f, p, steps, maxfev, tol):
+    "Nelder-Mead from the point p, with a first simplex of these steps."
     from scipy.optimize import minimize
 
+    p = np.asarray(p, float)
+    simplex = p + np.vstack([np.zeros(3), np.diag(steps)])  # (4, 3)
+    options = dict(initial_simplex=simplex, maxfev=maxfev, xatol=10 * tol, fatol=tol)
+    return minimize(f, p, method='Nelder-Mead', options=options)
+
+# %% ../../nbs/data/fan.ipynb #c014-p1
+def _coarse_fit(search):
+    "Apex and aspect of the best sector on a coarse map: a grid, then two descents."
+    f = _loss(search, 64)
+    columns, heights = (0.3, 0.4, 0.5, 0.6, 0.7), (-0.1, 0.1, 0.3, 0.5, 0.75, 1.05, 1.5)
+    starts = sorted((f((x, q, 0.0)), x, q, 0.0) for x in columns for q in heights)[:2]
+    ends = [_descend(f, s[1:], (0.05, 0.12, 0.12), 100, 1e-4) for s in starts]
+    return min(ends, key=lambda o: o.fun).x
+
+# %% ../../nbs/data/fan.ipynb #c014-p1-s
+def _fit_sector(gain):
+    "Score, apex and aspect as in `_Search.sector`, slope and radii."
     fine, k = _Search(gain), max(1, round(max(gain.shape) / 64))
-    coarse = _Search(_blocks(gain, k))
-
-    def loss(s, n):
-        return lambda p: _STRETCH * p[2] ** 2 - s.sector(p, n)[0]
-
-    def descend(f, p, steps, maxfev, tol):
-        p = np.asarray(p, float)
-        return minimize(
-            f,
-            p,
-            method='Nelder-Mead',
-            options=dict(
-                initial_simplex=p + np.vstack([np.zeros(3), np.diag(steps)]),
-                maxfev=maxfev,
-                xatol=10 * tol,
-                fatol=tol,
-            ),
-        )
-
-    f = loss(coarse, 64)
-    starts = sorted(
-        (f((x, q, 0.0)), x, q, 0.0)
-        for x in (0.3, 0.4, 0.5, 0.6, 0.7)
-        for q in (-0.1, 0.1, 0.3, 0.5, 0.75, 1.05, 1.5)
-    )[:2]
-    first = min((descend(f, s[1:], (0.05, 0.12, 0.12), 100, 1e-4) for s in starts), key=lambda o: o.fun)
-    score = loss(fine, 240)
-    last = descend(score, first.x, (0.01, 0.03, 0.04), 80, 2e-5)
+    start = _coarse_fit(_Search(_blocks(gain, k)))
+    score = _loss(fine, 240)
+    last = _descend(score, start, (0.01, 0.03, 0.04), 80, 2e-5)
     p = last.x
     if (
         abs(p[0] - 0.5) > _OFF_CENTRE
-    ):  # where one side is dark, a fan turned away from it fits a little better than the true one
-        middle = descend(lambda q: score((0.5, q[1], q[2])), (0.5, p[1], p[2]), (0.001, 0.05, 0.06), 80, 2e-5)
+    ):  # where one side is dark, a fan turned away from it fits a little better
+
+        def centred(q):
+            return score((0.5, q[1], q[2]))
+
+        middle = _descend(centred, (0.5, p[1], p[2]), (0.001, 0.05, 0.06), 80, 2e-5)
         if middle.fun < last.fun + _FOR_CENTRE:
             p = np.array([0.5, *middle.x[1:]])
     return -last.fun, p, fine.sector(p, 240)[1]
@@ -392,61 +399,78 @@ def _gray(frames):
     return frames
 
 # %% ../../nbs/data/fan.ipynb #c016
+def _few_frames(frames):
+    "At most some frames, spread over the clip; `FanError` where they are too small or of a single colour."
+    n, h, w = frames.shape
+    if min(h, w) < 24:
+        small = f"frames of {w}x{h} pixels are too small to find a fan in"
+        raise FanError(f"{small}: give at least 24 on each side")
+    if n > _MAX_FRAMES:
+        frames = frames[np.linspace(0, n - 1, _MAX_FRAMES).round().astype(int)]
+    low, high = frames.max(0).min(), frames.max()
+    if int(high) - int(low) < 8:
+        levels = f"{low}{'' if low == high else f'..{high}'}"
+        raise FanError(f"every pixel is {levels} in all frames: a single colour shows no fan")
+    return frames
+
+# %% ../../nbs/data/fan.ipynb #c016-s
+def _strokes_in_cells(most, least, moving, f):
+    "Which cells of f x f pixels hold strokes, looked for on a finer grid: they are a few pixels wide."
+    (h, w), k = most.shape, max(1, f // 2)
+    ink = _strokes(most[::k, ::k], least[::k, ::k], moving)
+    ink = np.pad(np.repeat(np.repeat(ink, k, 0), k, 1), ((0, f), (0, f)))[:h, :w]
+    return _blocks(ink, f) > 0
+
+# %% ../../nbs/data/fan.ipynb #c016-p1
+def _convex_fan(size, extent, apex, shape):
+    "The `Fan` of a fitted sector; `extent` is height and width of the map in pixels."
+    (ax, ay, stretch), (slope, near, far), (H, W) = apex, shape, extent
+    angle = float(np.degrees(np.arctan(slope)))
+    place = float(ax * W), float((1 - np.exp(ay)) * H), float(np.exp(stretch))
+    return Fan('convex', size, float(near * H), float(far * H), -angle, angle, *place)
+
+
+def _linear_fan(size, box, wide, f):
+    "The `Fan` of a rectangle in cells of f x f pixels, on a map that is `wide` cells wide."
+    (t, b, l, r), (h, w) = box, size
+    if 0 == min(l, wide - r) < max(l, wide - r) < 0.04 * wide:
+        l, r = 0, wide  # fills the width on one side and all but on the other
+    return Fan('linear', size, float(t * f), float(min(b * f, h)), float(l * f), float(min(r * f, w)))
+
+# %% ../../nbs/data/fan.ipynb #c016-p1-s
+def _best_fan(gain, size, f, margin):
+    "The sector if it beats the rectangle by a margin, else the rectangle."
+    score, apex, shape = _fit_sector(gain)
+    box_score, box = _Search(gain).rectangle()
+    if shape and score > box_score + margin:
+        return _convex_fan(size, np.array(gain.shape) * f, apex, shape)
+    return _linear_fan(size, box, gain.shape[1], f)
+
+# %% ../../nbs/data/fan.ipynb #c016-p2
+def _outside_cells(fan, shape, f):
+    "Which cells of f x f pixels have their centre outside the fan."
+    y, x = (np.arange(s) * f + 0.5 * f for s in shape)
+    depth, beam = fan.coordinates(x, y[:, None])
+    return (depth < 0) | (depth > 1) | (beam < 0) | (beam > 1)
+
+# %% ../../nbs/data/fan.ipynb #c016-p3
 def find_fan(
     frames,  # (n, h, w) or (h, w) uint8, grey; a still is one frame
 ) -> Fan:
     "Find the fan of a clip; raises `FanError` where there is none, as in frames of a single colour."
     frames = _gray(frames)
-    n, h, w = frames.shape
-    if min(h, w) < 24:
-        raise FanError(
-            f"frames of {w}x{h} pixels are too small to find a fan in: give at least 24 on each side"
-        )
-    if n > _MAX_FRAMES:
-        frames = frames[np.linspace(0, n - 1, _MAX_FRAMES).round().astype(int)]
+    (n, *size), frames = frames.shape, _few_frames(frames)
     most, least = frames.max(0), frames.min(0)
-    if int(most.max()) - int(most.min()) < 8:
-        raise FanError(
-            f"every pixel is {most.min()}{'' if most.min() == most.max() else f'..{most.max()}'} in all frames: a single colour shows no fan"
-        )
-    f = -(-max(h, w) // _LONG)
+    f = -(-max(size) // _LONG)  # side of a cell
     top, change = _blocks(most, f), _blocks(most - least, f)
-    black = float(np.quantile(top, 0.02))
     moving, found = n > 2 and _moves(most, least), None
-    k = max(1, f // 2)  # strokes are a few pixels wide: they are looked for on a finer grid than shapes
-    ink = _strokes(most[::k, ::k], least[::k, ::k], moving)
-    ink = np.pad(np.repeat(np.repeat(ink, k, 0), k, 1), ((0, f), (0, f)))[:h, :w]
-    ink = _blocks(ink, f) > 0
-    y, x = (np.arange(s) * f + 0.5 * f for s in top.shape)
+    ink, black = _strokes_in_cells(most, least, moving, f), float(np.quantile(top, 0.02))
     for above in ((0.5,) if black == 0 else ()) + (2.5, 6, 12):
         gain = _evidence(top, change, ink, black + above, moving)
         if gain is None or not (gain > 0).any():
             continue
-        score, (ax, ay, stretch), shape = _fit_sector(gain)
-        box_score, (t, b, l, r) = _Search(gain).rectangle()
-        if shape and score > box_score + (0.004 if above < 6 else 0.015):
-            (slope, near, far), (H, W) = shape, np.array(gain.shape) * f
-            angle = float(np.degrees(np.arctan(slope)))
-            fan = Fan(
-                'convex',
-                (h, w),
-                float(near * H),
-                float(far * H),
-                -angle,
-                angle,
-                float(ax * W),
-                float((1 - np.exp(ay)) * H),
-                float(np.exp(stretch)),
-            )
-        else:
-            wide = gain.shape[1]
-            if 0 == min(l, wide - r) < max(l, wide - r) < 0.04 * wide:
-                l, r = 0, wide  # fills the width on one side and all but on the other
-            fan = Fan(
-                'linear', (h, w), float(t * f), float(min(b * f, h)), float(l * f), float(min(r * f, w))
-            )
-        d, beam = fan.coordinates(x, y[:, None])
-        outside = (d < 0) | (d > 1) | (beam < 0) | (beam > 1)
+        fan = _best_fan(gain, tuple(size), f, 0.004 if above < 6 else 0.015)
+        outside = _outside_cells(fan, top.shape, f)
         if above < 1 and (outside.mean() < 0.02 or (gain[outside] > 0).mean() > 0.03):
             continue  # the outside is not exactly black
         if above < 6 or fan.kind == 'convex':
