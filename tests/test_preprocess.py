@@ -25,8 +25,8 @@ from lus_fastai.data.fan import (
     remove_overlays,
     to_polar,
 )
-from lus_fastai.video import sample_clip
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
+from lus_fastai.video import sample_clip
 
 
 def overlap(fan, truth):
@@ -227,7 +227,8 @@ def test_crop_of_tensors_and_stacks():
 
 
 def test_module_is_light():
-    code = "import sys, lus_fastai.data.fan; print([m for m in ('fastai', 'torchvision', 'matplotlib', 'skimage', 'scipy') if m in sys.modules])"
+    heavy = ('fastai', 'torchvision', 'matplotlib', 'skimage', 'scipy')
+    code = f"import sys, lus_fastai.data.fan; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 

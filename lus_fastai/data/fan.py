@@ -227,7 +227,7 @@ def _moves(most, least):
 
 # %% ../../nbs/data/fan.ipynb #c013
 def _dark_around(label, n, core, least):
-    "Around every component: how many pixels its ring has, how many of them are dark, and its brightest level."
+    "Of every component: pixels in the ring around it, how many of them are dark, and its brightest level."
     from scipy import ndimage as ndi
 
     level, owner = ndi.maximum(least, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
@@ -342,7 +342,7 @@ _FOR_CENTRE = 0.0065  # if its score falls by less than this
 
 
 def _loss(search, n):
-    "What is minimized over the apex and aspect p: the score with its sign changed, and a little for the aspect."
+    "What is minimized over apex and aspect p: minus the score, and a little weight on the aspect."
     return lambda p: _STRETCH * p[2] ** 2 - search.sector(p, n)[0]
 
 # %% ../../nbs/data/fan.ipynb #c014-s
@@ -460,8 +460,7 @@ def find_fan(
     "Find the fan of a clip; raises `FanError` where there is none, as in frames of a single colour."
     frames = _gray(frames)
     (n, *size), frames = frames.shape, _few_frames(frames)
-    most, least = frames.max(0), frames.min(0)
-    f = -(-max(size) // _LONG)  # side of a cell
+    most, least, f = frames.max(0), frames.min(0), -(-max(size) // _LONG)  # f: side of a cell
     top, change = _blocks(most, f), _blocks(most - least, f)
     moving, found = n > 2 and _moves(most, least), None
     ink, black = _strokes_in_cells(most, least, moving, f), float(np.quantile(top, 0.02))
@@ -502,25 +501,32 @@ def add_fans(
     failed = [(path, reason) for path, (fan, reason) in zip(table['path'], got) if fan is None]
     if failed:
         warnings.warn(
-            f"no fan in {len(failed)} of {len(table)} clips, their column 'fan' is empty; the first is {failed[0][0]}: {failed[0][1]}",
+            f"no fan in {len(failed)} of {len(table)} clips, their column 'fan' is empty; "
+            f"the first is {failed[0][0]}: {failed[0][1]}",
             stacklevel=2,
         )
     return table.assign(fan=['' if fan is None else json.dumps(fan.to_dict()) for fan, _ in got])
 
+# %% ../../nbs/data/fan.ipynb #fits
+def _check_fits(fan, shape):
+    "`FanError` when a fan belongs to images of another size."
+    if tuple(shape[-2:]) != fan.size:
+        h, w = fan.size
+        raise FanError(
+            f"the fan belongs to images of {w}x{h} pixels, these are {tuple(shape)}: use fan.resize"
+        )
+
 # %% ../../nbs/data/fan.ipynb #c024-1
 def crop_to_fan(
-    images,  # (..., h, w) array or tensor: pictures, masks or maps
-    fan: Fan,  # of pictures of this size
+    images,  # (..., h, w) array or tensor: images, masks or maps
+    fan: Fan,  # of images of this size
     outside=0,  # value outside the fan; 6 for dense codes
 ):  # (..., box height, box width), same type; fan.cropped() is its fan
     "Cut to the fan's box and overwrite what lies outside the fan; raises `FanError` when the sizes differ."
     tensor = torch.is_tensor(images)
     if not tensor:
         images = np.asarray(images)
-    if tuple(images.shape[-2:]) != fan.size:
-        raise FanError(
-            f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {tuple(images.shape)}: use fan.resize"
-        )
+    _check_fits(fan, images.shape)
     top, bottom, left, right = fan.box()
     inside, cut = fan.mask()[top:bottom, left:right], images[..., top:bottom, left:right]
     return (
@@ -532,10 +538,10 @@ def crop_to_fan(
 # %% ../../nbs/data/fan.ipynb #c024
 def fan_crop(
     frames: np.ndarray,  # (n, h, w) frames or masks of the clip
-    row,  # its row of the clip table, with the entry fan of add_fans; an empty entry leaves the frames as they are
+    row,  # its row of the clip table, with the entry fan of add_fans; empty: frames stay as they are
     outside=0,  # value outside the fan; 6 for dense codes
 ) -> np.ndarray:  # (n, box height, box width)
-    "`crop_to_fan` with the fan of the table; the fan is resized to the frames where they are not the file's own size."
+    "`crop_to_fan` with the fan of the table, which is resized where the frames have been."
     text = row['fan']
     if not isinstance(text, str) or not text:
         return frames
@@ -574,15 +580,6 @@ def _extent(fan):
         return down, np.radians(fan.right - fan.left) * fan.far * max(fan.aspect, 1)
     return down, fan.right - fan.left + 2 * max(fan.flare, 0)
 
-
-def _check_fits(fan, shape):
-    "`FanError` when a fan belongs to images of another size."
-    if tuple(shape[-2:]) != fan.size:
-        h, w = fan.size
-        raise FanError(
-            f"the fan belongs to images of {w}x{h} pixels, these are {tuple(shape)}: use fan.resize"
-        )
-
 # %% ../../nbs/data/fan.ipynb #c030-2-p1
 def to_polar(
     images,  # (..., h, w) array or tensor: images, masks or maps
@@ -612,7 +609,7 @@ def from_polar(
     nearest: bool = False,  # take the nearest value rather than interpolate: for masks
     outside=0,  # value outside the fan; 6 for dense codes
 ):  # (..., h, w) of the fan's size, same type
-    "Roll depths and beams up to a picture."
+    "Roll depths and beams up to an image."
     h, w = fan.size
     d, b = fan.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
     inside = (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
@@ -640,10 +637,7 @@ def find_overlays(
         most, least, moving, dots=moving
     )  # a dotted line, if it stands still; in a still, a dot may be a grain of speckle
     if fan is not None:
-        if fan.size != ink.shape:
-            raise FanError(
-                f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {ink.shape[1]}x{ink.shape[0]}: use fan.resize"
-            )
+        _check_fits(fan, ink.shape)
         inside = fan.mask()
         label, n = ndi.label(
             least > least[~inside].min() + 40 if not inside.all() else np.zeros_like(inside), np.ones((3, 3))
