@@ -11,8 +11,7 @@ from test_clips import dicom
 
 from lus_fastai.core import TableError, write_table
 from lus_fastai.data.folders import clip_kind, index_folder, read_folder
-from lus_fastai.video import ClipError
-from lus_fastai.video import write_video
+from lus_fastai.video import ClipError, write_video
 
 
 def frames(n, seed=0):
@@ -51,7 +50,10 @@ def test_what_is_no_clip_is_named_with_the_reason(mine):
     (mine / 'well/empty.mp4').touch()
     (mine / 'well/.DS_Store').write_bytes(b'\0\0\0\1Bud1')
     (mine / 'well/report.pdf').write_bytes(b'%PDF')
-    said = r'4 file\(s\) .* left out: list.txt \(.*\), well/.DS_Store \(.*\), well/empty.mp4 \(the file is empty\) and 1 more'
+    said = (
+        r'4 file\(s\) .* left out: list.txt \(.*\), well/.DS_Store \(.*\), '
+        r'well/empty.mp4 \(the file is empty\) and 1 more'
+    )
     with pytest.warns(UserWarning, match=said):
         assert len(index_folder(mine, **by_folder)) == 5
     with pytest.raises(ClipError, match='list.txt'):

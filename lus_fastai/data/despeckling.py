@@ -229,9 +229,9 @@ DESPECKLE = dict(
     tv=tv_filter,
 )
 
-
+# %% ../../nbs/data/despeckling.ipynb #c014-1-p1
 def _check(x, name='x'):
-    "`x` as a tensor or memory map (n, h, w), and whether it is bytes; ValueError for anything but grey pictures."
+    "A tensor or memory map (n, h, w), and whether it is bytes; ValueError for anything but grey images."
     x = x if torch.is_tensor(x) else np.asarray(x)
     if x.ndim not in (2, 3) or 0 in x.shape:
         raise ValueError(
@@ -242,9 +242,8 @@ def _check(x, name='x'):
         if not (x.is_floating_point() if torch.is_tensor(x) else np.issubdtype(x.dtype, np.floating)):
             raise ValueError(f"{name} is uint8 or float 0..1, got {x.dtype}")
         if not (x.min() >= 0 and x.max() <= 1):
-            raise ValueError(
-                f"{name} as float must be within 0..1 and without NaN, got values from {float(x.min()):.4g} to {float(x.max()):.4g}"
-            )
+            got = f"got values from {float(x.min()):.4g} to {float(x.max()):.4g}"
+            raise ValueError(f"{name} as float must be within 0..1 and without NaN, {got}")
     return (x if x.ndim == 3 else x[None]), byte
 
 # %% ../../nbs/data/despeckling.ipynb #c014
