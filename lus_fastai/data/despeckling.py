@@ -28,7 +28,7 @@ _DB4 = (
 
 
 def _rotations(taps):
-    "Slopes (tangents) of the rotations that make an orthogonal filter, first to last, and the factor left over."
+    "Tangents of the rotations that make an orthogonal filter, first to last, and the remaining factor."
     h, slopes = np.array(taps), []
     while len(h) > 2:
         k = h[-1] / h[0]
@@ -63,7 +63,7 @@ def _merge(p, q, h):
 
 # %% ../../nbs/data/despeckling.ipynb #c010-1
 def _noise(band):
-    "Standard deviation of the noise, (n, 1, 1), from the finest diagonal band; what is 0 but for rounding is flat and left out."
+    "(n, 1, 1) standard deviation of the noise, from the finest diagonal band without its flat parts."
     size = band.abs().flatten(1).cpu().numpy()
     middle = np.minimum(((size <= 1e-6).sum(1) + size.shape[1]) // 2, size.shape[1] - 1)
     return (
@@ -98,7 +98,7 @@ def wavelet_filter(
     threshold: str = 'bayes',  # 'bayes' (BayesShrink, a threshold a band) or 'universal'
     levels: int = 3,  # depth; less where a side is under 7*2**levels pixels, but at least 1
 ) -> torch.Tensor:  # (n, h, w)
-    "Homomorphic wavelet filter: logarithm, db4 with mirrored edges, soft threshold, and back (Cheng & Lam 2021)."
+    "Homomorphic wavelet filter: log, db4 with mirrored edges, soft threshold, and back (Cheng & Lam 2021)."
     if threshold not in ('bayes', 'universal'):
         raise ValueError(f"unknown threshold {threshold!r}; there are 'bayes' and 'universal'")
     if levels < 1:
@@ -124,7 +124,7 @@ def _plain(q, x):
 
 # %% ../../nbs/data/despeckling.ipynb #c012-2
 def _variation(mean, var):
-    "Squared coefficient of variation of each window, and of plain tissue: the median over windows that are not black, (n, 1, 1)."
+    "Squared coefficient of variation of each window, and its median (n, 1, 1) over those not black."
     q = var / np.maximum(mean, 1e-3) ** 2
     return q, _plain(q, mean)
 
@@ -252,7 +252,7 @@ def despeckle(
     method: str = 'wavelet',  # 'wavelet', 'median', 'lee', 'frost', 'srad', 'nlm' or 'tv'
     **settings,  # of the method's function, such as threshold='universal' of wavelet_filter
 ):  # what x is: shape, dtype, array or tensor
-    "Filter speckle; raises ValueError for an unknown method, other shapes and types, values outside 0..1 and NaN, and TypeError for a setting that the method does not have."
+    "Filter speckle; ValueError for an unknown method or wrong images, TypeError for an unknown setting."
     if method not in DESPECKLE:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(DESPECKLE)}")
     f, (pics, byte), tensor = DESPECKLE[method], _check(x), torch.is_tensor(x)
