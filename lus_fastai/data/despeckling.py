@@ -1,4 +1,4 @@
-"""Speckle filters, the homomorphic wavelet of Cheng & Lam first, and what they do to pictures whose clean original is known
+"""Speckle filters, the homomorphic wavelet of Cheng & Lam first, and what they do to images whose clean original is known
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/despeckling.html.md"""
 
@@ -234,9 +234,7 @@ def _check(x, name='x'):
     "A tensor or memory map (n, h, w), and whether it is bytes; ValueError for anything but grey images."
     x = x if torch.is_tensor(x) else np.asarray(x)
     if x.ndim not in (2, 3) or 0 in x.shape:
-        raise ValueError(
-            f"{name} is one grey picture (h, w) or several (n, h, w), got shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} is one grey image (h, w) or several (n, h, w), got shape {tuple(x.shape)}")
     byte = x.dtype in (torch.uint8, np.uint8)
     if not byte:
         if not (x.is_floating_point() if torch.is_tensor(x) else np.issubdtype(x.dtype, np.floating)):
@@ -281,7 +279,7 @@ def psnr(
     x,  # (h, w) or (n, h, w), uint8 or float 0..1
     clean,  # what it should be; same shape, uint8 or float 0..1
 ) -> np.ndarray:  # () or (n,), dB; inf where they are equal
-    "Peak signal to noise ratio of each picture."
+    "Peak signal to noise ratio of each image."
     a, b = _pairs(x, clean)
     with np.errstate(divide='ignore'):
         return (-10 * np.log10(((a - b) ** 2).mean((1, 2)))).reshape(x.shape[:-2])[()]
@@ -291,7 +289,7 @@ def ssim(
     x,  # (h, w) or (n, h, w), uint8 or float 0..1; sides of at least 7
     clean,  # what it should be; same shape, uint8 or float 0..1
 ) -> np.ndarray:  # () or (n,), at most 1
-    "Structural similarity of each picture (scikit-image, windows of 7)."
+    "Structural similarity of each image (scikit-image, windows of 7)."
     from skimage.metrics import structural_similarity
 
     return np.array([structural_similarity(a, b, data_range=1.0) for a, b in zip(*_pairs(x, clean))]).reshape(
@@ -310,7 +308,7 @@ def _region(mask, name, shape):
 # %% ../../nbs/data/despeckling.ipynb #c019-5
 def speckle_index(
     x,  # (h, w), uint8 or float 0..1
-    mask=None,  # (h, w) bool, a region that should be plain; the whole picture when None
+    mask=None,  # (h, w) bool, a region that should be plain; the whole image when None
     size: int = 7,  # side of the windows, odd
 ) -> float:  # 0 is plain; fully developed speckle has .52 before log compression, less after
     "Mean over windows of standard deviation over mean, black ones left out."

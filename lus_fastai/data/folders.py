@@ -1,4 +1,4 @@
-"""A folder of videos, stills and DICOM files becomes a clip table that says whose lung is where
+"""A folder of videos, stills and DICOM files becomes a clip table that says which patient each file is of
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/folders.html.md"""
 
