@@ -12,10 +12,14 @@ from lus_fastai.stats.calibration import *
 from lus_fastai.stats.figures import *
 from lus_fastai.synth.phantom import *
 from lus_fastai.synth.radiographs import *
-from lus_fastai.data.sources import *
 from lus_fastai.data.store import *
-from lus_fastai.data.folders import *
 from lus_fastai.data.folds import *
+from lus_fastai.data.audit import *
+from lus_fastai.data.fetching import *
+from lus_fastai.data.readers import *
+from lus_fastai.data.sources import *
+from lus_fastai.data.mask_sets import *
+from lus_fastai.data.folders import *
 from lus_fastai.data.fan import *
 from lus_fastai.data.despeckling import *
 from lus_fastai.data.loaders import *

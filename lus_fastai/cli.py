@@ -192,7 +192,8 @@ def lus_audit(
 ):
     "Who is in a folder or table, by label, source and probe, and what gives a label away."
     with _command(lambda: 'nothing was changed.'):
-        from lus_fastai.data.folds import audit, patient_folds
+        from lus_fastai.data.audit import audit
+        from lus_fastai.data.folds import patient_folds
 
         clips = _table_of(table, label, patient)
         print(audit(clips, patient_folds(clips, folds) if folds else None))

@@ -50,7 +50,10 @@ def test_what_is_no_clip_is_named_with_the_reason(mine):
     (mine / 'well/empty.mp4').touch()
     (mine / 'well/.DS_Store').write_bytes(b'\0\0\0\1Bud1')
     (mine / 'well/report.pdf').write_bytes(b'%PDF')
-    said = r'4 file\(s\) .* left out: list.txt \(.*\), well/.DS_Store \(.*\), well/empty.mp4 \(the file is empty\) and 1 more'
+    said = (
+        r'4 file\(s\) .* left out: list.txt \(.*\), well/.DS_Store \(.*\), '
+        r'well/empty.mp4 \(the file is empty\) and 1 more'
+    )
     with pytest.warns(UserWarning, match=said):
         assert len(index_folder(mine, **by_folder)) == 5
     with pytest.raises(ClipError, match='list.txt'):

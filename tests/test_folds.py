@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lus_fastai.core import LeakError, TableError, assert_disjoint, check_table
-from lus_fastai.data.folds import (
-    audit,
-    frame_hash,
-    hamming,
-    leaky_folds,
-    near_duplicates,
-    patient_folds,
-    split_hash,
-)
+from lus_fastai.data.audit import audit, frame_hash, hamming, near_duplicates
+from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
 
 
 def clips(patients, seed=0, classes='abc', most=5, p=None):
@@ -468,7 +461,8 @@ def linked(tmp_path):
 def test_a_file_under_several_paths_is_found_wherever_a_table_is_checked(linked):
     with pytest.raises(
         TableError,
-        match=r"a file twice in row\(s\) w, x, y: row w \(.*sub/\.\./c0.mp4\) is the file of row v \(.*/c0.mp4\)",
+        match=r"a file twice in row\(s\) w, x, y: row w \(.*sub/\.\./c0.mp4\) is the file of row v "
+        r"\(.*/c0.mp4\)",
     ):
         check_table(linked)
     check_table(linked.loc[['y', 'z']])

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from lus_fastai.core import CLASSES, DENSE, MaskSet, TableError
-from lus_fastai.data.folds import audit
+from lus_fastai.data.audit import audit
 from lus_fastai.data.loaders import ReadFrame, TensorDense, TensorFrame, as_frame, frame_dls, mask_dls
 from lus_fastai.data.pairs import pair_dls
 from lus_fastai.data.store import FrameStore, open_store, store_rows

@@ -222,12 +222,13 @@ def test_crop_of_tensors_and_stacks():
         torch.equal(crop_to_fan(x, fan), x[:, :, 2:12, 5:25])
         and (crop_to_fan(x.numpy(), fan) == x[:, :, 2:12, 5:25].numpy()).all()
     )
-    with pytest.raises(FanError, match='lies outside its picture'):
+    with pytest.raises(FanError, match='lies outside its image'):
         Fan('linear', (20, 30), 40, 50, 5, 25).box()
 
 
 def test_module_is_light():
-    code = "import sys, lus_fastai.data.fan; print([m for m in ('fastai', 'torchvision', 'matplotlib', 'skimage', 'scipy') if m in sys.modules])"
+    heavy = ('fastai', 'torchvision', 'matplotlib', 'skimage', 'scipy')
+    code = f"import sys, lus_fastai.data.fan; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 

@@ -1,4 +1,4 @@
-"sources: fetch against a bad server, hostile archives, offline; index on made-up folders and, with LUS_DATA, on the real ones"
+"sources: fetch against a bad server, hostile archives, offline; index on made-up and (LUS_DATA) real folders"
 
 import hashlib
 import http.server
@@ -19,20 +19,10 @@ import pytest
 
 from lus_fastai import core
 from lus_fastai.core import CLIP_COLUMNS, TableError
-from lus_fastai.data import sources
-from lus_fastai.data.sources import (
-    SOURCES,
-    FetchError,
-    Source,
-    blues_name,
-    extract,
-    fetch,
-    index,
-    manifest,
-    pocus_name,
-    sources_table,
-    verify,
-)
+from lus_fastai.data import fetching
+from lus_fastai.data.fetching import FetchError, extract
+from lus_fastai.data.readers import blues_name, pocus_name
+from lus_fastai.data.sources import SOURCES, Source, fetch, index, manifest, sources_table, verify
 
 CONTENT = {
     'clips/a.mp4': os.urandom(300_000),
@@ -57,7 +47,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    "Modes: good, cut (breaks half-way `cuts` times), norange (ignores Range), wrong (other bytes), long (more bytes), chunked (no length), busy (503 `cuts` times), shifted (206 from another byte)."
+    """Modes: good, cut (breaks half-way `cuts` times), norange (ignores Range), wrong (other bytes),
+    long (more bytes), chunked (no length), busy (503 `cuts` times), shifted (206 from another byte)."""
 
     def log_message(self, *a):
         pass
@@ -309,7 +300,7 @@ def test_full_disk_is_not_taken_for_a_broken_connection(mine, server, monkeypatc
     def full(fd):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(sources.os, 'fsync', full)
+    monkeypatch.setattr(fetching.os, 'fsync', full)
     with pytest.raises(OSError, match='No space left'):
         fetch('mine', mine)
     assert len(server.log) == 1 and not (mine / 'clips/a.mp4').exists()

@@ -1,4 +1,4 @@
-"CCXS, XPIE, CheXpert and SIIM-FISABIO-RSNA in small made folders of their original layouts, and their mask sets."
+"CCXS, XPIE, CheXpert and SIIM-FISABIO-RSNA in small made-up folders of their layouts, and mask sets."
 
 import numpy as np
 import pandas as pd
@@ -7,25 +7,9 @@ from PIL import Image
 
 from lus_fastai.core import TableError
 from lus_fastai.data.folds import patient_folds
-from lus_fastai.data.sources import (
-    SOURCES,
-    busi_set,
-    by_hand,
-    ccxs_patient,
-    ccxs_set,
-    chexpert_labels,
-    exact_match,
-    fetch,
-    index,
-    manifest,
-    mask_paths,
-    mask_picture,
-    siim_boxes,
-    siim_set,
-    sources_table,
-    verify,
-    xpie_set,
-)
+from lus_fastai.data.mask_sets import busi_set, ccxs_set, mask_picture, siim_set, xpie_set
+from lus_fastai.data.readers import ccxs_patient, chexpert_labels, exact_match, mask_paths, siim_boxes
+from lus_fastai.data.sources import SOURCES, by_hand, fetch, index, manifest, sources_table, verify
 from lus_fastai.synth.radiographs import CHEST, CHEXPERT
 from lus_fastai.video import ClipError
 
@@ -110,7 +94,7 @@ def test_a_mask_that_cannot_be_read_is_named(tmp_path):
 
 
 def make_ccxs(root):
-    "Three patients, four pictures; a class of two masks, an overlap, a category nobody knows."
+    "Three patients, four images; a class of two masks, an overlap, a category nobody knows."
     rows = []
 
     def add(name, kind, left, top, mask, number):
@@ -186,18 +170,18 @@ def test_ccxs_with_holes_says_so(tmp_path, capsys):
     root = make_ccxs(tmp_path / 'ccxs')
     (root / 'images/case-day4.jpg').unlink()
     (root / 'masks/other_33.png').unlink()
-    (root / 'images/covid-19-pneumonia-7-PA.png').write_bytes(b'no picture')
+    (root / 'images/covid-19-pneumonia-7-PA.png').write_bytes(b'no image')
     table = index('ccxs', root)
     said = capsys.readouterr().out
     assert (
         len(table) == 1
-        and '2 picture(s) skipped: it, or one of its masks, is not here: case-day4.jpg, masks/other_33.png'
+        and '2 image(s) skipped: it, or one of its masks, is not here: case-day4.jpg, masks/other_33.png'
         in said
         and 'covid-19-pneumonia-7-PA.png' in said
     )
     mask_paths(table['masks'][0])
     (root / 'masks/case-day0_0.png').write_bytes(b'no mask')
-    with pytest.raises(TableError, match='none of 1 picture.*case-day0_0.png'):
+    with pytest.raises(TableError, match='none of 1 image.*case-day0_0.png'):
         ccxs_set(table, 32)
 
 
@@ -208,7 +192,7 @@ def test_a_bad_mask_skips_its_picture_only(tmp_path, capsys):
     capsys.readouterr()
     s = ccxs_set(table, 32)
     assert len(s) == 3 == len(s.table) and not s.table['path'].str.contains('other').any()
-    assert '1 of 4 picture(s) skipped: other_33.png' in capsys.readouterr().out
+    assert '1 of 4 image(s) skipped: other_33.png' in capsys.readouterr().out
     with pytest.raises(ValueError, match='at least 16'):
         ccxs_set(table, 8)
     with pytest.raises(TableError, match='empty'):
@@ -328,7 +312,7 @@ def test_busi_set_joins_lesions_and_keeps_normal_empty(tmp_path, capsys):
     capsys.readouterr()
     assert (
         len(busi_set(table, 32)) == 2
-        and 'malignant (1)_mask.png (the mask is 9x9, its picture 80x60)' in capsys.readouterr().out
+        and 'malignant (1)_mask.png (the mask is 9x9, its image 80x60)' in capsys.readouterr().out
     )
 
 
@@ -348,7 +332,7 @@ def test_xpie_pairs_pictures_and_masks(tmp_path, capsys, folders):
     assert (
         len(table) == 3 == table['patient'].nunique()
         and 'without a mask, skipped' in said
-        and '1 mask(s) without a picture' in said
+        and '1 mask(s) without an image' in said
     )
     s = xpie_set(table, (60, 80))
     assert s.masks.sum((1, 2, 3)).tolist() == [400] * 3 and s.names == ('object',)
@@ -483,7 +467,7 @@ def test_siim_png_boxes_filled_negatives_empty(tmp_path, capsys):
     assert (
         'of the table not here, skipped: eee' in said
         and 'boxes cannot be read: ddd' in said
-        and '1 picture(s) without a box' in said
+        and '1 image(s) without a box' in said
     )
     s = siim_set(table, (60, 80))
     assert s.names == ('typical', 'indeterminate', 'atypical') and s.masks.sum((2, 3)).tolist() == [

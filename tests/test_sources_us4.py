@@ -1,4 +1,4 @@
-"sources: BUSI and the public parts of US-4 on made folders of their original layouts; BUSI, with LUS_DATA, for real"
+"sources: BUSI and the public parts of US-4 in made-up folders of their layouts; with LUS_DATA, BUSI for real"
 
 import shutil
 from fractions import Fraction
@@ -12,20 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lus_fastai.core import CLIP_COLUMNS, TableError, read_table, write_table
-from lus_fastai.data import sources
+from lus_fastai.data import readers
 from lus_fastai.data.folds import patient_folds
-from lus_fastai.data.sources import (
-    SOURCES,
-    duplicate_groups,
-    fetch,
-    index,
-    lesion_paths,
-    manifest,
-    pack_sequence,
-    sources_table,
-    us4_rows,
-    verify,
-)
+from lus_fastai.data.readers import duplicate_groups, lesion_paths, pack_sequence, us4_rows
+from lus_fastai.data.sources import SOURCES, fetch, index, manifest, sources_table, verify
 from lus_fastai.data.store import FrameStore
 from lus_fastai.video import ClipError, read_clip
 
@@ -135,7 +125,7 @@ def test_busi_is_found_in_a_folder_of_data_sets_and_in_an_unpacked_archive(tmp_p
 
 def test_busi_with_damage(tmp_path, capsys):
     root = busi(tmp_path / 'busi', IMAGES, False)
-    (root / 'benign/benign (2).png').write_bytes(b'\x89PNG damaged')  # no picture
+    (root / 'benign/benign (2).png').write_bytes(b'\x89PNG damaged')  # no image
     save(root / 'malignant/malignant (3)_mask.png', lesion()[:32])  # a mask of another size
     (root / 'malignant/malignant (2)_mask.png').unlink()  # a lesion without its mask
     save(root / 'normal/normal (77)_mask.png', lesion() * 0)  # a mask without its image
@@ -292,7 +282,7 @@ def test_clust(tmp_path, home, capsys):
         6,
     ]  # 8 frames in five steps of 1.6
     for line in (
-        "1 sequence(s) skipped: Training/3D/EMC-01-1 (no pictures in Data: a 3D sequence?)",
+        "1 sequence(s) skipped: Training/3D/EMC-01-1 (no images in Data: a 3D sequence?)",
         "1 sequence(s) without a row in frame_rates.csv: 20 frames a second assumed: ETH-01-2",
     ):
         assert line in out
@@ -307,7 +297,7 @@ def test_clust_packs_once_and_names_by_content(tmp_path, home, monkeypatch):
     assert Path(first.path[0]).is_relative_to(home / 'packed/clust') and Path(first.path[0]).name.startswith(
         'ETH-01-1-'
     )
-    monkeypatch.setattr(sources, 'write_video', lambda *a, **k: pytest.fail('packed again'))
+    monkeypatch.setattr(readers, 'write_video', lambda *a, **k: pytest.fail('packed again'))
     moved = tmp_path / 'elsewhere'
     shutil.copytree(root, moved / 'clust')
     assert index('clust', root).path.tolist() == index('clust', moved).path.tolist() == first.path.tolist()

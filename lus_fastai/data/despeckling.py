@@ -1,4 +1,4 @@
-"""Speckle filters, the homomorphic wavelet of Cheng & Lam first, and what they do to pictures whose clean original is known
+"""Speckle filters, the homomorphic wavelet of Cheng & Lam first, and what they do to images whose clean original is known
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/despeckling.html.md"""
 
@@ -28,7 +28,7 @@ _DB4 = (
 
 
 def _rotations(taps):
-    "Slopes (tangents) of the rotations that make an orthogonal filter, first to last, and the factor left over."
+    "Tangents of the rotations that make an orthogonal filter, first to last, and the remaining factor."
     h, slopes = np.array(taps), []
     while len(h) > 2:
         k = h[-1] / h[0]
@@ -63,7 +63,7 @@ def _merge(p, q, h):
 
 # %% ../../nbs/data/despeckling.ipynb #c010-1
 def _noise(band):
-    "Standard deviation of the noise, (n, 1, 1), from the finest diagonal band; what is 0 but for rounding is flat and left out."
+    "(n, 1, 1) standard deviation of the noise, from the finest diagonal band without its flat parts."
     size = band.abs().flatten(1).cpu().numpy()
     middle = np.minimum(((size <= 1e-6).sum(1) + size.shape[1]) // 2, size.shape[1] - 1)
     return (
@@ -98,7 +98,7 @@ def wavelet_filter(
     threshold: str = 'bayes',  # 'bayes' (BayesShrink, a threshold a band) or 'universal'
     levels: int = 3,  # depth; less where a side is under 7*2**levels pixels, but at least 1
 ) -> torch.Tensor:  # (n, h, w)
-    "Homomorphic wavelet filter: logarithm, db4 with mirrored edges, soft threshold, and back (Cheng & Lam 2021)."
+    "Homomorphic wavelet filter: log, db4 with mirrored edges, soft threshold, and back (Cheng & Lam 2021)."
     if threshold not in ('bayes', 'universal'):
         raise ValueError(f"unknown threshold {threshold!r}; there are 'bayes' and 'universal'")
     if levels < 1:
@@ -124,7 +124,7 @@ def _plain(q, x):
 
 # %% ../../nbs/data/despeckling.ipynb #c012-2
 def _variation(mean, var):
-    "Squared coefficient of variation of each window, and of plain tissue: the median over windows that are not black, (n, 1, 1)."
+    "Squared coefficient of variation of each window, and its median (n, 1, 1) over those not black."
     q = var / np.maximum(mean, 1e-3) ** 2
     return q, _plain(q, mean)
 
@@ -229,22 +229,19 @@ DESPECKLE = dict(
     tv=tv_filter,
 )
 
-
+# %% ../../nbs/data/despeckling.ipynb #c014-1-p1
 def _check(x, name='x'):
-    "`x` as a tensor or memory map (n, h, w), and whether it is bytes; ValueError for anything but grey pictures."
+    "A tensor or memory map (n, h, w), and whether it is bytes; ValueError for anything but grey images."
     x = x if torch.is_tensor(x) else np.asarray(x)
     if x.ndim not in (2, 3) or 0 in x.shape:
-        raise ValueError(
-            f"{name} is one grey picture (h, w) or several (n, h, w), got shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} is one grey image (h, w) or several (n, h, w), got shape {tuple(x.shape)}")
     byte = x.dtype in (torch.uint8, np.uint8)
     if not byte:
         if not (x.is_floating_point() if torch.is_tensor(x) else np.issubdtype(x.dtype, np.floating)):
             raise ValueError(f"{name} is uint8 or float 0..1, got {x.dtype}")
         if not (x.min() >= 0 and x.max() <= 1):
-            raise ValueError(
-                f"{name} as float must be within 0..1 and without NaN, got values from {float(x.min()):.4g} to {float(x.max()):.4g}"
-            )
+            got = f"got values from {float(x.min()):.4g} to {float(x.max()):.4g}"
+            raise ValueError(f"{name} as float must be within 0..1 and without NaN, {got}")
     return (x if x.ndim == 3 else x[None]), byte
 
 # %% ../../nbs/data/despeckling.ipynb #c014
@@ -253,7 +250,7 @@ def despeckle(
     method: str = 'wavelet',  # 'wavelet', 'median', 'lee', 'frost', 'srad', 'nlm' or 'tv'
     **settings,  # of the method's function, such as threshold='universal' of wavelet_filter
 ):  # what x is: shape, dtype, array or tensor
-    "Filter speckle; raises ValueError for an unknown method, other shapes and types, values outside 0..1 and NaN, and TypeError for a setting that the method does not have."
+    "Filter speckle; ValueError for an unknown method or wrong images, TypeError for an unknown setting."
     if method not in DESPECKLE:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(DESPECKLE)}")
     f, (pics, byte), tensor = DESPECKLE[method], _check(x), torch.is_tensor(x)
@@ -282,7 +279,7 @@ def psnr(
     x,  # (h, w) or (n, h, w), uint8 or float 0..1
     clean,  # what it should be; same shape, uint8 or float 0..1
 ) -> np.ndarray:  # () or (n,), dB; inf where they are equal
-    "Peak signal to noise ratio of each picture."
+    "Peak signal to noise ratio of each image."
     a, b = _pairs(x, clean)
     with np.errstate(divide='ignore'):
         return (-10 * np.log10(((a - b) ** 2).mean((1, 2)))).reshape(x.shape[:-2])[()]
@@ -292,7 +289,7 @@ def ssim(
     x,  # (h, w) or (n, h, w), uint8 or float 0..1; sides of at least 7
     clean,  # what it should be; same shape, uint8 or float 0..1
 ) -> np.ndarray:  # () or (n,), at most 1
-    "Structural similarity of each picture (scikit-image, windows of 7)."
+    "Structural similarity of each image (scikit-image, windows of 7)."
     from skimage.metrics import structural_similarity
 
     return np.array([structural_similarity(a, b, data_range=1.0) for a, b in zip(*_pairs(x, clean))]).reshape(
@@ -311,7 +308,7 @@ def _region(mask, name, shape):
 # %% ../../nbs/data/despeckling.ipynb #c019-5
 def speckle_index(
     x,  # (h, w), uint8 or float 0..1
-    mask=None,  # (h, w) bool, a region that should be plain; the whole picture when None
+    mask=None,  # (h, w) bool, a region that should be plain; the whole image when None
     size: int = 7,  # side of the windows, odd
 ) -> float:  # 0 is plain; fully developed speckle has .52 before log compression, less after
     "Mean over windows of standard deviation over mean, black ones left out."

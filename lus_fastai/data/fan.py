@@ -1,4 +1,4 @@
-"""The fan found by image analysis, the crop to it, beams as rows and columns, and captions and calipers taken away
+"""The fan found by image analysis, the crop to it, beams as rows and columns, and captions and calipers removed
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/fan.html.md"""
 
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..core import check_table, progress
 from ..video import ClipError, sample_clip
@@ -28,166 +29,153 @@ class FanError(ValueError):
 # %% ../../nbs/data/fan.ipynb #c006
 @dataclass(frozen=True)
 class Fan:
-    "Where the probe sees, in a picture of `size`: a sector (convex) or a rectangle or trapezoid (linear). Raises `FanError` for an impossible one."
+    "Where the probe sees: a sector (convex), or a rectangle or trapezoid (linear); `FanError` if impossible."
 
     kind: str  # 'convex' or 'linear'
-    size: tuple  # height and width of the picture
-    near: float  # convex: radius of the near arc, in pixels down the picture; linear: its top row
+    size: tuple  # height and width of the image
+    near: float  # convex: radius of the near arc, in pixels down the image; linear: its top row
     far: float  # radius of the far arc, or bottom row
-    left: float  # convex: angle of the leftmost beam in degrees, negative to the left of straight down; linear: left end of the top row
+    left: float  # convex: angle of the leftmost beam in degrees from straight down; linear: left of the top
     right: float  # the same on the right
     x: float = 0.0  # convex: column of the apex
-    y: float = 0.0  # convex: row of the apex, usually above the picture
-    aspect: float = 1.0  # convex: how much the picture is stretched sideways
+    y: float = 0.0  # convex: row of the apex, usually above the image
+    aspect: float = 1.0  # convex: how much the image is stretched sideways
     flare: float = 0.0  # linear: by how much each side moves out from top to bottom
 
     def __post_init__(self):
-        if self.kind not in ('convex', 'linear'):
-            raise FanError(f"kind is 'convex' or 'linear', not {self.kind!r}")
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise FanError(f"size is (height, width), got {self.size!r}")
+        self._check_size()
         object.__setattr__(self, 'size', tuple(int(s) for s in self.size))
-        numbers = [getattr(self, f.name) for f in fields(self)[2:]]
-        if not np.isfinite(numbers).all():
-            raise FanError(f"a fan's geometry must be finite, got {numbers}")
-        if not (self.near < self.far and self.left < self.right and self.aspect > 0):
-            raise FanError(f"a fan needs near < far, left < right and aspect > 0, got {self}")
-        if self.kind == 'convex' and (self.near < 0 or self.left <= -90 or self.right >= 90):
-            raise FanError(
-                f"a convex fan's radii are not negative and its angles within 90 degrees, got {self}"
-            )
+        self._check_geometry()
 
-    def coordinates(
-        self,
-        px,  # columns, numbers or array
-        py,  # rows, broadcast with px
-    ):  # depth and beam, each 0..1 inside the fan
-        "Pixels to depth and beam."
-        if self.kind == 'convex':
-            dx, dy = (px - self.x) / self.aspect, py - self.y
-            return (np.hypot(dx, dy) - self.near) / (self.far - self.near), (
-                np.degrees(np.arctan2(dx, dy)) - self.left
-            ) / (self.right - self.left)
-        d = (py - self.near) / (self.far - self.near)
-        return d + 0 * px, (px - self.left + self.flare * d) / np.maximum(
-            self.right - self.left + 2 * self.flare * d, 1e-6
-        )
+# %% ../../nbs/data/fan.ipynb #c006-p1
+@patch
+def _check_size(self: Fan):
+    "`FanError` for an unknown kind or an impossible size."
+    if self.kind not in ('convex', 'linear'):
+        raise FanError(f"kind is 'convex' or 'linear', not {self.kind!r}")
+    if len(self.size) != 2 or min(self.size) < 1:
+        raise FanError(f"size is (height, width), got {self.size!r}")
 
-    def pixels(
-        self,
-        depth,  # 0 (probe) to 1, numbers or array
-        beam,  # 0 (left) to 1, broadcast with depth
-    ):  # columns and rows
-        "Depth and beam to pixels."
-        if self.kind == 'convex':
-            r, t = (
-                self.near + depth * (self.far - self.near),
-                np.radians(self.left + beam * (self.right - self.left)),
-            )
-            return self.x + self.aspect * r * np.sin(t), self.y + r * np.cos(t)
-        return self.left - self.flare * depth + beam * (
-            self.right - self.left + 2 * self.flare * depth
-        ), self.near + depth * (self.far - self.near) + 0 * beam
 
-    def mask(self):  # (h, w) bool
-        "Pixels whose centre lies inside."
-        (h, w) = self.size
-        d, b = self.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
-        return (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
+@patch
+def _check_geometry(self: Fan):
+    "`FanError` for numbers that no fan can have."
+    numbers = [getattr(self, f.name) for f in fields(self)[2:]]
+    if not np.isfinite(numbers).all():
+        raise FanError(f"a fan's geometry must be finite, got {numbers}")
+    if not (self.near < self.far and self.left < self.right and self.aspect > 0):
+        raise FanError(f"a fan needs near < far, left < right and aspect > 0, got {self}")
+    if self.kind == 'convex' and (self.near < 0 or self.left <= -90 or self.right >= 90):
+        raise FanError(f"a convex fan's radii are not negative and its angles within 90 degrees, got {self}")
 
-    def outline(
-        self,
-        n: int = 50,  # points along each of the four sides
-    ):  # (4n, 2) columns and rows, in turn around the fan; they may lie outside the picture
-        "The fan's edge, for drawing."
-        t, o = np.linspace(0, 1, n), np.ones(n)
-        return np.stack(self.pixels(np.r_[0 * o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0 * o]), 1)
+# %% ../../nbs/data/fan.ipynb #c006-p2
+@patch
+def coordinates(
+    self: Fan,
+    px,  # columns, numbers or array
+    py,  # rows, broadcast with px
+):  # depth and beam, each 0..1 inside the fan
+    "Pixels to depth and beam."
+    if self.kind == 'convex':
+        dx, dy = (px - self.x) / self.aspect, py - self.y
+        depth = (np.hypot(dx, dy) - self.near) / (self.far - self.near)
+        return depth, (np.degrees(np.arctan2(dx, dy)) - self.left) / (self.right - self.left)
+    depth = (py - self.near) / (self.far - self.near)
+    width = np.maximum(self.right - self.left + 2 * self.flare * depth, 1e-6)
+    return depth + 0 * px, (px - self.left + self.flare * depth) / width
 
-    def box(self):  # top, bottom, left, right: rows top..bottom-1 and columns left..right-1 of the picture
-        "The smallest box around the mask; raises `FanError` if the fan lies outside the picture."
-        m = self.mask()
-        if not m.any():
-            raise FanError(
-                f"the fan lies outside its picture of {self.size[1]}x{self.size[0]} pixels: {self}"
-            )
-        rows, cols = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
-        return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
+# %% ../../nbs/data/fan.ipynb #c006-p3
+@patch
+def pixels(
+    self: Fan,
+    depth,  # 0 (probe) to 1, numbers or array
+    beam,  # 0 (left) to 1, broadcast with depth
+):  # columns and rows
+    "Depth and beam to pixels."
+    if self.kind == 'convex':
+        radius = self.near + depth * (self.far - self.near)
+        angle = np.radians(self.left + beam * (self.right - self.left))
+        return self.x + self.aspect * radius * np.sin(angle), self.y + radius * np.cos(angle)
+    width = self.right - self.left + 2 * self.flare * depth
+    rows = self.near + depth * (self.far - self.near) + 0 * beam
+    return self.left - self.flare * depth + beam * width, rows
 
-    def resize(
-        self,
-        size: tuple,  # new height and width
-    ):  # Fan
-        "The fan of the picture resized."
-        sy, sx = size[0] / self.size[0], size[1] / self.size[1]
-        if self.kind == 'convex':
-            return replace(
-                self,
-                size=size,
-                near=self.near * sy,
-                far=self.far * sy,
-                x=self.x * sx,
-                y=self.y * sy,
-                aspect=self.aspect * sx / sy,
-            )
-        return replace(
-            self,
-            size=size,
-            near=self.near * sy,
-            far=self.far * sy,
-            left=self.left * sx,
-            right=self.right * sx,
-            flare=self.flare * sx,
-        )
+# %% ../../nbs/data/fan.ipynb #c006-p4
+@patch
+def mask(self: Fan):  # (h, w) bool
+    "Pixels whose centre lies inside."
+    (h, w) = self.size
+    d, b = self.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
+    return (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
 
-    def cropped(self):  # Fan
-        "The fan of the picture cropped to `box`."
-        top, bottom, left, right = self.box()
-        size = bottom - top, right - left
-        if self.kind == 'convex':
-            return replace(self, size=size, x=self.x - left, y=self.y - top)
-        return replace(
-            self,
-            size=size,
-            near=self.near - top,
-            far=self.far - top,
-            left=self.left - left,
-            right=self.right - left,
-        )
 
-    def to_dict(self):
-        return {
-            k: list(v) if k == 'size' else v if k == 'kind' else round(float(v), 4)
-            for k, v in asdict(self).items()
-        }  # what JSON can hold
+@patch
+def outline(
+    self: Fan,
+    n: int = 50,  # points along each of the four sides
+):  # (4n, 2) columns and rows, in turn around the fan; they may lie outside the image
+    "The fan's edge, for drawing."
+    t, o = np.linspace(0, 1, n), np.ones(n)
+    return np.stack(self.pixels(np.r_[0 * o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0 * o]), 1)
 
-    @classmethod
-    def from_dict(
-        cls,
-        d: dict,  # from to_dict
-    ):  # Fan
-        "The inverse of `to_dict`; raises `FanError` for missing or unknown entries."
-        try:
-            return cls(**d)
-        except TypeError as e:
-            raise FanError(f"this is no fan: {d!r} ({e})") from None
+# %% ../../nbs/data/fan.ipynb #c006-p5
+@patch
+def box(self: Fan):  # top, bottom, left, right: rows top..bottom-1 and columns left..right-1 of the image
+    "The smallest box around the mask; raises `FanError` if the fan lies outside the image."
+    m = self.mask()
+    if not m.any():
+        h, w = self.size
+        raise FanError(f"the fan lies outside its image of {w}x{h} pixels: {self}")
+    rows, cols = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
+    return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
+
+# %% ../../nbs/data/fan.ipynb #c006-p6
+@patch
+def resize(
+    self: Fan,
+    size: tuple,  # new height and width
+):  # Fan
+    "The fan of the image resized."
+    sy, sx = size[0] / self.size[0], size[1] / self.size[1]
+    depths = dict(size=size, near=self.near * sy, far=self.far * sy)
+    if self.kind == 'convex':
+        return replace(self, **depths, x=self.x * sx, y=self.y * sy, aspect=self.aspect * sx / sy)
+    return replace(self, **depths, left=self.left * sx, right=self.right * sx, flare=self.flare * sx)
+
+# %% ../../nbs/data/fan.ipynb #c006-p7
+@patch
+def cropped(self: Fan):  # Fan
+    "The fan of the image cropped to `box`."
+    top, bottom, left, right = self.box()
+    size = bottom - top, right - left
+    if self.kind == 'convex':
+        return replace(self, size=size, x=self.x - left, y=self.y - top)
+    rows = dict(near=self.near - top, far=self.far - top)
+    return replace(self, size=size, **rows, left=self.left - left, right=self.right - left)
+
+# %% ../../nbs/data/fan.ipynb #c006-p8
+@patch
+def to_dict(self: Fan):
+    "The fan as what JSON can hold."
+    numbers = {k: round(float(v), 4) for k, v in asdict(self).items() if k not in ('kind', 'size')}
+    return dict(kind=self.kind, size=list(self.size)) | numbers
+
+
+@patch(cls_method=True)
+def from_dict(
+    cls: Fan,
+    d: dict,  # from to_dict
+):  # Fan
+    "The inverse of `to_dict`; raises `FanError` for missing or unknown entries."
+    try:
+        return cls(**d)
+    except TypeError as e:
+        raise FanError(f"this is no fan: {d!r} ({e})") from None
 
 # %% ../../nbs/data/fan.ipynb #c010
-def burn_in(
-    frames: np.ndarray,  # (n, h, w) uint8, h and w at least 48
-    seed: int = 0,  # where and what
-    text: str = 'LUNG 9L  MI 1.2',  # the caption
-) -> tuple:  # the frames with caption, body mark, scale, two calipers and a dotted line, the same on each; and (h, w) bool, where they are
-    "Write on a clip what machines write: outside the fan mostly, and the calipers inside."
-    from PIL import Image, ImageDraw, ImageFont
-
-    frames, rng = np.asarray(frames), np.random.default_rng(seed)
-    if frames.ndim != 3 or frames.dtype != np.uint8 or min(frames.shape[1:]) < 48:
-        raise ValueError(
-            f"frames must be (n, h, w) uint8 with h and w at least 48, got {frames.dtype} {frames.shape}"
-        )
-    h, w = frames.shape[1:]
-    ink = Image.new('L', (w, h))
-    draw, unit = ImageDraw.Draw(ink), max(1, round(h / 160))
+def _draw_labels(draw, h, w, text, unit):
+    "A caption of two lines, a logo and a depth scale."
+    from PIL import ImageFont
 
     def font(size):
         return ImageFont.load_default(max(9, round(size * h)))
@@ -196,20 +184,38 @@ def burn_in(
     draw.text((0.02 * w, 0.07 * h), ' '.join(text.split()[1:]), fill=200, font=font(0.035))
     draw.ellipse((0.9 * w, 0.02 * h, 0.98 * w, 0.02 * h + 0.08 * w), outline=220, width=unit)  # logo
     for k in range(9):
-        draw.line(
-            ((1 - 0.02 * (1 + (k % 4 == 0))) * w, h * (0.1 + 0.1 * k), w, h * (0.1 + 0.1 * k)),
-            fill=210,
-            width=unit,
-        )  # depth scale
-    arm, ends = (
-        0.02 * h,
-        [(rng.uniform(0.35, 0.65) * w, y * h) for y in (rng.uniform(0.3, 0.45), rng.uniform(0.55, 0.7))],
-    )
+        start, y = (1 - 0.02 * (1 + (k % 4 == 0))) * w, h * (0.1 + 0.1 * k)
+        draw.line((start, y, w, y), fill=210, width=unit)  # depth scale
+
+# %% ../../nbs/data/fan.ipynb #c010-p1
+def _draw_calipers(draw, h, w, rng, unit):
+    "Two crosses and a dotted line from one to the other."
+    arm, heights = 0.02 * h, (rng.uniform(0.3, 0.45), rng.uniform(0.55, 0.7))
+    ends = [(rng.uniform(0.35, 0.65) * w, y * h) for y in heights]
     for x, y in ends:
         draw.line((x - arm, y, x + arm, y), fill=255, width=unit)
         draw.line((x, y - arm, x, y + arm), fill=255, width=unit)
     for t in np.linspace(0.1, 0.9, 12):
         draw.point([tuple((1 - t) * a + t * b for a, b in zip(*ends))], fill=255)
+
+# %% ../../nbs/data/fan.ipynb #c010-p2
+def burn_in(
+    frames: np.ndarray,  # (n, h, w) uint8, h and w at least 48
+    seed: int = 0,  # where and what
+    text: str = 'LUNG 9L  MI 1.2',  # the caption
+) -> tuple:  # the frames with the same overlays on each, and (h, w) bool, where they are
+    "Write on a clip what machines write: caption, mark and scale outside the fan mostly, calipers inside."
+    from PIL import Image, ImageDraw
+
+    frames, rng = np.asarray(frames), np.random.default_rng(seed)
+    if frames.ndim != 3 or frames.dtype != np.uint8 or min(frames.shape[1:]) < 48:
+        got = f"{frames.dtype} {frames.shape}"
+        raise ValueError(f"frames must be (n, h, w) uint8 with h and w at least 48, got {got}")
+    h, w = frames.shape[1:]
+    ink = Image.new('L', (w, h))
+    draw, unit = ImageDraw.Draw(ink), max(1, round(h / 160))
+    _draw_labels(draw, h, w, text, unit)
+    _draw_calipers(draw, h, w, rng, unit)
     ink = np.asarray(ink)
     return np.where(ink > 0, np.maximum(frames, ink), frames), ink > 0
 
@@ -220,32 +226,33 @@ def _moves(most, least):
     return bool(lit.any() and np.median((most - least)[lit]) > 4)
 
 # %% ../../nbs/data/fan.ipynb #c013
+def _dark_around(label, n, core, least):
+    "Of every component: pixels in the ring around it, how many of them are dark, and its brightest level."
+    from scipy import ndimage as ndi
+
+    level, owner = ndi.maximum(least, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
+    ring = (owner > 0) & ~ndi.binary_dilation(core, np.ones((3, 3)), 2)
+    around = np.bincount(owner[ring], minlength=n + 1)
+    dark = np.bincount(owner[ring], least[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
+    return around, dark, level
+
+# %% ../../nbs/data/fan.ipynb #c013-s
 def _strokes(most, least, moving, dots=False):
-    "Thin bright strokes, and single pixels if `dots`, with dark around them that stand still if anything moves: (h, w) bool."
+    "(h, w) bool: thin bright strokes (single pixels if `dots`) on dark, still if anything moves."
     from scipy import ndimage as ndi
 
     long = max(least.shape)
     core = ndi.white_tophat(least, size=2 * max(3, round(long / 60)) + 1) > 40
     if moving:
         core &= most - least <= 6
-    label, n = ndi.label(core, np.ones((3, 3)))
+    label, n = ndi.label(core, np.ones((3, 3)))  # connected components
     if not n:
         return core
-    level, owner = ndi.maximum(least, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
-    ring = (owner > 0) & ~ndi.binary_dilation(core, np.ones((3, 3)), 2)
-    around = np.bincount(owner[ring], minlength=n + 1)
-    dark = np.bincount(owner[ring], least[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
-    small = np.array(
-        [True]
-        + [max(s.stop - s.start for s in box) <= max(12, 0.22 * long) for box in ndi.find_objects(label)]
-    )
-    good = (
-        small
-        & (around > 0)
-        & (dark >= (0.85 if moving else 0.9) * around)
-        & (level > (90 if moving else 150))
-        & (np.bincount(label.ravel(), minlength=n + 1) > (0 if dots else 1))
-    )
+    around, dark, level = _dark_around(label, n, core, least)
+    longest = np.array([0] + [max(s.stop - s.start for s in box) for box in ndi.find_objects(label)])
+    good = (longest <= max(12, 0.22 * long)) & (around > 0)
+    good &= (dark >= (0.85 if moving else 0.9) * around) & (level > (90 if moving else 150))
+    good &= np.bincount(label.ravel(), minlength=n + 1) > (0 if dots else 1)
     good[0] = False
     return good[label]
 
@@ -294,79 +301,85 @@ class _Search:
         self.x, self.y = np.tile((np.arange(w) + 0.5) / w, h), np.repeat((np.arange(h) + 0.5) / h, w)
         self.v, self.ratio = gain.ravel(), w / h
 
-    def sector(self, p, n):
-        "Score, slope of the sides and both radii of the best sector; p: column of the apex, log of its height over the bottom, log of the aspect; n bins."
-        x, y = abs(self.x - p[0]) * (self.ratio * np.exp(-p[2])), self.y - 1 + np.exp(p[1])
-        ok = (y > 0.02) & (x < 2 * y)
-        if not ok.any():
-            return 0, None
-        x, y = x[ok], y[ok]
-        slope, radius = x / y, np.hypot(x, y)
-        ds, r0, dr = (slope.max() + 1e-6) / n, radius.min(), (np.ptp(radius) + 1e-6) / n
-        bins = (slope / ds).astype(np.int32) * n + ((radius - r0) / dr).astype(np.int32)
-        within = np.cumsum(
-            np.bincount(bins, self.v[ok], n * n).reshape(n, n), 0
-        )  # gains by radius, of all slopes up to each
-        side = n - 1
-        for _ in range(4):
-            a, b, gain = _best_run(within[side])
-            side = int(within[:, a:b].sum(1).argmax())
-        a, b, gain = _best_run(within[side])
-        return (gain / self.best, ((side + 1) * ds, r0 + a * dr, r0 + b * dr)) if b > a else (0, None)
+# %% ../../nbs/data/fan.ipynb #c014-4-p1
+@patch
+def sector(self: _Search, p, n):
+    """Score, slope of the sides and both radii of the best sector, in n bins.
 
-    def rectangle(self):
-        "Score and (top, bottom, left, right), in cells."
-        top, bottom = 0, len(self.gain)
-        for _ in range(4):
-            left, right, _ = _best_run(self.gain[top:bottom].sum(0))
-            top, bottom, gain = _best_run(self.gain[:, left:right].sum(1))
-        return gain / self.best, (top, bottom, left, right)
+    p: column of the apex, log of its height over the bottom, log of the aspect."""
+    x, y = abs(self.x - p[0]) * (self.ratio * np.exp(-p[2])), self.y - 1 + np.exp(p[1])
+    ok = (y > 0.02) & (x < 2 * y)
+    if not ok.any():
+        return 0, None
+    x, y = x[ok], y[ok]
+    slope, radius = x / y, np.hypot(x, y)
+    ds, r0, dr = (slope.max() + 1e-6) / n, radius.min(), (np.ptp(radius) + 1e-6) / n
+    bins = (slope / ds).astype(np.int32) * n + ((radius - r0) / dr).astype(np.int32)
+    gains = np.bincount(bins, self.v[ok], n * n).reshape(n, n)  # (slopes, radii)
+    within = np.cumsum(gains, 0)  # gains by radius, of all slopes up to each
+    side = n - 1
+    for _ in range(4):
+        a, b, gain = _best_run(within[side])
+        side = int(within[:, a:b].sum(1).argmax())
+    a, b, gain = _best_run(within[side])
+    if b <= a:
+        return 0, None
+    return gain / self.best, ((side + 1) * ds, r0 + a * dr, r0 + b * dr)
+
+# %% ../../nbs/data/fan.ipynb #c014-4-p2
+@patch
+def rectangle(self: _Search):
+    "Score and (top, bottom, left, right), in cells."
+    top, bottom = 0, len(self.gain)
+    for _ in range(4):
+        left, right, _ = _best_run(self.gain[top:bottom].sum(0))
+        top, bottom, gain = _best_run(self.gain[:, left:right].sum(1))
+    return gain / self.best, (top, bottom, left, right)
 
 # %% ../../nbs/data/fan.ipynb #c014
-_OFF_CENTRE, _FOR_CENTRE = (
-    0.015,
-    0.0065,
-)  # a fan this far off the middle is moved there if its score falls by less than this
+_OFF_CENTRE = 0.015  # a fan this far off the middle is moved there
+_FOR_CENTRE = 0.0065  # if its score falls by less than this
 
 
-def _fit_sector(gain):
-    "Score, apex and aspect as in `_Search.sector`, slope and radii."
+def _loss(search, n):
+    "What is minimized over apex and aspect p: minus the score, and a little weight on the aspect."
+    return lambda p: _STRETCH * p[2] ** 2 - search.sector(p, n)[0]
+
+# %% ../../nbs/data/fan.ipynb #c014-s
+def _descend(f, p, steps, maxfev, tol):
+    "Nelder-Mead from the point p, with a first simplex of these steps."
     from scipy.optimize import minimize
 
+    p = np.asarray(p, float)
+    simplex = p + np.vstack([np.zeros(3), np.diag(steps)])  # (4, 3)
+    options = dict(initial_simplex=simplex, maxfev=maxfev, xatol=10 * tol, fatol=tol)
+    return minimize(f, p, method='Nelder-Mead', options=options)
+
+# %% ../../nbs/data/fan.ipynb #c014-p1
+def _coarse_fit(search):
+    "Apex and aspect of the best sector on a coarse map: a grid, then two descents."
+    f = _loss(search, 64)
+    columns, heights = (0.3, 0.4, 0.5, 0.6, 0.7), (-0.1, 0.1, 0.3, 0.5, 0.75, 1.05, 1.5)
+    starts = sorted((f((x, q, 0.0)), x, q, 0.0) for x in columns for q in heights)[:2]
+    ends = [_descend(f, s[1:], (0.05, 0.12, 0.12), 100, 1e-4) for s in starts]
+    return min(ends, key=lambda o: o.fun).x
+
+# %% ../../nbs/data/fan.ipynb #c014-p1-s
+def _fit_sector(gain):
+    "Score, apex and aspect as in `_Search.sector`, slope and radii."
     fine, k = _Search(gain), max(1, round(max(gain.shape) / 64))
-    coarse = _Search(_blocks(gain, k))
-
-    def loss(s, n):
-        return lambda p: _STRETCH * p[2] ** 2 - s.sector(p, n)[0]
-
-    def descend(f, p, steps, maxfev, tol):
-        p = np.asarray(p, float)
-        return minimize(
-            f,
-            p,
-            method='Nelder-Mead',
-            options=dict(
-                initial_simplex=p + np.vstack([np.zeros(3), np.diag(steps)]),
-                maxfev=maxfev,
-                xatol=10 * tol,
-                fatol=tol,
-            ),
-        )
-
-    f = loss(coarse, 64)
-    starts = sorted(
-        (f((x, q, 0.0)), x, q, 0.0)
-        for x in (0.3, 0.4, 0.5, 0.6, 0.7)
-        for q in (-0.1, 0.1, 0.3, 0.5, 0.75, 1.05, 1.5)
-    )[:2]
-    first = min((descend(f, s[1:], (0.05, 0.12, 0.12), 100, 1e-4) for s in starts), key=lambda o: o.fun)
-    score = loss(fine, 240)
-    last = descend(score, first.x, (0.01, 0.03, 0.04), 80, 2e-5)
+    start = _coarse_fit(_Search(_blocks(gain, k)))
+    score = _loss(fine, 240)
+    last = _descend(score, start, (0.01, 0.03, 0.04), 80, 2e-5)
     p = last.x
     if (
         abs(p[0] - 0.5) > _OFF_CENTRE
-    ):  # where one side is dark, a fan turned away from it fits a little better than the true one
-        middle = descend(lambda q: score((0.5, q[1], q[2])), (0.5, p[1], p[2]), (0.001, 0.05, 0.06), 80, 2e-5)
+    ):  # where one side is dark, a fan turned away from it fits a little better
+
+        def centred(q):
+            return score((0.5, q[1], q[2]))
+
+        middle = _descend(centred, (0.5, p[1], p[2]), (0.001, 0.05, 0.06), 80, 2e-5)
         if middle.fun < last.fun + _FOR_CENTRE:
             p = np.array([0.5, *middle.x[1:]])
     return -last.fun, p, fine.sector(p, 240)[1]
@@ -386,61 +399,77 @@ def _gray(frames):
     return frames
 
 # %% ../../nbs/data/fan.ipynb #c016
+def _few_frames(frames):
+    "At most some frames, spread over the clip; `FanError` where they are too small or of a single colour."
+    n, h, w = frames.shape
+    if min(h, w) < 24:
+        small = f"frames of {w}x{h} pixels are too small to find a fan in"
+        raise FanError(f"{small}: give at least 24 on each side")
+    if n > _MAX_FRAMES:
+        frames = frames[np.linspace(0, n - 1, _MAX_FRAMES).round().astype(int)]
+    low, high = frames.max(0).min(), frames.max()
+    if int(high) - int(low) < 8:
+        levels = f"{low}{'' if low == high else f'..{high}'}"
+        raise FanError(f"every pixel is {levels} in all frames: a single colour shows no fan")
+    return frames
+
+# %% ../../nbs/data/fan.ipynb #c016-s
+def _strokes_in_cells(most, least, moving, f):
+    "Which cells of f x f pixels hold strokes, looked for on a finer grid: they are a few pixels wide."
+    (h, w), k = most.shape, max(1, f // 2)
+    ink = _strokes(most[::k, ::k], least[::k, ::k], moving)
+    ink = np.pad(np.repeat(np.repeat(ink, k, 0), k, 1), ((0, f), (0, f)))[:h, :w]
+    return _blocks(ink, f) > 0
+
+# %% ../../nbs/data/fan.ipynb #c016-p1
+def _convex_fan(size, extent, apex, shape):
+    "The `Fan` of a fitted sector; `extent` is height and width of the map in pixels."
+    (ax, ay, stretch), (slope, near, far), (H, W) = apex, shape, extent
+    angle = float(np.degrees(np.arctan(slope)))
+    place = float(ax * W), float((1 - np.exp(ay)) * H), float(np.exp(stretch))
+    return Fan('convex', size, float(near * H), float(far * H), -angle, angle, *place)
+
+
+def _linear_fan(size, box, wide, f):
+    "The `Fan` of a rectangle in cells of f x f pixels, on a map that is `wide` cells wide."
+    (t, b, l, r), (h, w) = box, size
+    if 0 == min(l, wide - r) < max(l, wide - r) < 0.04 * wide:
+        l, r = 0, wide  # fills the width on one side and all but on the other
+    return Fan('linear', size, float(t * f), float(min(b * f, h)), float(l * f), float(min(r * f, w)))
+
+# %% ../../nbs/data/fan.ipynb #c016-p1-s
+def _best_fan(gain, size, f, margin):
+    "The sector if it beats the rectangle by a margin, else the rectangle."
+    score, apex, shape = _fit_sector(gain)
+    box_score, box = _Search(gain).rectangle()
+    if shape and score > box_score + margin:
+        return _convex_fan(size, np.array(gain.shape) * f, apex, shape)
+    return _linear_fan(size, box, gain.shape[1], f)
+
+# %% ../../nbs/data/fan.ipynb #c016-p2
+def _outside_cells(fan, shape, f):
+    "Which cells of f x f pixels have their centre outside the fan."
+    y, x = (np.arange(s) * f + 0.5 * f for s in shape)
+    depth, beam = fan.coordinates(x, y[:, None])
+    return (depth < 0) | (depth > 1) | (beam < 0) | (beam > 1)
+
+# %% ../../nbs/data/fan.ipynb #c016-p3
 def find_fan(
     frames,  # (n, h, w) or (h, w) uint8, grey; a still is one frame
 ) -> Fan:
     "Find the fan of a clip; raises `FanError` where there is none, as in frames of a single colour."
     frames = _gray(frames)
-    n, h, w = frames.shape
-    if min(h, w) < 24:
-        raise FanError(
-            f"frames of {w}x{h} pixels are too small to find a fan in: give at least 24 on each side"
-        )
-    if n > _MAX_FRAMES:
-        frames = frames[np.linspace(0, n - 1, _MAX_FRAMES).round().astype(int)]
-    most, least = frames.max(0), frames.min(0)
-    if int(most.max()) - int(most.min()) < 8:
-        raise FanError(
-            f"every pixel is {most.min()}{'' if most.min() == most.max() else f'..{most.max()}'} in all frames: a single colour shows no fan"
-        )
-    f = -(-max(h, w) // _LONG)
+    (n, *size), frames = frames.shape, _few_frames(frames)
+    most, least, f = frames.max(0), frames.min(0), -(-max(size) // _LONG)  # f: side of a cell
     top, change = _blocks(most, f), _blocks(most - least, f)
-    black = float(np.quantile(top, 0.02))
     moving, found = n > 2 and _moves(most, least), None
-    k = max(1, f // 2)  # strokes are a few pixels wide: they are looked for on a finer grid than shapes
-    ink = _strokes(most[::k, ::k], least[::k, ::k], moving)
-    ink = np.pad(np.repeat(np.repeat(ink, k, 0), k, 1), ((0, f), (0, f)))[:h, :w]
-    ink = _blocks(ink, f) > 0
-    y, x = (np.arange(s) * f + 0.5 * f for s in top.shape)
+    ink, black = _strokes_in_cells(most, least, moving, f), float(np.quantile(top, 0.02))
     for above in ((0.5,) if black == 0 else ()) + (2.5, 6, 12):
         gain = _evidence(top, change, ink, black + above, moving)
         if gain is None or not (gain > 0).any():
             continue
-        score, (ax, ay, stretch), shape = _fit_sector(gain)
-        box_score, (t, b, l, r) = _Search(gain).rectangle()
-        if shape and score > box_score + (0.004 if above < 6 else 0.015):
-            (slope, near, far), (H, W) = shape, np.array(gain.shape) * f
-            angle = float(np.degrees(np.arctan(slope)))
-            fan = Fan(
-                'convex',
-                (h, w),
-                float(near * H),
-                float(far * H),
-                -angle,
-                angle,
-                float(ax * W),
-                float((1 - np.exp(ay)) * H),
-                float(np.exp(stretch)),
-            )
-        else:
-            wide = gain.shape[1]
-            if 0 == min(l, wide - r) < max(l, wide - r) < 0.04 * wide:
-                l, r = 0, wide  # fills the width on one side and all but on the other
-            fan = Fan(
-                'linear', (h, w), float(t * f), float(min(b * f, h)), float(l * f), float(min(r * f, w))
-            )
-        d, beam = fan.coordinates(x, y[:, None])
-        outside = (d < 0) | (d > 1) | (beam < 0) | (beam > 1)
+        fan = _best_fan(gain, tuple(size), f, 0.004 if above < 6 else 0.015)
+        outside = _outside_cells(fan, top.shape, f)
         if above < 1 and (outside.mean() < 0.02 or (gain[outside] > 0).mean() > 0.03):
             continue  # the outside is not exactly black
         if above < 6 or fan.kind == 'convex':
@@ -472,25 +501,32 @@ def add_fans(
     failed = [(path, reason) for path, (fan, reason) in zip(table['path'], got) if fan is None]
     if failed:
         warnings.warn(
-            f"no fan in {len(failed)} of {len(table)} clips, their column 'fan' is empty; the first is {failed[0][0]}: {failed[0][1]}",
+            f"no fan in {len(failed)} of {len(table)} clips, their column 'fan' is empty; "
+            f"the first is {failed[0][0]}: {failed[0][1]}",
             stacklevel=2,
         )
     return table.assign(fan=['' if fan is None else json.dumps(fan.to_dict()) for fan, _ in got])
 
+# %% ../../nbs/data/fan.ipynb #fits
+def _check_fits(fan, shape):
+    "`FanError` when a fan belongs to images of another size."
+    if tuple(shape[-2:]) != fan.size:
+        h, w = fan.size
+        raise FanError(
+            f"the fan belongs to images of {w}x{h} pixels, these are {tuple(shape)}: use fan.resize"
+        )
+
 # %% ../../nbs/data/fan.ipynb #c024-1
 def crop_to_fan(
-    images,  # (..., h, w) array or tensor: pictures, masks or maps
-    fan: Fan,  # of pictures of this size
+    images,  # (..., h, w) array or tensor: images, masks or maps
+    fan: Fan,  # of images of this size
     outside=0,  # value outside the fan; 6 for dense codes
 ):  # (..., box height, box width), same type; fan.cropped() is its fan
     "Cut to the fan's box and overwrite what lies outside the fan; raises `FanError` when the sizes differ."
     tensor = torch.is_tensor(images)
     if not tensor:
         images = np.asarray(images)
-    if tuple(images.shape[-2:]) != fan.size:
-        raise FanError(
-            f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {tuple(images.shape)}: use fan.resize"
-        )
+    _check_fits(fan, images.shape)
     top, bottom, left, right = fan.box()
     inside, cut = fan.mask()[top:bottom, left:right], images[..., top:bottom, left:right]
     return (
@@ -502,10 +538,10 @@ def crop_to_fan(
 # %% ../../nbs/data/fan.ipynb #c024
 def fan_crop(
     frames: np.ndarray,  # (n, h, w) frames or masks of the clip
-    row,  # its row of the clip table, with the entry fan of add_fans; an empty entry leaves the frames as they are
+    row,  # its row of the clip table, with the entry fan of add_fans; empty: frames stay as they are
     outside=0,  # value outside the fan; 6 for dense codes
 ) -> np.ndarray:  # (n, box height, box width)
-    "`crop_to_fan` with the fan of the table; the fan is resized to the frames where they are not the file's own size."
+    "`crop_to_fan` with the fan of the table, which is resized where the frames have been."
     text = row['fan']
     if not isinstance(text, str) or not text:
         return frames
@@ -537,43 +573,34 @@ def _resample(x, cols, rows, inside, nearest, outside):
     return out if tensor else out.numpy()
 
 # %% ../../nbs/data/fan.ipynb #c030-2
+def _extent(fan):
+    "Pixels on the longest beam and on the longest arc."
+    down = (fan.far - fan.near) * max(fan.aspect, 1)
+    if fan.kind == 'convex':
+        return down, np.radians(fan.right - fan.left) * fan.far * max(fan.aspect, 1)
+    return down, fan.right - fan.left + 2 * max(fan.flare, 0)
+
+# %% ../../nbs/data/fan.ipynb #c030-2-p1
 def to_polar(
-    images,  # (..., h, w) array or tensor: pictures, masks or maps
-    fan: Fan,  # of pictures of this size
+    images,  # (..., h, w) array or tensor: images, masks or maps
+    fan: Fan,  # of images of this size
     size: tuple = None,  # numbers of depths and beams; None: pixels on the longest beam and arc
     nearest: bool = False,  # take the nearest value rather than interpolate: for masks
-    outside=0,  # value of samples that lie outside the picture; 6 for dense codes
+    outside=0,  # value of samples that lie outside the image; 6 for dense codes
 ):  # (..., depths, beams), same type
     "Unroll the fan: a row for each depth, a column for each beam. Raises `FanError` when the sizes differ."
-    if tuple(images.shape[-2:]) != fan.size:
-        raise FanError(
-            f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {tuple(images.shape)}: use fan.resize"
-        )
-    across = (
-        np.radians(fan.right - fan.left) * fan.far * max(fan.aspect, 1)
-        if fan.kind == 'convex'
-        else fan.right - fan.left + 2 * max(fan.flare, 0)
-    )
-    down = (fan.far - fan.near) * max(fan.aspect, 1)
+    _check_fits(fan, images.shape)
+    down, across = _extent(fan)
     if size is None:
         size = int(np.ceil(down)), int(np.ceil(across))
     if len(size) != 2 or min(size) < 2:
         raise ValueError(f"size is (depths, beams), at least 2 each, got {size!r}")
-    d, b = np.meshgrid(
-        (np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing='ij'
-    )
-    cols, rows = fan.pixels(d, b)
-    edge = (
-        0 if nearest else 1.5 * max(down / size[0], across / size[1])
-    )  # the way back interpolates: its neighbours just over the border repeat the border
-    return _resample(
-        images,
-        cols,
-        rows,
-        (cols >= -edge) & (cols <= fan.size[1] + edge) & (rows >= -edge) & (rows <= fan.size[0] + edge),
-        nearest,
-        outside,
-    )
+    depths, beams = ((np.arange(n) + 0.5) / n for n in size)
+    cols, rows = fan.pixels(*np.meshgrid(depths, beams, indexing='ij'))  # (depths, beams) each
+    # the way back interpolates: its neighbours just over the border repeat the border
+    edge = 0 if nearest else 1.5 * max(down / size[0], across / size[1])
+    inside = (cols >= -edge) & (cols <= fan.size[1] + edge) & (rows >= -edge) & (rows <= fan.size[0] + edge)
+    return _resample(images, cols, rows, inside, nearest, outside)
 
 # %% ../../nbs/data/fan.ipynb #c030
 def from_polar(
@@ -582,7 +609,7 @@ def from_polar(
     nearest: bool = False,  # take the nearest value rather than interpolate: for masks
     outside=0,  # value outside the fan; 6 for dense codes
 ):  # (..., h, w) of the fan's size, same type
-    "Roll depths and beams up to a picture."
+    "Roll depths and beams up to an image."
     h, w = fan.size
     d, b = fan.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
     inside = (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
@@ -610,10 +637,7 @@ def find_overlays(
         most, least, moving, dots=moving
     )  # a dotted line, if it stands still; in a still, a dot may be a grain of speckle
     if fan is not None:
-        if fan.size != ink.shape:
-            raise FanError(
-                f"the fan belongs to pictures of {fan.size[1]}x{fan.size[0]} pixels, these are {ink.shape[1]}x{ink.shape[0]}: use fan.resize"
-            )
+        _check_fits(fan, ink.shape)
         inside = fan.mask()
         label, n = ndi.label(
             least > least[~inside].min() + 40 if not inside.all() else np.zeros_like(inside), np.ones((3, 3))

@@ -1,4 +1,4 @@
-"""A folder of videos, stills and DICOM files becomes a clip table that says whose lung is where
+"""A folder of videos, stills and DICOM files becomes a clip table that says which patient each file is of
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/folders.html.md"""
 
@@ -19,28 +19,9 @@ from ..core import CLIP_COLUMNS, TableError, check_table, progress, read_table
 from ..video import ClipError, sample_clip
 
 # %% ../../nbs/data/folders.ipynb #kind
-_SUFFIXES = (
-    '.mp4',
-    '.mov',
-    '.m4v',
-    '.avi',
-    '.mpg',
-    '.mpeg',
-    '.webm',
-    '.mkv',
-    '.wmv',
-    '.gif',
-    '.png',
-    '.jpg',
-    '.jpeg',
-    '.bmp',
-    '.tif',
-    '.tiff',
-    '.webp',
-    '.jp2',
-    '.dcm',
-    '.dicom',
-)
+_VIDEO_SUFFIXES = '.mp4', '.mov', '.m4v', '.avi', '.mpg', '.mpeg', '.webm', '.mkv', '.wmv', '.gif'
+_IMAGE_SUFFIXES = '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.jp2', '.dcm', '.dicom'
+_SUFFIXES = _VIDEO_SUFFIXES + _IMAGE_SUFFIXES
 
 
 def clip_kind(
@@ -126,35 +107,43 @@ def _is_csv(given):
     return isinstance(given, (str, os.PathLike)) and os.fspath(given).lower().endswith('.csv')
 
 # %% ../../nbs/data/folders.ipynb #values
-def _column(name, given, files, folder):
-    "A text per file for column `name`; TableError that names the files for which `given` says nothing."
+def _by_word(name, given, files):
+    "A value per file where `given` is a text: 'folder', 'file', a pattern, or one word for all."
+    if given == 'folder':
+        return [f.split('/')[0] if '/' in f else None for f in files]
+    if given == 'file' and name == 'patient':
+        return files
+    if '(' in given:
+        return _by_pattern(name, given, files)
+    if name in ('source', 'probe'):
+        return [given] * len(files)
+    raise ValueError(f"{name}={given!r} is not one of the ways to give it: {_WAYS}")
+
+# %% ../../nbs/data/folders.ipynb #values-given
+def _given_values(name, given, files, folder):
+    "A value per file, in whichever way column `name` is given."
     if isinstance(given, dict):
         given = pd.DataFrame({'path': list(given), name: list(given.values())})
     if callable(given):
-        values = [given(PurePosixPath(f)) for f in files]
-    elif isinstance(given, pd.DataFrame):
-        values = _by_table(name, given, files, folder, f'table for {name}')
-    elif _is_csv(given):
-        values = _by_table(name, _spreadsheet(given), files, folder, os.fspath(given))
-    elif not isinstance(given, str):
+        return [given(PurePosixPath(f)) for f in files]
+    if isinstance(given, pd.DataFrame):
+        return _by_table(name, given, files, folder, f'table for {name}')
+    if _is_csv(given):
+        return _by_table(name, _spreadsheet(given), files, folder, os.fspath(given))
+    if not isinstance(given, str):
         raise ValueError(f"{name} is given as {_WAYS}, not as {type(given).__name__}")
-    elif given == 'folder':
-        values = [f.split('/')[0] if '/' in f else None for f in files]
-    elif given == 'file' and name == 'patient':
-        values = files
-    elif '(' in given:
-        values = _by_pattern(name, given, files)
-    elif name in ('source', 'probe'):
-        values = [given] * len(files)
-    else:
-        raise ValueError(f"{name}={given!r} is not one of the ways to give it: {_WAYS}")
+    return _by_word(name, given, files)
+
+# %% ../../nbs/data/folders.ipynb #values-p1
+def _column(name, given, files, folder):
+    "A text per file for column `name`; TableError that names the files for which `given` says nothing."
+    values = _given_values(name, given, files, folder)
     values = ['' if pd.isna(v) else str(v).strip() for v in values]
     none = [f for f, v in zip(files, values) if not v]
-    said = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
     if none:
-        raise TableError(
-            f"no {name} for {len(none)} of {len(files)} clips below {folder} by {said}: {_named(none)}"
-        )
+        way = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
+        many = f"no {name} for {len(none)} of {len(files)} clips"
+        raise TableError(f"{many} below {folder} by {way}: {_named(none)}")
     return values
 
 # %% ../../nbs/data/folders.ipynb #look
@@ -179,6 +168,13 @@ def _look(folder, given):
     return kinds
 
 # %% ../../nbs/data/folders.ipynb #index
+def _check_rules(label, patient):
+    "ValueError when label and patient would be the same sub-folder."
+    if isinstance(label, str) and isinstance(patient, str) and label == patient == 'folder':
+        same = "label='folder' and patient='folder' are the same sub-folder"
+        raise ValueError(f"{same}: give the patient in another way, such as a pattern")
+
+# %% ../../nbs/data/folders.ipynb #index-p1
 def index_folder(
     folder,  # where the clips are, at any depth
     *,
@@ -191,22 +187,15 @@ def index_folder(
     folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
+    _check_rules(label, patient)
     rules = dict(label=label, patient=patient, source=source, probe=probe)
-    if isinstance(label, str) and isinstance(patient, str) and label == patient == 'folder':
-        raise ValueError(
-            "label='folder' and patient='folder' are the same sub-folder: give the patient in "
-            "another way, such as a pattern"
-        )
     kinds = _look(folder, [g for g in rules.values() if _is_csv(g)])
     files = list(kinds)
     columns = {name: _column(name, given, files, folder) for name, given in rules.items()}
     if isinstance(patient, str) and patient == 'file':
-        warnings.warn(
-            f"patient='file' counts each of the {len(files)} clips as a patient of its own: if "
-            "two show one patient, "
-            "that patient will be in training and test set",
-            stacklevel=2,
-        )
+        leak = "if two show one patient, that patient will be in training and test set"
+        each = f"patient='file' counts each of the {len(files)} clips as a patient of its own"
+        warnings.warn(f"{each}: {leak}", stacklevel=2)
     paths = [str(folder / f) for f in files]
     return check_table(pd.DataFrame(dict(path=paths, kind=list(kinds.values()), **columns)))
 
