@@ -7,33 +7,45 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/cheng_lam.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'PAPER', 'RECIPES', 'LOSSES', 'LEAKY', 'THEIRS', 'THEIRS_FIXED', 'PROTOCOLS', 'ChengSettings',
            'Recipe', 'target_set', 'mirrored', 'recipe_set', 'protocol_folds', 'copies_across', 'run_folder',
-           'new_network', 'pretrain', 'run_recipe', 'vunet_start', 'batch_dice', 'score_cells', 'fixed_eighty',
+           'new_network', 'pretrain', 'vunet_start', 'run_recipe', 'batch_dice', 'score_cells', 'fixed_eighty',
            'reproduce', 'dice_table', 'cheng_report']
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c003
-import hashlib
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import MaskSet, assert_disjoint, lus_home, real_data
+from ..core import MaskSet, lus_home, real_data
 from ..data.augment import ChengAugment
 from ..data.despeckling import despeckle
-from ..data.folds import patient_folds, split_hash
 from ..data.mask_sets import busi_set
 from ..data.sources import index
+from ..models.backbones import create_backbone
 from ..models.transfer import copy_encoder, copy_weights, freeze
-from ..models.unet import create_backbone, keras_init, vunet, xunet
-from ..plot import interval_text
+from ..models.unet import keras_init, vunet, xunet
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c003b
+from lus_fastai.papers.experiment import (
+    Experiment,
+    cells_of,
+    comparison_rows,
+    interval_grid,
+    protocol_text,
+    proved_folds,
+    settings_folder,
+    settings_hash,
+    without,
+)
 from ..report import Report, limits_note, papers_note, score_text, training_card
-from ..runs import cell, results_json, results_table
+from ..runs import cell, results_table
 from ..stats.figures import plot_comparison
 from ..stats.segmentation import evaluate_masks, mask_scores
 from ..synth.radiographs import rib_masks, salient_shapes
-from ..train.cross_validation import PlateauLR, training_hours
+from ..train.callbacks import PlateauLR
 from ..train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
 from ..train.segmentation import fit_masks, predict_masks
 
@@ -50,11 +62,11 @@ class ChengSettings:
     xunet_epochs: tuple = (3, 0, 6)  # on shapes, with the encoder frozen, of fine-tuning
     vunet_epochs: tuple = (1, 1, 2)  # likewise; a step costs eighteen times as much
     lrs: tuple = (3e-4, 3e-4, 3e-4)  # Adam, of each
-    loss: str = 'bce+dice'  # or 'dice', the paper's: soft Dice alone, whose gradient vanishes once everything is called background
+    loss: str = 'bce+dice'  # or 'dice', the paper's: soft Dice alone
     recipes: tuple = None  # names in RECIPES; default: all
     seed: int = 0
 
-
+# %% ../../nbs/papers/cheng_lam.ipynb #c006b
 DEFAULT = ChengSettings()
 QUICK = ChengSettings(
     size=48,
@@ -81,18 +93,16 @@ class Recipe:
     "How one network is made and trained."
 
     net: str = 'xunet'  # 'xunet' or 'vunet'
-    start: str = 'shapes'  # 'none', or 'shapes': trained on salient shapes first (of V-Unet the encoder, and only where ImageNet's cannot be had)
-    frozen: str = (
-        'none frozen'  # in fine-tuning, a policy of freeze: also 'bottleneck frozen' and 'encoder frozen'
+    start: str = (
+        'shapes'  # 'none', or 'shapes': trained on salient shapes first (V-Unet: ImageNet, if it is there)
     )
+    frozen: str = 'none frozen'  # while fine-tuning: also 'bottleneck frozen' and 'encoder frozen'
     images: int = 400  # 200: as they are; 400: these and their mirrored copies; 600: 300 and theirs
     bn: bool = False  # batch norm
     adaptive: bool = False  # halve the learning rate where the training loss stops falling
-    despeckled: bool = (
-        False  # by the homomorphic wavelet, with the universal threshold (notebook 05a says why)
-    )
+    despeckled: bool = False  # by the homomorphic wavelet, with the universal threshold
 
-
+# %% ../../nbs/papers/cheng_lam.ipynb #c008b
 RECIPES = {
     'X-Unet, random start': Recipe(start='none'),
     'X-Unet': Recipe(),
@@ -107,6 +117,8 @@ RECIPES = {
     'V-Unet, 200 images': Recipe('vunet', images=200),
     'V-Unet, batch norm': Recipe('vunet', bn=True),
 }
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c008c
 LOSSES = {'dice': SoftDiceLoss, 'bce+dice': BCEDiceLoss}
 LEAKY = ('X-Unet', 'V-Unet')  # recipes that are also run by the paper's protocol
 THEIRS = {
@@ -122,7 +134,7 @@ THEIRS_FIXED = {'X-Unet': (0.8299, 0.8279), 'V-Unet': (0.8632, 0.8603)}  # highe
 def target_set(
     data: str = 'phantom',  # 'phantom' for ribs, or 'real' for the lesions of BUSI under LUS_DATA
     settings: ChengSettings = DEFAULT,  # sizes
-) -> MaskSet:  # 300 pictures (or as many as there are) of one class, in an order that mixes the patients
+) -> MaskSet:  # 300 images (or as many as there are) of one class, in an order that mixes the patients
     "What is to be outlined."
     s = settings
     if data == 'phantom':
@@ -130,34 +142,32 @@ def target_set(
     elif data != 'real':
         raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
     elif real_data() is None:
-        raise ValueError(
-            "data='real' needs the pictures of BUSI: set LUS_DATA to the folder that holds busi/"
-        )
+        raise ValueError("data='real' needs the images of BUSI: set LUS_DATA to the folder that holds busi/")
     else:
         whole = busi_set(index('busi', real_data()), s.size)
     return whole[np.random.default_rng(s.seed).permutation(len(whole))[:300]]
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c010-2
 def mirrored(
-    pictures: MaskSet,  # any
-) -> MaskSet:  # twice as many: the pictures, then their copies; the column frame tells them apart
-    "Pictures and their mirrored copies, as separate samples (Cheng & Lam 2021)."
-    both = pd.concat([pictures.table.assign(frame=i) for i in (0, 1)], ignore_index=True)
-    both['clip'] = both['clip'].astype(str) + '#' + np.tile(np.arange(len(pictures)), 2).astype(str)
+    images: MaskSet,  # any
+) -> MaskSet:  # twice as many: the images, then their copies; the column frame tells them apart
+    "Images and their mirrored copies, as separate samples (Cheng & Lam 2021)."
+    both = pd.concat([images.table.assign(frame=i) for i in (0, 1)], ignore_index=True)
+    both['clip'] = both['clip'].astype(str) + '#' + np.tile(np.arange(len(images)), 2).astype(str)
     return MaskSet(
-        np.concatenate([pictures.images, pictures.images[..., ::-1]]),
-        np.concatenate([pictures.masks, pictures.masks[..., ::-1]]),
-        pictures.names,
+        np.concatenate([images.images, images.images[..., ::-1]]),
+        np.concatenate([images.masks, images.masks[..., ::-1]]),
+        images.names,
         both,
     )
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c010
 def recipe_set(
-    recipe: Recipe,  # how many pictures, mirrored or not, despeckled or not
-    pictures: MaskSet,  # from target_set
+    recipe: Recipe,  # how many, mirrored or not, despeckled or not
+    images: MaskSet,  # from target_set
 ) -> MaskSet:  # what the recipe trains and tests on
     "The images of a recipe."
-    chosen = pictures[: 300 if recipe.images == 600 else 200]
+    chosen = images[: 300 if recipe.images == 600 else 200]
     if recipe.despeckled:
         chosen = MaskSet(
             despeckle(chosen.images, threshold='universal'), chosen.masks, chosen.names, chosen.table
@@ -166,11 +176,12 @@ def recipe_set(
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c014-1
 PROTOCOLS = dict(
-    patient='honest: folds by patient, mirrored copies beside their pictures; the last epoch counts',
-    image="the authors': pictures and mirrored copies dealt at random, so that most pictures of a test fold have their copy in training; the epoch that is best on the test fold counts",
+    patient='honest: folds by patient, mirrored copies beside their images; the last epoch counts',
+    image="the authors': images and mirrored copies assigned at random, so that most images of a test fold "
+    'have their copy in training; the epoch that is best on the test fold counts',
 )
 
-
+# %% ../../nbs/papers/cheng_lam.ipynb #c014-2
 def protocol_folds(
     images: MaskSet,  # from recipe_set
     protocol: str,  # a name from PROTOCOLS
@@ -180,14 +191,10 @@ def protocol_folds(
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {list(PROTOCOLS)}, not {protocol!r}")
     t = images.table
-    if protocol == 'image':
-        return pd.Series(
-            np.random.default_rng(settings.seed).permutation(len(t)) % settings.folds, t.index, name='fold'
-        )
-    folds = patient_folds(t, settings.folds, seed=settings.seed)
-    for k in range(settings.folds):
-        assert_disjoint(t[folds != k], t[folds == k])
-    return folds
+    if protocol == 'patient':
+        return proved_folds(t, settings.folds, settings.seed)
+    order = np.random.default_rng(settings.seed).permutation(len(t))
+    return pd.Series(order % settings.folds, t.index, name='fold')
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c014
 def copies_across(
@@ -205,25 +212,21 @@ def run_folder(
     home=None,  # default lus_home()
 ) -> Path:  # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
-    key = {k: v for k, v in asdict(settings).items() if k != 'recipes'}
-    return (
-        Path(home or lus_home())
-        / 'cheng_lam'
-        / f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
-    )
+    return settings_folder('cheng_lam', without(settings, 'recipes'), data, home)
 
-# %% ../../nbs/papers/cheng_lam.ipynb #c018-2
+# %% ../../nbs/papers/cheng_lam.ipynb #c018-2x0
 def new_network(
     recipe: Recipe,  # which network
     settings: ChengSettings,  # width
 ):  # the network as Keras would start it
     "X-Unet or V-Unet with Glorot's weights and zero biases."
-    return keras_init(
-        xunet(width=settings.width, bn=recipe.bn) if recipe.net == 'xunet' else vunet(bn=recipe.bn)
-    )
+    if recipe.net == 'xunet':
+        return keras_init(xunet(width=settings.width, bn=recipe.bn))
+    return keras_init(vunet(bn=recipe.bn))
 
-
+# %% ../../nbs/papers/cheng_lam.ipynb #c018-2
 def _epochs(recipe, s):
+    "Epochs on shapes, with the encoder frozen, of fine-tuning."
     return s.xunet_epochs if recipe.net == 'xunet' else s.vunet_epochs
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-3
@@ -232,29 +235,81 @@ def pretrain(
     path,  # folder
     settings: ChengSettings = DEFAULT,  # sizes
 ) -> Path:  # the weights
-    "Teach a network salient shapes, which stand in for XPIE; a finished folder is left as it is."
+    "Train a network on salient shapes, which stand in for XPIE; a finished folder is left as it is."
     s, folder = settings, Path(path) / f"{recipe.net}{'-bn' if recipe.bn else ''}"
-    if not (folder / 'history.csv').exists():
-        shapes = salient_shapes(s.shapes, s.size, seed=s.seed)
-        valid = np.arange(len(shapes)) % 5 == 0
-        fit_masks(
-            lambda: new_network(recipe, s),
-            shapes,
-            ~valid,
-            valid,
-            folder,
-            _epochs(recipe, s)[0],
-            s.lrs[0],
-            LOSSES[s.loss](),
-            bs=s.bs,
-            batch_tfms=[ChengAugment()],
-            seed=s.seed,
-        )
+    if (folder / 'history.csv').exists():
+        return folder / 'model.safetensors'
+    shapes = salient_shapes(s.shapes, s.size, seed=s.seed)
+    valid = np.arange(len(shapes)) % 5 == 0
+    how = dict(bs=s.bs, batch_tfms=[ChengAugment()], seed=s.seed)
+    epochs, loss = _epochs(recipe, s)[0], LOSSES[s.loss]()
+    fit_masks(lambda: new_network(recipe, s), shapes, ~valid, valid, folder, epochs, s.lrs[0], loss, **how)
     return folder / 'model.safetensors'
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-4
+def vunet_start(
+    recipe: Recipe,  # with net='vunet'
+    path,  # folder of pretrain
+    settings: ChengSettings = DEFAULT,  # sizes
+) -> tuple:  # what copy_encoder takes, and its name: 'ImageNet' or 'salient shapes'
+    "VGG16 as ImageNet left it, or, without these weights, the encoder of a V-Unet trained on salient shapes."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the name says what it became
+        vgg = create_backbone('vgg16', channels=3, weights='imagenet')
+    return (vgg, 'ImageNet') if vgg.pretrained else (pretrain(recipe, path, settings), 'salient shapes')
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c018-6x0
 def _train_loss(learn):
+    "What the adaptive learning rate watches."
     return learn.loss_log.history[-1]['train_loss']
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c018-6x1
+def _started(recipe, s, weights, copy, policy):
+    "A network with weights copied into it (None: as it is made), and a part of it frozen."
+    model = new_network(recipe, s)
+    if weights is not None:
+        copy(weights, model)
+    freeze(model, policy)
+    return model
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c018-6x2
+def _fit_fold(recipe, images, folds, protocol, s, k, build, folder, epochs, lr):
+    "Train on all folds but k, with the test fold as validation set."
+    return fit_masks(
+        build,
+        images,
+        folds != k,
+        folds == k,
+        folder / f'fold{k}',
+        epochs,
+        lr,
+        LOSSES[s.loss](),
+        select='last' if protocol == 'patient' else 'best',
+        batch_tfms=[ChengAugment()],
+        bs=s.bs,
+        cbs=(lambda: [PlateauLR(_train_loss, patience=1)]) if recipe.adaptive else None,
+        seed=1000 * s.seed + int(k),
+        notes=False,
+    )[0]
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c018-6x3
+def _train_vunet(fit, recipe, s, start, k, decoder, folder):
+    "The decoder alone on a frozen encoder, then (if the recipe says so) everything."
+    (_, epochs, more_epochs), (_, lr, lower_lr) = _epochs(recipe, s), s.lrs
+    model = fit(k, lambda: _started(recipe, s, start, copy_encoder, 'encoder frozen'), decoder, epochs, lr)
+    if recipe.frozen == 'encoder frozen':
+        return model
+    weights = decoder / f'fold{k}' / 'model.safetensors'
+    return fit(
+        k, lambda: _started(recipe, s, weights, copy_weights, recipe.frozen), folder, more_epochs, lower_lr
+    )
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c018-6
+def _recipe_folders(recipe, path, protocol):
+    "Folders of a recipe, and of the decoder that several recipes share."
+    shared = recipe.images, recipe.bn, recipe.despeckled, protocol
+    folder = Path(path) / f"{recipe.net}-{settings_hash((recipe, protocol), 8)}"
+    return folder, Path(path) / f"decoder-{settings_hash(shared, 8)}"
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018
 def run_recipe(
@@ -267,66 +322,18 @@ def run_recipe(
     settings: ChengSettings = DEFAULT,  # sizes
 ) -> tuple:  # out-of-fold probabilities (n, 1, h, w), and the folder with fold0, fold1, ...
     "Train a recipe on every fold but one and predict that one, for each fold."
-    s, numbers, prob = settings, np.asarray(folds), np.empty(images.masks.shape, np.float16)
-    (_, tl_epochs, epochs), (_, tl_lr, lr) = _epochs(recipe, s), s.lrs
-    folder = Path(path) / f"{recipe.net}-{hashlib.sha256(repr((recipe, protocol)).encode()).hexdigest()[:8]}"
-    first = (
-        Path(path)
-        / f"decoder-{hashlib.sha256(repr((recipe.images, recipe.bn, recipe.despeckled, protocol)).encode()).hexdigest()[:8]}"
-    )
-
-    def started(weights, copy, policy):
-        model = new_network(recipe, s)
-        if weights is not None:
-            copy(weights, model)
-        freeze(model, policy)
-        return model
-
-    def fit(build, k, folder, epochs, lr):
-        return fit_masks(
-            build,
-            images,
-            numbers != k,
-            numbers == k,
-            folder / f'fold{k}',
-            epochs,
-            lr,
-            LOSSES[s.loss](),
-            select='last' if protocol == 'patient' else 'best',
-            batch_tfms=[ChengAugment()],
-            bs=s.bs,
-            cbs=(lambda: [PlateauLR(_train_loss, patience=1)]) if recipe.adaptive else None,
-            seed=1000 * s.seed + int(k),
-            notes=False,
-        )[0]
-
-    for k in sorted(set(numbers)):
+    s, folds = settings, np.asarray(folds)
+    prob = np.empty(images.masks.shape, np.float16)  # (n, 1, h, w)
+    folder, decoder = _recipe_folders(recipe, path, protocol)
+    fit = partial(_fit_fold, recipe, images, folds, protocol, s)
+    for k in sorted(set(folds)):
         if recipe.net == 'xunet':
-            model = fit(lambda: started(start, copy_weights, recipe.frozen), k, folder, epochs, lr)
+            build = partial(_started, recipe, s, start, copy_weights, recipe.frozen)
+            model = fit(k, build, folder, _epochs(recipe, s)[2], s.lrs[2])
         else:
-            model = fit(lambda: started(start, copy_encoder, 'encoder frozen'), k, first, tl_epochs, tl_lr)
-            if recipe.frozen != 'encoder frozen':
-                model = fit(
-                    lambda: started(first / f'fold{k}' / 'model.safetensors', copy_weights, recipe.frozen),
-                    k,
-                    folder,
-                    epochs,
-                    lr,
-                )
-        prob[numbers == k] = predict_masks(model, images.images[numbers == k], s.bs)
-    return prob, first if recipe.frozen == 'encoder frozen' else folder
-
-# %% ../../nbs/papers/cheng_lam.ipynb #c019
-def vunet_start(
-    recipe: Recipe,  # with net='vunet'
-    path,  # folder of pretrain
-    settings: ChengSettings = DEFAULT,  # sizes
-) -> tuple:  # what copy_encoder takes, and its name: 'ImageNet' or 'salient shapes'
-    "VGG16 as ImageNet left it, or, where that cannot be had, the encoder of a V-Unet that has learnt salient shapes."
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the name says what it became
-        vgg = create_backbone('vgg16', channels=3, weights='imagenet')
-    return (vgg, 'ImageNet') if vgg.pretrained else (pretrain(recipe, path, settings), 'salient shapes')
+            model = _train_vunet(fit, recipe, s, start, k, decoder, folder)
+        prob[folds == k] = predict_masks(model, images.images[folds == k], s.bs)
+    return prob, decoder if recipe.frozen == 'encoder frozen' else folder
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c026-1
 def batch_dice(
@@ -335,14 +342,8 @@ def batch_dice(
     bs: int = 20,  # of the authors' evaluation
 ) -> float:  # 0..1
     "Soft Dice of batches in their order, averaged (Cheng & Lam 2021)."
-    return float(
-        np.mean(
-            [
-                soft_dice(prob[i : i + bs].astype(np.float32), images.masks[i : i + bs])
-                for i in range(0, len(images), bs)
-            ]
-        )
-    )
+    batches = [slice(i, i + bs) for i in range(0, len(images), bs)]
+    return float(np.mean([soft_dice(prob[b].astype(np.float32), images.masks[b]) for b in batches]))
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c026-2
 def score_cells(
@@ -355,23 +356,12 @@ def score_cells(
     "Their Dice, averaged over folds, and every score per image with its interval."
     numbers = np.asarray(folds)
     soft = [batch_dice(prob[numbers == k], images[numbers == k]) for k in sorted(set(numbers))]
+    spread, known = (min(soft), max(soft)), THEIRS.get(name)
+    column = 'soft Dice of a batch'
+    theirs = cell('folds', name, column, np.mean(soft), spread, theirs=known, protocol=protocol)
     scores = evaluate_masks(mask_scores(prob, images.masks, images.table, images.names))
     scores = scores[(scores['class'] == 'all') & (scores.level == 'image')]
-    return [
-        cell(
-            'folds',
-            name,
-            'soft Dice of a batch',
-            np.mean(soft),
-            (min(soft), max(soft)),
-            theirs=THEIRS.get(name),
-            protocol=protocol,
-        ),
-        *(
-            cell('folds', name, r.metric.replace('_', ' '), r.value, (r.low, r.high), protocol=protocol)
-            for r in scores.itertuples()
-        ),
-    ]
+    return [theirs, *cells_of(scores, scores.metric.str.replace('_', ' '), 'folds', name, protocol)]
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c026
 def fixed_eighty(
@@ -380,13 +370,54 @@ def fixed_eighty(
     folder,  # from run_recipe
     settings: ChengSettings = DEFAULT,  # sizes
 ) -> list:  # soft Dice per fold
-    "Score every fold's network on the same 80 images, most of which it was trained on (the paper's headline)."
+    "Score every fold's network on the same 80 images, mostly trained on (the paper's headline)."
     chosen, out = images[np.random.default_rng(settings.seed).permutation(len(images))[:80]], []
     for file in sorted(Path(folder).glob('fold*/model.safetensors')):
         model = new_network(recipe, settings)
         copy_weights(file, model, strict=True)
         out.append(batch_dice(predict_masks(model, chosen.images, 20), chosen))
     return out
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c028x0
+def _describe_protocols(run, images):
+    "Both protocols, with the split of 200 images and their copies."
+    both = mirrored(images[:200])
+    for name, text in PROTOCOLS.items():
+        run.protocol(name, text, both.table, protocol_folds(both, name, run.settings))
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c028x1
+def _start(run, recipe, protocol, shapes):
+    "The weights that a recipe starts from; of V-Unet's, the protocol says where they came from."
+    if recipe.start != 'shapes':
+        return None
+    if recipe.net == 'xunet':
+        return pretrain(recipe, shapes, run.settings)
+    start, run.protocols[protocol]["start of V-Unet's encoder"] = vunet_start(recipe, shapes, run.settings)
+    return start
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c028x2
+def _fixed_cells(name, fixed):
+    "The paper's headline: the highest and the mean soft Dice on 80 fixed images."
+    (highest, mean), spread = THEIRS_FIXED[name], (min(fixed), max(fixed))
+    return [
+        cell('fixed 80', name, 'highest', max(fixed), theirs=highest, protocol='image'),
+        cell('fixed 80', name, 'mean', np.mean(fixed), spread, theirs=mean, protocol='image'),
+    ]
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c028x3
+def _recipe_cells(run, name, protocol, target, shapes):
+    "Train a recipe under a protocol and score it."
+    recipe, s = RECIPES[name], run.settings
+    images = recipe_set(recipe, target)
+    folds = protocol_folds(images, protocol, s)
+    start = _start(run, recipe, protocol, shapes)
+    prob, folder = run_recipe(recipe, images, folds, run.folder, start, protocol, s)
+    copies = copies_across(images, folds)
+    cells = score_cells(name, prob, images, folds, protocol)
+    cells.append(cell('copies', name, 'mirrored copy in training', copies, protocol=protocol))
+    if protocol == 'image':
+        cells += _fixed_cells(name, fixed_eighty(recipe, images, folder, s))
+    return cells
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c028
 def reproduce(
@@ -396,99 +427,104 @@ def reproduce(
     home=None,  # where checkpoints are kept; default lus_home()
     settings: ChengSettings = None,  # default: DEFAULT or QUICK
 ) -> Path:  # the report
-    "Cheng & Lam 2021 end to end: salient shapes, transfer, fine-tuning, what is frozen, how many images, the leak."
+    "Cheng & Lam 2021 end to end: shapes, transfer, fine-tuning, what is frozen, how many images, the leak."
     s, home = settings or (QUICK if quick else DEFAULT), Path(home or lus_home())
-    path, name, pictures = (
-        run_folder(s, data, home),
-        f"cheng_lam-{data}{'-quick' if quick else ''}",
-        target_set(data, s),
-    )
-    cells, protocols = (
-        [],
-        {
-            k: dict(
-                description=v,
-                settings=asdict(s),
-                split_hash=split_hash(
-                    mirrored(pictures[:200]).table, protocol_folds(mirrored(pictures[:200]), k, s)
-                ),
-            )
-            for k, v in PROTOCOLS.items()
-        },
-    )
-    for recipe_name in s.recipes or RECIPES:
-        recipe = RECIPES[recipe_name]
-        images = recipe_set(recipe, pictures)
-        for protocol in ('patient', 'image') if recipe_name in LEAKY else ('patient',):
-            print(f'{recipe_name}, folds by {protocol}', flush=True)
-            folds = protocol_folds(images, protocol, s)
-            start = None
-            if recipe.start == 'shapes' and recipe.net == 'xunet':
-                start = pretrain(recipe, run_folder(s, 'shapes', home), s)
-            if recipe.start == 'shapes' and recipe.net == 'vunet':
-                start, protocols[protocol]["start of V-Unet's encoder"] = vunet_start(
-                    recipe, run_folder(s, 'shapes', home), s
-                )
-            prob, folder = run_recipe(recipe, images, folds, path, start, protocol, s)
-            cells += score_cells(recipe_name, prob, images, folds, protocol)
-            cells.append(
-                cell(
-                    'copies',
-                    recipe_name,
-                    'mirrored copy in training',
-                    copies_across(images, folds),
-                    protocol=protocol,
-                )
-            )
-            if protocol == 'image':
-                fixed, theirs = fixed_eighty(recipe, images, folder, s), THEIRS_FIXED[recipe_name]
-                cells += [
-                    cell('fixed 80', recipe_name, 'highest', max(fixed), theirs=theirs[0], protocol=protocol),
-                    cell(
-                        'fixed 80',
-                        recipe_name,
-                        'mean',
-                        np.mean(fixed),
-                        (min(fixed), max(fixed)),
-                        theirs=theirs[1],
-                        protocol=protocol,
-                    ),
-                ]
-            results = results_json(
-                Path(out) / f'{name}.json',
-                paper='Cheng & Lam 2021',
-                data=data,
-                protocols=protocols,
-                seeds=[s.seed],
-                cells=cells,
-                hours=training_hours(path) + training_hours(run_folder(s, 'shapes', home)),
-                command=f"lus_repro cheng_lam --data {data}{' --quick' if quick else ''}",
-            )
-    return cheng_report(Path(out) / f'{name}.html', results, s)
+    folder, shapes = run_folder(s, data, home), run_folder(s, 'shapes', home)
+    target = target_set(data, s)
+    run = Experiment('cheng_lam', 'Cheng & Lam 2021', data, s, folder, out=out, quick=quick)
+    run.trained = [folder, shapes]
+    _describe_protocols(run, target)
+    for name in s.recipes or RECIPES:
+        for protocol in ('patient', 'image') if name in LEAKY else ('patient',):
+            run.stage(f'{name}, folds by {protocol}')
+            run.add(_recipe_cells(run, name, protocol, target, shapes))
+    return cheng_report(run.html, run.save(), s)
 
-# %% ../../nbs/papers/cheng_lam.ipynb #c029-1
+# %% ../../nbs/papers/cheng_lam.ipynb #c029-1x0
+_LEGEND = dict(patient='folds by patient, last epoch', image='images assigned at random (leaky), best epoch')
+
+
 def dice_table(
     cells: list,  # of a run
     column: str = 'dice',  # of the table of folds
 ) -> pd.DataFrame:  # label, group, value, low, high, theirs, as plot_comparison wants it
     "One score of every recipe under both protocols."
     t = results_table(cells)
-    rows = t[(t.table == 'folds') & (t.column == column)]
-    return pd.DataFrame(
-        dict(
-            label=rows.row,
-            group=rows.protocol.map(
-                dict(
-                    patient='folds by patient, last epoch',
-                    image='images assigned at random (leaky), best epoch',
-                )
-            ),
-            value=rows.ours,
-            low=rows.low,
-            high=rows.high,
-            theirs=rows.theirs,
-        )
-    ).reset_index(drop=True)
+    return comparison_rows(t[(t.table == 'folds') & (t.column == column)], _LEGEND)
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c029-1
+def _honest(cells):
+    "Dice by patient, a row per recipe."
+    return dice_table(cells).query("group.str.startswith('folds')").set_index('label')
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c029x0
+def _first_screen(r, results, what):
+    "Three paragraphs and the headline numbers."
+    honest = _honest(results['cells'])
+    best = honest.value.idxmax()
+
+    def score(name):
+        return score_text(honest.loc[name, ['value', 'low', 'high']])
+
+    r.summary(
+        f'Networks that differ in pretraining and in what is frozen ({len(honest)} of them) learned to '
+        f'outline {what}, and were scored on patients whom they had not seen.',
+        f'The best, {best}, has a mean Dice per image of {honest.value[best]:.2f}; X-Unet has '
+        f'{honest.value["X-Unet"]:.2f}.',
+        'The best of many is best partly by luck: rows whose intervals overlap may be equal. '
+        + limits_note(results['data']),
+    )
+    name = 'mean Dice per image, folds by patient'
+    numbers = {f'{name}: the best, {best}': score(best), f'{name}: X-Unet': score('X-Unet')}
+    r.numbers({**numbers, **training_card(results)})
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c029x1
+def _every_recipe(r, results):
+    "Dice of every recipe under both protocols."
+    dots = dice_table(results['cells']).drop(columns='theirs')
+    title = 'Dice at a threshold of one half'
+    r.section('Every recipe', protocol_text(results))
+    r.figure(
+        plot_comparison(dots, group='group', xlabel='Dice per image', title=title),
+        'Mean Dice per image under both protocols, with 95 % intervals over patients.',
+    )
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c029x2
+def _their_dice(r, results):
+    "The paper's own score, ours beside theirs."
+    name = 'soft Dice of a batch'
+    r.section(
+        'Their Dice',
+        'Soft, summed over batches of twenty, each network on its own test fold; the range is over folds. '
+        f"Open diamonds are the paper's, on ribs of one man. {papers_note(results['data'])}",
+    )
+    r.figure(
+        plot_comparison(dice_table(results['cells'], name), group='group', xlabel=name),
+        "Soft Dice of batches, mean and range over folds; open diamonds are the paper's, on its own images.",
+    )
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c029x3
+def _other_scores(r, results):
+    "What Dice does not see: distances, false area, objects."
+    t, recipes = results_table(results), _honest(results['cells']).index
+    t = t[(t.table == 'folds') & (t.protocol == 'patient') & ~t.column.str.startswith('soft')]
+    r.section(
+        'What Dice does not see',
+        'Distance of outlines (95th percentile, pixels), false-positive area, objects that are not there '
+        'and objects missed, per image.',
+    )
+    about = 'Scores per image with 95 % intervals, folds by patient, last epoch.'
+    r.table(interval_grid(t, recipes), about)
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c029x4
+def _leak(r, results):
+    "What the leak is worth."
+    r.section(
+        'What the leak is worth',
+        'Folds by image put a mirrored copy of most test images into training; the headline of the '
+        f"paper is scored on 80 fixed images, whichever fold they are in. {papers_note(results['data'])}",
+    )
+    r.cells([c for c in results['cells'] if c['table'] in ('fixed 80', 'copies')])
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c029
 def cheng_report(
@@ -497,89 +533,13 @@ def cheng_report(
     settings: ChengSettings,  # sizes
 ) -> Path:  # the file
     "Dice of every recipe, the other scores, the leak, settings and versions, in one file."
-    cells, real = results['cells'], results['data'] == 'real'
-    t, honest = (
-        results_table(cells),
-        dice_table(cells).query("group.str.startswith('folds')").set_index('label'),
-    )
-    best = honest.value.idxmax()
-    what = 'lesions of breast ultrasound (BUSI)' if real else 'ribs of the phantom'
+    what = 'ribs of the phantom' if results['data'] != 'real' else 'lesions of breast ultrasound (BUSI)'
     r = Report('What to pretrain on, and what to freeze', f'Cheng & Lam 2021 on {what}: V-Unet and X-Unet.')
-
-    def score(name):
-        return honest.loc[name, ['value', 'low', 'high']]
-
-    r.summary(
-        f'Networks that differ in pretraining and in what is frozen ({len(honest)} of them) learned to '
-        f'outline {what}, '
-        'and were scored on patients whom they had not seen.',
-        f'The best, {best}, has a mean Dice per image of {honest.value[best]:.2f}; X-Unet has '
-        f'{honest.value["X-Unet"]:.2f}.',
-        'The best of many is best partly by luck: rows whose intervals overlap may be equal. '
-        + limits_note(results['data']),
-    )
-    r.numbers(
-        {
-            f'mean Dice per image, folds by patient: the best, {best}': score_text(score(best)),
-            'mean Dice per image, folds by patient: X-Unet': score_text(score('X-Unet')),
-            **training_card(results),
-        }
-    )
-    r.section(
-        'Every recipe', '\n\n'.join(f"{k}: {v['description']}." for k, v in results['protocols'].items())
-    )
-    r.figure(
-        plot_comparison(
-            dice_table(cells).drop(columns='theirs'),
-            group='group',
-            xlabel='Dice per image',
-            title='Dice at a threshold of one half',
-        ),
-        'Mean Dice per image under both protocols, with 95 % intervals over patients.',
-    )
-    r.section(
-        'Their Dice',
-        "Soft, summed over batches of twenty, each network on its own test fold; the range is over "
-        "folds. Open diamonds are the paper's, on ribs of one man. " + papers_note(results['data']),
-    )
-    r.figure(
-        plot_comparison(
-            dice_table(cells, 'soft Dice of a batch'), group='group', xlabel='soft Dice of a batch'
-        ),
-        'Soft Dice of batches, mean and range over folds; open diamonds are the paper\'s, on its own images.',
-    )
-    r.section(
-        'What Dice does not see',
-        'Distance of outlines (95th percentile, pixels), false-positive area, objects that are not there and objects missed, per image.',
-    )
-    wide = t[(t.table == 'folds') & (t.protocol == 'patient') & ~t.column.str.startswith('soft')]
-    r.table(
-        wide.assign(text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()])
-        .pivot(index='row', columns='column', values='text')
-        .reindex(honest.index)
-        .reset_index(),
-        'Scores per image with 95 % intervals, folds by patient, last epoch.',
-    )
-    r.section(
-        'What the leak is worth',
-        'Folds by image put a mirrored copy of most test images into training; the headline of the '
-        'paper is scored on 80 fixed images, whichever fold they are in. ' + papers_note(results['data']),
-    )
-    r.cells([c for c in cells if c['table'] in ('fixed 80', 'copies')])
-    return (
-        r.glossary(
-            [
-                'Dice',
-                'mask',
-                'start',
-                'fold',
-                'folds by patient',
-                'leaky',
-                'last epoch, best epoch',
-                'interval',
-                'phantom',
-            ]
-        )
-        .provenance(results, asdict(settings))
-        .save(path)
-    )
+    _first_screen(r, results, what)
+    _every_recipe(r, results)
+    _their_dice(r, results)
+    _other_scores(r, results)
+    _leak(r, results)
+    words = 'Dice', 'mask', 'start', 'fold', 'folds by patient', 'leaky', 'last epoch, best epoch'
+    r.glossary([*words, 'interval', 'phantom'])
+    return r.provenance(results, asdict(settings)).save(path)

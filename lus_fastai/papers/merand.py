@@ -1,4 +1,4 @@
-"""Two steps before the target: a classifier or an autoencoder, then boxes, then masks (Merand & Klein 2021)
+"""A classifier or an autoencoder, then boxes, then masks: does what comes first help?
 
 Docs: https://lus-fastai.github.io/lus_fastai/papers/merand.html.md"""
 
@@ -6,14 +6,16 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/merand.html.md"""
 
 # %% auto #0
 __all__ = ['PRETRAININGS', 'TABLE3', 'DEFAULT', 'QUICK', 'PAPER', 'BOXES', 'COLUMNS', 'PROTOCOLS', 'MerandSettings', 'keep_apart',
-           'box_targets', 'Parts', 'learning_parts', 'Way', 'ways', 'theirs', 'patient_shares', 'LabelLoss',
-           'PictureLoss', 'first_step', 'first_score', 'BoxLoss', 'started', 'box_step', 'before_target', 'SaveLast',
-           'target_run', 'run_scores', 'run_folder', 'way_cells', 'reproduce', 'ways_table', 'merand_report']
+           'box_targets', 'Parts', 'first_images', 'box_images', 'learning_parts', 'Way', 'ways', 'theirs',
+           'patient_shares', 'LabelLoss', 'PictureLoss', 'first_dls', 'first_step', 'first_score', 'BoxLoss', 'started',
+           'box_step', 'before_target', 'SaveLast', 'target_run', 'resampled_iou', 'run_scores', 'run_folder',
+           'iou_cells', 'apart_loss', 'loss_cells', 'way_cells', 'MerandRun', 'say_absent', 'imagenet_known', 'runs_of',
+           'first_stage', 'target_stage', 'save_stage', 'reproduce', 'ways_table', 'merand_report']
 
 # %% ../../nbs/papers/merand.ipynb #c003
-import hashlib
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,30 +25,43 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.vision.all import Callback, TensorImage, default_device
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import MaskSet, assert_disjoint, atomic_path, lus_home, real_data, seed_all
+# %% ../../nbs/papers/merand.ipynb #c003-1
+from ..core import MaskSet, assert_disjoint, atomic_path, real_data, seed_all
 from ..data.augment import MerandAugment
-from ..data.folds import split_hash
 from ..data.loaders import absent_classes
 from ..data.mask_sets import ccxs_set, read_mask_set, siim_set
 from ..data.readers import chexpert_labels
 from ..data.sources import index
+from ..models.backbones import create_backbone
+from ..models.classifiers import BackboneClassifier
+from ..models.segmenters import autoencoder, segmenter
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
-from ..models.unet import BackboneClassifier, autoencoder, create_backbone, segmenter
 from .arora import mean_over_patients
-from ..plot import interval_text
+from lus_fastai.papers.experiment import (
+    Experiment,
+    cells_of,
+    comparison_rows,
+    interval_grid,
+    protocol_text,
+    settings_folder,
+    without,
+)
+
+# %% ../../nbs/papers/merand.ipynb #c003-2
+from ..data.pairs import ABLATION, pair_dls
 from ..report import Report, limits_note, papers_note, training_card
-from ..runs import cell, results_json, results_table
-from ..stats.classification import _percentiles, _ratio, _weights
+from ..runs import cell, results_table
+from ..stats.bootstrap import draw_weights, percentile_interval, ratio_of_sums
 from ..stats.figures import plot_comparison
 from ..stats.segmentation import mask_confusions
 from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
-from ..train.contrastive import ABLATION, SimCLR, pair_dls, pretrain
-from ..train.cross_validation import training_hours
+from ..train.contrastive import SimCLR, pretrain
 from ..train.losses import soft_dice
-from ..train.segmentation import _fit, adam, fit_masks, fit_rotation, predict_masks
+from ..train.segmentation import adam, fit_in_folder, fit_masks, fit_rotation, predict_masks
 
 # %% ../../nbs/papers/merand.ipynb #c006
 PRETRAININGS = {  # name in our tables -> (first step, then boxes?)
@@ -58,66 +73,43 @@ PRETRAININGS = {  # name in our tables -> (first step, then boxes?)
     'autoencoder, boxes': ('autoencoder', True),
     'SimCLR, boxes': ('SimCLR', True),
 }
-TABLE3 = (
-    'none',
-    'classifier, boxes',
-    'autoencoder, boxes',
-    'classifier',
-    'boxes',
-)  # its rows; the first three are run first, for all backbones
+# rows of Table 3; the first three are run first, for all backbones
+TABLE3 = 'none', 'classifier, boxes', 'autoencoder, boxes', 'classifier', 'boxes'
+_BACKBONES = 'resnet50', 'resnext50', 'vgg16'  # the paper's
 
-
+# %% ../../nbs/papers/merand.ipynb #c006-1
 @dataclass(frozen=True)
 class MerandSettings:
     "Sizes of one run of the reproduction; the defaults are what one thread finishes in about five hours."
 
-    backbones: tuple = (
-        'resnet50',
-        'resnext50',
-        'vgg16',
-        'tf_efficientnet_lite0',
-    )  # for the main rows: U-Net, encoder moved; the last is not the paper's, but its ImageNet weights come as a package
-    matrix: tuple = (
-        'resnet50',
-        'resnext50',
-        'vgg16',
-    )  # backbones that also get DeepLabv3, and both halves of the autoencoder
+    backbones: tuple = (*_BACKBONES, 'tf_efficientnet_lite0')  # U-Net, encoder moved; the last is ours
+    matrix: tuple = _BACKBONES  # those that also get DeepLabv3, and both halves of the autoencoder
     rows: tuple = TABLE3  # names in PRETRAININGS
-    starts: tuple = (
-        'random',
-        'imagenet',
-    )  # initial weights of the backbone; ImageNet's column is left out where they cannot be had
-    beside: tuple = (
-        'SimCLR, boxes',
-    )  # further names in PRETRAININGS for the backbones of matrix: 'autoencoder', 'SimCLR, boxes'
-    disjoint: tuple = (
-        'none',
-        'autoencoder, boxes',
-    )  # rows of matrix that are also trained with a validation by other patients
+    starts: tuple = ('random', 'imagenet')  # initial weights of the backbone, ImageNet if available
+    beside: tuple = ('SimCLR, boxes',)  # further names in PRETRAININGS for the backbones of matrix
+    disjoint: tuple = ('none', 'autoencoder, boxes')  # rows of matrix also validated by other patients
     seeds: tuple = (1, 2)  # runs of the target step
-    size: int = 64  # height and width of all pictures
-    bs: int = 8  # pictures a batch
-    first_n: int = 200  # pictures of the first step, where the chest phantom stands in
+    size: int = 64  # height and width of all images
+    bs: int = 8  # images a batch
+    first_n: int = 200  # images of the first step, where the chest phantom stands in
     first_epochs: int = 3  # of the first step, at most
-    boxes_n: int = 30  # pictures of the second step; of the phantom, or of CCXS
+    boxes_n: int = 30  # images of the second step; of the phantom, or of CCXS
     boxes_epochs: int = 8  # of the second step, at most
-    target_n: int = 60  # pictures of the target, where it is the phantom, with those of the test
-    test_n: int = 10  # pictures kept apart (Merand 2021, section on data)
+    target_n: int = 60  # images of the target, where it is the phantom, with those of the test
+    test_n: int = 10  # images kept apart (Merand 2021, section on data)
     parts: int = 9  # runs in an epoch of the rotation
     epochs: int = 2  # of the rotation, at most
     patience: int = 10  # epochs without a lower validation loss, after which any step stops
     lr: float = 1e-3  # Adam, of all steps
     seed: int = 1  # of splits, first and second steps
 
-
+# %% ../../nbs/papers/merand.ipynb #c006-2
+_tiny = dict(backbones=('test_resnet',), matrix=('test_resnet',), rows=TABLE3[:3], disjoint=('none',))
+_large = dict(backbones=_BACKBONES, beside=('autoencoder', 'SimCLR, boxes'), size=512)
 DEFAULT = MerandSettings()
 QUICK = MerandSettings(
-    backbones=('test_resnet',),
-    matrix=('test_resnet',),
-    rows=TABLE3[:3],
+    **_tiny,
     starts=('random',),
-    beside=('SimCLR, boxes',),
-    disjoint=('none',),
     seeds=(1,),
     first_n=80,
     first_epochs=2,
@@ -126,60 +118,50 @@ QUICK = MerandSettings(
     target_n=37,
     epochs=1,
 )
-PAPER = MerandSettings(
-    backbones=('resnet50', 'resnext50', 'vgg16'),
-    beside=('autoencoder', 'SimCLR, boxes'),
-    seeds=(1, 2, 3),
-    size=512,
-    first_epochs=100,
-    boxes_epochs=100,
-    epochs=100,
-    lr=1e-4,
-)
+PAPER = MerandSettings(**_large, seeds=(1, 2, 3), first_epochs=100, boxes_epochs=100, epochs=100, lr=1e-4)
 
 # %% ../../nbs/papers/merand.ipynb #c008-1
 BOXES = ('background', *CATEGORIES[1:])  # classes of the second step
 
 
+def _draw_patients(size, n, rng):
+    "Patients in random order while their images fit, but not all; which, and the images still missing."
+    side, room = np.zeros(len(size), bool), n
+    for p in rng.permutation(len(size)):
+        if size[p] <= room and side.sum() < len(size) - 1:
+            side[p], room = True, room - size[p]
+    return side, room
+
+# %% ../../nbs/papers/merand.ipynb #c008-3
 def keep_apart(
-    set: MaskSet,  # pictures with masks
-    n: int,  # pictures wanted
+    set: MaskSet,  # images with masks
+    n: int,  # images wanted
     seed: int = 0,  # of the draws
-    tries: int = 300,  # draws that are compared
-) -> np.ndarray:  # (len(set),) bool: True for whole patients with n pictures together, or a few less where no patients add up to n
-    "Draw patients so that the others hold as many classes as can be, and then these; raises ValueError when one side would be empty."
+) -> np.ndarray:  # (len(set),) bool: True for whole patients with n images together, or a few less
+    "The best of 300 draws of patients: the others hold as many classes as can be, and then these."
     who, patients = pd.factorize(set.table['patient'].astype(str), sort=True)
     if not 1 <= n < len(set) or len(patients) < 2:
         raise ValueError(
-            f"{n} of {len(set)} pictures of {len(patients)} patient(s) cannot be kept apart: both sides need a patient"
+            f"{n} of {len(set)} images of {len(patients)} patient(s) cannot be kept apart: "
+            "both sides need a patient"
         )
-    size, held, rng, best = (
-        np.bincount(who),
-        np.stack([set.masks[who == p].any((0, 2, 3)) for p in range(len(patients))]),
-        np.random.default_rng(seed),
-        None,
-    )
-    for _ in range(tries):
-        side, room = np.zeros(len(patients), bool), n
-        for p in rng.permutation(len(patients)):
-            if size[p] <= room and side.sum() < len(patients) - 1:
-                side[p], room = True, room - size[p]
-        score = (
-            held[~side].any(0).sum(),
-            held[side].any(0).sum(),
-            -room,
-        )  # a class that nobody learns tests nothing
+    size, rng, best = np.bincount(who), np.random.default_rng(seed), None
+    held = np.stack([set.masks[who == p].any((0, 2, 3)) for p in range(len(size))])  # (patients, classes)
+    for _ in range(300):
+        side, room = _draw_patients(size, n, rng)
+        # a class that nobody learns tests nothing
+        score = held[~side].any(0).sum(), held[side].any(0).sum(), -room
         if side.any() and (best is None or score > best[0]):
             best = score, side[who]
     if best is None:
-        raise ValueError(f"every patient has more than {n} pictures: keep more apart")
+        raise ValueError(f"every patient has more than {n} images: keep more apart")
     return best[1]
 
 # %% ../../nbs/papers/merand.ipynb #c008-2
 def box_targets(
-    set: MaskSet,  # pictures with filled boxes; classes typical, indeterminate, atypical, as from chest_box_set or siim_set
-) -> MaskSet:  # the same pictures; classes background, typical, indeterminate, atypical, exactly one a pixel
-    "Filled boxes as a map of four classes (Merand 2021, section on preprocessing); where boxes overlap, the later class wins."
+    set: MaskSet,  # images with filled boxes: typical, indeterminate, atypical
+) -> MaskSet:  # the same images; background, typical, indeterminate, atypical, exactly one a pixel
+    "Filled boxes as a map of four classes (Merand 2021, preprocessing); where they overlap, the later wins."
     later = np.cumsum(set.masks[:, ::-1], 1)[:, ::-1] > 1  # a class after this one is here too
     masks = set.masks & ~(later & set.masks)
     return MaskSet(set.images, np.concatenate([~masks.any(1, keepdims=True), masks], 1), BOXES, set.table)
@@ -187,7 +169,7 @@ def box_targets(
 # %% ../../nbs/papers/merand.ipynb #c008
 @dataclass
 class Parts:
-    "The pictures of each step, and those that are kept apart; raises LeakError when a patient is in two of them."
+    "The images of each step, and those kept apart; raises LeakError when a patient is in two of them."
 
     first: MaskSet  # first step; its masks are not used
     labels: np.ndarray  # (n, 14) 0 and 1: its observations
@@ -202,44 +184,64 @@ class Parts:
                 assert_disjoint(a.table, b.table)
 
 # %% ../../nbs/papers/merand.ipynb #c011
+def _here(data, name):
+    "Whether a public data set is to be read, and lies under LUS_DATA."
+    return data == 'real' and (real_data() / name).is_dir()
+
+
+def _phantom(settings, n, k):
+    "The chest phantom's images of step k."
+    return chest_phantom(n, settings.size, seed=10 * settings.seed + k)
+
+
+def first_images(
+    data: str,  # 'phantom' or 'real'
+    settings: MerandSettings,  # sizes
+) -> tuple:  # (MaskSet without masks that are used, (n, 14) observations)
+    "The first step: CheXpert where it is, else the chest phantom."
+    if not _here(data, 'chexpert'):
+        first = _phantom(settings, settings.first_n, 1)
+        return first, chest_labels(first)
+
+    def no_masks(row, shape, size):
+        return np.zeros((0, *size), bool)
+
+    first = read_mask_set(index('chexpert', real_data()), settings.size, (), no_masks)
+    return first, chexpert_labels(first.table)
+
+# %% ../../nbs/papers/merand.ipynb #c011-1
+def box_images(
+    data: str,  # 'phantom' or 'real'
+    settings: MerandSettings,  # sizes
+    target: MaskSet,  # images of the target to train on
+) -> tuple:  # (images with filled boxes, what is left of the target)
+    "SIIM where it is, else boxes of the phantom, or of CCXS patients that leave the target."
+    if _here(data, 'siim'):
+        return siim_set(index('siim', real_data()), settings.size), target
+    if data == 'phantom':
+        return chest_box_set(_phantom(settings, settings.boxes_n, 2)), target
+    given = keep_apart(target, settings.boxes_n, settings.seed)
+    return chest_box_set(target[given]), target[~given]
+
+# %% ../../nbs/papers/merand.ipynb #c011-2
 def learning_parts(
     data: str = 'phantom',  # target: 'phantom', or 'real' for CCXS under LUS_DATA
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> Parts:  # four sets, no patient in two
-    "The pictures of all steps; raises ValueError where data is neither name, or LUS_DATA is not set."
+    "The images of all steps; raises ValueError where data is neither name, or LUS_DATA is not set."
     s = settings
     if data not in ('phantom', 'real'):
         raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
     if data == 'real' and real_data() is None:
         raise ValueError(
-            "data='real' needs the real radiographs: set LUS_DATA to their folder, or see `lus_data ccxs` for how to get them"
+            "data='real' needs the real radiographs: set LUS_DATA to their folder, "
+            "or see `lus_data ccxs` for how to get them"
         )
-
-    def here(name):
-        return data == 'real' and (real_data() / name).is_dir()
-
-    def phantom(n, k):
-        return chest_phantom(n, s.size, seed=10 * s.seed + k)
-
-    first = (
-        read_mask_set(
-            index('chexpert', real_data()), s.size, (), lambda row, shape, size: np.zeros((0, *size), bool)
-        )
-        if here('chexpert')
-        else phantom(s.first_n, 1)
-    )
-    labels = chexpert_labels(first.table) if here('chexpert') else chest_labels(first)
-    target = ccxs_set(index('ccxs', real_data()), s.size) if data == 'real' else phantom(s.target_n, 3)
+    first, labels = first_images(data, s)
+    target = ccxs_set(index('ccxs', real_data()), s.size) if data == 'real' else _phantom(s, s.target_n, 3)
     apart = keep_apart(target, s.test_n, s.seed)
-    test, target = target[apart], target[~apart]
-    if here('siim'):
-        boxes = siim_set(index('siim', real_data()), s.size)
-    elif data == 'phantom':
-        boxes = chest_box_set(phantom(s.boxes_n, 2))
-    else:
-        lent = keep_apart(target, s.boxes_n, s.seed)
-        boxes, target = chest_box_set(target[lent]), target[~lent]
-    return Parts(first, np.asarray(labels, np.float32), box_targets(boxes), target, test)
+    boxes, rest = box_images(data, s, target[~apart])
+    return Parts(first, np.asarray(labels, np.float32), box_targets(boxes), rest, target[apart])
 
 # %% ../../nbs/papers/merand.ipynb #c016-1
 @dataclass(frozen=True)
@@ -257,57 +259,57 @@ class Way:
             raise ValueError(f"a row is one of {list(PRETRAININGS)}, not {self.row!r}")
         if self.start not in ('random', 'imagenet'):
             raise ValueError(f"start is 'random' or 'imagenet', not {self.start!r}")
-        if (
-            self.moved not in ('encoder', 'both')
-            or self.moved == 'both'
-            and (self.first != 'autoencoder' or self.arch != 'unet')
-        ):
+        both = self.first == 'autoencoder' and self.arch == 'unet'  # can move
+        if self.moved not in ('encoder', 'both') or self.moved == 'both' and not both:
             raise ValueError(
-                f"moved is 'encoder' or, from an autoencoder to a U-Net, 'both': not {self.moved!r} for {self.row!r} and {self.arch}"
+                f"moved is 'encoder' or, from an autoencoder to a U-Net, 'both': not {self.moved!r} "
+                f"for {self.row!r} and {self.arch}"
             )
 
-    @property
-    def first(self):
-        return PRETRAININGS[self.row][0]
+# %% ../../nbs/papers/merand.ipynb #c016-3
+@patch(as_prop=True)
+def first(self: Way) -> str:  # '', 'classifier', 'autoencoder' or 'SimCLR'
+    "The first step."
+    return PRETRAININGS[self.row][0]
 
-    @property
-    def boxes(self):
-        return PRETRAININGS[self.row][1]
 
-    @property
-    def column(self):
-        return (f'U-Net {self.moved}' if self.arch == 'unet' else 'DeepLabv3') + (
-            ', ImageNet' if self.start == 'imagenet' else ''
-        )
+@patch(as_prop=True)
+def boxes(self: Way) -> bool:
+    "Whether boxes come next."
+    return PRETRAININGS[self.row][1]
 
-    @property
-    def name(self):
-        return '-'.join(
-            [self.backbone, self.row.replace(', ', '-'), self.arch, self.moved, self.start]
-        ).lower()
+
+@patch(as_prop=True)
+def column(self: Way) -> str:  # a name in COLUMNS
+    "The column of Table 3."
+    arch = f'U-Net {self.moved}' if self.arch == 'unet' else 'DeepLabv3'
+    return arch + (', ImageNet' if self.start == 'imagenet' else '')
+
+
+@patch(as_prop=True)
+def name(self: Way) -> str:
+    "A name for folders."
+    return '-'.join([self.backbone, self.row.replace(', ', '-'), self.arch, self.moved, self.start]).lower()
 
 # %% ../../nbs/papers/merand.ipynb #c016-2
 def ways(
     settings: MerandSettings = DEFAULT,  # which
 ) -> list:  # of Way, most telling first
     "The cells of Table 3 that some settings ask for."
-    s = settings
-    out = [
-        Way(b, r, start=start)
-        for start in s.starts
-        for rows in (s.rows[:3], s.rows[3:])
-        for b in s.backbones
-        for r in rows
-    ]
+    s, out = settings, []
+    for start in s.starts:
+        for rows in (s.rows[:3], s.rows[3:]):
+            out += [Way(b, r, start=start) for b in s.backbones for r in rows]
     for start in s.starts:
         for b in s.matrix:
-            out += [Way(b, r, 'deeplabv3', start=start) for r in s.rows] + [
-                Way(b, r, moved='both', start=start) for r in s.rows if PRETRAININGS[r][0] == 'autoencoder'
-            ]
+            halves = [r for r in s.rows if PRETRAININGS[r][0] == 'autoencoder']
+            out += [Way(b, r, 'deeplabv3', start=start) for r in s.rows]
+            out += [Way(b, r, moved='both', start=start) for r in halves]
             out += [Way(b, r, start=start) for r in s.beside]
     return out
 
 # %% ../../nbs/papers/merand.ipynb #c016
+# mIoU % of the COLUMNS, Merand 2021, Table 3
 _THEIRS = '''
 vgg16     classifier, boxes:  22.3±4.2   25.1±2.2   -        -        26±3.8     24.6±9
 vgg16     classifier:         20.9±1.2   24.73±1.9  -        -        23.91±1.34 20.4±3.8
@@ -323,14 +325,11 @@ resnext50 boxes:              28.7±1.3   28.2±3.1   -        -        26.4±2.
 resnext50 none:               21.2±5.4   22.4±3.1   -        -        22.9±1.5   23.8±8.9
 vgg16     autoencoder, boxes: 20.31±6.49 21.6       24.5     25.7     26.1       25.8
 resnet50  autoencoder, boxes: 26.1±3     22.3±4.2   29.2±3.8 28.6±7.9 36.3±2.5   35.4±6.1
-resnext50 autoencoder, boxes: 27.1±6.5   23.3±2.8   37.3±2.5 37.4±7.9 38.3±5.2   39.6±5.1'''  # mIoU %, Merand 2021, Table 3
-COLUMNS = (
-    'U-Net encoder',
-    'U-Net encoder, ImageNet',
-    'U-Net both',
-    'U-Net both, ImageNet',
-    'DeepLabv3',
-    'DeepLabv3, ImageNet',
+resnext50 autoencoder, boxes: 27.1±6.5   23.3±2.8   37.3±2.5 37.4±7.9 38.3±5.2   39.6±5.1'''
+
+# %% ../../nbs/papers/merand.ipynb #c016-4
+COLUMNS = tuple(
+    arch + start for arch in ('U-Net encoder', 'U-Net both', 'DeepLabv3') for start in ('', ', ImageNet')
 )
 
 
@@ -339,16 +338,16 @@ def theirs(
 ) -> tuple:  # (mIoU, best minus worst run), as shares 0..1; None where the paper has no number
     "What the paper reports."
     for line in _THEIRS.strip().splitlines():
-        (backbone, row), numbers = line.split(':')[0].split(maxsplit=1), line.split(':')[1].split()
-        if (backbone, row) == (way.backbone, way.row):
-            value, _, spread = numbers[COLUMNS.index(way.column)].partition('±')
+        name, numbers = line.split(':')
+        if name.split(maxsplit=1) == [way.backbone, way.row]:
+            value, _, spread = numbers.split()[COLUMNS.index(way.column)].partition('±')
             return tuple(None if v in ('', '-') else round(float(v) / 100, 4) for v in (value, spread))
     return None, None
 
 # %% ../../nbs/papers/merand.ipynb #c019-1
 def patient_shares(
     table: pd.DataFrame,  # with a column patient
-    shares=(0.7, 0.15, 0.15),  # of the pictures
+    shares=(0.7, 0.15, 0.15),  # of the images
     seed: int = 0,  # of the order of patients
 ) -> np.ndarray:  # (n,) number of the share of each row
     "Deal whole patients into shares (Merand 2021: 70:15:15)."
@@ -358,7 +357,7 @@ def patient_shares(
     share = np.empty(len(patients), int)
     share[order] = np.searchsorted(
         np.cumsum(shares)[:-1], (np.cumsum(n) - n / 2) / n.sum()
-    )  # by where the middle of a patient's pictures falls
+    )  # by where the middle of a patient's images falls
     if len(np.unique(share)) < len(shares):
         raise ValueError(
             f"{len(patients)} patient(s) do not fill {len(shares)} shares: more patients are needed"
@@ -367,14 +366,14 @@ def patient_shares(
 
 # %% ../../nbs/papers/merand.ipynb #c019-2
 class _Stills(SimpleNamespace):
-    "Pictures as `pair_dls` wants to read them."
+    "Images as `pair_dls` wants to read them."
 
     def __len__(self):
         return len(self.images)
 
 # %% ../../nbs/papers/merand.ipynb #c019-3
-class _Pictures:
-    "Pictures with labels, or with themselves as the target."
+class _LabelledImages:
+    "Images with labels, or with themselves as the target."
 
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
@@ -397,7 +396,7 @@ class LabelLoss(nn.Module):
 
 
 class PictureLoss(nn.Module):
-    "Squared error of a picture drawn by an autoencoder, from logits."
+    "Squared error of an image drawn by an autoencoder, from logits."
 
     def forward(self, logits, x):
         return F.mse_loss(torch.Tensor(logits).float().sigmoid(), torch.Tensor(x))
@@ -423,111 +422,95 @@ def _backbone(way):
     return net
 
 # %% ../../nbs/papers/merand.ipynb #c019-7
+def _learn_pairs(way, images, frames, folder, settings):
+    "SimCLR on the images of some rows."
+    s = settings
+    seed_all(s.seed)
+    stills = _Stills(images=images, size=images.shape[1:], frames=frames)
+    pairs = pair_dls(stills, frames, bs=4 * s.bs, channels=3, seed=s.seed, **ABLATION['vanilla'])
+    options = dict(lr=s.lr, seed=s.seed, log=0, warm=s.first_epochs // 2)
+    pretrain(SimCLR(), pairs, _backbone(way), s.first_epochs, folder, **options)
+
+
+def first_dls(
+    images: np.ndarray,  # (n, h, w) uint8
+    labels,  # (n, k) targets; None: the images themselves
+    share: np.ndarray,  # (n,) 0: to train on, 1: to validate by
+    bs: int,  # batch size
+    augment: MerandAugment,  # of training batches
+) -> DataLoaders:  # of images with labels, or with themselves
+    "Loaders of a classifier or an autoencoder."
+
+    def one(k, **kwargs):
+        some = _LabelledImages(images[share == k], None if labels is None else labels[share == k])
+        return DataLoader(some, bs=bs, device=default_device(), **kwargs)
+
+    train = one(0, shuffle=True, drop_last=True, after_batch=lambda b: augment(b, split_idx=0))
+    return DataLoaders(train, one(1), device=default_device())
+
+# %% ../../nbs/papers/merand.ipynb #c019-8
+def _learn_targets(way, images, labels, share, folder, settings):
+    "A classifier of the labels, or an autoencoder where there are none."
+    s, augment = settings, MerandAugment(swap=())
+
+    def build():
+        if labels is not None:
+            return BackboneClassifier(_backbone(way), labels.shape[1])
+        return autoencoder(way.backbone, weights='imagenet' if way.start == 'imagenet' else None)
+
+    def data(channels):
+        return first_dls(images, labels, share, s.bs, augment)
+
+    loss = PictureLoss() if labels is None else LabelLoss()
+    claim = dict(n=len(images), bs=s.bs, augment=repr(augment))
+    training = s.first_epochs, s.lr, loss, 'best', s.patience, 'constant', None, adam, s.seed, 'auto'
+    fit_in_folder(build, data, folder, *training, claim)
+
+# %% ../../nbs/papers/merand.ipynb #c019-9
 def first_step(
     way: Way,  # its backbone, first step and start
-    parts: Parts,  # pictures and labels
+    parts: Parts,  # images and labels
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> Path:  # the weights: of the classifier, the autoencoder or the backbone
     "Train the first step; a finished one is left as it is."
-    s, file, start = (
-        settings,
-        _weights_file(_first_file(way, path)),
-        'imagenet' if way.start == 'imagenet' else None,
-    )
+    file = _weights_file(_first_file(way, path))
     if (file.parent / 'history.csv').exists():
         return file
-    share, images = patient_shares(parts.first.table, seed=s.seed), parts.first.images
+    table, images = parts.first.table, parts.first.images
+    share = patient_shares(table, seed=settings.seed)
     if way.first == 'SimCLR':
-        frames = parts.first.table.assign(
-            row=np.arange(len(images)), clip=[str(i) for i in range(len(images))]
-        )[share == 0].drop(columns='label', errors='ignore')
-        seed_all(s.seed)
-        pairs = pair_dls(
-            _Stills(images=images, size=images.shape[1:], frames=frames),
-            frames,
-            bs=4 * s.bs,
-            channels=3,
-            seed=s.seed,
-            **ABLATION['vanilla'],
-        )
-        pretrain(
-            SimCLR(),
-            pairs,
-            _backbone(way),
-            s.first_epochs,
-            file.parent,
-            lr=s.lr,
-            seed=s.seed,
-            log=0,
-            warm=s.first_epochs // 2,
-        )
-        return file
-    labels, augment = parts.labels if way.first == 'classifier' else None, MerandAugment(swap=())
-
-    def data(channels):
-        def one(k, **kw):
-            return DataLoader(
-                _Pictures(images[share == k], None if labels is None else labels[share == k]),
-                bs=s.bs,
-                device=default_device(),
-                **kw,
-            )
-
-        return DataLoaders(
-            one(0, shuffle=True, drop_last=True, after_batch=lambda b: augment(b, split_idx=0)),
-            one(1),
-            device=default_device(),
-        )
-
-    build = (
-        (lambda: BackboneClassifier(_backbone(way), labels.shape[1]))
-        if labels is not None
-        else lambda: autoencoder(way.backbone, weights=start)
-    )
-    _fit(
-        build,
-        data,
-        file.parent,
-        s.first_epochs,
-        s.lr,
-        LabelLoss() if labels is not None else PictureLoss(),
-        'best',
-        s.patience,
-        'constant',
-        None,
-        adam,
-        s.seed,
-        'auto',
-        dict(n=len(images), bs=s.bs, augment=repr(augment)),
-    )
+        frames = table.assign(row=np.arange(len(table)), clip=[str(i) for i in range(len(table))])
+        frames = frames[share == 0].drop(columns='label', errors='ignore')
+        _learn_pairs(way, images, frames, file.parent, settings)
+    else:
+        labels = parts.labels if way.first == 'classifier' else None
+        _learn_targets(way, images, labels, share, file.parent, settings)
     return file
 
 # %% ../../nbs/papers/merand.ipynb #c019
 def first_score(
     way: Way,  # with a first step other than SimCLR
-    parts: Parts,  # pictures and labels
+    parts: Parts,  # images and labels
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
-) -> tuple:  # (name of the score, value, low, high) over pictures of patients that were neither trained on nor validated on
-    "Exact match of the 14 observations, or squared error of the drawn picture, with an interval over patients."
+) -> tuple:  # (name of the score, value, low, high) over images of the third share's patients
+    "Exact match of the 14 observations, or squared error of the image, with an interval over patients."
     held = patient_shares(parts.first.table, seed=settings.seed) == 2
-    images, file = parts.first.images[held], first_step(way, parts, path, settings)
-    net = (
-        BackboneClassifier(create_backbone(way.backbone, 3), parts.labels.shape[1])
-        if way.first == 'classifier'
-        else autoencoder(way.backbone)
-    )
-    net.load_state_dict(load_weights(file))
+    images, labels = parts.first.images[held], parts.labels[held]
+    weights = load_weights(first_step(way, parts, path, settings))
+    if way.first == 'classifier':
+        net = BackboneClassifier(create_backbone(way.backbone, 3), labels.shape[1])
+    else:
+        net = autoencoder(way.backbone)
+    net.load_state_dict(weights)
     prob = predict_masks(net, images, settings.bs).astype(float)
-    score = (
-        ((prob > 0.5) == (parts.labels[held] > 0.5)).all(1)
-        if way.first == 'classifier'
-        else ((prob - images[:, None] / 255) ** 2).mean((1, 2, 3))
-    )
-    return 'exact match' if way.first == 'classifier' else 'squared error', *mean_over_patients(
-        parts.first.table[held].assign(score=score.astype(float)), 'score'
-    )
+    if way.first == 'classifier':
+        name, score = 'exact match', ((prob > 0.5) == (labels > 0.5)).all(1)
+    else:
+        name, score = 'squared error', ((prob - images[:, None] / 255) ** 2).mean((1, 2, 3))
+    scored = parts.first.table[held].assign(score=score.astype(float))
+    return name, *mean_over_patients(scored, 'score')
 
 # %% ../../nbs/papers/merand.ipynb #c022-1
 class BoxLoss(nn.Module):
@@ -558,32 +541,21 @@ def started(
 # %% ../../nbs/papers/merand.ipynb #c022-3
 def box_step(
     way: Way,  # with boxes
-    parts: Parts,  # pictures and boxes
+    parts: Parts,  # images and boxes
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> Path:  # the weights of the segmenter
-    "Train a segmenter on boxes; the epoch with the lowest loss on other patients counts. A finished one is left as it is."
+    "Train a segmenter on boxes, up to the lowest loss on other patients; a finished one is left as it is."
     s, folder = settings, Path(path) / 'boxes' / way.name
     if way.first:
         first_step(way, parts, path, s)
-    share = patient_shares(parts.boxes.table, seed=s.seed)
     if not (folder / 'history.csv').exists():
-        fit_masks(
-            lambda: started(way, path, len(BOXES)),
-            parts.boxes,
-            share == 0,
-            share > 0,
-            folder,
-            s.boxes_epochs,
-            s.lr,
-            BoxLoss(),
-            select='best',
-            batch_tfms=[MerandAugment(swap=())],
-            bs=s.bs,
-            patience=s.patience,
-            seed=s.seed,
-            notes=False,
-        )
+        share = patient_shares(parts.boxes.table, seed=s.seed)
+        build = partial(started, way, path, len(BOXES))
+        options = dict(batch_tfms=[MerandAugment(swap=())], bs=s.bs, patience=s.patience, seed=s.seed)
+        sets = parts.boxes, share == 0, share > 0
+        sizes = s.boxes_epochs, s.lr, BoxLoss()
+        fit_masks(build, *sets, folder, *sizes, select='best', notes=False, **options)
     return folder / 'model.safetensors'
 
 # %% ../../nbs/papers/merand.ipynb #c022
@@ -592,7 +564,7 @@ def before_target(
     path,  # from run_folder
     n_out: int,  # classes of the target
 ) -> nn.Module:  # a segmenter
-    "A segmenter as it starts into the target: all but its last layer from the boxes, or what the first step left."
+    "The start of the target: all but the last layer from the boxes, or what the first step left."
     if not way.boxes:
         return started(way, path, n_out)
     net, file = (
@@ -604,9 +576,11 @@ def before_target(
 
 # %% ../../nbs/papers/merand.ipynb #c025-1
 PROTOCOLS = dict(
-    rotation="the authors': rotation, and of its epochs the one with the lowest mean of nine validation losses, whose pictures were all trained on",
+    rotation="the authors': rotation, and of its epochs the one with the lowest mean of nine validation "
+    'losses, whose pictures were all trained on',
     last='honest: the same runs, the last epoch; nothing was picked',
-    disjoint='honest: as many steps on four fifths of the patients, the epoch with the lowest loss on the other patients',
+    disjoint='honest: as many steps on four fifths of the patients, the epoch with the lowest loss on the '
+    'other patients',
 )
 
 
@@ -625,96 +599,89 @@ class SaveLast(Callback):
         save_weights(self.model, self.path)
 
 # %% ../../nbs/papers/merand.ipynb #c025
+def _train_target(way, seed, target, path, folder, settings, disjoint):
+    "Rotation, or as many steps validated by other patients; the weights file of each protocol."
+    s, build = settings, partial(before_target, way, path, len(target.names))
+    common = dict(batch_tfms=[MerandAugment()], bs=s.bs, seed=seed)
+    if disjoint:
+        valid, runs = keep_apart(target, len(target) // 5, s.seed), s.parts - 1
+        common.update(select='best', patience=s.patience * runs, notes=False)
+        fit_masks(build, target, ~valid, valid, folder, s.epochs * runs, s.lr, **common)
+        return dict(disjoint=folder / 'model.safetensors')
+    last = folder / 'last.safetensors'
+    common.update(parts=s.parts, patience=s.patience, cbs=lambda: [SaveLast(last)])
+    fit_rotation(build, target, folder, s.epochs, s.lr, **common)
+    return dict(rotation=folder / 'model.safetensors', last=last)
+
+
+def _predict(way, file, parts, bs):
+    "Probabilities of the images kept apart, by the weights in a file."
+    net = segmenter(way.arch, way.backbone, len(parts.target.names))
+    net.load_state_dict(load_weights(file))
+    return predict_masks(net.to(default_device()), parts.test.images, bs)
+
+# %% ../../nbs/papers/merand.ipynb #c025-2
 def target_run(
     way: Way,  # what is learned before
     seed: int,  # of weights, batches and rotation
-    parts: Parts,  # pictures
+    parts: Parts,  # images
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
     disjoint: bool = False,  # validate by other patients
-) -> Path:  # test.npz: for each protocol the probabilities (n, k, h, w) float16 of the pictures kept apart
-    "Train on the target, then predict the pictures kept apart; a finished run is left as it is. Of a run only probabilities and history stay."
-    s, folder = settings, Path(path) / 'target' / f"{way.name}-s{seed}{'-disjoint' if disjoint else ''}"
-    if (folder / 'test.npz').exists():
-        return folder / 'test.npz'
+) -> Path:  # test.npz: for each protocol the probabilities (n, k, h, w) float16 of the images kept apart
+    "Train on the target, predict the images kept apart, and keep these; a finished run is left as it is."
+    folder = Path(path) / 'target' / f"{way.name}-s{seed}{'-disjoint' if disjoint else ''}"
+    file = folder / 'test.npz'
+    if file.exists():
+        return file
     if way.boxes:
-        box_step(way, parts, path, s)
+        box_step(way, parts, path, settings)
     elif way.first:
-        first_step(way, parts, path, s)
-    k = len(parts.target.names)
-    build, common = (
-        lambda: before_target(way, path, k),
-        dict(batch_tfms=[MerandAugment()], bs=s.bs, seed=seed),
-    )
-    if disjoint:
-        valid = keep_apart(parts.target, len(parts.target) // 5, s.seed)
-        fit_masks(
-            build,
-            parts.target,
-            ~valid,
-            valid,
-            folder,
-            s.epochs * (s.parts - 1),
-            s.lr,
-            select='best',
-            patience=s.patience * (s.parts - 1),
-            notes=False,
-            **common,
-        )
-    else:
-        fit_rotation(
-            build,
-            parts.target,
-            folder,
-            s.epochs,
-            s.lr,
-            parts=s.parts,
-            patience=s.patience,
-            cbs=lambda: [SaveLast(folder / 'last.safetensors')],
-            **common,
-        )
-    files, prob = dict(disjoint='model') if disjoint else dict(rotation='model', last='last'), {}
-    for protocol, name in files.items():
-        net = segmenter(way.arch, way.backbone, k)
-        net.load_state_dict(load_weights(folder / f'{name}.safetensors'))
-        prob[protocol] = predict_masks(net.to(default_device()), parts.test.images, s.bs)
-    with atomic_path(folder / 'test.npz') as tmp:
-        with open(tmp, 'wb') as f:
-            np.savez_compressed(f, **prob)
-    for name in files.values():
-        (folder / f'{name}.safetensors').unlink()
-    return folder / 'test.npz'
+        first_step(way, parts, path, settings)
+    weights = _train_target(way, seed, parts.target, path, folder, settings, disjoint)
+    prob = {protocol: _predict(way, f, parts, settings.bs) for protocol, f in weights.items()}
+    with atomic_path(file) as tmp, open(tmp, 'wb') as f:
+        np.savez_compressed(f, **prob)
+    for f in weights.values():
+        f.unlink()
+    return file
 
 # %% ../../nbs/papers/merand.ipynb #c030
+def resampled_iou(
+    confusions: np.ndarray,  # (runs, n, k, 2, 2) pixels, from mask_confusions
+    who: np.ndarray,  # (n,) number of the patient of each image
+    n_boot: int,  # resamples of patients
+) -> np.ndarray:  # (runs, 1 + n_boot, k), first of all patients; NaN where the truth lacks a class
+    "IoU of each class over the pixels of all images together, in each resample of the patients."
+    weights = draw_weights(who.max() + 1, n_boot, 0)  # (draws, patients)
+    belongs = (who == np.arange(who.max() + 1)[:, None]).astype(float)  # (patients, n)
+    runs, n, k = confusions.shape[:3]
+    sums = belongs @ confusions.reshape(runs, n, k * 4)  # (runs, patients, 4k)
+    cm = (weights @ sums).reshape(runs, -1, k, 2, 2)  # (runs, draws, k, 2, 2)
+    tp, fp, fn = cm[..., 1, 1], cm[..., 0, 1], cm[..., 1, 0]  # (runs, draws, k)
+    union = tp + fp + fn
+    return np.where(tp + fn > 0, ratio_of_sums(tp, union, union > 0), np.nan)
+
+
+def _mean_iou(iou, of):
+    "Mean over some classes; one that a resample lacks keeps its IoU of all patients."
+    filled = np.where(np.isnan(iou), iou[:, :1], iou)  # else its loss would look like a gain
+    return filled[..., of].mean(-1) if of.any() else np.full(iou.shape[:2], np.nan)  # (runs, draws)
+
+# %% ../../nbs/papers/merand.ipynb #c030-1
 def run_scores(
-    confusions: np.ndarray,  # (runs, n, k, 2, 2) pixels of each run, picture and class, from mask_confusions
+    confusions: np.ndarray,  # (runs, n, k, 2, 2) pixels of each run, image and class, from mask_confusions
     patients,  # n names
     n_boot: int = 1000,  # resamples of patients
-    seed: int = 0,  # of the resampling
-) -> dict:  # 'mIoU', the same of 'common' classes, and each class's 'IoU' (k,), as (value, low, high), means over runs; 'spread', best minus worst run (NaN for one)
-    "Mean IoU over the classes that are there, its interval over patients and its spread over runs."
+) -> dict:  # mIoU, common and IoU (k,) as (value, low, high), means over runs; spread (NaN for one run)
+    "Mean IoU over the classes that are there, its interval over patients, its spread over runs."
     who, names = pd.factorize(np.asarray(patients, str), sort=True)
-    weights, cm = _weights(len(names), n_boot, seed), np.asarray(confusions, float)
-    sums = (
-        np.stack([[np.bincount(who, x, len(names)) for x in run.reshape(len(who), -1).T] for run in cm], 0)
-        .transpose(0, 2, 1)
-        .reshape(len(cm), len(names), -1)
-    )
-    tp, fp, fn = (
-        np.moveaxis(weights @ sums, -1, 0).reshape(*cm.shape[2:], len(cm), -1)[:, i, j].transpose(1, 2, 0)
-        for i, j in ((1, 1), (0, 1), (1, 0))
-    )  # (runs, draws, k)
-    iou = np.where(tp + fn > 0, _ratio(tp, tp + fp + fn, tp + fp + fn > 0), np.nan)
-    held = (cm[0, :, :, 1].sum(-1) > 0).mean(0)  # share of the pictures that hold a class
-    filled = np.where(
-        np.isnan(iou), iou[:, :1], iou
-    )  # a class that a resample lacks keeps its IoU in all patients: else its loss would look like a gain
-    mean, common = (
-        filled[..., there].mean(-1) if there.any() else np.full(iou.shape[:2], np.nan)
-        for there in (held > 0, held >= 0.5)
-    )
-    both = np.concatenate([mean[..., None], common[..., None], iou], -1).mean(0)
-    low, high = _percentiles(both[1:], len(names))
+    cm = np.asarray(confusions, float)
+    iou = resampled_iou(cm, who, n_boot)  # (runs, draws, k)
+    held = (cm[0, :, :, 1].sum(-1) > 0).mean(0)  # share of the images that hold a class
+    mean, common = _mean_iou(iou, held > 0), _mean_iou(iou, held >= 0.5)
+    both = np.concatenate([mean[..., None], common[..., None], iou], -1).mean(0)  # (draws, 2 + k)
+    low, high = percentile_interval(both[1:], len(names))
     return dict(
         mIoU=(both[0, 0], low[0], high[0]),
         common=(both[0, 1], low[1], high[1]),
@@ -723,22 +690,62 @@ def run_scores(
     )
 
 # %% ../../nbs/papers/merand.ipynb #c033-1
+# settings that say which cells are asked for, and change nothing of what is trained
+_WHICH = 'backbones', 'matrix', 'rows', 'starts', 'beside', 'disjoint', 'seeds'
+
+
 def run_folder(
     settings: MerandSettings,  # sizes
     data: str,  # 'phantom' or 'real'
     home=None,  # default lus_home()
-) -> Path:  # one folder per sizes and data; which cells are asked for does not matter
-    "Where the runs of some settings keep their checkpoints."
-    key = {
-        k: v
-        for k, v in asdict(settings).items()
-        if k not in ('backbones', 'matrix', 'rows', 'starts', 'beside', 'disjoint', 'seeds')
-    }
-    return (
-        Path(home or lus_home()) / 'merand' / f"{data}-{hashlib.sha256(repr(key).encode()).hexdigest()[:10]}"
-    )
+) -> Path:  # one folder per sizes and data
+    "Where the runs of some settings keep their checkpoints; which cells are asked for does not matter."
+    return settings_folder('merand', without(settings, *_WHICH), data, home)
 
 # %% ../../nbs/papers/merand.ipynb #c033-2
+def iou_cells(
+    way: Way,  # which cell of Table 3
+    score: dict,  # from run_scores
+    names: tuple,  # of the classes
+    protocol: str,  # a name in PROTOCOLS
+) -> list:  # of cells
+    "Mean IoU, the same of common classes, and its spread, ours beside theirs; IoU of each class."
+    value, spread = theirs(way) if protocol == 'rotation' else (None, None)
+    b, kw = way.backbone, dict(row=way.row, column=way.column, protocol=protocol)
+    miou, common = score['mIoU'], score['common']
+    classes = pd.DataFrame(dict(zip(('value', 'low', 'high'), score['IoU'])))
+    return [
+        cell(b, ours=miou[0], interval=miou[1:], theirs=value, **kw),
+        cell(f'{b}: common classes', ours=common[0], interval=common[1:], **kw),
+        cell(f'{b}: best minus worst run', ours=score['spread'], theirs=spread, **kw),
+        *cells_of(classes, names, f'{b}, {way.column}: classes', way.row, protocol),
+    ]
+
+# %% ../../nbs/papers/merand.ipynb #c033-3
+def apart_loss(
+    prob: np.ndarray,  # (n, k, h, w) probabilities
+    masks: np.ndarray,  # (n, k, h, w) truth
+) -> float:  # cross-entropy minus Dice, as in training
+    "The loss on the images kept apart."
+    p, y = torch.from_numpy(prob).float().clamp(1e-6, 1 - 1e-6), torch.from_numpy(masks).float()
+    return float(F.binary_cross_entropy(p, y) - soft_dice(prob.astype(np.float32), masks))
+
+
+def loss_cells(
+    way: Way,  # which cell of Table 3
+    files: list,  # from target_run
+    tested: list,  # loss of each on the images kept apart
+    protocol: str,  # a name in PROTOCOLS
+) -> list:  # of cells
+    "The loss on the test beside the loss that the protocol watched, means over runs."
+    losses = [pd.read_csv(f.parent / 'history.csv').groupby('epoch')['valid_loss'] for f in files]
+    losses = [x.agg(['mean', 'last']) for x in losses]
+    best = [x.loc[x['mean'].idxmin()] for x in losses]  # of each run the epoch that was picked
+    found = {'watched': [x['mean'] for x in best], 'last run': [x['last'] for x in best], 'test': tested}
+    row = f'{way.backbone}, {way.column}: {way.row}'
+    return [cell('loss', row, c, np.mean(v), protocol=protocol) for c, v in found.items()]
+
+# %% ../../nbs/papers/merand.ipynb #c033-4
 def way_cells(
     way: Way,  # which cell of Table 3
     seeds,  # of the runs that are over
@@ -747,68 +754,104 @@ def way_cells(
     settings: MerandSettings = DEFAULT,  # sizes
     disjoint: bool = False,  # the run validated by other patients
 ) -> list:  # of cells
-    "mIoU, spread, IoU of each class, and the loss on the test beside the loss that the protocol watched."
-    files, cells = [target_run(way, seed, parts, path, settings, disjoint) for seed in seeds], []
-    prob = [dict(np.load(f)) for f in files]
-    for protocol in prob[0]:
-        score = run_scores(
-            np.stack([mask_confusions(p[protocol], parts.test.masks) for p in prob]),
-            parts.test.table['patient'],
-        )
-        value, spread = theirs(way) if protocol == 'rotation' else (None, None)
-        cells += [
-            cell(
-                way.backbone,
-                way.row,
-                way.column,
-                score['mIoU'][0],
-                score['mIoU'][1:],
-                theirs=value,
-                protocol=protocol,
-            ),
-            cell(
-                f'{way.backbone}: common classes',
-                way.row,
-                way.column,
-                score['common'][0],
-                score['common'][1:],
-                protocol=protocol,
-            ),
-            cell(
-                f'{way.backbone}: best minus worst run',
-                way.row,
-                way.column,
-                score['spread'],
-                theirs=spread,
-                protocol=protocol,
-            ),
-        ]
-        cells += [
-            cell(f'{way.backbone}, {way.column}: classes', way.row, name, v, (lo, hi), protocol=protocol)
-            for name, v, lo, hi in zip(parts.test.names, *score['IoU'])
-        ]
-        if protocol == 'last':
-            continue
-        losses = [
-            pd.read_csv(f.parent / 'history.csv').groupby('epoch')['valid_loss'].agg(['mean', 'last'])
-            for f in files
-        ]
-        watched, at_end = ([x.loc[x['mean'].idxmin(), c] for x in losses] for c in ('mean', 'last'))
-        tested = [
-            float(
-                F.binary_cross_entropy(
-                    torch.from_numpy(p[protocol]).float().clamp(1e-6, 1 - 1e-6),
-                    torch.from_numpy(parts.test.masks).float(),
-                )
-                - soft_dice(p[protocol].astype(np.float32), parts.test.masks)
-            )
-            for p in prob
-        ]
-        cells += [
-            cell('loss', f'{way.backbone}, {way.column}: {way.row}', c, np.mean(v), protocol=protocol)
-            for c, v in (('watched', watched), ('last run', at_end), ('test', tested))
-        ]
+    "All that is known of a way, from the runs that are over."
+    files, cells, test = [target_run(way, k, parts, path, settings, disjoint) for k in seeds], [], parts.test
+    runs = [dict(np.load(f)) for f in files]
+    for protocol in runs[0]:
+        prob = [run[protocol] for run in runs]
+        confusions = np.stack([mask_confusions(p, test.masks) for p in prob])
+        cells += iou_cells(way, run_scores(confusions, test.table['patient']), test.names, protocol)
+        if protocol != 'last':
+            cells += loss_cells(way, files, [apart_loss(p, test.masks) for p in prob], protocol)
     return cells
+
+# %% ../../nbs/papers/merand.ipynb #c033-6
+@dataclass
+class MerandRun:
+    "What the stages of one reproduction share."
+
+    experiment: Experiment  # settings, folder, protocols, cells
+    parts: Parts  # images of all steps
+    done: dict = field(default_factory=dict)  # (way, disjoint) -> (seeds, cells)
+    steps: dict = field(default_factory=dict)  # (first step, backbone, start) -> cells
+
+
+def say_absent(
+    parts: Parts,  # images of all steps
+):
+    "Say which classes are missing from the test and from training."
+    test, target = np.arange(len(parts.test)), np.arange(len(parts.target))
+    notes = absent_classes(parts.test, the_test=test) + absent_classes(parts.target, the_training=target)
+    for note in notes:
+        print(note)
+
+# %% ../../nbs/papers/merand.ipynb #c033-7
+def imagenet_known(
+    backbone: str,  # its name
+) -> bool:  # whether they are on this machine
+    "Look for a backbone's ImageNet weights, and say when they are not available."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        known = create_backbone(backbone, 3, weights='imagenet').pretrained
+    if not known:
+        notes = (w.message for w in caught if 'ImageNet' in str(w.message))
+        print(*notes, 'Its ImageNet column is left out.')
+    return known
+
+
+def runs_of(
+    settings: MerandSettings,  # which cells and seeds
+) -> list:  # (way, seed, disjoint), in the order in which they are run
+    "All runs of the target step; ImageNet only where its weights are available."
+    s, todo = settings, ways(settings)
+    known = {b: imagenet_known(b) for b in dict.fromkeys(w.backbone for w in todo if w.start == 'imagenet')}
+    todo = [w for w in todo if w.start == 'random' or known[w.backbone]]
+    first, *more = ([(w, seed, False) for w in todo] for seed in s.seeds)
+    return first + [(Way(b, r), s.seeds[0], True) for b in s.matrix for r in s.disjoint] + sum(more, [])
+
+# %% ../../nbs/papers/merand.ipynb #c033-8
+def first_stage(
+    run: MerandRun,  # what stages share
+    way: Way,  # whose first step is done
+):
+    "Score a first step, once."
+    key = way.first, way.backbone, way.start
+    if way.first in ('', 'SimCLR') or key in run.steps:
+        return
+    column, value, *ci = first_score(way, run.parts, run.experiment.folder, run.experiment.settings)
+    row = f"{way.first}, {way.backbone}{', ImageNet' if way.start == 'imagenet' else ''}"
+    run.steps[key] = [cell('first step', row, column, value, ci, protocol='last')]
+
+# %% ../../nbs/papers/merand.ipynb #c033-9
+def target_stage(
+    run: MerandRun,  # what stages share
+    way: Way,  # which cell of Table 3
+    seed: int,  # of the run
+    disjoint: bool,  # validate by other patients
+):
+    "One run of the target, and the numbers of its way."
+    e = run.experiment
+    e.stage(f"{way.name}, seed {seed}{', disjoint' if disjoint else ''}")
+    target_run(way, seed, run.parts, e.folder, e.settings, disjoint)
+    seeds = run.done.get((way, disjoint), ([],))[0] + [seed]
+    run.done[way, disjoint] = seeds, way_cells(way, seeds, run.parts, e.folder, e.settings, disjoint)
+
+# %% ../../nbs/papers/merand.ipynb #c033-10
+def save_stage(
+    run: MerandRun,  # what stages share
+) -> dict:  # what was written
+    "Write the results of all that is over."
+    p, e = run.parts, run.experiment
+    sets = [p.first, p.boxes, p.target, p.test]
+    tables = [s.table for s in sets]
+    clips = [t.get('clip', pd.Series(t.index)).astype(str) + t['patient'].astype(str) for t in tables]
+    rows = pd.concat([t.assign(clip=c) for t, c in zip(tables, clips)], ignore_index=True)
+    for name, description in PROTOCOLS.items():
+        if name != 'disjoint' or any(disjoint for _, disjoint in run.done):
+            e.protocol(name, description, rows, np.repeat(range(4), [len(s) for s in sets]))
+    e.seeds = sorted({seed for seeds, _ in run.done.values() for seed in seeds})
+    e.cells[:] = sum([c for _, c in run.done.values()], sum(run.steps.values(), []))
+    return e.save()
 
 # %% ../../nbs/papers/merand.ipynb #c033
 def reproduce(
@@ -820,75 +863,15 @@ def reproduce(
 ) -> Path:  # the report
     "Merand 2021 end to end: first steps, boxes, target, both protocols."
     s = settings or (QUICK if quick else DEFAULT)
-    parts, path, name = (
-        learning_parts(data, s),
-        run_folder(s, data, home),
-        f"merand-{data}{'-quick' if quick else ''}",
-    )
-    for note in absent_classes(parts.test, the_test=np.arange(len(parts.test))) + absent_classes(
-        parts.target, the_training=np.arange(len(parts.target))
-    ):
-        print(note)
-    whole = pd.concat(
-        [
-            p.table.assign(
-                clip=p.table.get('clip', pd.Series(p.table.index)).astype(str)
-                + p.table['patient'].astype(str)
-            )
-            for p in (parts.first, parts.boxes, parts.target, parts.test)
-        ],
-        ignore_index=True,
-    )
-    used = split_hash(
-        whole, np.repeat(range(4), [len(p) for p in (parts.first, parts.boxes, parts.target, parts.test)])
-    )
-    todo, lost = ways(s), set()
-    for b in {w.backbone: 0 for w in todo if w.start == 'imagenet'}:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter('always')
-            known = create_backbone(b, 3, weights='imagenet').pretrained
-        if not known:
-            lost.add(b)
-            print(
-                *(w.message for w in told if 'ImageNet' in str(w.message)), 'Its ImageNet column is left out.'
-            )
-    todo = [w for w in todo if w.start == 'random' or w.backbone not in lost]
-    runs = [(w, seed, False) for seed in s.seeds for w in todo]
-    runs[len(todo) : len(todo)] = [(Way(b, r), s.seeds[0], True) for b in s.matrix for r in s.disjoint]
-    done, steps = {}, {}
-    for way, seed, disjoint in runs:
-        print(f"{way.name}, seed {seed}{', disjoint' if disjoint else ''}", flush=True)
-        target_run(way, seed, parts, path, s, disjoint)
-        seeds = done.get((way, disjoint), ([],))[0] + [seed]
-        done[way, disjoint] = seeds, way_cells(way, seeds, parts, path, s, disjoint)
-        if way.first not in ('', 'SimCLR') and (key := (way.first, way.backbone, way.start)) not in steps:
-            column, *v = first_score(way, parts, path, s)
-            steps[key] = [
-                cell(
-                    'first step',
-                    f"{way.first}, {way.backbone}{', ImageNet' if way.start == 'imagenet' else ''}",
-                    column,
-                    v[0],
-                    v[1:],
-                    protocol='last',
-                )
-            ]
-        protocols = {
-            k: dict(description=PROTOCOLS[k], split_hash=used, settings=asdict(s))
-            for k in PROTOCOLS
-            if k != 'disjoint' or any(d for _, d in done)
-        }
-        results = results_json(
-            Path(out) / f'{name}.json',
-            paper='Merand & Klein 2021',
-            data=data,
-            protocols=protocols,
-            seeds=sorted({k for some, _ in done.values() for k in some}),
-            cells=sum([c for _, c in done.values()], sum(steps.values(), [])),
-            hours=training_hours(path),
-            command=f"lus_repro merand --data {data}{' --quick' if quick else ''}",
-        )
-    return merand_report(Path(out) / f'{name}.html', results, s)
+    parts, folder = learning_parts(data, s), run_folder(s, data, home)
+    e = Experiment('merand', 'Merand & Klein 2021', data, s, folder, out=out, quick=quick)
+    run = MerandRun(e, parts)
+    say_absent(parts)
+    for way, seed, disjoint in runs_of(s):
+        target_stage(run, way, seed, disjoint)
+        first_stage(run, way)
+        save_stage(run)
+    return merand_report(e.html, save_stage(run), s)
 
 # %% ../../nbs/papers/merand.ipynb #c035-1
 def ways_table(
@@ -898,10 +881,102 @@ def ways_table(
 ) -> pd.DataFrame:  # label, group, value, low, high, theirs, as plot_comparison wants it
     "mIoU of every pretraining under every protocol."
     t = results_table(results)
-    t = t[(t.table == backbone) & (t.column == column)]
-    return pd.DataFrame(
-        dict(label=t.row, group=t.protocol, value=t.ours, low=t.low, high=t.high, theirs=t.theirs)
-    ).reset_index(drop=True)
+    return comparison_rows(t[(t.table == backbone) & (t.column == column)])
+
+# %% ../../nbs/papers/merand.ipynb #c035-2
+def _open_report(results):
+    "Title and subtitle."
+    what = 'the chest phantom' if results['data'] == 'phantom' else 'radiographs of COVID-19 patients (CCXS)'
+    subtitle = 'what a network learned first, and how well it outlines thirteen things.'
+    return Report('Do two steps before the target help?', f'Merand & Klein 2021 on {what}: {subtitle}')
+
+
+def _ending(results, *ends, protocols=('rotation', 'last', 'disjoint')):
+    "The cells of tables by how their names end."
+    return [c for c in results['cells'] if c['table'].endswith(ends) and c['protocol'] in protocols]
+
+# %% ../../nbs/papers/merand.ipynb #c035-3
+def _start_section(r, results, settings):
+    "Summary and headline numbers: means over backbones."
+    t = results_table(results)
+    main = t[(t.protocol == 'last') & t.table.isin(settings.backbones) & (t.column == 'U-Net encoder')]
+    mean = main.groupby('row', sort=False).ours.mean()
+    images, best = 'simulated radiographs' if results['data'] == 'phantom' else 'radiographs', mean.idxmax()
+    r.summary(
+        f'Networks that had learned something else first, in {len(mean)} ways, learned to outline '
+        f'thirteen things in {images}, and were scored on images of patients kept apart.',
+        f'After {best!r}, the best way, the mean IoU is {mean[best]:.2f}; after the worst {mean.min():.2f}.',
+        'The best of many ways is best partly by luck. ' + limits_note(results['data']),
+    )
+    numbers = {
+        f'mean IoU, patients kept apart, last epoch: {row}': (
+            f'{value:.3f}\nmean of {(main.row == row).sum()} backbone(s)'
+        )
+        for row, value in mean.items()
+    }
+    r.numbers({**numbers, **training_card(results)})
+
+# %% ../../nbs/papers/merand.ipynb #c035-4
+def _way_figure(r, results, backbone, column):
+    "A cell of Table 3 for every pretraining, ours beside theirs."
+    dots, title = ways_table(results, backbone, column), f'{backbone}, {column}'
+    diamonds = " Open diamonds: the paper's, on its own images." if dots.theirs.notna().any() else ''
+    r.figure(
+        plot_comparison(dots, group='group', xlabel='mean IoU of images kept apart', title=title),
+        f'Mean IoU of {title}, over runs, with a 95 % interval over the patients of the test.{diamonds}',
+    )
+
+# %% ../../nbs/papers/merand.ipynb #c035-5
+def _table_section(r, results, settings):
+    "Table 3: a figure for each backbone and column, then all last epochs."
+    t = results_table(results)
+    note = papers_note(results['data']) if t.theirs.notna().any() else ''
+    r.section('Table 3', f'{protocol_text(results)}\n\n{note}')
+    main = t[t.table.isin([*settings.backbones, *settings.matrix])]
+    for backbone, rows in main.groupby('table', sort=False):
+        for column in dict.fromkeys(rows.column):
+            _way_figure(r, results, backbone, column)
+    last = main[main.protocol == 'last']
+    last = last.assign(row=last.table + ', ' + last.row)
+    r.table(interval_grid(last, dict.fromkeys(last.row)).rename(columns=dict(row='label')), 'Last epoch.')
+    r.cells(
+        _ending(results, 'common classes', protocols=['last']),
+        'Mean IoU of the classes in at least half of the test images.',
+    )
+
+# %% ../../nbs/papers/merand.ipynb #c035-6
+def _spread_section(r, results):
+    "Best minus worst, where there was more than one run."
+    if spread := [c for c in _ending(results, 'best minus worst run') if c['ours'] is not None]:
+        r.section(
+            'Best minus worst',
+            "The paper's ±, over the runs of the target step; first and second steps were trained once.",
+        )
+        r.cells(spread)
+
+
+def _validation_section(r, results):
+    "Watched, last and test loss."
+    r.section(
+        "What the rotation's validation is worth",
+        'The lowest validation loss, that of the last run in the same epoch (the mean also holds the '
+        "epoch's early runs, when the network was worse), and the loss on the images kept apart.",
+    )
+    r.cells(_ending(results, 'loss'))
+
+# %% ../../nbs/papers/merand.ipynb #c035-7
+def _step_section(r, results):
+    "First steps."
+    r.section(
+        'First steps', 'On 15 % of the first images, whose patients were neither trained on nor validated on.'
+    )
+    r.cells(_ending(results, 'first step'))
+
+
+def _class_section(r, results):
+    "IoU of each class."
+    r.section('Classes', 'IoU of each class, last epoch; a dash where no test image holds it.')
+    r.cells(_ending(results, 'classes', protocols=['last']))
 
 # %% ../../nbs/papers/merand.ipynb #c035
 def merand_report(
@@ -909,86 +984,13 @@ def merand_report(
     results: dict,  # from results_json
     settings: MerandSettings,  # sizes
 ) -> Path:  # the file
-    "Table 3, spreads, classes, what the rotation's validation is worth, first steps, settings and versions, in one file."
-    s, t = settings, results_table(results)
-    cells, r = (
-        results['cells'],
-        Report(
-            'Do two steps before the target help?',
-            f"Merand & Klein 2021 on {'the chest phantom' if results['data'] == 'phantom' else 'radiographs of COVID-19 patients (CCXS)'}: what a network learned first, and how well it outlines thirteen things.",
-        ),
-    )
-    main = t[(t.protocol == 'last') & t.table.isin(s.backbones) & (t.column == 'U-Net encoder')]
-    mean = main.groupby('row', sort=False).ours.mean()
-    images, best = 'simulated radiographs' if results['data'] == 'phantom' else 'radiographs', mean.idxmax()
-    r.summary(
-        f'Networks that had learned something else first, in {len(mean)} ways, learned to outline '
-        f'thirteen things in {images}, '
-        'and were scored on images of patients kept apart.',
-        f'After {best!r}, the best way, the mean IoU is {mean[best]:.2f}; after the worst {mean.min():.2f}.',
-        'The best of many ways is best partly by luck. ' + limits_note(results['data']),
-    )
-
-    def card(row):
-        return f'{mean[row]:.3f}\nmean of {(main.row == row).sum()} backbone(s)'
-
-    r.numbers(
-        {
-            **{f'mean IoU, patients kept apart, last epoch: {row}': card(row) for row in mean.index},
-            **training_card(results),
-        }
-    )
-    note = [papers_note(results['data'])] if t.theirs.notna().any() else []
-    r.section(
-        'Table 3',
-        '\n\n'.join([*(f'{k}: {p["description"]}.' for k, p in results['protocols'].items()), *note]),
-    )
-    for b in dict.fromkeys(t.table[t.table.isin([*s.backbones, *s.matrix])]):
-        for c in dict.fromkeys(t.column[t.table == b]):
-            ways = ways_table(results, b, c)
-            diamonds = " Open diamonds: the paper's, on its own images." if ways.theirs.notna().any() else ''
-            r.figure(
-                plot_comparison(
-                    ways, group='group', xlabel='mean IoU of images kept apart', title=f'{b}, {c}'
-                ),
-                f'Mean IoU of {b}, {c}, over runs, with a 95 % interval over the patients of the '
-                f'test.{diamonds}',
-            )
-    wide = t[(t.protocol == 'last') & t.table.isin([*s.backbones, *s.matrix])]
-    r.table(
-        wide.assign(
-            text=[interval_text(*v) for v in wide[['ours', 'low', 'high']].to_numpy()],
-            label=wide.table + ', ' + wide.row,
-        )
-        .pivot(index='label', columns='column', values='text')
-        .reindex(dict.fromkeys(wide.table + ', ' + wide.row))
-        .reset_index(),
-        'Last epoch.',
-    )
-    r.cells(
-        [c for c in cells if c['table'].endswith('common classes') and c['protocol'] == 'last'],
-        'Mean IoU of the classes in at least half of the test pictures.',
-    )
-    if spread := [c for c in cells if c['table'].endswith('best minus worst run') and c['ours'] is not None]:
-        r.section(
-            'Best minus worst',
-            "The paper's ±, over the runs of the target step; first and second steps were trained once.",
-        )
-        r.cells(spread)
-    r.section(
-        "What the rotation's validation is worth",
-        "The lowest validation loss, that of the last run in the same epoch (the mean also holds the epoch's early runs, when the network was worse), and the loss on the pictures kept apart.",
-    )
-    r.cells([c for c in cells if c['table'] == 'loss'])
-    r.section(
-        'First steps',
-        'On 15 % of the first pictures, whose patients were neither trained on nor validated on.',
-    )
-    r.cells([c for c in cells if c['table'] == 'first step'])
-    r.section('Classes', 'IoU of each class, last epoch; a dash where no test picture holds it.')
-    r.cells([c for c in cells if c['table'].endswith('classes') and c['protocol'] == 'last'])
-    return (
-        r.glossary(['IoU', 'mask', 'start', 'last epoch, best epoch', 'interval'])
-        .provenance(results, asdict(s))
-        .save(path)
-    )
+    "Table 3, spreads, validation losses, first steps, classes, settings and versions, in one file."
+    r = _open_report(results)
+    _start_section(r, results, settings)
+    _table_section(r, results, settings)
+    _spread_section(r, results)
+    _validation_section(r, results)
+    _step_section(r, results)
+    _class_section(r, results)
+    r.glossary(['IoU', 'mask', 'start', 'last epoch, best epoch', 'interval'])
+    return r.provenance(results, asdict(settings)).save(path)
