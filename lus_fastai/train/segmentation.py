@@ -9,7 +9,6 @@ __all__ = ['rotation_parts', 'Rotation', 'LossLog', 'adam', 'fit_masks', 'predic
 
 # %% ../../nbs/train/segmentation.ipynb #c003
 import gc
-import time
 import warnings
 import zlib
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import Callback, CancelFitException, Learner, OptimWrapper
+from fastcore.basics import patch, store_attr
 from torch import nn
 
 from ..core import MaskSet, atomic_path, frozen_eval, progress, seed_all
@@ -28,7 +28,7 @@ from ..runs import claim_folder, weights_hash
 from lus_fastai.train.callbacks import (
     AutoPrecision,
     CosineLR,
-    EpochEnd,
+    EpochLosses,
     PlateauLR,
     autocast_for,
     fit_resumable,
@@ -49,7 +49,7 @@ def rotation_parts(
 
 # %% ../../nbs/train/segmentation.ipynb #c009
 class Rotation(Callback):
-    "Merand & Klein's rotation: before each run (an epoch of fastai's), DataLoaders that leave out the part whose turn it is."
+    "Merand & Klein's rotation: before each run (fastai's epoch), DataLoaders that leave out one part."
 
     order = 0  # before `EpochSeed`, which seeds the order of these DataLoaders
 
@@ -64,15 +64,15 @@ class Rotation(Callback):
 
     def rows(self, run):
         epoch, k = divmod(run, self.parts)
-        dealt = rotation_parts(self.n, self.parts, self.seed, epoch)
-        return np.concatenate(dealt[:k] + dealt[k + 1 :]), dealt[k]
+        parts = rotation_parts(self.n, self.parts, self.seed, epoch)
+        return np.concatenate(parts[:k] + parts[k + 1 :]), parts[k]
 
     def before_epoch(self):
         self.learn.dls = self.data(*self.rows(self.epoch))
 
 # %% ../../nbs/train/segmentation.ipynb #c011
-class LossLog(EpochEnd):
-    "Losses of each run; keeps the weights of the last or the best round, and ends the fit when `patience` rounds pass without a lower validation loss."
+class LossLog(EpochLosses):
+    "Losses of each run; keeps the weights of the last or the best round, and stops on a plateau."
 
     order = 55  # before `Checkpoint`, which writes this log's state
 
@@ -84,59 +84,16 @@ class LossLog(EpochEnd):
         runs: int = 1,  # in a round
         tick=None,  # called after each run
     ):
-        self.path, self.select, self.patience, self.runs, self.tick, self.history, self.best, self.wait = (
-            Path(path),
-            select,
-            patience,
-            runs,
-            tick,
-            [],
-            float('inf'),
-            0,
-        )
+        store_attr('select,patience,runs,tick')
+        self.path, self.history, self.best, self.wait = Path(path), [], float('inf'), 0
 
     @property
     def stopped(self):
         return self.patience is not None and self.wait >= self.patience
 
-    def before_train(self):
-        self.losses, self.start = {True: [0.0, 0], False: [0.0, 0]}, time.perf_counter()
-
     def before_batch(self):
         if self.stopped:
             raise CancelFitException
-
-    def after_batch(self):
-        total, n = self.losses[self.training], len(self.xb[0])
-        total[0] += self.loss.detach() * n
-        total[1] += n
-
-    def end_epoch(self):
-        train, valid = (float(total / n) for total, n in (self.losses[True], self.losses[False]))
-        epoch, run = divmod(self.epoch, self.runs)
-        self.history.append(
-            dict(
-                epoch=epoch,
-                run=run,
-                train_loss=train,
-                valid_loss=valid,
-                lr=self.opt.hypers[-1]['lr'],
-                seconds=time.perf_counter() - self.start,
-            )
-        )
-        if self.tick:
-            self.tick()
-        if run < self.runs - 1:
-            return
-        value = self.watched()
-        if not np.isfinite(value):
-            raise ValueError(
-                f"the validation loss of epoch {epoch} is {value}: lower the learning rate, in a new folder"
-            )
-        better, self.wait = value < self.best, 0 if value < self.best else self.wait + 1
-        self.best = min(self.best, value)
-        if better if self.select == 'best' else self.stopped or self.epoch == self.n_epoch - 1:
-            save_weights(self.model, self.path)
 
     def watched(self, learn=None):
         return float(np.mean([h['valid_loss'] for h in self.history[-self.runs :]]))
@@ -146,6 +103,33 @@ class LossLog(EpochEnd):
 
     def load_state_dict(self, state):
         self.history, self.best, self.wait = state['history'], state['best'], state['wait']
+
+# %% ../../nbs/train/segmentation.ipynb #loss-log-round
+@patch
+def _end_round(self: LossLog, epoch):
+    "Compare the round with the best, and keep the weights if it is the one to keep."
+    value = self.watched()
+    if not np.isfinite(value):
+        raise ValueError(
+            f"the validation loss of epoch {epoch} is {value}: lower the learning rate, in a new folder"
+        )
+    better = value < self.best
+    self.wait = 0 if better else self.wait + 1
+    self.best = min(self.best, value)
+    last = self.stopped or self.epoch == self.n_epoch - 1
+    if better if self.select == 'best' else last:
+        save_weights(self.model, self.path)
+
+
+@patch
+def end_epoch(self: LossLog):
+    "Write down a run, and end its round if it was the last one of it."
+    epoch, run = divmod(self.epoch, self.runs)
+    self.history.append(dict(epoch=epoch, run=run, **self.mean_losses(), **self.rate_and_time()))
+    if self.tick:
+        self.tick()
+    if run == self.runs - 1:
+        self._end_round(epoch)
 
 # %% ../../nbs/train/segmentation.ipynb #c013-1
 def adam(
@@ -168,23 +152,23 @@ def _crc(a, start=0):
 
 # %% ../../nbs/train/segmentation.ipynb #c013-3
 def _fit(
-    build,
-    data,
-    path,
-    epochs,
-    lr,
-    loss,
-    select,
-    patience,
-    schedule,
-    cbs,
-    opt_func,
-    seed,
-    precision,
-    claim,
-    rotation=None,
-    tick=None,
-):
+    build,  # function () -> network
+    data,  # function (channels) -> DataLoaders
+    path,  # folder
+    epochs,  # at most, each of as many runs as a rotation has parts
+    lr,  # at the start
+    loss,  # function of logits and masks; None: BCEDiceLoss()
+    select,  # 'last' or 'best'
+    patience,  # epochs without a lower validation loss; None: never stop
+    schedule,  # 'constant', 'plateau' or 'cosine'
+    cbs,  # function () -> further callbacks, or None
+    opt_func,  # optimiser
+    seed,  # of weights and epochs
+    precision,  # see AutoPrecision
+    claim,  # dictionary: what else the run is made of
+    rotation=None,  # a Rotation
+    tick=None,  # called after each run
+) -> tuple:  # network with the kept weights; history
     "What both ways of training share: claim the folder, fit with checkpoints, keep weights and history."
     if select not in ('last', 'best'):
         raise ValueError(f"select is 'last' or 'best', not {select!r}")
@@ -241,8 +225,8 @@ def _fit(
 
 # %% ../../nbs/train/segmentation.ipynb #c013-4
 def fit_masks(
-    build,  # function () -> network that gives logits (b, k, h, w); called with the generators seeded. Pretrained and frozen as it likes
-    set: MaskSet,  # images and masks; the network's first convolution tells how many identical channels it gets
+    build,  # function () -> network that gives logits (b, k, h, w); called with seeded generators
+    set: MaskSet,  # images and masks; repeated to the channels of the first convolution
     train,  # rows to train on: integers, or a bool per row
     valid,  # rows to validate on
     path,  # folder for checkpoint, weights and history
@@ -250,19 +234,19 @@ def fit_masks(
     lr: float = 1e-4,  # at the start
     loss=None,  # function of logits and masks; default: BCEDiceLoss()
     *,
-    select: str = 'last',  # which epoch's weights are kept: 'last', or 'best' by validation loss, which then flatters
+    select: str = 'last',  # epoch that is kept: 'last', or 'best' by validation loss, which flatters
     batch_tfms=(),  # augmentation of the training batches
     bs: int = 8,  # batch size
     patience: int = None,  # epochs without a lower validation loss after which it stops; None: never
-    schedule: str = 'constant',  # 'constant', 'plateau' (PlateauLR on the validation loss) or 'cosine' (CosineLR)
-    cbs=None,  # function () -> further callbacks, made anew for each fit; those with a state_dict are resumed
+    schedule: str = 'constant',  # 'constant', 'plateau' (on the validation loss) or 'cosine'
+    cbs=None,  # function () -> further callbacks; those with a state_dict are resumed
     opt_func=adam,  # optimiser
     seed: int = 0,  # weights, order of batches, augmentation
     precision: str = 'auto',  # see AutoPrecision
     device=None,  # default: fastai's default device
     notes: bool = True,  # see mask_dls
     tick=None,  # called after each epoch; default: a progress bar
-) -> tuple:  # network with the kept weights, in evaluation mode; history with columns epoch, run (0), train_loss, valid_loss, lr, seconds
+) -> tuple:  # network with the kept weights, in evaluation mode; history, a row per epoch
     "Train one network on masks; resumes where it was stopped."
     train, valid = rows_of(set, train, 'train'), rows_of(set, valid, 'valid')
 
@@ -344,7 +328,7 @@ def kfold_masks(
     precision: str = 'auto',  # as for fit_masks
     **kwargs,  # further arguments of fit_masks: select, batch_tfms, patience, schedule, cbs, opt_func, device
 ) -> np.ndarray:  # (n, k, h, w) float16: out-of-fold probabilities
-    "Train on all folds but one and predict that one, for each fold, always from the same initial weights; resumes where it was stopped."
+    "Train on all folds but one and predict that one, each time from the same weights; resumable."
     if path is None:
         raise ValueError("name a folder: path=...")
     if folds is None:
@@ -367,9 +351,9 @@ def kfold_masks(
     path, out, tick = Path(path), np.empty(set.masks.shape, np.float16), _ticks(len(numbers) * epochs, path)
     for k in numbers:
 
-        def start():
+        def start(k=int(k)):
             seed_all(seed)
-            return build(int(k))
+            return build(k)
 
         model, _ = fit_masks(
             start,
@@ -409,8 +393,8 @@ def fit_rotation(
     seed: int = 0,  # weights, parts, order of batches, augmentation
     precision: str = 'auto',  # see AutoPrecision
     device=None,  # default: fastai's default device
-) -> tuple:  # network in evaluation mode; history, a row per run, with columns epoch, run, train_loss, valid_loss, lr, seconds
-    "Merand & Klein's rotation (2021): one network, validated on images that it has trained on, so its validation loss is optimistic; resumes after the last finished run."
+) -> tuple:  # network in evaluation mode; history, a row per run
+    "Merand & Klein's rotation (2021): its validation loss is optimistic; resumes after a finished run."
     for note in absent_classes(set, the_rotation=np.arange(len(set))):
         warnings.warn(note, stacklevel=2)
     channels = []  # known once the network is built
