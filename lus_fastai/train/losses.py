@@ -25,7 +25,8 @@ def soft_dice(
     prob, target = (torch.as_tensor(x).as_subclass(torch.Tensor).float() for x in (prob, target))
     if prob.shape != target.shape or prob.ndim != 4:
         raise ValueError(
-            f"probabilities and masks are both (b, k, h, w), got {tuple(prob.shape)} and {tuple(target.shape)}"
+            "probabilities and masks are both (b, k, h, w), "
+            f"got {tuple(prob.shape)} and {tuple(target.shape)}"
         )
     shared, both = (prob * target).sum((0, 2, 3)), (prob + target).sum((0, 2, 3))
     return ((2 * shared + smooth) / (both + smooth)).mean()
