@@ -21,7 +21,7 @@ import os, signal, sys
 import numpy as np, pandas as pd, torch
 from fastai.vision.all import Callback
 from lus_fastai.data.augment import MerandAugment
-from lus_fastai.core import seed_all
+from lus_fastai.core import MaskSet, seed_all
 from lus_fastai.models.unet import unet
 from lus_fastai.train.losses import SoftDiceLoss
 from lus_fastai.train.segmentation import rotation_parts, Rotation, fit_masks, predict_masks, kfold_masks, fit_rotation

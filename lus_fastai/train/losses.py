@@ -20,12 +20,13 @@ def soft_dice(
     prob,  # (b, k, h, w) probabilities 0..1, tensor or array; not logits
     target,  # (b, k, h, w) true masks, 0 and 1
     smooth: float = 1.0,  # added above and below the line; 1 in the paper
-) -> torch.Tensor:  # scalar 0..1, mean over the k classes; 1 for a class that is absent and predicted absent
-    "Dice of probabilities, pixels of the whole batch in one sum (Cheng & Lam 2021); raises ValueError for shapes that differ."
+) -> torch.Tensor:  # scalar 0..1, mean over the k classes; 1 for a class that is rightly absent
+    "Dice of probabilities, pixels of the whole batch in one sum (Cheng & Lam 2021)."
     prob, target = (torch.as_tensor(x).as_subclass(torch.Tensor).float() for x in (prob, target))
     if prob.shape != target.shape or prob.ndim != 4:
         raise ValueError(
-            f"probabilities and masks are both (b, k, h, w), got {tuple(prob.shape)} and {tuple(target.shape)}"
+            "probabilities and masks are both (b, k, h, w), "
+            f"got {tuple(prob.shape)} and {tuple(target.shape)}"
         )
     shared, both = (prob * target).sum((0, 2, 3)), (prob + target).sum((0, 2, 3))
     return ((2 * shared + smooth) / (both + smooth)).mean()
