@@ -166,9 +166,8 @@ def _check_whole(path, promised):
     import av
 
     with av.open(path) as box:
-        there = sum(
-            packet.size > 0 for packet in box.demux(video=0)
-        )  # an edited clip has them all, and shows some
+        # an edited clip has all its packets, and shows some of them
+        there = sum(packet.size > 0 for packet in box.demux(video=0))
     if there < promised:
         raise ClipError(path, f'it ends early: {there} of {promised} frames are there')
 
@@ -397,7 +396,7 @@ def sample_clip(
     max_frames: int = 30,  # at most that many; decoding stops there
     size: tuple = None,  # (height, width) to resize to, antialiased; None keeps the file's own
 ) -> Clip:  # at least the first frame
-    "Decode the frames that `sample_times` chooses; raises `ClipError` with the reason if they cannot be read."
+    "Decode the frames that `sample_times` chooses; raises `ClipError` with the reason if that fails."
     size, rate, max_frames = check_sampling(size, rate, max_frames)
     return read_frames(path, rate_rule(rate), max_frames, size)[0]
 

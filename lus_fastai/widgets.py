@@ -32,7 +32,7 @@ from lus_fastai.core import (
     lus_home,
 )
 from .data.fan import Fan, FanError, find_fan
-from .data.store import FrameStore, _masks
+from .data.store import FrameStore, read_masks
 from .explain.attribution import EXPLAINERS, map_rgb
 from .explain.sanity_checks import heat_in_fan
 from .models.transfer import name_outputs
@@ -301,7 +301,7 @@ class ClipBrowser(_Panel):
         )
         if isinstance(row.get('mask'), str) and row['mask'].strip():
             try:
-                s.masks = _masks(row['mask'], clip.index, shape, clip.frames.shape[1:])
+                s.masks = read_masks(row['mask'], clip.index, shape, clip.frames.shape[1:])
             except ClipError as e:
                 s.note, s.fault = '', f'mask {e.path} cannot be shown: {e.reason}'
         return s

@@ -877,7 +877,7 @@ def test_the_same_function_has_the_same_key_everywhere(tmp_path):
     (tmp_path / 'mine.py').write_text(
         "NAMES = {'a', 'b', 'c'}\ndef prepare(frames, row, outside=0):\n    return frames if row['kind'] in {'video', 'image', 'x'} else len(NAMES)\n"
     )
-    code = "import functools, mine; from lus_fastai.runs import function_key as k; from lus_fastai.preprocess import fan_crop; "
+    code = "import functools, mine; from lus_fastai.runs import function_key as k; from lus_fastai.data.fan import fan_crop; "
     code += "print(k(mine.prepare), k(functools.partial(mine.prepare, outside={1: [2., None]})), k(fan_crop))"
 
     def keys(seed):
