@@ -241,7 +241,7 @@ def _map_bytes(path, shape):
 
 # %% ../../nbs/data/store.ipynb #store-class
 class FrameStore:
-    "Sampled frames of a clip table: `images`, `masks` (or None), `frames`, and `skipped` with path and reason."
+    "Sampled frames of a clip table: `images`, `masks` or None, `frames`, and what was `skipped`."
 
     def __init__(
         self,
