@@ -3,6 +3,7 @@ from fastai.vision.all import *
 from lus_fastai.core import *
 from lus_fastai.video import *
 from lus_fastai.plot import *
+from lus_fastai.toys import *
 from lus_fastai.runs import *
 from lus_fastai.stats.bootstrap import *
 from lus_fastai.stats.classification import *

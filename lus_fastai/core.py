@@ -97,16 +97,18 @@ CLIP_COLUMNS = ('path', 'kind', 'label', 'patient', 'source', 'probe')
 class TableError(ValueError):
     "A clip table that cannot be used; the message names rows and columns."
 
-
-def _rows(index):
-    return ', '.join(map(str, index[:5])) + (f' and {len(index) - 5} more' if len(index) > 5 else '')
-
 # %% ../nbs/core.ipynb #and-more
-def and_more(xs):
+def and_more(
+    xs,  # a list, an index or an array
+) -> str:  # such as 3, 4, 5, 6, 7 and 12 more
+    "The first five entries in words, and how many more there are."
     return ', '.join(map(str, xs[:5])) + (f' and {len(xs) - 5} more' if len(xs) > 5 else '')
 
 # %% ../nbs/core.ipynb #columns
-def check_columns(table, columns):
+def check_columns(
+    table: pd.DataFrame,  # a clip or frame table
+    columns,  # names that it must have
+):
     "Check that `table` has rows, and these columns without holes."
     if not isinstance(table, pd.DataFrame):
         raise TableError(f"expected a clip or frame table (a DataFrame), got {type(table).__name__}")
@@ -119,7 +121,8 @@ def check_columns(table, columns):
         hole = list(table.index[table[c].isna() | (table[c].astype(str).str.strip() == '')])
         if hole:
             raise TableError(
-                f"column '{c}' is empty in row(s) {and_more(hole)}: a row without {c} cannot be split safely; fill or drop it"
+                f"column '{c}' is empty in row(s) {and_more(hole)}: "
+                f"a row without {c} cannot be split safely; fill or drop it"
             )
 
 # %% ../nbs/core.ipynb #c021-2
@@ -132,7 +135,7 @@ def _twice(table):
     again, first = double[0], keys.tolist().index(keys[double[0]])
     rows, paths = table.index, table['path'].tolist()
     return [
-        f"column 'path' names a file twice in row(s) {_rows(rows[double])}: "
+        f"column 'path' names a file twice in row(s) {and_more(rows[double])}: "
         f"row {rows[again]} ({paths[again]}) is the file of row {rows[first]} ({paths[first]})"
     ]
 
@@ -155,10 +158,10 @@ def check_table(
     for c in CLIP_COLUMNS:
         empty = table.index[table[c].isna() | (table[c].astype(str).str.strip() == '')]
         if len(empty):
-            wrong.append(f"column '{c}' is empty in row(s) {_rows(empty)}")
+            wrong.append(f"column '{c}' is empty in row(s) {and_more(empty)}")
     kinds = table.index[~table['kind'].isin(['video', 'image']) & table['kind'].notna()]
     if len(kinds):
-        wrong.append(f"column 'kind' must be 'video' or 'image' in row(s) {_rows(kinds)}")
+        wrong.append(f"column 'kind' must be 'video' or 'image' in row(s) {and_more(kinds)}")
     wrong += _twice(table)
     for c in ('path', 'mask') if exists else ():
         if c not in table:
@@ -170,7 +173,7 @@ def check_table(
         ]
         if gone:
             wrong.append(
-                f"column '{c}': no such file in row(s) {_rows([i for i, _ in gone])}, first: {gone[0][1]}"
+                f"column '{c}': no such file in row(s) {and_more([i for i, _ in gone])}, first: {gone[0][1]}"
             )
     if wrong:
         raise TableError('; '.join(wrong))
@@ -284,7 +287,7 @@ class MaskSet:
             wrong = np.flatnonzero([((m != 0) & (m != 1)).any() for m in self.masks])
             if len(wrong):
                 raise ValueError(
-                    f"masks hold 0 and 1, those of row(s) {_rows(wrong)} also other values up to {self.masks[wrong].max()}: if they are 0 and 255, give `masks > 127`"
+                    f"masks hold 0 and 1, those of row(s) {and_more(wrong)} also other values up to {self.masks[wrong].max()}: if they are 0 and 255, give `masks > 127`"
                 )
             self.masks = self.masks.astype(bool)
         if len(self.table) != n or 'patient' not in self.table:

@@ -1,4 +1,4 @@
-"""One way from any file of a clip to grey frames with their times
+"""One way from any file of a clip to grey frames with their times, and back to a file
 
 Docs: https://lus-fastai.github.io/lus_fastai/video.html.md"""
 
@@ -13,8 +13,9 @@ import itertools
 import math
 import multiprocessing
 import os
-import pickle
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ _RATE = 25  # frames a second where a file does not say
 
 
 def _step(before, stamp, rate):
+    "Seconds from one frame to the next: by their stamps, or one frame at the nominal rate."
     return float(stamp - before) if None not in (before, stamp) and stamp > before else 1 / rate
 
 # %% ../nbs/video.ipynb #c009
@@ -75,8 +77,10 @@ def frame_times(
 _EARLY = 0.001  # seconds
 
 
-def rate_rule(rate):
-    "The rule of `sample_times`, one frame after another: a function of number and time."
+def rate_rule(
+    rate: float,  # frames a second to keep
+):  # a function of frame number and time that says whether to keep the frame
+    "The rule of `sample_times` for frames that come one after another."
     due = 0.0
 
     def keep(k, t):
@@ -99,9 +103,8 @@ def sample_times(
     return list(itertools.islice((k for k, t in enumerate(times) if keep(k, t)), max_frames))
 
 # %% ../nbs/video.ipynb #c019-1
-_STRETCH = (
-    np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(int).tolist()
-)  # video range to full range
+# video range to full range
+_STRETCH = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(int).tolist()
 
 
 def to_grey(
@@ -122,6 +125,7 @@ def to_grey(
 
 # %% ../nbs/video.ipynb #c019-2
 def _window(x, lo, hi):
+    "Numbers from `lo` to `hi` as bytes; what lies outside is clipped."
     return np.rint(np.clip((x - lo) / max(hi - lo, 1e-9), 0, 1) * 255).astype(np.uint8)
 
 
@@ -133,29 +137,43 @@ def _plane(frame, mode, raw):
         mode, (frame.width, frame.height), frame.planes[0], 'raw', raw, frame.planes[0].line_size, 1
     )
 
-# %% ../nbs/video.ipynb #c019-3
-def _picture(frame, path, codes):
+# %% ../nbs/video.ipynb #luma
+def _luma(frame, codes):
+    "The luma plane in full range, or as it is stored for `codes`."
+    im, form = _plane(frame, 'L', 'L'), frame.format.name
+    full = form.startswith(('gray', 'yuvj')) or frame.color_range == 2
+    return np.array(im if codes or full else im.point(_STRETCH))
+
+# %% ../nbs/video.ipynb #frame-grey
+def _frame_image(frame, path, codes):
     "A video frame as (h, w) uint8: grey, or the stored numbers for `codes`."
     form = frame.format.name
     if form == 'gray' or form.startswith('yuv') and form.endswith('p') and not form.startswith('yuva'):
-        im = _plane(frame, 'L', 'L')
-        x = np.array(
-            im if codes or form.startswith(('gray', 'yuvj')) or frame.color_range == 2 else im.point(_STRETCH)
-        )
+        x = _luma(frame, codes)
     elif codes:
-        raise ClipError(
-            path, f'a mask video holds its codes as 8-bit grey (FFV1 in .mkv is lossless), this one is {form}'
-        )
+        reason = f'a mask video holds its codes as 8-bit grey (FFV1 in .mkv is lossless), this one is {form}'
+        raise ClipError(path, reason)
     elif form in ('bgra', 'rgba'):
         x = to_grey(_plane(frame, 'RGBA', form.upper()))
     else:
         x = frame.to_ndarray(format='gray')
-    return np.ascontiguousarray(
-        np.rot90(x, getattr(frame, 'rotation', 0) // 90)
-    )  # phones store which way is up
+    turns = getattr(frame, 'rotation', 0) // 90  # phones store which way is up
+    return np.ascontiguousarray(np.rot90(x, turns))
 
-# %% ../nbs/video.ipynb #c019
+# %% ../nbs/video.ipynb #ends-early
+def _check_whole(path, promised):
+    "ClipError when the file has fewer packets than the container promises frames."
+    import av
+
+    with av.open(path) as box:
+        # an edited clip has all its packets, and shows some of them
+        there = sum(packet.size > 0 for packet in box.demux(video=0))
+    if there < promised:
+        raise ClipError(path, f'it ends early: {there} of {promised} frames are there')
+
+# %% ../nbs/video.ipynb #decode-video
 def _video(path, codes):
+    "Frames of a video or GIF by PyAV."
     import av
 
     with av.open(path) as box:
@@ -169,34 +187,33 @@ def _video(path, codes):
             if n > 1:
                 t += _step(before, frame.time, rate)
             before = frame.time
-            yield t, lambda: _picture(frame, path, codes)
+            yield t, partial(_frame_image, frame, path, codes)
         if n < stream.frames and stream.duration and t + 1.5 / rate < stream.duration * stream.time_base:
-            with av.open(path) as again:
-                there = sum(
-                    packet.size > 0 for packet in again.demux(video=0)
-                )  # an edited clip has them all, and shows some
-            if there < stream.frames:
-                raise ClipError(path, f'it ends early: {there} of {stream.frames} frames are there')
+            _check_whole(path, stream.frames)
 
-# %% ../nbs/video.ipynb #c021
+# %% ../nbs/video.ipynb #still-image
+def _still_image(im, path, codes):
+    "A PIL image the right way up, as grey or as the stored numbers for `codes`."
+    from PIL import ImageOps
+
+    turned = ImageOps.exif_transpose(im)
+    if not codes:
+        return to_grey(turned)
+    if turned.mode in ('L', 'P', '1', 'I', 'I;16'):
+        return np.asarray(turned)
+    raise ClipError(path, f'a mask image holds one number a pixel, this one is {turned.mode}')
+
+# %% ../nbs/video.ipynb #decode-still
 def _still(path, codes):
-    from PIL import Image, ImageOps
-
-    def picture():
-        turned = ImageOps.exif_transpose(im)
-        if not codes:
-            return to_grey(turned)
-        if turned.mode in ('L', 'P', '1', 'I', 'I;16'):
-            return np.asarray(turned)
-        raise ClipError(path, f'a mask image holds one number a pixel, this one is {turned.mode}')
+    "Frames of an image file by Pillow."
+    from PIL import Image
 
     t = 0.0
     with Image.open(path) as im:
-        for k in range(
-            1 if im.format == 'MPO' else getattr(im, 'n_frames', 1)
-        ):  # the further pictures of an MPO are previews
+        # the further images of an MPO are previews
+        for k in range(1 if im.format == 'MPO' else getattr(im, 'n_frames', 1)):
             im.seek(k)
-            yield t, picture
+            yield t, partial(_still_image, im, path, codes)
             t += (im.info.get('duration') or 1000 / _RATE) / 1000
 
 # %% ../nbs/video.ipynb #c023-1
@@ -209,55 +226,74 @@ def _dicom_times(ds, n):
         return np.arange(n) * float(ds.FrameTime) / 1000
     return np.arange(n) / float(ds.get('RecommendedDisplayFrameRate') or ds.get('CineRate') or _RATE)
 
-# %% ../nbs/video.ipynb #c023
-def _dicom(path, codes):
+# %% ../nbs/video.ipynb #dicom-read
+def _dicom_dataset(path):
+    "The data set of a DICOM file that holds pixels, its encoding known."
     try:
         import pydicom
     except ImportError:
         raise ClipError(path, 'DICOM needs pydicom: pip install pydicom') from None
-    from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
-
     ds = pydicom.dcmread(path, force=True)
     if 'PixelData' not in ds:
         raise ClipError(path, 'it holds no DICOM picture')
     if 'TransferSyntaxUID' not in ds.file_meta:  # no header: the encoding is what it was read with
         implicit, little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2' + ('' if implicit else '.1' if little else '.2')
+    return ds
+
+# %% ../nbs/video.ipynb #dicom-window
+def _dicom_window(ds):
+    "Least and greatest value to show: the window of the file, or the range of all its frames."
+    from pydicom.pixels import apply_rescale, pixel_array
+
+    named = [ds.get(c) for c in ('WindowCenter', 'WindowWidth')]
+    center, width = (np.atleast_1d(np.nan if v is None else v).astype(float)[0] for v in named)
+    if width >= 1:
+        return center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
+    every = apply_rescale(pixel_array(ds), ds)
+    return every.min(), every.max()
+
+# %% ../nbs/video.ipynb #dicom-codes
+def _dicom_codes(ds, path, k):
+    "Frame `k` of a mask, as it is stored."
+    from pydicom.pixels import pixel_array
+
+    x = pixel_array(ds, index=k)
+    if x.ndim != 2:
+        raise ClipError(path, f'a mask holds one number a pixel, this one is {ds.PhotometricInterpretation}')
+    return x
+
+# %% ../nbs/video.ipynb #dicom-image
+def _dicom_image(ds, window, k):
+    "Frame `k` in grey; `window` is None where the values are bytes."
+    from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
+
+    x, kind = pixel_array(ds, index=k), ds.PhotometricInterpretation
+    if kind == 'PALETTE COLOR':
+        x = apply_color_lut(x, ds)
+    if x.ndim == 3:  # (h, w, colours)
+        x = np.rint(x[..., :3] @ np.array([0.299, 0.587, 0.114]) / (257 if x.dtype == np.uint16 else 1))
+    elif window:
+        x = _window(apply_rescale(x, ds), *window)
+    return 255 - x.astype(np.uint8) if kind == 'MONOCHROME1' else x.astype(np.uint8)
+
+# %% ../nbs/video.ipynb #decode-dicom
+def _dicom(path, codes):
+    "Frames of a DICOM file by pydicom."
+    ds = _dicom_dataset(path)
     kind, n = ds.PhotometricInterpretation, int(ds.get('NumberOfFrames') or 1)
     wide = kind.startswith('MONOCHROME') and (ds.BitsStored > 8 or ds.PixelRepresentation)
-    if wide and not codes:
-        center, width = (
-            np.atleast_1d(ds.get(c) if ds.get(c) is not None else np.nan).astype(float)[0]
-            for c in ('WindowCenter', 'WindowWidth')
-        )
-        if width >= 1:
-            lo, hi = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
-        else:
-            every = apply_rescale(pixel_array(ds), ds)
-            lo, hi = every.min(), every.max()
-
-    def picture(k):
-        x = pixel_array(ds, index=k)
-        if codes:
-            if x.ndim != 2:
-                raise ClipError(path, f'a mask holds one number a pixel, this one is {kind}')
-            return x
-        if kind == 'PALETTE COLOR':
-            x = apply_color_lut(x, ds)
-        if x.ndim == 3:
-            x = np.rint(x[..., :3] @ np.array([0.299, 0.587, 0.114]) / (257 if x.dtype == np.uint16 else 1))
-        elif wide:
-            x = _window(apply_rescale(x, ds), lo, hi)
-        return 255 - x.astype(np.uint8) if kind == 'MONOCHROME1' else x.astype(np.uint8)
-
+    window = _dicom_window(ds) if wide and not codes else None
+    image = partial(_dicom_codes, ds, path) if codes else partial(_dicom_image, ds, window)
     for k, t in enumerate(_dicom_times(ds, n)):
-        yield float(t), lambda: picture(k)
+        yield float(t), partial(image, k)
 
 # %% ../nbs/video.ipynb #c025-1
 _STILLS = (b'\x89PNG', b'\xff\xd8\xff', b'BM', b'II*\0', b'MM\0*', b'P2', b'P5', b'P6', b'\0\0\0\x0cjP  ')
 
 
 def _decoder(path):
+    "The decoder for a file, by its first bytes."
     if not os.path.exists(path):
         raise ClipError(path, 'no such file')
     if not os.path.isfile(path):
@@ -272,23 +308,29 @@ def _decoder(path):
         return _dicom
     return _video
 
-# %% ../nbs/video.ipynb #c025-2
-def decoded(path, keep, codes=False):
-    "Yield number, time and picture of the frames for which `keep(number, time)`; whatever goes wrong is a `ClipError`."
+# %% ../nbs/video.ipynb #decoded-fault
+def _fault(path, e):
+    "The `ClipError` for whatever a decoder raised."
+    reason = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
+    if type(e).__name__ in ('InvalidDataError', 'EOFError'):
+        reason = f'it is no picture and no video, or it is damaged ({reason})'
+    return ClipError(path, reason)
+
+# %% ../nbs/video.ipynb #decoded
+def decoded(
+    path: str,  # video, GIF, still image or DICOM
+    keep,  # function of frame number and time: whether to convert the frame
+    codes: bool = False,  # a mask: the stored numbers, not grey
+):  # yields number, time and (h, w) array of each kept frame
+    "Decode the frames to keep, one after another; whatever goes wrong is a `ClipError`."
     try:
-        for k, (t, picture) in enumerate(_decoder(path)(path, codes)):
+        for k, (t, image) in enumerate(_decoder(path)(path, codes)):
             if keep(k, t):
-                yield k, t, picture()
+                yield k, t, image()
     except ClipError:
         raise
     except Exception as e:
-        reason = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
-        raise ClipError(
-            path,
-            f'it is no picture and no video, or it is damaged ({reason})'
-            if type(e).__name__ in ('InvalidDataError', 'EOFError')
-            else reason,
-        ) from e
+        raise _fault(path, e) from e
 
 # %% ../nbs/video.ipynb #c025-3
 def resized(
@@ -301,17 +343,20 @@ def resized(
 
     return np.asarray(Image.fromarray(x).resize(size[::-1], Image.NEAREST if nearest else Image.BILINEAR))
 
-# %% ../nbs/video.ipynb #c025
-def read_frames(path, keep, max_frames=None, size=None):
-    "A `Clip` of the frames to keep, and the size that they have in the file."
+# %% ../nbs/video.ipynb #read-frames
+def read_frames(
+    path,  # video, GIF, still image or DICOM
+    keep,  # function of frame number and time: whether to keep the frame
+    max_frames: int = None,  # decoding stops after that many
+    size: tuple = None,  # (height, width) to resize to; None keeps the file's own
+) -> tuple:  # the Clip, and (height, width) of the frames in the file
+    "The frames of a file to keep, as a `Clip`."
     path, shape, kept = os.fspath(path), None, []
     for k, t, x in decoded(path, keep):
         shape = shape or x.shape
         if x.shape != shape:
-            raise ClipError(
-                path,
-                f'its frames change from {shape[1]}x{shape[0]} to {x.shape[1]}x{x.shape[0]} at frame {k}',
-            )
+            change = f'{shape[1]}x{shape[0]} to {x.shape[1]}x{x.shape[0]} at frame {k}'
+            raise ClipError(path, f'its frames change from {change}')
         kept.append((x if size is None else resized(x, size), t, k))
         if len(kept) == max_frames:
             break
@@ -328,8 +373,12 @@ def read_clip(
     return read_frames(path, lambda k, t: True)[0]
 
 # %% ../nbs/video.ipynb #c027-2
-def check_sampling(size, rate, max_frames):
-    "The sampling, checked: size as two integers or None, rate, number of frames."
+def check_sampling(
+    size,  # (height, width) in pixels, or None
+    rate,  # frames a second to keep
+    max_frames,  # of a clip
+) -> tuple:  # the same, as integers, a float and an integer
+    "Check how clips are to be sampled; ValueError that says what is wrong."
     if size is not None and (
         len(np.shape(size)) != 1 or len(size) != 2 or any(int(s) != s or s < 1 for s in size)
     ):
@@ -347,11 +396,33 @@ def sample_clip(
     max_frames: int = 30,  # at most that many; decoding stops there
     size: tuple = None,  # (height, width) to resize to, antialiased; None keeps the file's own
 ) -> Clip:  # at least the first frame
-    "Decode the frames that `sample_times` chooses; raises `ClipError` with the reason if they cannot be read."
+    "Decode the frames that `sample_times` chooses; raises `ClipError` with the reason if that fails."
     size, rate, max_frames = check_sampling(size, rate, max_frames)
     return read_frames(path, rate_rule(rate), max_frames, size)[0]
 
-# %% ../nbs/video.ipynb #c054
+# %% ../nbs/video.ipynb #write-check
+def _check_video(frames, rate):
+    "The frames as an array, if they and the rate make a video."
+    frames = np.asarray(frames)
+    if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(f"frames must be (n, h, w) uint8 and not empty, got {frames.dtype} {frames.shape}")
+    if not (np.isfinite(rate) and rate > 0):
+        raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
+    return frames
+
+# %% ../nbs/video.ipynb #write-stream
+def _grey_stream(out, shape, rate, lossless):
+    "A stream of grey frames in an open container, the same bytes in each run."
+    x264 = dict(crf='18', preset='veryfast', mbtree='0')  # with mbtree, x264 gives other bytes in each run
+    codec, options = ('ffv1', dict(level='3')) if lossless else ('libx264', x264)
+    stream = out.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
+    stream.height, stream.width = shape
+    stream.pix_fmt, stream.options = 'gray', options
+    stream.codec_context.color_range = 2  # full range: 0 stays 0 and 255 stays 255
+    stream.codec_context.thread_count = 1  # the same bytes on any machine
+    return stream
+
+# %% ../nbs/video.ipynb #write-video
 def write_video(
     path,  # target file; the suffix chooses the container (.mp4, .mkv, .avi)
     frames: np.ndarray,  # (n, h, w) uint8 grey, n at least 1
@@ -359,25 +430,11 @@ def write_video(
     lossless: bool = False,  # FFV1 (for masks; use .mkv) instead of H.264
 ):
     "Write grey frames as a video; raises ValueError for a wrong shape, type or rate."
-    from fractions import Fraction
-
     import av
 
-    frames = np.asarray(frames)
-    if frames.ndim != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(f"frames must be (n, h, w) uint8 and not empty, got {frames.dtype} {frames.shape}")
-    if not (np.isfinite(rate) and rate > 0):
-        raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
-    x264 = dict(crf='18', preset='veryfast', mbtree='0')  # with mbtree, x264 gives other bytes in each run
-    codec, options = ('ffv1', dict(level='3')) if lossless else ('libx264', x264)
-    with av.open(
-        str(path), 'w', options=dict(fflags='+bitexact')
-    ) as out:  # no random ids: the same frames are the same bytes
-        stream = out.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt, stream.options = 'gray', options
-        stream.codec_context.color_range = 2  # full range: 0 stays 0 and 255 stays 255
-        stream.codec_context.thread_count = 1  # the same bytes on any machine
+    frames = _check_video(frames, rate)
+    with av.open(str(path), 'w', options=dict(fflags='+bitexact')) as out:  # bitexact: no random ids
+        stream = _grey_stream(out, frames.shape[1:], rate, lossless)
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='gray')))
         out.mux(stream.encode())

@@ -876,7 +876,7 @@ def test_the_same_function_has_the_same_key_everywhere(tmp_path):
     (tmp_path / 'mine.py').write_text(
         "NAMES = {'a', 'b', 'c'}\ndef prepare(frames, row, outside=0):\n    return frames if row['kind'] in {'video', 'image', 'x'} else len(NAMES)\n"
     )
-    code = "import functools, mine; from lus_fastai.runs import function_key as k; from lus_fastai.preprocess import fan_crop; "
+    code = "import functools, mine; from lus_fastai.runs import function_key as k; from lus_fastai.data.fan import fan_crop; "
     code += "print(k(mine.prepare), k(functools.partial(mine.prepare, outside={1: [2., None]})), k(fan_crop))"
 
     def keys(seed):
@@ -1035,9 +1035,9 @@ import sys, time, resource, signal, pandas as pd
 from lus_fastai.data import store as clips
 def main(csv, folder, pause, limit):
     if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    real = clips._clip
+    real = clips.read_frames
     def slow(*args): time.sleep(pause); return real(*args)
-    clips._clip = slow
+    clips.read_frames = slow
     clips.FrameStore.build(pd.read_csv(csv, dtype=str), folder, size=(24, 32), workers=2)
 if __name__ == '__main__': main(sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))
 '''
@@ -1148,14 +1148,14 @@ def test_a_disk_that_fills_while_parts_are_written_is_no_fault_of_the_clips(tmp_
 @linux
 def test_a_clip_that_kills_its_decoder_is_found_and_reported(tmp_path, monkeypatch):
     table = make(tmp_path, 8)
-    real = clips._clip
+    real = clips.read_frames
 
     def deadly(path, *rest):
         if path.endswith(('c02.mkv', 'c05.mkv')):
             os.kill(os.getpid(), signal.SIGKILL)  # as a crash does, without its noise
         return real(path, *rest)
 
-    monkeypatch.setattr(clips, '_clip', deadly)
+    monkeypatch.setattr(clips, 'read_frames', deadly)
     with pytest.warns(UserWarning, match='2 of 8'):
         s = FrameStore.build(table, tmp_path / 'store', size=(24, 32), workers=2)
     assert s.skipped.path.tolist() == [table.path[2], table.path[5]] and set(s.skipped.reason) == {
