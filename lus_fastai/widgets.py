@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from lus_fastai.core import (
     DENSE,
@@ -33,7 +34,8 @@ from lus_fastai.core import (
 )
 from .data.fan import Fan, FanError, find_fan
 from .data.store import FrameStore, read_masks
-from .explain.attribution import EXPLAINERS, map_rgb
+from .explain.attribution import map_rgb
+from .explain.occlusion import EXPLAINERS
 from .explain.sanity_checks import heat_in_fan
 from .models.transfer import name_outputs
 from .plot import overlay
@@ -42,6 +44,7 @@ from .video import ClipError, sample_clip
 
 # %% ../nbs/widgets.ipynb #c006-1
 def _ipywidgets():
+    "The package of controls, or an error that says how to install it."
     try:
         import ipywidgets
     except ImportError:
@@ -50,7 +53,7 @@ def _ipywidgets():
 
 # %% ../nbs/widgets.ipynb #c006-2
 def _png(x):
-    "A grey or colour picture as the bytes of a PNG."
+    "A grey or colour image as the bytes of a PNG."
     from PIL import Image
 
     out = io.BytesIO()
@@ -59,25 +62,25 @@ def _png(x):
 
 # %% ../nbs/widgets.ipynb #c006
 _ERROR, _QUIET = 'var(--jp-error-color1, #b3261e)', 'var(--jp-ui-font-color2, #5a5a5a)'
+_CHIP = (
+    'width:12px;height:12px;border-radius:2px;margin-right:5px;border:1px solid rgba(128,128,128,.6);'
+    'background:rgb({},{},{})'
+)
 
 
 def _legend(names, colors):
     "Colour chips with names, as HTML."
-    chip = '<span style="display:inline-flex;align-items:center;margin:0 14px 2px 0"><span style="width:12px;height:12px;border-radius:2px;margin-right:5px;border:1px solid rgba(128,128,128,.6);background:rgb({},{},{})"></span>{}</span>'
-    return (
-        '<div style="line-height:1.5">'
-        + ''.join(chip.format(*map(int, c), html.escape(n)) for n, c in zip(names, colors))
-        + '</div>'
-    )
+    item = '<span style="display:inline-flex;align-items:center;margin:0 14px 2px 0">{}{}</span>'
+    chips = [f'<span style="{_CHIP.format(*map(int, c))}"></span>' for c in colors]
+    items = ''.join(item.format(chip, html.escape(name)) for chip, name in zip(chips, names))
+    return f'<div style="line-height:1.5">{items}</div>'
 
 # %% ../nbs/widgets.ipynb #c008-1
 _MOST = 240  # frames of one clip that a panel keeps
 
 
-def _fit(
-    shape,  # (height, width) of a picture
-    box,  # (height, width) to fit it into
-):  # (height, width), aspect kept
+def _fit(shape, box):
+    "The (height, width) of an image of `shape` that fills `box`, aspect kept."
     s = min(box[0] / shape[0], box[1] / shape[1])
     return tuple(max(1, round(x * s)) for x in shape)
 
@@ -90,42 +93,40 @@ def _whole(path, box):
         rate = min(rate, _MOST / clip.times[-1]) / 2
     return clip, shape
 
+# %% ../nbs/widgets.ipynb #controls
+def _labelled(kind, name, *args, margin='2px', width='auto', **kw):
+    "A control with its name in front of it, as wide as there is room."
+    w = _ipywidgets()
+    style, layout = dict(description_width='56px'), w.Layout(width=width, margin=margin)
+    return getattr(w, kind)(*args, description=name, style=style, layout=layout, **kw)
+
+
+def _opacity(value, **kw):
+    "A slider from clear to opaque."
+    return _labelled('FloatSlider', 'opacity', value, min=0, max=1, step=0.05, readout_format='.2f', **kw)
+
+
+def _grid(*parts, least):
+    "A row of controls that becomes several where there is no room; `least` is a control's width."
+    w, columns = _ipywidgets(), f'repeat(auto-fit, minmax(min(100%, {least}), 1fr))'
+    return w.Box(parts, layout=w.Layout(display='grid', grid_template_columns=columns, width='100%'))
+
 # %% ../nbs/widgets.ipynb #c008
 class _Panel:
-    "What the panels share: pickers that narrow one another, a frame slider that plays, a line for messages. A panel says how to `_read` a row and how to `_draw`."
+    "What the panels share: pickers, a slider that plays, messages; each can `_read` and `_draw`."
 
     def __init__(self, table, size):
         w = self._w = _ipywidgets()
         if len(np.shape(size)) != 1 or len(size) != 2 or min(size) < 16:
             raise ValueError(f"size must be (height, width) of at least 16 pixels, got {size!r}")
-        self.table, self.size, self._kept, self._still = (
-            table.reset_index(drop=True),
-            tuple(map(int, size)),
-            OrderedDict(),
-            False,
-        )
-
-        def picker(name):
-            return w.Dropdown(
-                description=name,
-                style=dict(description_width='56px'),
-                layout=w.Layout(width='auto', margin='2px'),
-            )
-
-        self.source, self.label, self.patient, self.clip = map(picker, ('source', 'class', 'patient', 'clip'))
-        self.frame = w.IntSlider(
-            0,
-            0,
-            1,
-            description='frame',
-            readout=False,
-            style=dict(description_width='56px'),
-            layout=w.Layout(flex='1 1 200px', width='auto', min_width='180px'),
-        )
-        self.play, self.image = (
-            w.Play(value=0, min=0, max=1, layout=w.Layout(flex='0 0 auto')),
-            w.Image(format='png'),
-        )
+        self.table, self.size = table.reset_index(drop=True), tuple(map(int, size))
+        self._kept, self._still = OrderedDict(), False
+        names = 'source', 'class', 'patient', 'clip'
+        self.source, self.label, self.patient, self.clip = (_labelled('Dropdown', n) for n in names)
+        self.frame = _labelled('IntSlider', 'frame', 0, 0, 1, readout=False)
+        self.frame.layout = w.Layout(flex='1 1 200px', width='auto', min_width='180px')
+        self.play = w.Play(value=0, min=0, max=1, layout=w.Layout(flex='0 0 auto'))
+        self.image = w.Image(format='png')
         self.where, self.caption, self.status = (w.HTML() for _ in range(3))
         self._link = w.jslink((self.play, 'value'), (self.frame, 'value'))
         for pick in (self.source, self.label, self.patient):
@@ -133,118 +134,137 @@ class _Panel:
         self.clip.observe(self._open, 'value')
         self.frame.observe(self._move, 'value')
 
-    def _row(self, *parts, **layout):
-        return self._w.Box(
-            parts,
-            layout=self._w.Layout(
-                **{**dict(display='flex', flex_flow='row wrap', align_items='center', width='100%'), **layout}
-            ),
-        )
+# %% ../nbs/widgets.ipynb #c008-m1
+@patch
+def _row(self: _Panel, *parts, **layout):
+    "Parts beside each other, below each other where there is no room."
+    usual = dict(display='flex', flex_flow='row wrap', align_items='center', width='100%')
+    return self._w.Box(parts, layout=self._w.Layout(**{**usual, **layout}))
 
-    def _stack(self, *parts):
-        w = self._w
-        self.status.layout = self.caption.layout = w.Layout(margin='2px', min_height='24px')
-        pickers = w.Box(
-            (self.source, self.label, self.patient, self.clip),
-            layout=w.Layout(
-                display='grid',
-                grid_template_columns='repeat(auto-fit, minmax(min(100%, 300px), 1fr))',
-                width='100%',
-            ),
-        )
-        player = self._row(self.play, self.frame, self.where)
-        self.box = w.VBox(
-            (pickers, player, *parts, self.status),
-            layout=w.Layout(width='100%', max_width='880px', padding='4px', overflow='hidden'),
-        )
-        self.box.add_class(f'lus-{type(self).__name__.lower()}')
-        self._fill()
+# %% ../nbs/widgets.ipynb #c008-m2
+@patch
+def _stack(self: _Panel, *parts):
+    "The whole panel: pickers, player, the parts of its own, messages."
+    w = self._w
+    self.status.layout = self.caption.layout = w.Layout(margin='2px', min_height='24px')
+    pickers = _grid(self.source, self.label, self.patient, self.clip, least='300px')
+    player = self._row(self.play, self.frame, self.where)
+    layout = w.Layout(width='100%', max_width='880px', padding='4px', overflow='hidden')
+    self.box = w.VBox((pickers, player, *parts, self.status), layout=layout)
+    self.box.add_class(f'lus-{type(self).__name__.lower()}')
+    self._fill()
 
-    def _ipython_display_(self):
-        from IPython.display import display
+# %% ../nbs/widgets.ipynb #c008-m3
+@patch
+def _ipython_display_(self: _Panel):
+    from IPython.display import display
 
-        display(self.box)
+    display(self.box)
 
-    @contextlib.contextmanager
-    def _quiet(self):
-        "Controls may be set inside the block without being answered."
-        self._still = True
-        try:
-            yield
-        finally:
-            self._still = False
 
-    def _say(self, text='', kind='info'):
-        style, mark = dict(
-            info=(f'color:{_QUIET}', ''),
-            busy=(f'color:{_QUIET};font-style:italic', '&#8987; '),
-            fault=(f'color:{_ERROR};font-weight:600', '&#9888; '),
-        )[kind]
-        self.status.value = (
-            f'<div role="status" style="line-height:1.5;white-space:normal;overflow-wrap:anywhere;{style}">{mark}{html.escape(text)}</div>'
-            if text
-            else ''
-        )
+@patch
+@contextlib.contextmanager
+def _quiet(self: _Panel):
+    "Controls may be set inside the block without being answered."
+    self._still = True
+    try:
+        yield
+    finally:
+        self._still = False
 
-    def _facts(self):
-        row, (h, w) = self.table.loc[self.clip.value], self.shown.shape
-        return f'<div style="color:{_QUIET};line-height:1.5;white-space:normal">{html.escape(" · ".join(str(row[c]) for c in ("label", "patient", "source", "probe")))} · {w}&times;{h} pixels</div>'
+# %% ../nbs/widgets.ipynb #c008-m4
+@patch
+def _say(self: _Panel, text='', kind='info'):
+    "Show a message under the panel: 'info', 'busy' or 'fault'."
+    style, mark = dict(
+        info=(f'color:{_QUIET}', ''),
+        busy=(f'color:{_QUIET};font-style:italic', '&#8987; '),
+        fault=(f'color:{_ERROR};font-weight:600', '&#9888; '),
+    )[kind]
+    style = f'line-height:1.5;white-space:normal;overflow-wrap:anywhere;{style}'
+    self.status.value = f'<div role="status" style="{style}">{mark}{html.escape(text)}</div>' if text else ''
 
-    def _fill(self, change=None):
-        "Offer in each picker what the ones before it leave; a choice stays where it is still there."
-        if self._still:
-            return
-        rows = self.table
-        with self._quiet():
-            for pick, column in ((self.source, 'source'), (self.label, 'label'), (self.patient, 'patient')):
-                was, counts = pick.value, rows[column].astype(str).value_counts().sort_index()
-                pick.options = [(f'all ({len(rows)})', ''), *((f'{v} ({n})', v) for v, n in counts.items())]
-                pick.value = was if was in counts.index else ''
-                if pick.value:
-                    rows = rows[rows[column].astype(str) == pick.value]
-            was = self.clip.value
-            self.clip.options = [(str(name), int(i)) for i, name in rows['clip'].items()]
-            self.clip.value = was if was in rows.index else int(rows.index[0])
-        if self.clip.value != was:
-            self._open()
 
-    def _open(self, change=None):
-        "Decode the clip that is picked, and go to its first frame; what cannot be read is said, and nothing is shown."
-        if self._still:
-            return
-        i = self.clip.value
-        self._say('reading the clip', 'busy')
-        try:
-            if i not in self._kept:
-                self._kept[i] = self._read(self.table.loc[i])
-            self._kept.move_to_end(i)
-            while len(self._kept) > 4:
-                self._kept.popitem(last=False)
-            self.shown = self._kept[i]
-            self._say(self.shown.note)
-        except ClipError as e:
-            self.shown = None
-            self._say(f'{e.path} cannot be shown: {e.reason}', 'fault')
-        n = len(self.shown.frames) if self.shown else 1
-        step = np.diff(self.shown.times).mean() if n > 1 else 1
-        with self._quiet():
-            self.frame.value = self.play.value = 0
-            self.frame.max = self.play.max = max(n - 1, 1)
-            self.frame.disabled = self.play.disabled = n == 1
-            self.play.interval = int(np.clip(1000 * step, 40, 1000))
-        self._move()
+@patch
+def _facts(self: _Panel):
+    "What the table says of the clip, and its size."
+    row, (h, w) = self.table.loc[self.clip.value], self.shown.shape
+    facts = html.escape(' · '.join(str(row[c]) for c in ('label', 'patient', 'source', 'probe')))
+    return (
+        f'<div style="color:{_QUIET};line-height:1.5;white-space:normal">{facts} · {w}&times;{h} pixels</div>'
+    )
 
-    def _move(self, change=None):
-        if self._still:
-            return
-        s, k = self.shown, self.frame.value
-        self.where.value = (
-            f'<span style="font-variant-numeric:tabular-nums;white-space:nowrap;margin:0 8px">{k + 1} of {len(s.frames)}, {s.times[k]:.2f} s</span>'
-            if s
-            else ''
-        )
-        self.image.layout.display = None if s else 'none'
-        self._draw()
+# %% ../nbs/widgets.ipynb #c008-m5
+@patch
+def _fill(self: _Panel, change=None):
+    "Offer in each picker what the ones before it leave; a choice stays where it is still there."
+    if self._still:
+        return
+    rows = self.table
+    with self._quiet():
+        for pick, column in ((self.source, 'source'), (self.label, 'label'), (self.patient, 'patient')):
+            was, counts = pick.value, rows[column].astype(str).value_counts().sort_index()
+            pick.options = [(f'all ({len(rows)})', ''), *((f'{v} ({n})', v) for v, n in counts.items())]
+            pick.value = was if was in counts.index else ''
+            if pick.value:
+                rows = rows[rows[column].astype(str) == pick.value]
+        was = self.clip.value
+        self.clip.options = [(str(name), int(i)) for i, name in rows['clip'].items()]
+        self.clip.value = was if was in rows.index else int(rows.index[0])
+    if self.clip.value != was:
+        self._open()
+
+# %% ../nbs/widgets.ipynb #c008-m6
+@patch
+def _decode(self: _Panel, i):
+    "What is shown of row `i`, read once and kept while it is among the last four."
+    if i not in self._kept:
+        self._kept[i] = self._read(self.table.loc[i])
+    self._kept.move_to_end(i)
+    while len(self._kept) > 4:
+        self._kept.popitem(last=False)
+    return self._kept[i]
+
+
+@patch
+def _rewind(self: _Panel):
+    "Slider and player at the first frame, at the pace of the clip."
+    n = len(self.shown.frames) if self.shown else 1
+    step = np.diff(self.shown.times).mean() if n > 1 else 1
+    with self._quiet():
+        self.frame.value = self.play.value = 0
+        self.frame.max = self.play.max = max(n - 1, 1)
+        self.frame.disabled = self.play.disabled = n == 1
+        self.play.interval = int(np.clip(1000 * step, 40, 1000))
+
+# %% ../nbs/widgets.ipynb #open
+@patch
+def _open(self: _Panel, change=None):
+    "Go to the first frame of the picked clip; what cannot be read is said, and nothing is shown."
+    if self._still:
+        return
+    self._say('reading the clip', 'busy')
+    try:
+        self.shown = self._decode(self.clip.value)
+        self._say(self.shown.note)
+    except ClipError as e:
+        self.shown = None
+        self._say(f'{e.path} cannot be shown: {e.reason}', 'fault')
+    self._rewind()
+    self._move()
+
+# %% ../nbs/widgets.ipynb #c008-m7
+@patch
+def _move(self: _Panel, change=None):
+    "Draw the frame that the slider is at."
+    if self._still:
+        return
+    s, k = self.shown, self.frame.value
+    style = 'font-variant-numeric:tabular-nums;white-space:nowrap;margin:0 8px'
+    at = f'{k + 1} of {len(s.frames)}, {s.times[k]:.2f} s' if s else ''
+    self.where.value = f'<span style="{style}">{at}</span>' if s else ''
+    self.image.layout.display = None if s else 'none'
+    self._draw()
 
 # %% ../nbs/widgets.ipynb #c011-1
 def _phantom(folder):
@@ -269,113 +289,90 @@ class ClipBrowser(_Panel):
     ):
         super().__init__(_named(_phantom(folder) if table is None else table), size)
         w = self._w
-        self.masks = w.Checkbox(
-            False, description='masks', indent=False, layout=w.Layout(width='90px', margin='2px 2px 2px 10px')
-        )
-        self.opacity = w.FloatSlider(
-            0.45,
-            min=0,
-            max=1,
-            step=0.05,
-            description='opacity',
-            readout_format='.2f',
-            style=dict(description_width='56px'),
-            layout=w.Layout(width='280px'),
-        )
+        beside = w.Layout(width='90px', margin='2px 2px 2px 10px')
+        self.masks = w.Checkbox(False, description='masks', indent=False, layout=beside)
+        self.opacity = _opacity(0.45, width='280px')
         self.legend = w.HTML()
         for control in (self.masks, self.opacity):
             control.observe(self._move, 'value')
         self._stack(self.image, self.caption, self._row(self.masks, self.opacity), self.legend)
 
-    def _read(self, row):
-        clip, shape = _whole(row['path'], self.size)
-        s = SimpleNamespace(
-            frames=clip.frames,
-            times=clip.times,
-            masks=None,
-            fault='',
-            shape=shape,
-            note=''
-            if clip.index[-1] + 1 == len(clip)
-            else f'a long clip: {len(clip)} of its {clip.index[-1] + 1} frames, evenly spread',
-        )
-        if isinstance(row.get('mask'), str) and row['mask'].strip():
-            try:
-                s.masks = read_masks(row['mask'], clip.index, shape, clip.frames.shape[1:])
-            except ClipError as e:
-                s.note, s.fault = '', f'mask {e.path} cannot be shown: {e.reason}'
-        return s
+# %% ../nbs/widgets.ipynb #c011-m1
+@patch
+def _read(self: ClipBrowser, row):
+    "Frames and masks of a clip; a mask that cannot be read is a fault to show, not the end."
+    clip, shape = _whole(row['path'], self.size)
+    n, note = clip.index[-1] + 1, ''
+    if n != len(clip):
+        note = f'a long clip: {len(clip)} of its {n} frames, evenly spread'
+    s = SimpleNamespace(frames=clip.frames, times=clip.times, masks=None, fault='', shape=shape, note=note)
+    if isinstance(row.get('mask'), str) and row['mask'].strip():
+        try:
+            s.masks = read_masks(row['mask'], clip.index, shape, clip.frames.shape[1:])
+        except ClipError as e:
+            s.note, s.fault = '', f'mask {e.path} cannot be shown: {e.reason}'
+    return s
 
-    def _draw(self):
-        s, k = self.shown, self.frame.value
-        self.masks.disabled = not s or s.masks is None
-        self.opacity.disabled = self.masks.disabled or not self.masks.value
-        if not s:
-            self.caption.value = self.legend.value = ''
-            return
-        on = self.masks.value and s.masks is not None
-        self.image.value = _png(
-            overlay(s.frames[k], s.masks[k], alpha=self.opacity.value) if on else s.frames[k]
-        )
-        self.image.layout.width, self.image.layout.max_width = (
-            f'{_fit(s.frames.shape[1:], self.size)[1]}px',
-            '100%',
-        )
-        self.caption.value = self._facts()
-        codes = np.unique(s.masks) if on else []
-        self.legend.value = (
-            _legend(
-                *zip(
-                    *[
-                        (DENSE[c], DENSE_COLORS[c]) if c < len(DENSE) else ('no label', (128,) * 3)
-                        for c in codes
-                        if c != 6
-                    ]
-                )
-            )
-            if on and (codes != 6).any()
-            else ''
-        )
-        if s.fault:
-            self._say(s.fault, 'fault')
+# %% ../nbs/widgets.ipynb #codes-legend
+def _codes_legend(masks):
+    "The legend of the codes that a clip's masks have; background needs no name."
+    codes = [c for c in np.unique(masks) if c != DENSE.index('background')]
+    known = [(DENSE[c], DENSE_COLORS[c]) if c < len(DENSE) else ('no label', (128,) * 3) for c in codes]
+    return _legend(*zip(*known)) if known else ''
+
+# %% ../nbs/widgets.ipynb #c011-m2
+@patch
+def _draw(self: ClipBrowser):
+    "Show the frame, and over it its mask if that is wanted."
+    s, k = self.shown, self.frame.value
+    self.masks.disabled = not s or s.masks is None
+    self.opacity.disabled = self.masks.disabled or not self.masks.value
+    self.caption.value = self._facts() if s else ''
+    self.legend.value = ''
+    if not s:
+        return
+    image = s.frames[k]
+    if self.masks.value and s.masks is not None:
+        image = overlay(image, s.masks[k], alpha=self.opacity.value)
+        self.legend.value = _codes_legend(s.masks)
+    self.image.value = _png(image)
+    self.image.layout.width = f'{_fit(s.frames.shape[1:], self.size)[1]}px'
+    self.image.layout.max_width = '100%'
+    if s.fault:
+        self._say(s.fault, 'fault')
 
 # %% ../nbs/widgets.ipynb #c019-1
-_LINES = (
-    ('#0072b2', '-'),
-    ('#d55e00', '--'),
-    ('#009e73', ':'),
-    ('#cc79a7', '-.'),
-    ('#56b4e9', (0, (5, 1))),
-    ('#e69f00', (0, (1, 1))),
-)
+_LINES = ('#0072b2', '-'), ('#d55e00', '--'), ('#009e73', ':'), ('#cc79a7', '-.')
+_LINES += ('#56b4e9', (0, (5, 1))), ('#e69f00', (0, (1, 1)))
 
 
-def _curves(times, probs, names):
-    "Probabilities over time as a picture, and where to mark a time in it: its column, and the first and last row."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _curve_axes(times, probs, names):
+    "A figure with one curve a class, and its axes."
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(8.4, 1.9), dpi=100, layout='constrained')
-    canvas, ax = FigureCanvasAgg(fig), fig.add_subplot()
+    ax = fig.add_subplot()
     for i, name in enumerate(names):
         color, dash = _LINES[i % len(_LINES)]
         ax.plot(times, probs[:, i], color=color, ls=dash, lw=2, marker='o', ms=3.5, label=name)
     pad = 0.03 * (times[-1] - times[0]) or 0.5
-    ax.set(
-        xlim=(times[0] - pad, times[-1] + pad),
-        ylim=(-0.04, 1.04),
-        yticks=(0, 0.5, 1),
-        xlabel='seconds',
-        ylabel='probability',
-    )
+    ax.set(xlim=(times[0] - pad, times[-1] + pad), xlabel='seconds')
+    ax.set(ylim=(-0.04, 1.04), yticks=(0, 0.5, 1), ylabel='probability')
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.2)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside right center', frameon=False, handlelength=2.6)
+    return fig, ax
+
+# %% ../nbs/widgets.ipynb #curves
+def _curves(times, probs, names):
+    "Probabilities over time as an image, and where to mark a time in it: its column, and the rows."
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    fig, ax = _curve_axes(times, probs, names)
+    canvas = FigureCanvasAgg(fig)
     canvas.draw()
-    rgb, (x, _y) = (
-        np.asarray(canvas.buffer_rgba())[..., :3].copy(),
-        ax.transData.transform([(t, 0) for t in times]).T,
-    )
+    rgb = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    x = ax.transData.transform([(t, 0) for t in times])[:, 0]  # pixels
     (_, low), (_, high) = ax.transAxes.transform([(0, 0), (0, 1)])
     return rgb, x.round().astype(int), slice(len(rgb) - round(high), len(rgb) - round(low))
 
@@ -390,196 +387,207 @@ def _fan(row):
     except (ValueError, TypeError) as e:
         raise FanError(f"column 'fan' of {row['path']} holds no fan: {e}") from None
 
+# %% ../nbs/widgets.ipynb #class-names
+def _class_names(model, classes):
+    "What the outputs of a model mean: what it says itself, or `classes`."
+    if classes is not None:
+        name_outputs(model, classes)
+    elif not hasattr(model, 'classes'):
+        raise ValueError(
+            "the model does not say what its outputs mean: pass classes=..., in the order of its outputs"
+        )
+    return tuple(model.classes)
+
+
+def _channels_of(model):
+    "Channels that the first convolution of a model takes; 1 where it has none."
+    convs = (m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    return next(convs, 1)
+
 # %% ../nbs/widgets.ipynb #c019
 class Explainer(_Panel):
-    "Ask a classifier where it looks: a frame beside its map, for a method and a class, and the probabilities over the clip."
+    "Ask a classifier where it looks: a frame beside its map, and the probabilities over the clip."
 
     def __init__(
         self,
         model: torch.nn.Module,  # gives logits (b, classes)
-        clips=None,  # clip table (frames are sampled as sample_clip does) or FrameStore; None makes a small phantom
+        clips=None,  # clip table (sampled as sample_clip does) or FrameStore; None makes a small phantom
         classes=None,  # names of the model's outputs, in order; default: model.classes
-        channels: int = None,  # of the model's input, grey copied; by default what its first convolution takes
+        channels: int = None,  # of the model's input, grey copied; default: as its first convolution
         size: tuple = (224, 224),  # height and width of the model's input; a store has its own
         methods: dict = None,  # display name -> function method(model, x, target); default EXPLAINERS
         folder=None,  # where the phantom is kept; default lus_home()/'widgets'
     ):
         self.store = clips if isinstance(clips, FrameStore) else None
-        table = (
-            _phantom(folder)
-            if clips is None
-            else clips
-            if self.store is None
-            else self.store.frames.drop_duplicates('clip')
-        )
-        super().__init__(_named(table), size if self.store is None else self.store.size)
-        if classes is not None:
-            name_outputs(model, classes)
-        elif not hasattr(model, 'classes'):
-            raise ValueError(
-                "the model does not say what its outputs mean: pass classes=..., in the order of its outputs"
-            )
-        w, self.model, self.classes, self.methods = (
-            self._w,
-            model,
-            tuple(model.classes),
-            dict(methods or EXPLAINERS),
-        )
-        self.channels = channels or next(
-            (m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)), 1
-        )
+        if self.store is not None:
+            clips, size = self.store.frames.drop_duplicates('clip'), self.store.size
+        super().__init__(_named(_phantom(folder) if clips is None else clips), size)
+        self.model, self.methods = model, dict(methods or EXPLAINERS)
+        self.classes = _class_names(model, classes)
+        self.channels = channels or _channels_of(model)
         self._probs, self._maps, self._limits = {}, OrderedDict(), {}
+        self._layout()
 
-        def picker(name, options):
-            return w.Dropdown(
-                options=options,
-                description=name,
-                style=dict(description_width='56px'),
-                layout=w.Layout(width='auto', margin='2px'),
-            )
+# %% ../nbs/widgets.ipynb #layout
+@patch
+def _layout(self: Explainer):
+    "The controls, and where they stand."
+    w = self._w
+    self.method = _labelled('Dropdown', 'method', options=list(self.methods))
+    classes = [('the predicted class', -1), *((name, i) for i, name in enumerate(self.classes))]
+    self.target = _labelled('Dropdown', 'explain', options=classes)
+    self.opacity = _opacity(0.7)
+    self.map_image, self.curve_image = w.Image(format='png'), w.Image(format='png')
+    self.scale, self.verdict = w.HTML(), w.HTML()
+    for x in (self.image, self.map_image):
+        x.layout = w.Layout(width='100%', object_fit='contain')
+    self.curve_image.layout = w.Layout(width='100%', max_width='840px')
+    for control in (self.method, self.target, self.opacity):
+        control.observe(self._move, 'value')
+    half = dict(flex='1 1 260px', max_width='420px', margin='2px')
+    left = w.VBox((self.image, self.verdict), layout=w.Layout(**half))
+    right = w.VBox((self.map_image, self.scale), layout=w.Layout(**half))
+    controls = _grid(self.method, self.target, self.opacity, least='260px')
+    self._stack(controls, self._row(left, right, align_items='flex-start'), self.curve_image)
 
-        self.method = picker('method', [(name, name) for name in self.methods])
-        self.target = picker(
-            'explain', [('the predicted class', -1), *((name, i) for i, name in enumerate(self.classes))]
-        )
-        self.opacity = w.FloatSlider(
-            0.7,
-            min=0,
-            max=1,
-            step=0.05,
-            description='opacity',
-            readout_format='.2f',
-            style=dict(description_width='56px'),
-            layout=w.Layout(width='auto', margin='2px'),
-        )
-        self.map_image, self.curve_image, self.scale, self.verdict = (
-            w.Image(format='png'),
-            w.Image(format='png'),
-            w.HTML(),
-            w.HTML(),
-        )
-        for x in (self.image, self.map_image):
-            x.layout = w.Layout(width='100%', object_fit='contain')
-        self.curve_image.layout = w.Layout(width='100%', max_width='840px')
-        for control in (self.method, self.target, self.opacity):
-            control.observe(self._move, 'value')
+# %% ../nbs/widgets.ipynb #c019-m1
+@patch
+def _read(self: Explainer, row):
+    "The frames as the model gets them, from the store or sampled anew."
+    if self.store is None:
+        clip = sample_clip(row['path'], size=self.size)
+        frames, times = clip.frames, clip.times
+    else:
+        at = np.flatnonzero(self.store.frames['clip'] == row['clip'])
+        frames, times = self.store[at], self.store.frames['time'].to_numpy()[at]
+    return SimpleNamespace(frames=frames, times=times, note='')
 
-        def column(*parts):
-            return w.VBox(parts, layout=w.Layout(flex='1 1 260px', max_width='420px', margin='2px'))
 
-        controls = w.Box(
-            (self.method, self.target, self.opacity),
-            layout=w.Layout(
-                display='grid',
-                grid_template_columns='repeat(auto-fit, minmax(min(100%, 260px), 1fr))',
-                width='100%',
-            ),
-        )
-        self._stack(
-            controls,
-            self._row(
-                column(self.image, self.verdict), column(self.map_image, self.scale), align_items='flex-start'
-            ),
-            self.curve_image,
-        )
+@patch
+def _input(self: Explainer, frames):
+    "Frames (n, h, w) uint8 as a batch (n, channels, h, w) in 0..1, where and of what type the model is."
+    p = next(self.model.parameters(), torch.zeros(0))
+    x = torch.from_numpy(np.array(frames)).to(p.device)[:, None].to(p.dtype) / 255  # (n, 1, h, w)
+    return x.expand(-1, self.channels, -1, -1)
 
-    def _read(self, row):
-        if self.store is None:
-            clip = sample_clip(row['path'], size=self.size)
-            frames, times = clip.frames, clip.times
-        else:
-            at = np.flatnonzero(self.store.frames['clip'] == row['clip'])
-            frames, times = self.store[at], self.store.frames['time'].to_numpy()[at]
-        return SimpleNamespace(frames=frames, times=times, note='')
-
-    def _input(self, frames):
-        p = next(self.model.parameters(), torch.zeros(0))
-        return (torch.from_numpy(np.array(frames)).to(p.device)[:, None].to(p.dtype) / 255).expand(
-            -1, self.channels, -1, -1
+# %% ../nbs/widgets.ipynb #c019-m2
+def _checked_logits(out, classes):
+    "Logits (n, classes), or an error that says what is wrong with them."
+    if out.ndim != 2 or out.shape[1] != len(classes):
+        raise ValueError(
+            f"the model must give one logit for each of {len(classes)} classes {classes}, "
+            f"it gives {tuple(out.shape[1:])}: pass classes=..."
         )
+    if not torch.isfinite(out).all():
+        raise ValueError("the model gives NaN or infinite logits for this clip")
+    return out
 
-    def _probabilities(self):
-        "Probabilities (n, classes) of the clip that is open, computed once."
-        i = self.clip.value
-        if i not in self._probs:
-            self._say('asking the network about every frame', 'busy')
-            with frozen_eval(self.model), torch.no_grad():
-                out = torch.cat(
-                    [
-                        self.model(self._input(self.shown.frames[k : k + 16]))
-                        for k in range(0, len(self.shown.frames), 16)
-                    ]
-                )
-            if out.ndim != 2 or out.shape[1] != len(self.classes):
-                raise ValueError(
-                    f"the model must give one logit for each of {len(self.classes)} classes {self.classes}, it gives {tuple(out.shape[1:])}: pass classes=..."
-                )
-            if not torch.isfinite(out).all():
-                raise ValueError("the model gives NaN or infinite logits for this clip")
-            p = out.float().softmax(1).cpu().numpy()
-            self._probs[i] = p, _curves(self.shown.times, p, self.classes)
-        return self._probs[i]
 
-    def _map(self, k, target, fan):
-        "The raw map of a frame, computed once."
-        key = self.clip.value, k, self.method.value, target
-        if key not in self._maps:
-            self._say(f'computing {self.method.value}', 'busy')
-            method = self.methods[self.method.value]
-            options = dict(fan=fan) if fan is not None and method is EXPLAINERS['occlusion'] else {}
-            self._maps[key] = (
-                method(self.model, self._input(self.shown.frames[k : k + 1]), target, **options)[0]
-                .cpu()
-                .numpy()
-            )
-            if len(self._maps) > 512:
-                self._maps.popitem(last=False)
-        return self._maps[key]
+@patch
+def _probabilities(self: Explainer):
+    "Probabilities (n, classes) of the clip that is open, computed once, and their curves."
+    i, frames = self.clip.value, self.shown.frames
+    if i not in self._probs:
+        self._say('asking the network about every frame', 'busy')
+        with frozen_eval(self.model), torch.no_grad():
+            out = torch.cat([self.model(self._input(frames[k : k + 16])) for k in range(0, len(frames), 16)])
+        p = _checked_logits(out, self.classes).float().softmax(1).cpu().numpy()
+        self._probs[i] = p, _curves(self.shown.times, p, self.classes)
+    return self._probs[i]
 
-    def _draw(self):
-        s, k = self.shown, self.frame.value
-        for image in (self.map_image, self.curve_image):
-            image.layout.display = 'none'
-        self.verdict.value = self.scale.value = ''
-        if not s:
-            return
-        self.image.value = _png(s.frames[k])
-        row = self.table.loc[self.clip.value]
-        try:
-            fan, note = _fan(row), s.note
-            if fan is not None:
-                fan = fan.resize(s.frames.shape[1:]).mask()
-            probs, (curve, columns, rows) = self._probabilities()
-            said = int(probs[k].argmax())
-            target = said if self.target.value < 0 else self.target.value
-            m = self._map(k, target, fan)
-        except (ValueError, RuntimeError) as e:
-            self._say(str(e), 'fault')
-            return
-        self._say(note)
-        key = self.clip.value, self.method.value, target
-        self._limits[key] = limit = max(self._limits.get(key, 0.0), float(np.abs(m).max()))
-        self.map_image.value = _png(map_rgb(s.frames[k], m, self.opacity.value, limit))
-        marked = curve.copy()
-        marked[rows, columns[k] - 1 : columns[k] + 1] = (22, 25, 29)
-        self.curve_image.value = _png(marked)
-        for image in (self.map_image, self.curve_image):
-            image.layout.display = None
-        shares = ' · '.join(
-            f'{"<b>" if i == said else ""}{html.escape(c)} {p:.2f}{"</b>" if i == said else ""}'
-            for i, (c, p) in enumerate(zip(self.classes, probs[k]))
-        )
-        self.verdict.value = f'<div style="line-height:1.5">labelled <b>{html.escape(str(row["label"]))}</b>; the network says<br>{shares}</div>'
-        heat = '' if fan is None or not m.any() else f'<br>{heat_in_fan(m, fan)[0]:.0%} of it inside the fan'
-        colors = ','.join(
-            'rgb({},{},{})'.format(*c)
-            for c in map_rgb(np.zeros((1, 17), np.uint8), np.linspace(-1, 1, 17)[None], 1.0, 1.0)[0]
-        )
-        self.scale.value = (
-            f'<div style="line-height:1.5">{html.escape(self.method.value)} for <b>{html.escape(self.classes[target])}</b>{heat}'
-            f'<div style="height:10px;margin-top:3px;border-radius:2px;background:linear-gradient(to right,{colors})"></div>'
-            f'<div style="display:flex;justify-content:space-between"><span>{-limit:.2g}</span><span>0</span><span>{limit:.2g}</span></div></div>'
-        )
+# %% ../nbs/widgets.ipynb #c019-m3
+@patch
+def _map(self: Explainer, k, target, fan):
+    "The raw map of a frame, computed once."
+    key = self.clip.value, k, self.method.value, target
+    if key not in self._maps:
+        self._say(f'computing {self.method.value}', 'busy')
+        method = self.methods[self.method.value]
+        options = dict(fan=fan) if fan is not None and method is EXPLAINERS['occlusion'] else {}
+        x = self._input(self.shown.frames[k : k + 1])
+        self._maps[key] = method(self.model, x, target, **options)[0].cpu().numpy()
+        if len(self._maps) > 512:
+            self._maps.popitem(last=False)
+    return self._maps[key]
+
+# %% ../nbs/widgets.ipynb #c019-m4
+def _verdict_html(label, classes, p):
+    "The label, and the probability of each class, the highest in bold."
+    said = int(p.argmax())
+    shares = [f'{html.escape(c)} {x:.2f}' for c, x in zip(classes, p)]
+    shares[said] = f'<b>{shares[said]}</b>'
+    label, shares = html.escape(str(label)), ' · '.join(shares)
+    return f'<div style="line-height:1.5">labelled <b>{label}</b>; the network says<br>{shares}</div>'
+
+
+def _scale_html(method, name, limit, heat):
+    "What the map shows, and a bar of its colours from -limit to limit."
+    ramp = map_rgb(np.zeros((1, 17), np.uint8), np.linspace(-1, 1, 17)[None], 1.0, 1.0)[0]
+    colors = ','.join('rgb({},{},{})'.format(*c) for c in ramp)
+    bar = f'height:10px;margin-top:3px;border-radius:2px;background:linear-gradient(to right,{colors})'
+    ends = f'<span>{-limit:.2g}</span><span>0</span><span>{limit:.2g}</span>'
+    return (
+        f'<div style="line-height:1.5">{html.escape(method)} for <b>{html.escape(name)}</b>{heat}'
+        f'<div style="{bar}"></div><div style="display:flex;justify-content:space-between">{ends}</div></div>'
+    )
+
+# %% ../nbs/widgets.ipynb #explain-draw
+@patch
+def _show_map(self: Explainer, k, target, fan):
+    "The map of a frame over it, its scale, and the share of it that lies inside the fan."
+    frame, m = self.shown.frames[k], self._map(k, target, fan)
+    key = self.clip.value, self.method.value, target
+    self._limits[key] = limit = max(self._limits.get(key, 0.0), float(np.abs(m).max()))
+    self.map_image.value = _png(map_rgb(frame, m, self.opacity.value, limit))
+    heat = '' if fan is None or not m.any() else f'<br>{heat_in_fan(m, fan)[0]:.0%} of it inside the fan'
+    self.scale.value = _scale_html(self.method.value, self.classes[target], limit, heat)
+
+
+@patch
+def _show_curves(self: Explainer, k, curve, columns, rows):
+    "The curves, with a mark at the frame that is shown."
+    marked = curve.copy()
+    marked[rows, columns[k] - 1 : columns[k] + 1] = (22, 25, 29)
+    self.curve_image.value = _png(marked)
+
+# %% ../nbs/widgets.ipynb #explain-draw-2
+@patch
+def _hide(self: Explainer):
+    "Show neither map nor curves."
+    for image in (self.map_image, self.curve_image):
+        image.layout.display = 'none'
+    self.verdict.value = self.scale.value = ''
+
+
+@patch
+def _draw(self: Explainer):
+    "Show the frame, its map and the probabilities; what fails is said."
+    self._hide()
+    s, k = self.shown, self.frame.value
+    if not s:
+        return
+    self.image.value = _png(s.frames[k])
+    try:
+        self._explain(s, k)
+    except (ValueError, RuntimeError) as e:
+        self._say(str(e), 'fault')
+
+# %% ../nbs/widgets.ipynb #explain-draw-3
+@patch
+def _explain(self: Explainer, s, k):
+    "Ask the model about frame `k`, and show what it says."
+    row = self.table.loc[self.clip.value]
+    fan = _fan(row)
+    if fan is not None:
+        fan = fan.resize(s.frames.shape[1:]).mask()
+    probs, curves = self._probabilities()
+    target = int(probs[k].argmax()) if self.target.value < 0 else self.target.value
+    self._show_map(k, target, fan)
+    self._say(s.note)
+    self._show_curves(k, *curves)
+    for image in (self.map_image, self.curve_image):
+        image.layout.display = None
+    self.verdict.value = _verdict_html(row['label'], self.classes, probs[k])
 
 # %% ../nbs/widgets.ipynb #c027-1
 def fans_file(
@@ -590,100 +598,86 @@ def fans_file(
 
 
 def _keys(table, path):
+    "How the file names the clips of a table: relative to its folder."
     return [Path(os.path.relpath(p, Path(path).absolute().parent)).as_posix() for p in table['path']]
 
 # %% ../nbs/widgets.ipynb #c027-2
+def _saved_fans(file):
+    "The fans of a file by path, the last one of each; TableError where it holds something else."
+    try:
+        saved = pd.read_csv(file, dtype=str, keep_default_na=False).set_index('path')[['fan', 'fan_by']]
+    except (KeyError, ValueError) as e:
+        raise TableError(f"{file} is no table of fans with columns path, fan and fan_by: {e}") from None
+    for name, text in saved['fan'].items():
+        try:
+            Fan.from_dict(json.loads(text))
+        except (ValueError, TypeError) as e:
+            raise TableError(f"{file}: the fan of {name} cannot be read: {e}") from None
+    return saved[~saved.index.duplicated(keep='last')]
+
+
+def _text_column(table, name, missing):
+    "A column as text, '' where it is empty; `missing` where the table has none."
+    return table[name].where(table[name].notna(), '').astype(str) if name in table else missing
+
+# %% ../nbs/widgets.ipynb #read-fans
 def read_fans(
     table: pd.DataFrame,  # a clip table
     path,  # its CSV file; the fans are in fans_file(path), which may not exist yet
 ) -> pd.DataFrame:  # a copy with columns fan (JSON text, '' for none) and fan_by ('hand', 'found' or '')
-    "Give a clip table the fans that were saved beside it; a row that has none there keeps its own. Raises `TableError` if the file holds something else."
+    "Give a clip table the fans saved beside it, else its own; TableError if the file holds something else."
     file, out = fans_file(path), table.copy()
-    fan = out['fan'].where(out['fan'].notna(), '').astype(str) if 'fan' in out else pd.Series('', out.index)
-    by = (
-        out['fan_by'].where(out['fan_by'].notna(), '').astype(str)
-        if 'fan_by' in out
-        else fan.map(lambda f: 'found' if f else '')
-    )
+    fan = _text_column(out, 'fan', pd.Series('', out.index))
+    by = _text_column(out, 'fan_by', fan.map(lambda f: 'found' if f else ''))
     if file.exists():
-        try:
-            saved = pd.read_csv(file, dtype=str, keep_default_na=False).set_index('path')[['fan', 'fan_by']]
-        except (KeyError, ValueError) as e:
-            raise TableError(f"{file} is no table of fans with columns path, fan and fan_by: {e}") from None
-        for name, text in saved['fan'].items():
-            try:
-                Fan.from_dict(json.loads(text))
-            except (ValueError, TypeError) as e:
-                raise TableError(f"{file}: the fan of {name} cannot be read: {e}") from None
-        saved = saved[~saved.index.duplicated(keep='last')]
-        keys = _keys(out, path)
+        saved, keys = _saved_fans(file), _keys(out, path)
         there = [k in saved.index for k in keys]
-        fan, by = (
-            old.mask(there, pd.Series([saved[c].get(k, '') for k in keys], out.index))
-            for c, old in (('fan', fan), ('fan_by', by))
-        )
+        fan = fan.mask(there, pd.Series([saved['fan'].get(k, '') for k in keys], out.index))
+        by = by.mask(there, pd.Series([saved['fan_by'].get(k, '') for k in keys], out.index))
     return out.assign(fan=fan, fan_by=by)
 
 # %% ../nbs/widgets.ipynb #c027
 def _write_fan(path, key, text, by):
     "Add one fan to the file, or replace it there."
-    file = fans_file(path)
-    saved = (
-        pd.read_csv(file, dtype=str, keep_default_na=False)
-        if file.exists()
-        else pd.DataFrame(columns=['path', 'fan', 'fan_by'])
-    )
-    saved = pd.concat(
-        [saved[saved['path'] != key], pd.DataFrame(dict(path=[key], fan=[text], fan_by=[by]))]
-    ).sort_values('path')
+    file, saved = fans_file(path), pd.DataFrame(columns=['path', 'fan', 'fan_by'])
+    if file.exists():
+        saved = pd.read_csv(file, dtype=str, keep_default_na=False)
+    new = pd.DataFrame(dict(path=[key], fan=[text], fan_by=[by]))
     with atomic_path(file) as tmp:
-        saved.to_csv(tmp, index=False)
+        pd.concat([saved[saved['path'] != key], new]).sort_values('path').to_csv(tmp, index=False)
 
 # %% ../nbs/widgets.ipynb #c028-1
-_EDGE = (255, 176, 0)
-_GEOMETRY = dict(
-    convex=dict(
-        near='near arc',
-        far='far arc',
-        left='left angle',
-        right='right angle',
-        x='apex x',
-        y='apex y',
-        aspect='stretch',
-    ),
+_EDGE = (255, 176, 0)  # colour of the outline
+_GEOMETRY = dict(  # slider -> name on the screen, for each kind of fan
+    convex=dict(near='near arc', far='far arc', left='left angle', right='right angle')
+    | dict(x='apex x', y='apex y', aspect='stretch'),
     linear=dict(near='top', far='bottom', left='left', right='right', flare='flare'),
 )
 
 
 def _ranges(kind, h, w):
-    "Least and greatest value of each slider, for a picture of that size."
+    "Least and greatest value of each slider, for an image of that size."
     if kind == 'linear':
         return dict(near=(0, h), far=(0, h), left=(-w / 2, w), right=(0, 1.5 * w), flare=(-w / 2, w / 2))
-    return dict(
-        near=(0, 2 * h),
-        far=(0, 3 * h),
-        left=(-89, 89),
-        right=(-89, 89),
-        x=(-w / 2, 1.5 * w),
-        y=(-2 * h, h),
-        aspect=(0.5, 2),
-    )
+    angles = dict(left=(-89, 89), right=(-89, 89))
+    apex = dict(x=(-w / 2, 1.5 * w), y=(-2 * h, h))
+    return dict(near=(0, 2 * h), far=(0, 3 * h)) | angles | apex | dict(aspect=(0.5, 2))
 
 # %% ../nbs/widgets.ipynb #c028-2
 def _start(kind, h, w):
-    "Somewhere to begin: most of the picture."
+    "Somewhere to begin: most of the image."
     if kind == 'linear':
         return Fan('linear', (h, w), 0.05 * h, 0.95 * h, 0.1 * w, 0.9 * w)
     return Fan('convex', (h, w), 0.2 * h, 1.1 * h, -35, 35, w / 2, -0.15 * h)
 
 # %% ../nbs/widgets.ipynb #c028-3
 class FanEditor(_Panel):
-    "Correct the fan of a clip by hand: sliders for its geometry, the outline on top of the frame, saved beside the table."
+    "Correct the fan of a clip by hand: sliders, the outline on top of the frame, saved beside the table."
 
     def __init__(
         self,
         table: pd.DataFrame = None,  # clip table, with or without a column fan; None makes a small phantom
-        path=None,  # its CSV file, which need not exist; fans are saved to fans_file(path); needed with a table
+        path=None,  # its CSV file, which need not exist; fans are saved to fans_file(path)
         folder=None,  # where the phantom is kept; default lus_home()/'widgets'
         size: tuple = (360, 480),  # frames are shown as large as fits into this height and width, pixels
     ):
@@ -692,194 +686,216 @@ class FanEditor(_Panel):
         if path is None:
             raise ValueError("path is missing: the table's CSV file, beside which the fans are saved")
         super().__init__(read_fans(_named(table), path), size)
-        w, self.path, self._edited, self._found = self._w, Path(path), {}, None
-        self.kind = w.ToggleButtons(
-            options=['convex', 'linear'],
-            style=dict(button_width='84px'),
-            layout=w.Layout(width='auto', margin='2px'),
-        )
-        self.geometry = {
-            name: w.FloatSlider(
-                0,
-                min=-1,
-                max=1,
-                step=0.5,
-                readout_format='.1f',
-                style=dict(description_width='76px'),
-                layout=w.Layout(width='auto', margin='1px'),
-            )
-            for name in ('x', 'y', 'near', 'far', 'left', 'right', 'aspect', 'flare')
-        }
-
-        def button(name, icon, tip, style=''):
-            return w.Button(
-                description=name, icon=icon, tooltip=tip, button_style=style, layout=w.Layout(width='84px')
-            )
-
-        self.find, self.revert, self.save = (
-            button('find', 'search', 'find the fan again by image analysis'),
-            button('revert', 'undo', 'back to what is saved'),
-            button('save', 'save', 'save beside the table', 'primary'),
-        )
-        self.find.on_click(self._find)
-        self.revert.on_click(self._revert)
-        self.save.on_click(self._save)
-        self.kind.observe(self._turn, 'value')
-        for slider in self.geometry.values():
-            slider.observe(self._slide, 'value')
-        self.image.layout = w.Layout(width='100%', object_fit='contain')
-        picture = w.VBox(
-            (self.image, self.caption),
-            layout=w.Layout(flex='1 1 340px', max_width=f'{self.size[1]}px', margin='2px'),
-        )
-        controls = w.VBox(
-            (self.kind, *self.geometry.values(), self._row(self.find, self.revert, self.save)),
-            layout=w.Layout(flex='1 1 300px', margin='2px'),
-        )
-        self._stack(self._row(picture, controls, align_items='flex-start'))
-
-    @property
-    def fan(self):
-        return self._edited.get(
-            self.clip.value
-        )  # the fan on the screen, in pixels of the file; None without one
-
-    def _read(self, row):
-        clip, shape = _whole(row['path'], self.size)
-        return SimpleNamespace(frames=clip.frames, times=clip.times, shape=shape, note='')
+        self.path, self._edited, self._found = Path(path), {}, None
+        self._controls()
+        self._layout()
 
     def _open(self, change=None):
         super()._open(change)
-        if self._still or not self.shown:
-            return
-        if self.fan is None:
-            self._revert()
-        else:
-            self._show(self.fan)
+        if not self._still and self.shown:
+            self._revert() if self.fan is None else self._show(self.fan)
 
-    def _look(self):
-        "The fan by image analysis; most of the picture, and a message, where none is found."
-        self._say('looking for the fan', 'busy')
-        s = self.shown
-        try:
-            fan, text = find_fan(s.frames).resize(s.shape), 'found by image analysis, not saved'
-        except FanError as e:
-            fan, text = _start('linear', *s.shape), f'no fan was found ({e}): draw it by hand'
-        self._found = fan
-        return fan, text
+# %% ../nbs/widgets.ipynb #editor-controls
+@patch
+def _controls(self: FanEditor):
+    "The kind of fan, a slider for each number of its geometry, and three buttons."
+    w = self._w
+    kind = dict(options=['convex', 'linear'], style=dict(button_width='84px'))
+    self.kind = w.ToggleButtons(**kind, layout=w.Layout(width='auto', margin='2px'))
+    self.kind.observe(self._turn, 'value')
+    self.geometry = {}
+    for name in ('x', 'y', 'near', 'far', 'left', 'right', 'aspect', 'flare'):
+        slider = w.FloatSlider(0, min=-1, max=1, step=0.5, readout_format='.1f')
+        slider.style, slider.layout = dict(description_width='76px'), w.Layout(width='auto', margin='1px')
+        slider.observe(self._slide, 'value')
+        self.geometry[name] = slider
+    self.find = self._button('find', 'search', 'find the fan again by image analysis', self._find)
+    self.revert = self._button('revert', 'undo', 'back to what is saved', self._revert)
+    self.save = self._button('save', 'save', 'save beside the table', self._save, 'primary')
 
-    def _show(self, fan, text=None):
-        "Take over a fan: sliders, outline, message."
-        self._edited[self.clip.value] = fan
-        names, ranges = _GEOMETRY[fan.kind], _ranges(fan.kind, *fan.size)
-        with self._quiet():
-            self.kind.value = fan.kind
-            for name, slider in self.geometry.items():
-                slider.layout.display = None if name in names else 'none'
-                if name not in names:
-                    continue
-                value, (low, high) = float(getattr(fan, name)), ranges[name]
-                slider.description, slider.step, slider.readout_format = (
-                    names[name],
-                    *((0.01, '.2f') if name == 'aspect' else (0.5, '.1f')),
-                )
-                slider.min, slider.max = min(low, value, slider.min), max(high, value)
-                slider.min, slider.value = min(low, value), value
-        self._state(text)
-        self._draw()
+# %% ../nbs/widgets.ipynb #editor-layout
+@patch
+def _button(self: FanEditor, name, icon, tip, does, style=''):
+    "A button with a hint."
+    w = self._w
+    button = w.Button(description=name, icon=icon, tooltip=tip, button_style=style)
+    button.layout = w.Layout(width='84px')
+    button.on_click(does)
+    return button
 
-    def _state(self, text=None):
-        row = self.table.loc[self.clip.value]
-        saved = _same(_fan(row), self.fan)
-        self.revert.disabled, self.save.disabled = saved, False
-        self._say(
-            text
-            or (
-                dict(hand='saved, edited by hand', found='saved, found by image analysis')[
-                    row['fan_by'] or 'found'
-                ]
-                if saved
-                else 'edited, not saved'
-            )
-        )
 
-    def _revert(self, button=None):
-        if not self.shown:
-            return
-        try:
-            fan = _fan(self.table.loc[self.clip.value])
-        except FanError:
-            fan = None
-        self._show(*((fan.resize(self.shown.shape), None) if fan is not None else self._look()))
+@patch
+def _layout(self: FanEditor):
+    "The frame beside the controls."
+    w = self._w
+    self.image.layout = w.Layout(width='100%', object_fit='contain')
+    wide = w.Layout(flex='1 1 340px', max_width=f'{self.size[1]}px', margin='2px')
+    image = w.VBox((self.image, self.caption), layout=wide)
+    parts = self.kind, *self.geometry.values(), self._row(self.find, self.revert, self.save)
+    controls = w.VBox(parts, layout=w.Layout(flex='1 1 300px', margin='2px'))
+    self._stack(self._row(image, controls, align_items='flex-start'))
 
-    def _find(self, button=None):
-        if self.shown:
-            self._show(*self._look())
+# %% ../nbs/widgets.ipynb #c028-3-m1
+@patch(as_prop=True)
+def fan(self: FanEditor):
+    "The fan on the screen, in pixels of the file; None without one."
+    return self._edited.get(self.clip.value)
 
-    def _turn(self, change):
-        if self._still or not self.shown:
-            return
-        self._show(_start(self.kind.value, *self.shown.shape))
 
-    def _slide(self, change):
-        if self._still or not self.shown:
-            return
-        old, moved = self.fan, {name: self.geometry[name] for name in _GEOMETRY[self.kind.value]}
-        values = {
-            name: getattr(old, name)
-            if abs(slider.value - getattr(old, name)) <= slider.step / 2
-            else slider.value
-            for name, slider in moved.items()
-        }  # a browser rounds to steps; that is no edit
-        try:
-            fan = Fan(old.kind, old.size, **values)
-        except FanError as e:
-            self.save.disabled = True
-            self._say(str(e).split(', got')[0], 'fault')
-            return
-        if fan == old and not self.save.disabled:
-            return
+@patch
+def _read(self: FanEditor, row):
+    "The frames of a clip, made to fit."
+    clip, shape = _whole(row['path'], self.size)
+    return SimpleNamespace(frames=clip.frames, times=clip.times, shape=shape, note='')
+
+
+@patch
+def _look(self: FanEditor):
+    "The fan by image analysis; most of the image, and a message, where none is found."
+    self._say('looking for the fan', 'busy')
+    s = self.shown
+    try:
+        fan, text = find_fan(s.frames).resize(s.shape), 'found by image analysis, not saved'
+    except FanError as e:
+        fan, text = _start('linear', *s.shape), f'no fan was found ({e}): draw it by hand'
+    self._found = fan
+    return fan, text
+
+# %% ../nbs/widgets.ipynb #c028-3-m2
+def _set_slider(slider, title, value, limits, step, form):
+    "Give a slider another meaning; its range grows where the value lies outside."
+    low, high = limits
+    slider.description, slider.step, slider.readout_format = title, step, form
+    slider.min, slider.max = min(low, value, slider.min), max(high, value)
+    slider.min, slider.value = min(low, value), value
+
+
+@patch
+def _show(self: FanEditor, fan, text=None):
+    "Take over a fan: sliders, outline, message."
+    self._edited[self.clip.value] = fan
+    names, ranges = _GEOMETRY[fan.kind], _ranges(fan.kind, *fan.size)
+    with self._quiet():
+        self.kind.value = fan.kind
+        for name, slider in self.geometry.items():
+            slider.layout.display = None if name in names else 'none'
+            if name in names:
+                fine = (0.01, '.2f') if name == 'aspect' else (0.5, '.1f')
+                _set_slider(slider, names[name], float(getattr(fan, name)), ranges[name], *fine)
+    self._state(text)
+    self._draw()
+
+# %% ../nbs/widgets.ipynb #c028-3-m3
+@patch
+def _state(self: FanEditor, text=None):
+    "Say whether the fan on the screen is saved, or `text`."
+    row = self.table.loc[self.clip.value]
+    saved = _same(_fan(row), self.fan)
+    self.revert.disabled, self.save.disabled = saved, False
+    how = dict(hand='saved, edited by hand', found='saved, found by image analysis')
+    self._say(text or (how[row['fan_by'] or 'found'] if saved else 'edited, not saved'))
+
+# %% ../nbs/widgets.ipynb #c028-3-m4
+@patch
+def _revert(self: FanEditor, button=None):
+    "Back to the saved fan; one by image analysis where none is saved."
+    if not self.shown:
+        return
+    try:
+        fan = _fan(self.table.loc[self.clip.value])
+    except FanError:
+        fan = None
+    self._show(*((fan.resize(self.shown.shape), None) if fan is not None else self._look()))
+
+
+@patch
+def _find(self: FanEditor, button=None):
+    "Find the fan anew."
+    if self.shown:
+        self._show(*self._look())
+
+
+@patch
+def _turn(self: FanEditor, change):
+    "Begin with the other kind of fan."
+    if self._still or not self.shown:
+        return
+    self._show(_start(self.kind.value, *self.shown.shape))
+
+# %% ../nbs/widgets.ipynb #c028-3-m5
+def _moved(old, sliders):
+    "What the sliders say; a browser rounds to steps, which is no edit."
+    values = {}
+    for name, slider in sliders.items():
+        was = getattr(old, name)
+        values[name] = was if abs(slider.value - was) <= slider.step / 2 else slider.value
+    return values
+
+
+@patch
+def _slide(self: FanEditor, change):
+    "The fan that the sliders describe; an impossible one is said, and cannot be saved."
+    if self._still or not self.shown:
+        return
+    old, sliders = self.fan, {name: self.geometry[name] for name in _GEOMETRY[self.kind.value]}
+    try:
+        fan = Fan(old.kind, old.size, **_moved(old, sliders))
+    except FanError as e:
+        self.save.disabled = True
+        self._say(str(e).split(', got')[0], 'fault')
+        return
+    if fan != old or self.save.disabled:
         self._edited[self.clip.value] = fan
         self._state()
         self._draw()
 
-    def _save(self, button=None):
-        i = self.clip.value
-        if not self.shown or self.fan is None:
-            return
-        text, by = json.dumps(self.fan.to_dict()), 'found' if _same(self._found, self.fan) else 'hand'
-        try:
-            _write_fan(self.path, _keys(self.table.loc[[i]], self.path)[0], text, by)
-        except OSError as e:
-            self._say(f'{fans_file(self.path)} cannot be written: {e.strerror or e}', 'fault')
-            return
-        self.table.loc[i, ['fan', 'fan_by']] = text, by
-        self._state(
-            f'saved to {fans_file(self.path).name}' + (', marked as edited by hand' if by == 'hand' else '')
-        )
+# %% ../nbs/widgets.ipynb #c028-3-m6
+@patch
+def _save(self: FanEditor, button=None):
+    "Write the fan beside the table; what fails is said."
+    i, file = self.clip.value, fans_file(self.path)
+    if not self.shown or self.fan is None:
+        return
+    text, by = json.dumps(self.fan.to_dict()), 'found' if _same(self._found, self.fan) else 'hand'
+    try:
+        _write_fan(self.path, _keys(self.table.loc[[i]], self.path)[0], text, by)
+    except OSError as e:
+        self._say(f'{file} cannot be written: {e.strerror or e}', 'fault')
+        return
+    self.table.loc[i, ['fan', 'fan_by']] = text, by
+    self._state(f'saved to {file.name}' + (', marked as edited by hand' if by == 'hand' else ''))
 
-    def _draw(self):
-        from PIL import Image, ImageDraw
+# %% ../nbs/widgets.ipynb #c028-3-m7
+def _outlined(frame, fan):
+    "A frame with the fan's outline, dark outside of it; both of one size."
+    from PIL import Image, ImageDraw
 
-        s, fan = self.shown, self.fan
-        for control in (self.kind, *self.geometry.values(), self.find):
-            control.disabled = not s
-        if not s:
-            self.revert.disabled = self.save.disabled = True
-        if not s or fan is None:
-            self.caption.value = ''
-            return
-        size = _fit(s.shape, self.size)
-        fan, x = (
-            fan.resize(size),
-            np.array(Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR)),
-        )
-        im = Image.fromarray(np.repeat(np.where(fan.mask(), x, x // 2)[..., None], 3, -1))
-        points = [tuple(map(float, p)) for p in fan.outline()]
-        ImageDraw.Draw(im).line(points + points[:1], fill=_EDGE, width=3)
-        self.image.value = _png(np.asarray(im))
-        self.caption.value = self._facts()
+    x = np.where(fan.mask(), frame, frame // 2)
+    im = Image.fromarray(np.repeat(x[..., None], 3, -1))
+    points = [tuple(map(float, p)) for p in fan.outline()]
+    ImageDraw.Draw(im).line(points + points[:1], fill=_EDGE, width=3)
+    return np.asarray(im)
+
+# %% ../nbs/widgets.ipynb #editor-draw
+@patch
+def _draw(self: FanEditor):
+    "Show the frame with the outline of the fan."
+    from PIL import Image
+
+    s, fan = self.shown, self.fan
+    for control in (self.kind, *self.geometry.values(), self.find):
+        control.disabled = not s
+    if not s:
+        self.revert.disabled = self.save.disabled = True
+    if not s or fan is None:
+        self.caption.value = ''
+        return
+    size = _fit(s.shape, self.size)
+    frame = Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR)
+    self.image.value = _png(_outlined(np.asarray(frame), fan.resize(size)))
+    self.caption.value = self._facts()
 
 # %% ../nbs/widgets.ipynb #c028
 def _same(a, b):
+    "Whether both are fans, and the same one."
     return a is not None and b is not None and a.to_dict() == b.to_dict()
