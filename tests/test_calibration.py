@@ -1,6 +1,7 @@
 "What the notebook does not own: naive loops, properties, known truths, networks of all kinds, bad input."
 
 import random
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,29 +16,12 @@ from lus_fastai.core import CLASSES, LeakError, TableError
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M
 from lus_fastai.stats.bootstrap import patient_draws
+from lus_fastai.toys import toy_forecasts
 
 COLS = ['p_' + c for c in CLASSES]
 
 
-def table(patients=12, frames=8, too_sure=1.0, seed=0, mu=1.4):
-    "Frames whose calibrated forecast is softmax(mu x), too sure by a factor; patients share half the noise."
-    rng = np.random.default_rng(seed)
-    who, code = np.repeat(np.arange(patients), frames), np.repeat(np.arange(patients) % 3, frames)
-    x = mu * np.eye(3)[code] + 0.5**0.5 * (
-        rng.normal(size=(patients, 3))[who] + rng.normal(size=(len(who), 3))
-    )
-    p = np.exp(too_sure * mu * x)
-    p /= p.sum(1, keepdims=True)
-    t = pd.DataFrame(
-        dict(
-            clip=[f'c{i}' for i in who],
-            frame=np.tile(np.arange(frames), patients),
-            patient=[f'p{i}' for i in who],
-            label=np.array(CLASSES)[code],
-            **dict(zip(COLS, p.T)),
-        )
-    )
-    return t.assign(fold=who // 3 % 3)
+table = partial(toy_forecasts, patients=12, frames=8, too_sure=1.0)
 
 
 def codes(t):

@@ -24,6 +24,7 @@ from lus_fastai.data.fan import Fan, find_fan
 from lus_fastai.explain.occlusion import EXPLAINERS, explain_clip
 from lus_fastai.plot import overlay
 from lus_fastai.synth.phantom import phantom_dataset
+from lus_fastai.toys import toy_net
 from lus_fastai.video import read_clip, sample_clip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,19 +34,10 @@ def pixels(image):
     return np.asarray(Image.open(io.BytesIO(image.value if hasattr(image, 'value') else image)))
 
 
-def small_net(channels=1, classes=3, seed=0):
+def small_net(channels=1, classes=3):
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = torch.nn.Sequential(
-            torch.nn.Conv2d(channels, 8, 5, 2, 2),
-            torch.nn.BatchNorm2d(8),
-            torch.nn.ReLU(),
-            torch.nn.Conv2d(8, 16, 3, 2, 1),
-            torch.nn.ReLU(),
-            torch.nn.AdaptiveAvgPool2d(1),
-            torch.nn.Flatten(),
-            torch.nn.Linear(16, classes),
-        )
+        torch.manual_seed(0)
+        net = toy_net(channels, classes)
     net.classes = CLASSES
     return net
 
