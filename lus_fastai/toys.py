@@ -1,4 +1,4 @@
-"""What the demonstrations and tests of every notebook share, small enough to read at a glance
+"""What demonstrations and tests share, small enough to read at a glance
 
 Docs: https://lus-fastai.github.io/lus_fastai/toys.html.md"""
 

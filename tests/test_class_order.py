@@ -23,7 +23,9 @@ from lus_fastai.models.transfer import copy_weights, load_weights, name_outputs,
 from lus_fastai.models.unet import unet
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M
+from lus_fastai.stats.curves import pr_curve, roc
 from lus_fastai.stats.figures import plot_confusion
+from lus_fastai.toys import toy_predictions
 from lus_fastai.train.callbacks import ClassProbs, PixelCounts, predict_table
 from lus_fastai.train.cross_validation import cross_validate, last_epoch
 from lus_fastai.train.fine_tuning import fine_tune, fine_tune_learner
@@ -199,19 +201,8 @@ def test_the_names_stay_behind_where_the_last_layer_does():
 
 
 def table(classes=CLASSES):
-    rng = np.random.default_rng(0)
-    p = pd.DataFrame(rng.dirichlet([1, 1, 1], 60), columns=[f'p_{c}' for c in CLASSES])
-    who = np.arange(60) // 5
-    rows = pd.DataFrame(
-        dict(
-            clip=[f'c{i}' for i in who],
-            frame=np.arange(60) % 5,
-            patient=[f'p{i}' for i in who],
-            fold=who % 3,
-            label=np.array(CLASSES)[who % 3],
-        )
-    )
-    return rows.join(p[[f'p_{c}' for c in classes]])
+    preds, chances = toy_predictions(12), [f'p_{c}' for c in CLASSES]
+    return preds.drop(columns=chances).join(preds[[f'p_{c}' for c in classes]])
 
 
 def test_every_score_of_a_table_is_the_same_under_another_order_of_its_columns():
@@ -224,7 +215,7 @@ def test_every_score_of_a_table_is_the_same_under_another_order_of_its_columns()
     same(lambda t: M.evaluate(t, n_boot=50), ['level', 'class', 'metric'])
     same(lambda t: M.vote(t, 'patient', 'majority'), ['patient'])
     same(lambda t: M.classification_report(t).rename_axis('class').reset_index(), ['class'])
-    for curve in (M.roc, M.pr_curve):
+    for curve in (roc, pr_curve):
         same(lambda t, curve=curve: curve(t, n_boot=50)[1], ['class'])
     same(lambda t: C.calibrate(t)[0], ['patient', 'frame'])
     assert C.ece(a) == pytest.approx(C.ece(b))
