@@ -18,12 +18,10 @@ from lus_fastai.papers.sim_to_real import (
     Roughen,
     SimSettings,
     agreement,
-    auc,
     clip_features,
     common_fan,
     contrast_channels,
     line_areas,
-    patient_interval,
     phantom_fan,
     plain_scores,
     plot_agreement,
@@ -31,12 +29,12 @@ from lus_fastai.papers.sim_to_real import (
     polar_phantom,
     probed_scores,
     reproduce,
-    spearman,
     taught_scores,
     tuning_patients,
     vary,
 )
 from lus_fastai.runs import read_results
+from lus_fastai.stats.bootstrap import auc, patient_interval, spearman
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
 from lus_fastai.train import cross_validation as training
 from lus_fastai.video import write_video

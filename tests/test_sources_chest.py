@@ -8,8 +8,9 @@ from PIL import Image
 from lus_fastai.core import TableError
 from lus_fastai.data.folds import patient_folds
 from lus_fastai.data.mask_sets import busi_set, ccxs_set, mask_picture, siim_set, xpie_set
-from lus_fastai.data.readers import ccxs_patient, chexpert_labels, exact_match, mask_paths, siim_boxes
+from lus_fastai.data.readers import ccxs_patient, chexpert_labels, mask_paths, siim_boxes
 from lus_fastai.data.sources import SOURCES, by_hand, fetch, index, manifest, sources_table, verify
+from lus_fastai.stats.classification import exact_match
 from lus_fastai.synth.radiographs import CHEST, CHEXPERT
 from lus_fastai.video import ClipError
 

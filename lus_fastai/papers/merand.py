@@ -40,7 +40,6 @@ from ..models.backbones import create_backbone
 from ..models.classifiers import BackboneClassifier
 from ..models.segmenters import autoencoder, segmenter
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
-from .arora import mean_over_patients
 from lus_fastai.papers.experiment import (
     Experiment,
     cells_of,
@@ -50,6 +49,7 @@ from lus_fastai.papers.experiment import (
     settings_folder,
     without,
 )
+from ..stats.bootstrap import mean_over_patients
 
 # %% ../../nbs/papers/merand.ipynb #c003-2
 from ..data.pairs import ABLATION, pair_dls

@@ -6,10 +6,9 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/sim_to_real.html.md"""
 
 # %% auto #0
 __all__ = ['LINES', 'PLAIN', 'QUICK', 'FINE', 'PARTS', 'phantom_fan', 'vary', 'polar_phantom', 'common_fan', 'polar_clips',
-           'Roughen', 'contrast_channels', 'LineNet', 'LineLoss', 'line_areas', 'predict_lines', 'plain_scores', 'auc',
-           'spearman', 'patient_interval', 'agreement', 'tuning_patients', 'SimSettings', 'fit_lines', 'ClipsToScore',
-           'reproduce', 'plot_agreement', 'sim_report', 'LineClassifier', 'taught_scores', 'clip_features',
-           'probed_scores']
+           'Roughen', 'contrast_channels', 'LineNet', 'LineLoss', 'line_areas', 'predict_lines', 'plain_scores',
+           'agreement', 'tuning_patients', 'SimSettings', 'fit_lines', 'ClipsToScore', 'reproduce', 'plot_agreement',
+           'sim_report', 'LineClassifier', 'taught_scores', 'clip_features', 'probed_scores']
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c003
 import io
@@ -21,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+from ..stats.bootstrap import auc, patient_interval, spearman
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c003a
 import torch
@@ -436,47 +435,6 @@ def plain_scores(
     share = below.sum((1, 2, 3)) / (x.sum((1, 2, 3)) + 1e-6)
     out = torch.stack([below.mean((1, 2, 3)), share, _streaks(x, low), _repeats(x)], 1)
     return pd.DataFrame(out.view(n, k, -1).mean(1).numpy(), columns=list(PLAIN))
-
-# %% ../../nbs/papers/sim_to_real.ipynb #c026-1
-def auc(
-    truth,  # 0 or 1 (or bool) per clip
-    score,  # number per clip
-) -> float:  # NaN where one of the two is missing, as in some resamples
-    "Probability that a clip with the finding scores higher than one without; ties count half."
-    truth = np.asarray(truth).astype(bool)
-    if truth.all() or not truth.any():
-        return float('nan')
-    return float(roc_auc_score(truth, np.asarray(score, float)))
-
-# %% ../../nbs/papers/sim_to_real.ipynb #c026-2
-def spearman(
-    x,  # number per clip
-    y,  # number per clip
-) -> float:  # -1..1; NaN where one of the two is constant
-    "Spearman's rank correlation, ties at their mean rank."
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float('nan')
-    return float(spearmanr(x, y).statistic)
-
-# %% ../../nbs/papers/sim_to_real.ipynb #c026
-def patient_interval(
-    statistic,  # function of two arrays, such as auc
-    x,  # a value per clip
-    y,  # a value per clip
-    patients,  # whose clip
-    n_boot: int = 1000,  # resamples
-    seed: int = 0,  # of the resampling
-) -> tuple:  # (value, low, high); the interval is NaN with fewer than two patients
-    "A statistic of clips with its 95 % interval from drawing patients with replacement."
-    x, y, (code, names) = np.asarray(x), np.asarray(y), pd.factorize(np.asarray(patients, str), sort=True)
-    n, rng = len(names), np.random.default_rng(seed)
-    rows = [np.flatnonzero(code == i) for i in range(n)]
-    values = []
-    for _ in range(n_boot if n > 1 else 0):
-        drawn = np.concatenate([rows[i] for i in rng.integers(n, size=n)])
-        values.append(statistic(x[drawn], y[drawn]))
-    low, high = np.nanpercentile(values, [2.5, 97.5]) if np.isfinite(values).any() else (np.nan, np.nan)
-    return statistic(x, y), float(low), float(high)
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c028-1
 _BRIGHT = {c: (c, 1) for c in ('brightness below', 'share below', 'streaks')}
