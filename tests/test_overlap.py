@@ -90,7 +90,7 @@ def test_pixels_by_counting(pair):
         islands=islands,
     ).items():
         assert np.allclose(table[name], score(p, t)[0], equal_nan=True), name
-    assert np.array_equal(table['missed'], islands(t, p)[0])
+    assert np.array_equal(table['missed'], connected_components(t, p)[0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -106,7 +106,7 @@ def test_islands_by_flooding(m, other):
             left -= near
             todo += near
         found.append(island)
-    assert islands(m)[0, 0] == len(found) and islands(m, other)[0, 0] == sum(
+    assert connected_components(m)[0, 0] == len(found) and connected_components(m, other)[0, 0] == sum(
         not any(other[0, 0][p] for p in island) for island in found
     )
 

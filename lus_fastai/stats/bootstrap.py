@@ -10,6 +10,7 @@ __all__ = ['patient_sums', 'patient_draws', 'draw_weights', 'resampled_sums', 'r
 
 # %% ../../nbs/stats/bootstrap.ipynb #imports
 import numpy as np
+import pandas as pd
 import torch
 
 # %% ../../nbs/stats/bootstrap.ipynb #patient-sums
