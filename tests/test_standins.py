@@ -9,16 +9,13 @@ from lus_fastai.synth.radiographs import (
     CATEGORIES,
     CHEST,
     CHEXPERT,
-    box_set,
-    boxes_of,
     chest_box_set,
     chest_boxes,
     chest_labels,
     chest_phantom,
-    fill_boxes,
     rib_masks,
-    salient_shapes,
 )
+from lus_fastai.synth.shapes import box_set, boxes_of, fill_boxes, salient_shapes
 
 
 def small(masks, names):
