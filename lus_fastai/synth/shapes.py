@@ -123,7 +123,7 @@ def closed_curve(
     points,  # (k, 2)
     n: int = 12,  # points to each stretch
 ) -> np.ndarray:  # (k * n + 1, 2)
-    "A smooth outline through all points, and back to the first."
+    "An outline through all points and back to the first, smooth but for a corner there."
     return smooth_curve(np.concatenate([points, points[:1]]), n)
 
 # %% ../../nbs/synth/shapes.ipynb #c007-1
@@ -229,7 +229,7 @@ def show_outlines(
 ):  # matplotlib Figure
     "Images with the outlines of their masks."
     rows = -(-len(set) // columns)
-    with figure_canvas(9.5, 1.6 * rows) as fig:
+    with figure_canvas(7.5, 1.27 * rows) as fig:
         axs = fig.subplots(rows, columns, squeeze=False).ravel()
         for ax, image, masks in zip(axs, set.images, set.masks):
             _show_outline(ax, image, masks)
