@@ -16,7 +16,8 @@ import pandas as pd
 
 from ..core import MaskSet, TableError, and_more, clip_ids, progress
 from .readers import lesion_paths, mask_paths
-from ..synth.radiographs import CATEGORIES, CHEST, fill_boxes
+from ..synth.radiographs import CATEGORIES, CHEST
+from ..synth.shapes import fill_boxes
 from ..video import ClipError, read_clip
 
 # %% ../../nbs/data/mask_sets.ipynb #c028-1
