@@ -331,7 +331,7 @@ import os, sys, numpy as np
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from lus_fastai.explain import embeddings as embed
 from lus_fastai.data.store import FrameStore
-from test_embed import net
+from test_embeddings import net
 def half(f, **arrays):
     f.write(b'PK' + bytes(5000))
     f.flush()

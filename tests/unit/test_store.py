@@ -29,7 +29,7 @@ from lus_fastai.data.store import FrameStore
 from lus_fastai.runs import function_key
 from lus_fastai.video import Clip, ClipError, frame_times, read_clip, sample_clip, sample_times, write_video
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
 
 

@@ -33,7 +33,7 @@ from lus_fastai.data.folds import patient_folds
 from lus_fastai.train.callbacks import AutoPrecision, EpochEnd, PlateauLR, CosineLR, OneCycleLR, EpochSeed, Checkpoint, fit_resumable, ClassProbs
 from lus_fastai.train.cross_validation import cross_validate, last_epoch, fold_history
 from lus_fastai.train.fine_tuning import fine_tune_learner, fine_tune
-from lus_fastai.models.transfer import copy_weights, load_weights, split_rates, stages
+from lus_fastai.models.transfer import copy_weights, load_weights, discriminative_lrs, stages
 torch.set_num_threads(1)
 
 def setup(folder):
@@ -647,7 +647,7 @@ def test_the_cosine_bends_each_groups_own_rate_and_a_resumed_fit_is_on_the_right
                 fit_resumable(
                     learn,
                     4,
-                    [g['lr'] for g in split_rates(net, 0.1, 0.5)],
+                    [g['lr'] for g in discriminative_lrs(net, 0.1, 0.5)],
                     path,
                     cbs=[CosineLR(1), Rates(), Stop()],
                 )
