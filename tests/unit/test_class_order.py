@@ -177,7 +177,8 @@ def test_weights_of_another_order_do_not_load_and_change_nothing(tmp_path):
     for source in (ours, tmp_path / 'w.safetensors', load_weights(tmp_path / 'w.safetensors')):
         with pytest.raises(
             ValueError,
-            match=r"\['regular', 'pneumonia', 'covid'\], not \['covid', 'pneumonia', 'regular'\]: the same classes in another order",
+            match=r"\['regular', 'pneumonia', 'covid'\], not \['covid', 'pneumonia', 'regular'\]: "
+            "the same classes in another order",
         ):
             copy_weights(source, theirs)
     assert torch.equal(theirs.conv.bias, before)
