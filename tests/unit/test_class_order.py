@@ -23,6 +23,7 @@ from lus_fastai.models.transfer import copy_weights, load_weights, name_outputs,
 from lus_fastai.models.unet import unet
 from lus_fastai.stats import calibration as C
 from lus_fastai.stats import classification as M
+from lus_fastai.stats.curves import pr_curve, roc
 from lus_fastai.stats.figures import plot_confusion
 from lus_fastai.train.callbacks import ClassProbs, PixelCounts, predict_table
 from lus_fastai.train.cross_validation import cross_validate, last_epoch
@@ -177,7 +178,8 @@ def test_weights_of_another_order_do_not_load_and_change_nothing(tmp_path):
     for source in (ours, tmp_path / 'w.safetensors', load_weights(tmp_path / 'w.safetensors')):
         with pytest.raises(
             ValueError,
-            match=r"\['regular', 'pneumonia', 'covid'\], not \['covid', 'pneumonia', 'regular'\]: the same classes in another order",
+            match=r"\['regular', 'pneumonia', 'covid'\], not \['covid', 'pneumonia', 'regular'\]: "
+            "the same classes in another order",
         ):
             copy_weights(source, theirs)
     assert torch.equal(theirs.conv.bias, before)
@@ -224,7 +226,7 @@ def test_every_score_of_a_table_is_the_same_under_another_order_of_its_columns()
     same(lambda t: M.evaluate(t, n_boot=50), ['level', 'class', 'metric'])
     same(lambda t: M.vote(t, 'patient', 'majority'), ['patient'])
     same(lambda t: M.classification_report(t).rename_axis('class').reset_index(), ['class'])
-    for curve in (M.roc, M.pr_curve):
+    for curve in (roc, pr_curve):
         same(lambda t, curve=curve: curve(t, n_boot=50)[1], ['class'])
     same(lambda t: C.calibrate(t)[0], ['patient', 'frame'])
     assert C.ece(a) == pytest.approx(C.ece(b))

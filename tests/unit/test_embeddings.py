@@ -325,7 +325,7 @@ def test_damaged_cache_is_made_again(phantom_store, tmp_path, damage):
 
 
 def test_a_process_killed_while_it_saves_leaves_the_old_file_or_none(phantom_store, tmp_path):
-    "Half of the archive is on disk when the process is killed: nothing is taken for finished, and the next call makes it whole."
+    "Half of the archive is written when the process is killed: it is not used, the next call makes it anew."
     code = f"""
 import os, sys, numpy as np
 sys.path.insert(0, {str(Path(__file__).parent)!r})
