@@ -12,6 +12,7 @@ from lus_fastai.stats.segmentation import *
 from lus_fastai.stats.calibration import *
 from lus_fastai.stats.figures import *
 from lus_fastai.synth.phantom import *
+from lus_fastai.synth.shapes import *
 from lus_fastai.synth.radiographs import *
 from lus_fastai.data.store import *
 from lus_fastai.data.folds import *

@@ -1,4 +1,4 @@
-"""Label codes and their colours, the clip table, seeds, and files that are written whole or not at all
+"""Label codes and their colours, clip tables, what holds frames, seeds, and files that are written whole or not at all
 
 Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 
@@ -7,8 +7,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS', 'dense_to_sparse',
            'file_keys', 'TableError', 'and_more', 'check_columns', 'check_table', 'LeakError', 'assert_disjoint',
-           'clip_ids', 'write_table', 'read_table', 'MaskSet', 'atomic_path', 'write_json', 'folder_lock', 'seed_all',
-           'frozen_eval', 'lus_home', 'shipped', 'real_data', 'progress', 'duration', 'StageLog']
+           'clip_ids', 'write_table', 'read_table', 'MaskSet', 'Frames', 'atomic_path', 'write_json', 'folder_lock',
+           'seed_all', 'frozen_eval', 'lus_home', 'shipped', 'real_data', 'progress', 'duration', 'StageLog']
 
 # %% ../nbs/core.ipynb #c003
 import contextlib
@@ -20,10 +20,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 # %% ../nbs/core.ipynb #c006
 CLASSES = ('covid', 'pneumonia', 'regular')
@@ -46,32 +48,40 @@ DENSE_COLORS = np.array(
 )
 SPARSE_COLORS = DENSE_COLORS[[0, 1, 2, 6]]
 
+# %% ../nbs/core.ipynb #merge-sum
+def _merged_probabilities(p, dim):
+    "Probabilities of sparse classes: sums over the dense classes that each one merges."
+    if p.shape[dim] != len(DENSE):
+        raise ValueError(
+            f"probabilities need {len(DENSE)} classes along dim {dim}, got shape {tuple(p.shape)}"
+        )
+    groups = [[i for i, s in enumerate(DENSE_TO_SPARSE) if s == k] for k in range(len(SPARSE))]
+    if torch.is_tensor(p):
+        index = [torch.tensor(g, device=p.device) for g in groups]
+        return torch.stack([p.index_select(dim, i).sum(dim) for i in index], dim)
+    return np.stack([np.take(p, g, dim).sum(dim) for g in groups], dim)
+
+# %% ../nbs/core.ipynb #merge-codes
+def _merged_codes(x):
+    "Sparse codes by look-up."
+    if 0 not in x.shape and (x.min() < 0 or x.max() >= len(DENSE)):
+        raise ValueError(f"dense codes are 0..{len(DENSE) - 1}, got {int(x.min())}..{int(x.max())}")
+    if torch.is_tensor(x):
+        return torch.tensor(DENSE_TO_SPARSE, dtype=x.dtype, device=x.device)[x.long()]
+    return np.array(DENSE_TO_SPARSE, x.dtype)[x]
+
 # %% ../nbs/core.ipynb #c013
 def dense_to_sparse(
     x,  # dense codes 0..6 (any integer array or tensor), or probabilities with 7 entries along dim
     dim: int = 1,  # the class axis, used for probabilities only
 ):  # sparse codes of the same shape and type, or probabilities with 4 entries along dim
-    "Merge dense labels into sparse ones: codes by look-up, probabilities by summing the merged classes (Gare 2021, section 2.1)."
-    tensor = torch.is_tensor(x)
-    floating = x.is_floating_point() if tensor else np.issubdtype(np.asarray(x).dtype, np.floating)
-    if floating:
-        if x.shape[dim] != len(DENSE):
-            raise ValueError(
-                f"probabilities need {len(DENSE)} classes along dim {dim}, got shape {tuple(x.shape)}"
-            )
-        parts = [[i for i, s in enumerate(DENSE_TO_SPARSE) if s == k] for k in range(len(SPARSE))]
-        if tensor:
-            return torch.stack(
-                [x.index_select(dim, torch.tensor(p, device=x.device)).sum(dim) for p in parts], dim
-            )
-        return np.stack([np.take(x, p, dim).sum(dim) for p in parts], dim)
-    if not tensor:
+    "Merge dense labels into sparse ones (Gare 2021, section 2.1): look up codes, sum probabilities."
+    if torch.is_tensor(x):
+        floating = x.is_floating_point()
+    else:
         x = np.asarray(x)
-    if 0 not in x.shape and (x.min() < 0 or x.max() >= len(DENSE)):
-        raise ValueError(f"dense codes are 0..{len(DENSE) - 1}, got {int(x.min())}..{int(x.max())}")
-    if tensor:
-        return torch.tensor(DENSE_TO_SPARSE, dtype=x.dtype, device=x.device)[x.long()]
-    return np.array(DENSE_TO_SPARSE, x.dtype)[x]
+        floating = np.issubdtype(x.dtype, np.floating)
+    return _merged_probabilities(x, dim) if floating else _merged_codes(x)
 
 # %% ../nbs/core.ipynb #files
 def file_keys(
@@ -125,8 +135,34 @@ def check_columns(
                 f"a row without {c} cannot be split safely; fill or drop it"
             )
 
+# %% ../nbs/core.ipynb #check-form
+def _check_form(table):
+    "TableError for what is no clip table at all: another type, columns that are missing, no rows."
+    if not isinstance(table, pd.DataFrame):
+        raise TableError(f"a clip table is a pandas DataFrame, not {type(table).__name__}")
+    missing = [c for c in CLIP_COLUMNS if c not in table]
+    if missing:
+        raise TableError(
+            f"missing column(s) {missing}; a clip table has {list(CLIP_COLUMNS)}, "
+            f"this one {list(table.columns)}"
+        )
+    if not len(table):
+        raise TableError("the clip table is empty: is the folder right, or did a filter drop every row?")
+
+# %% ../nbs/core.ipynb #check-cells
+def _empty_cells(table):
+    "A sentence for each column with rows that have no entry."
+    found = {c: table.index[table[c].isna() | (table[c].astype(str).str.strip() == '')] for c in CLIP_COLUMNS}
+    return [f"column '{c}' is empty in row(s) {and_more(rows)}" for c, rows in found.items() if len(rows)]
+
+
+def _wrong_kinds(table):
+    "A list of one sentence about rows that are neither video nor image, or of none."
+    rows = table.index[~table['kind'].isin(['video', 'image']) & table['kind'].notna()]
+    return [f"column 'kind' must be 'video' or 'image' in row(s) {and_more(rows)}"] if len(rows) else []
+
 # %% ../nbs/core.ipynb #c021-2
-def _twice(table):
+def _listed_twice(table):
     "A list of one sentence about rows whose file an earlier row has, or of none."
     keys = pd.Series(file_keys(table['path']), dtype=object)
     double = np.flatnonzero((keys.duplicated() & keys.notna()).to_numpy())
@@ -139,49 +175,35 @@ def _twice(table):
         f"row {rows[again]} ({paths[again]}) is the file of row {rows[first]} ({paths[first]})"
     ]
 
+# %% ../nbs/core.ipynb #check-gone
+def _no_such_files(table):
+    "A sentence for each column of files, `path` and `mask`, that names files that are not there."
+    wrong = []
+    for c in [c for c in ('path', 'mask') if c in table]:
+        named = [(i, p) for i, p in table[c].items() if isinstance(p, (str, os.PathLike)) and str(p).strip()]
+        gone = [(i, p) for i, p in named if not os.path.isfile(p)]
+        if gone:
+            rows = and_more([i for i, _ in gone])
+            wrong.append(f"column '{c}': no such file in row(s) {rows}, first: {gone[0][1]}")
+    return wrong
+
 # %% ../nbs/core.ipynb #c021
 def check_table(
     table: pd.DataFrame,  # a clip table
     exists: bool = True,  # also look whether every file is there
 ) -> pd.DataFrame:  # the same table
     "Check a clip table; raises `TableError` that names every wrong row and column at once."
-    if not isinstance(table, pd.DataFrame):
-        raise TableError(f"a clip table is a pandas DataFrame, not {type(table).__name__}")
-    missing = [c for c in CLIP_COLUMNS if c not in table]
-    if missing:
-        raise TableError(
-            f"missing column(s) {missing}; a clip table has {list(CLIP_COLUMNS)}, this one {list(table.columns)}"
-        )
-    if not len(table):
-        raise TableError("the clip table is empty: is the folder right, or did a filter drop every row?")
-    wrong = []
-    for c in CLIP_COLUMNS:
-        empty = table.index[table[c].isna() | (table[c].astype(str).str.strip() == '')]
-        if len(empty):
-            wrong.append(f"column '{c}' is empty in row(s) {and_more(empty)}")
-    kinds = table.index[~table['kind'].isin(['video', 'image']) & table['kind'].notna()]
-    if len(kinds):
-        wrong.append(f"column 'kind' must be 'video' or 'image' in row(s) {and_more(kinds)}")
-    wrong += _twice(table)
-    for c in ('path', 'mask') if exists else ():
-        if c not in table:
-            continue
-        gone = [
-            (i, p)
-            for i, p in table[c].items()
-            if isinstance(p, (str, os.PathLike)) and str(p).strip() and not os.path.isfile(p)
-        ]
-        if gone:
-            wrong.append(
-                f"column '{c}': no such file in row(s) {and_more([i for i, _ in gone])}, first: {gone[0][1]}"
-            )
+    _check_form(table)
+    wrong = _empty_cells(table) + _wrong_kinds(table) + _listed_twice(table)
+    if exists:
+        wrong += _no_such_files(table)
     if wrong:
         raise TableError('; '.join(wrong))
     return table
 
 # %% ../nbs/core.ipynb #c016-1
 class LeakError(AssertionError):
-    "Two parts of a split share patients or files; `.shared` lists them."
+    "Patients or files are in both parts of a split; `.shared` lists them."
 
     def __init__(self, message, shared):
         super().__init__(message)
@@ -193,7 +215,7 @@ def assert_disjoint(
     b: pd.DataFrame,  # the other part
     by: str = 'patient',  # the column that must not have a value in common
 ):
-    "Raise `LeakError` naming the patients, or the files, that stand in both parts."
+    "Raise `LeakError` naming the patients, or the files, that are in both parts."
     for part in (a, b):
         check_columns(part, (by,))
     shared = sorted(set(a[by].astype(str).str.strip()) & set(b[by].astype(str).str.strip()))
@@ -205,18 +227,17 @@ def assert_disjoint(
 # %% ../nbs/core.ipynb #c016
 def _no_shared_file(a, b):
     "LeakError when a path of `a` leads to a file of `b`."
-    there = {
-        key: f'row {row} ({path})' for key, (row, path) in zip(file_keys(b), b.items()) if key is not None
-    }
-    shared = {
-        path: f'row {row} ({path}) is {there[key]}'
-        for key, (row, path) in zip(file_keys(a), a.items())
-        if key in there
-    }
+    there = {}  # from a file to the row of b that names it
+    for key, (row, path) in zip(file_keys(b), b.items()):
+        if key is not None:
+            there[key] = f'row {row} ({path})'
+    shared = {}  # from a path of a to a sentence
+    for key, (row, path) in zip(file_keys(a), a.items()):
+        if key in there:
+            shared[path] = f'row {row} ({path}) is {there[key]}'
     if shared:
-        raise LeakError(
-            f"{len(shared)} file(s) in both parts: {and_more(list(shared.values()))}", list(shared)
-        )
+        found = and_more(list(shared.values()))
+        raise LeakError(f"{len(shared)} file(s) in both parts: {found}", list(shared))
 
 # %% ../nbs/core.ipynb #c026
 def clip_ids(
@@ -264,10 +285,30 @@ def read_table(
             ]
     return check_table(table, exists=False)
 
+# %% ../nbs/core.ipynb #ms-images
+def _grey_bytes(images):
+    "The shape (n, h, w) of grey images; ValueError where they are no bytes or no stack."
+    if images.dtype != np.uint8 or images.ndim != 3:
+        raise ValueError(f"images are (n, h, w) uint8, got {images.shape} {images.dtype}")
+    return images.shape
+
+# %% ../nbs/core.ipynb #ms-masks
+def _yes_no(masks):
+    "Masks of 0 and 1 as bool; ValueError where they have other values, such as 255."
+    if masks.dtype == bool:
+        return masks
+    wrong = np.flatnonzero([((m != 0) & (m != 1)).any() for m in masks])
+    if len(wrong):
+        raise ValueError(
+            f"masks hold 0 and 1, those of row(s) {and_more(wrong)} also other values "
+            f"up to {masks[wrong].max()}: if they are 0 and 255, give `masks > 127`"
+        )
+    return masks.astype(bool)
+
 # %% ../nbs/core.ipynb #c031
 @dataclass
 class MaskSet:
-    "Pictures, a mask per class, and whose they are; raises ValueError that names what does not fit."
+    "Images, a mask per class, and whose they are; raises ValueError that names what does not fit."
 
     images: np.ndarray  # (n, h, w) uint8, grey
     masks: np.ndarray  # (n, k, h, w) bool, or whole numbers 0 and 1; classes may overlap
@@ -276,43 +317,55 @@ class MaskSet:
 
     def __post_init__(self):
         self.names, self.masks = tuple(self.names), np.asarray(self.masks)
-        if self.images.dtype != np.uint8 or self.images.ndim != 3:
-            raise ValueError(f"images are (n, h, w) uint8, got {self.images.shape} {self.images.dtype}")
-        n, h, w = self.images.shape
-        if self.masks.shape != (n, len(self.names), h, w):
-            raise ValueError(
-                f"masks of {n} images of {h}x{w} and {len(self.names)} classes should be {(n, len(self.names), h, w)}, got {self.masks.shape}"
-            )
-        if self.masks.dtype != bool:
-            wrong = np.flatnonzero([((m != 0) & (m != 1)).any() for m in self.masks])
-            if len(wrong):
-                raise ValueError(
-                    f"masks hold 0 and 1, those of row(s) {and_more(wrong)} also other values up to {self.masks[wrong].max()}: if they are 0 and 255, give `masks > 127`"
-                )
-            self.masks = self.masks.astype(bool)
+        n, h, w = _grey_bytes(self.images)
+        k, got = len(self.names), self.masks.shape
+        if got != (n, k, h, w):
+            what = f"masks of {n} images of {h}x{w} and {k} classes"
+            raise ValueError(f"{what} should be {(n, k, h, w)}, got {got}")
+        self.masks = _yes_no(self.masks)
         if len(self.table) != n or 'patient' not in self.table:
-            raise ValueError(
-                f"the table of {n} images needs {n} rows and a column 'patient', got {len(self.table)} rows and {list(self.table.columns)}"
-            )
+            got = f"{len(self.table)} rows and {list(self.table.columns)}"
+            raise ValueError(f"the table of {n} images needs {n} rows and a column 'patient', got {got}")
         self.table = self.table.reset_index(drop=True)
 
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, rows):
-        return MaskSet(
-            self.images[rows],
-            self.masks[rows],
-            self.names,
-            self.table[rows] if np.asarray(rows).dtype == bool else self.table.iloc[rows],
-        )
+# %% ../nbs/core.ipynb #ms-item
+@patch
+def __getitem__(
+    self: MaskSet,
+    rows,  # integers, a slice, or a bool per row
+) -> MaskSet:  # the images of these rows, with their masks
+    "A part of the set."
+    table = self.table[rows] if np.asarray(rows).dtype == bool else self.table.iloc[rows]
+    return MaskSet(self.images[rows], self.masks[rows], self.names, table)
+
+# %% ../nbs/core.ipynb #frames-class
+@runtime_checkable
+class Frames(Protocol):
+    "What holds frames: a store, a mask set, or a view of one."
+
+    images: np.ndarray  # (n, h, w) uint8, or what gives (b, h, w) uint8 when b rows of it are indexed
+    masks: np.ndarray  # codes (n, h, w) or a mask per class (n, k, h, w); None where there are none
+    frames: pd.DataFrame  # a frame table of the n rows
+
+    def __len__(self): ...  # n
+
+    def __getitem__(self, rows): ...  # images of these rows; of a mask set a smaller set
+
+# %% ../nbs/core.ipynb #frames-set
+@patch(as_prop=True)
+def frames(self: MaskSet) -> pd.DataFrame:  # the table with row numbers in this set
+    "The table of a set as a frame table."
+    return self.table.drop(columns='store', errors='ignore').assign(row=range(len(self)))
 
 # %% ../nbs/core.ipynb #c035-1
 @contextlib.contextmanager
 def atomic_path(
     path,  # the file that should appear, whole, at the end
 ):  # yields a temporary path in the same folder to write to
-    "Write a file whole or not at all: a temporary file beside it, flushed to disk and renamed when the block ends well."
+    "Write a file whole or not at all: a temporary file is renamed when the block ends without an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp' + path.suffix, dir=path.parent)
@@ -394,13 +447,13 @@ def lus_home() -> Path:  # the folder, which may not exist yet
 def shipped(
     folder: str,  # 'data' or 'results'
 ) -> Path:  # inside an installed package, beside it in a clone
-    "The folder of what ships with the package: manifests and sample clips, or the results of the reproductions."
+    "The folder of what ships with the package: `data` or `results`."
     here = Path(__file__).resolve().parent
     return next((p for p in (here / f'_{folder}', here.parent / folder) if p.is_dir()), here / f'_{folder}')
 
 # %% ../nbs/core.ipynb #c043-2
 def real_data():  # Path or None
-    "The folder of real clips that `LUS_DATA` names, or None; raises FileNotFoundError when it names no folder."
+    "The folder of real clips that `LUS_DATA` names, or None; FileNotFoundError when it names no folder."
     if not os.environ.get('LUS_DATA'):
         return None
     path = Path(os.environ['LUS_DATA']).expanduser()
@@ -410,6 +463,7 @@ def real_data():  # Path or None
 
 # %% ../nbs/core.ipynb #c043-3
 def _in_notebook():
+    "Whether this is a notebook, or another front end of IPython."
     return (
         'ipykernel' in sys.modules
         and 'IPython' in sys.modules

@@ -23,12 +23,18 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    "Notebooks first, so that no long one is left for the end; GPU tests are skipped where there is none."
+    """Notebooks first, so that no long one is left for the end; papers, faults, executed notebooks are marked.
+
+    GPU tests are skipped where there is none.
+    """
     items.sort(key=lambda item: 'test_notebook_runs' not in item.nodeid)
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if 'gpu' in item.keywords:
+        folder = item.path.parent.name
+        if folder == 'papers':
+            item.add_marker('paper')
+        if folder == 'faults' or 'test_notebook_runs' in item.nodeid:
+            item.add_marker('slow')
+        if 'gpu' in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='no CUDA device'))
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.vision.all import RandTransform, TensorImage, TensorMask, retain_type, store_attr
+from fastcore.basics import patch
 
 # %% ../../nbs/data/augment.ipynb #c006
 GARE_GAINS = (1.0, 0.8, 1.1)
@@ -48,7 +49,7 @@ def expand_variants(
 
 # %% ../../nbs/data/augment.ipynb #c013
 class GareAugment(RandTransform):
-    "Gare 2021 (section 3.1) drawn at random on a batch: mirrored with probability 1/2, gain uniform in [0.8, 1.1], clipped to [0, 1]."
+    "Gare 2021 (section 3.1) at random: mirrored with probability 1/2, gain in [0.8, 1.1], clipped to [0, 1]."
 
     order = 20
 
@@ -67,7 +68,7 @@ class GareAugment(RandTransform):
 
 # %% ../../nbs/data/augment.ipynb #c018-1
 class AroraAugment(RandTransform):
-    "Arora 2020 drawn at random on a batch: turned by up to 10 degrees and shifted by up to a tenth of each side, black outside."
+    "Arora 2020 at random: turned by up to 10 degrees, shifted by up to a tenth of each side, black outside."
 
     order = 20
 
@@ -75,10 +76,8 @@ class AroraAugment(RandTransform):
         x = b[0] if isinstance(b, tuple) else b
         n, (h, w) = len(x), x.shape[-2:]
         angle = torch.empty(n).uniform_(-10, 10).deg2rad()
-        shift = torch.stack(
-            [torch.empty(n).uniform_(-s / 10, s / 10).round() for s in (w, h)], 1
-        )  # pixels right and down
-        self.theta = affine_theta(angle, shift, (h, w))
+        right, down = (torch.empty(n).uniform_(-s / 10, s / 10).round() for s in (w, h))  # pixels
+        self.theta = affine_theta(angle, torch.stack([right, down], 1), (h, w))
 
     def _move(self, x, fill=0.0):
         grid = F.affine_grid(self.theta.to(x.device), (len(x), 1, *x.shape[-2:]), align_corners=False)
@@ -103,9 +102,29 @@ def affine_theta(
     scale = half / half[:, None]  # of a unit square that is not square
     return torch.cat([back * scale, -(back @ shift[..., None]) / half[:, None]], 2)
 
+# %% ../../nbs/data/augment.ipynb #per-image
+def _per_image(x, like):
+    "One number an image (b,), shaped to broadcast over a batch of the same length, where that is."
+    return x.to(like.device).view(-1, *[1] * (like.ndim - 1))
+
+
+def _adjusted(x, contrast, bright):
+    "Images (b, c, h, w) in 0..1 with contrast about mid-grey, then brightness; (b,) each."
+    return ((x - 0.5) * _per_image(contrast, x) + 0.5 + _per_image(bright, x)).clamp(0, 1)
+
+
+def _exchanged(n, pairs, device):
+    "The class that each of `n` classes becomes in a mirror."
+    order = torch.arange(n, device=device)
+    for i, j in pairs:
+        if max(i, j) >= n:
+            raise ValueError(f"swap exchanges class {max(i, j)}, the masks have classes 0..{n - 1}")
+        order[i], order[j] = j, i
+    return order
+
 # %% ../../nbs/data/augment.ipynb #c024-1
 class MaskAugment(RandTransform):
-    "Turns, shifts, shears, zooms, mirrors and bends image and mask together, and blurs and brightens the image; drawn for each image of a batch from torch's global generator."
+    "Moves image and mask together, blurs and brightens the image; drawn anew for each image of a batch."
 
     order = 20
 
@@ -117,95 +136,100 @@ class MaskAugment(RandTransform):
         zoom: float = 0.0,  # height and width each by a factor of their own, uniform in 1+-zoom
         flip: float = 0.0,  # probability of a left-right mirror
         swap=(),  # pairs of class numbers that a mirror exchanges
-        bend: float = 0.0,  # elastic: sd of the displacement of 7 x 7 points as a share of height and width, smooth in between
+        bend: float = 0.0,  # elastic: sd of how far 7 x 7 points move, as a share of height and width
         blur: float = 0.0,  # sd of a Gaussian in pixels, uniform in 0..blur
-        intensity: float = 0.0,  # contrast about mid-grey by a factor in 1+-intensity, brightness plus +-intensity/2, then clipped to 0..1
+        intensity: float = 0.0,  # contrast by a factor in 1+-intensity, brightness plus +-intensity/2
     ):
         store_attr()
         super().__init__()
 
-    def before_call(self, b, split_idx):
-        x = b[0] if isinstance(b, tuple) else b
-        n, (h, w), self.theta, self.field, self.sd = len(x), x.shape[-2:], None, None, None
-
-        def draw(size, *shape):
-            return torch.empty(n, *shape).uniform_(-1, 1) * size
-
-        self.mirrored = torch.rand(n) < self.flip
-        if self.turn or self.shift or self.shear or self.zoom:
-            self.theta = keras_theta(
-                draw(self.turn).deg2rad(),
-                draw(self.shift, 2) * torch.tensor([h, w]),
-                draw(self.shear).deg2rad(),
-                1 + draw(self.zoom, 2),
-                (h, w),
-            )
-        if self.bend:
-            self.field = torch.randn(n, 2, 7, 7) * 2 * self.bend  # a side is 2 long for `grid_sample`
-        if self.blur:
-            self.sd = torch.rand(n) * self.blur
-        self.contrast, self.bright = 1 + draw(self.intensity), draw(self.intensity) / 2
-
-    def _sample(self, x, mode):
-        if self.theta is None and self.field is None:
-            return x
-        theta = torch.eye(2, 3).expand(len(x), 2, 3) if self.theta is None else self.theta
-        grid = F.affine_grid(theta.to(x.device), (len(x), 1, *x.shape[-2:]), align_corners=False)
-        if self.field is not None:
-            grid = grid + F.interpolate(
-                self.field.to(x.device), x.shape[-2:], mode='bicubic', align_corners=True
-            ).permute(0, 2, 3, 1)
-        return F.grid_sample(x, grid, mode, 'border', align_corners=False)
-
-    def _where(self, mirrored, x):
-        return torch.where(self.mirrored.to(x.device).view(-1, *[1] * (x.ndim - 1)), mirrored, x)
-
     def encodes(self, x: TensorImage):
-        y = self._sample(torch.Tensor(x), 'bilinear')
-        y = self._where(y.flip(-1), y)
-        if self.sd is not None:
-            y = gaussian_blur_each(y, self.sd)
-        if self.intensity:
-            y = (
-                (y - 0.5) * self.contrast.to(y.device).view(-1, 1, 1, 1)
-                + 0.5
-                + self.bright.to(y.device).view(-1, 1, 1, 1)
-            ).clamp(0, 1)
-        return retain_type(y, x)
+        return self._image(x)
 
     def encodes(self, x: TensorMask):
-        codes = x.ndim == 3
-        y = torch.Tensor(x)[:, None] if codes else torch.Tensor(x)
-        y = self._sample(y.float(), 'nearest').to(x.dtype)
-        order = torch.arange(256 if codes else y.shape[1], device=y.device)
-        for i, j in self.swap:
-            if max(i, j) >= len(order):
-                raise ValueError(
-                    f"swap exchanges class {max(i, j)}, the masks have classes 0..{len(order) - 1}"
-                )
-            order[i], order[j] = j, i
-        y = self._where(order[y.flip(-1).long()].to(y.dtype) if codes else y.flip(-1)[:, order], y)
-        return retain_type(y[:, 0] if codes else y, x)
+        return self._mask(x)
+
+# %% ../../nbs/data/augment.ipynb #mask-draw
+@patch
+def before_call(self: MaskAugment, b, split_idx):
+    "Draw what happens to each image of the batch, from torch's global generator."
+    x = b[0] if isinstance(b, tuple) else b
+    n, (h, w), self.theta, self.field, self.sd = len(x), x.shape[-2:], None, None, None
+
+    def draw(size, *shape):
+        return torch.empty(n, *shape).uniform_(-1, 1) * size
+
+    self.mirrored = torch.rand(n) < self.flip
+    if self.turn or self.shift or self.shear or self.zoom:
+        turn, shift = draw(self.turn).deg2rad(), draw(self.shift, 2) * torch.tensor([h, w])
+        shear, zoom = draw(self.shear).deg2rad(), 1 + draw(self.zoom, 2)
+        self.theta = keras_theta(turn, shift, shear, zoom, (h, w))
+    if self.bend:
+        self.field = torch.randn(n, 2, 7, 7) * 2 * self.bend  # a side is 2 long for `grid_sample`
+    if self.blur:
+        self.sd = torch.rand(n) * self.blur
+    self.contrast, self.bright = 1 + draw(self.intensity), draw(self.intensity) / 2
+
+# %% ../../nbs/data/augment.ipynb #mask-move
+@patch
+def _sample(self: MaskAugment, x, mode):
+    "The batch (b, c, h, w) turned, shifted, sheared, zoomed and bent."
+    if self.theta is None and self.field is None:
+        return x
+    theta = torch.eye(2, 3).expand(len(x), 2, 3) if self.theta is None else self.theta
+    size = x.shape[-2:]
+    grid = F.affine_grid(theta.to(x.device), (len(x), 1, *size), align_corners=False)  # (b, h, w, 2)
+    if self.field is not None:
+        field = F.interpolate(self.field.to(x.device), size, mode='bicubic', align_corners=True)
+        grid = grid + field.permute(0, 2, 3, 1)
+    return F.grid_sample(x, grid, mode, 'border', align_corners=False)
+
+
+@patch
+def _where_mirrored(self: MaskAugment, mirrored, x):
+    "`mirrored` for the images that are to be mirrored, `x` for the others."
+    return torch.where(_per_image(self.mirrored, x), mirrored, x)
+
+# %% ../../nbs/data/augment.ipynb #mask-apply
+@patch
+def _image(self: MaskAugment, x):
+    "An image moves, is blurred and changes its contrast."
+    y = self._sample(torch.Tensor(x), 'bilinear')
+    y = self._where_mirrored(y.flip(-1), y)
+    if self.sd is not None:
+        y = gaussian_blur_each(y, self.sd)
+    if self.intensity:
+        y = _adjusted(y, self.contrast, self.bright)
+    return retain_type(y, x)
+
+
+@patch
+def _mask(self: MaskAugment, x):
+    "A mask, codes (b, h, w) or a channel a class, moves; in a mirror classes are exchanged."
+    codes = x.ndim == 3
+    y = torch.Tensor(x)[:, None] if codes else torch.Tensor(x)
+    y = self._sample(y.float(), 'nearest').to(x.dtype)
+    order = _exchanged(256 if codes else y.shape[1], self.swap, y.device)
+    mirrored = order[y.flip(-1).long()].to(y.dtype) if codes else y.flip(-1)[:, order]
+    y = self._where_mirrored(mirrored, y)
+    return retain_type(y[:, 0] if codes else y, x)
 
 # %% ../../nbs/data/augment.ipynb #c024-2
 def keras_theta(
     turn: torch.Tensor,  # (b,) radians
     shift: torch.Tensor,  # (b, 2) pixels: rows, columns
     shear: torch.Tensor,  # (b,) radians
-    zoom: torch.Tensor,  # (b, 2) factors for rows and columns; above 1 shows more of the picture, so that things get smaller
+    zoom: torch.Tensor,  # (b, 2) factors for rows and columns; above 1 shows more of the image
     size: tuple,  # (height, width)
 ) -> torch.Tensor:  # (b, 2, 3), for F.affine_grid
-    "Matrices that take an output pixel to the input pixel it shows, as Keras composes them: rotation, shift, shear, zoom about the centre."
+    "Output pixel to the input pixel it shows, as Keras composes it: rotation, shift, shear, zoom."
 
     def rows(a, b, c, d):
         return torch.stack([torch.stack([a, b], 1), torch.stack([c, d], 1)], 1)
 
     rotation = rows(turn.cos(), -turn.sin(), turn.sin(), turn.cos())
-    matrix = (
-        rotation
-        @ rows(torch.ones_like(shear), -shear.sin(), torch.zeros_like(shear), shear.cos())
-        * zoom[:, None]
-    )
+    sheared = rows(torch.ones_like(shear), -shear.sin(), torch.zeros_like(shear), shear.cos())
+    matrix = rotation @ sheared * zoom[:, None]  # (b, 2, 2)
     half = torch.tensor(size) / 2
     theta = torch.cat([matrix * half / half[:, None], rotation @ shift[..., None] / half[:, None]], 2)
     return theta[:, [1, 0]][..., [1, 0, 2]]  # rows and columns become x and y
@@ -215,7 +239,7 @@ def gaussian_blur_each(
     x: torch.Tensor,  # (b, c, h, w)
     sd: torch.Tensor,  # (b,) pixels; 0 leaves the image as it is
 ) -> torch.Tensor:  # (b, c, h, w)
-    "Blur each image of a batch by a Gaussian of its own, cut off at 3 standard deviations of the widest, border repeated."
+    "Blur each image of a batch by a Gaussian of its own; cut off at 3 sd of the widest, border repeated."
     b, c, h, w = x.shape
     r = min(math.ceil(3 * float(sd.max())), h - 1, w - 1)
     k = torch.exp(-0.5 * (torch.arange(-r, r + 1) / sd.clamp(min=1e-3)[:, None]) ** 2)
@@ -225,7 +249,7 @@ def gaussian_blur_each(
 
 # %% ../../nbs/data/augment.ipynb #c032-1
 class ChengAugment(MaskAugment):
-    "Cheng & Lam 2021 (authors' code): turned 0.15 and sheared 0.05 degrees, shifted and zoomed 5 %, mirrored with probability 1/2, border repeated."
+    "Cheng & Lam 2021 (their code): turn .15 and shear .05 degrees, shift and zoom 5 %, mirrored or not."
 
     def __init__(
         self,
@@ -236,7 +260,7 @@ class ChengAugment(MaskAugment):
 
 # %% ../../nbs/data/augment.ipynb #c032
 class MerandAugment(MaskAugment):
-    "Merand & Klein 2021 (section on augmentation): mild blur, left-right reflection with the sides' classes exchanged, small rotations; their sizes are our choice."
+    "Merand & Klein 2021 (augmentation): blur, reflection that exchanges the sides, rotation; sizes are ours."
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/data/loaders.html.md"""
 
 # %% auto #0
 __all__ = ['TensorFrame', 'TensorDense', 'TensorSparse', 'RowReader', 'as_frame', 'StoreReader', 'ReadFrame', 'ReadMask',
-           'ReadLabel', 'FrameDL', 'FrameBlock', 'DenseBlock', 'LabelBlock', 'frame_dls', 'TensorMasks', 'class_color',
+           'ReadLabel', 'FrameDL', 'FrameBlock', 'DenseBlock', 'LabelBlock', 'frame_dls', 'class_color', 'TensorMasks',
            'ReadMasks', 'rows_of', 'absent_classes', 'mask_dls']
 
 # %% ../../nbs/data/loaders.ipynb #c003
@@ -14,6 +14,8 @@ import random
 import warnings
 from pathlib import Path
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -42,6 +44,7 @@ from lus_fastai.core import (
     DENSE_TO_SPARSE,
     SPARSE,
     SPARSE_COLORS,
+    Frames,
     MaskSet,
     TableError,
 )
@@ -91,6 +94,7 @@ class RowReader(DisplayedTransform):
 
 # %% ../../nbs/data/loaders.ipynb #asframe-1
 def _array_frame(x):
+    "A grey frame of an array of bytes, in grey or in colour."
     if x.dtype != np.uint8:
         raise TypeError(
             f"a frame is uint8, 0 to 255, this one is {x.dtype}: "
@@ -108,6 +112,7 @@ def _array_frame(x):
 
 # %% ../../nbs/data/loaders.ipynb #asframe-2
 def _file_frame(path):
+    "The one image of a file; ClipError when it is a clip."
     clip = sample_clip(path, rate=1e6, max_frames=2)
     if len(clip) > 1:
         raise ClipError(
@@ -133,17 +138,18 @@ def as_frame(
 
 # %% ../../nbs/data/loaders.ipynb #streader-1
 def _called(prepare):
+    "How frames were prepared, in words."
     return f'prepared by {prepare}' if prepare else 'not prepared'
 
 # %% ../../nbs/data/loaders.ipynb #streader
 class StoreReader(RowReader):
     "Base of readers from a store; rows of another store are read there."
 
-    what = 'images'
+    what = 'images'  # the array of a store that is read
 
     def __init__(
         self,
-        store,  # a FrameStore, or whatever has images and a length
+        store: Frames,  # where the pixels are
         variants=None,  # see ReadFrame
     ):
         self.stores, self.variants = [store], variants
@@ -152,30 +158,40 @@ class StoreReader(RowReader):
     def store(self):
         return self.stores[0]
 
-    def admit(self, other):
-        "Raise TableError where frames of another store were not made as those of this one."
-        own = self.store
-        if other.size != own.size:
-            (h, w), (own_h, own_w) = other.size, own.size
-            raise TableError(
-                f"frames of {other.folder} are {h}x{w}, those of {own.folder} {own_h}x{own_w}: "
-                f"build that store with size={own.size}"
-            )
-        if other.prepare != own.prepare:
-            raise TableError(
-                f"frames of {other.folder} were {_called(other.prepare)}, "
-                f"those of {own.folder} {_called(own.prepare)}: build both alike"
-            )
+# %% ../../nbs/data/loaders.ipynb #st-admit
+@patch
+def admit(
+    self: StoreReader,
+    other: FrameStore,  # whose frames should be read as well
+):
+    "Raise TableError where frames of another store were not made as those of this one."
+    own = self.store
+    if other.size != own.size:
+        (h, w), (own_h, own_w) = other.size, own.size
+        raise TableError(
+            f"frames of {other.folder} are {h}x{w}, those of {own.folder} {own_h}x{own_w}: "
+            f"build that store with size={own.size}"
+        )
+    if other.prepare != own.prepare:
+        raise TableError(
+            f"frames of {other.folder} were {_called(other.prepare)}, "
+            f"those of {own.folder} {_called(own.prepare)}: build both alike"
+        )
 
-    def number(self, id):
-        "Which of the known stores an id names; opens it where it is new."
-        for k, known in enumerate(self.stores):
-            if known.holds(id):
-                return k
-        other = open_store(id)
-        self.admit(other)
-        self.stores.append(other)
-        return len(self.stores) - 1
+# %% ../../nbs/data/loaders.ipynb #st-number
+@patch
+def number(
+    self: StoreReader,
+    id,  # of a store: an entry of the column store
+) -> int:  # its place in stores
+    "Which of the known stores an id names; opens it where it is new."
+    for k, known in enumerate(self.stores):
+        if known.holds(id):
+            return k
+    other = open_store(id)
+    self.admit(other)
+    self.stores.append(other)
+    return len(self.stores) - 1
 
 # %% ../../nbs/data/loaders.ipynb #stkeys-1
 @patch
@@ -230,9 +246,9 @@ class ReadFrame(StoreReader):
 
     def __init__(
         self,
-        store,  # where the pixels are: a FrameStore, a MaskSet, or a view of one
+        store: Frames,  # where the pixels are: a FrameStore, a MaskSet, or a view of one
         channels: int = 1,  # 1, or 3 identical channels for networks that expect colour
-        variants=None,  # function (pixels (b, h, w) uint8, numbers (b,), mask=bool) -> pixels, for tables with a column variant
+        variants=None,  # of tables with a column variant: see the text above
     ):
         if channels not in (1, 3):
             raise ValueError(f"channels is 1 or 3, not {channels}")
@@ -242,30 +258,38 @@ class ReadFrame(StoreReader):
     def take(self, keys):
         return self._finish(self.pixels(keys), keys[:, 1])
 
-    def _finish(self, x, variant):
-        if self.variants is not None:
-            x = self.variants(x, variant, mask=False)
-        return TensorFrame(torch.from_numpy(x)[:, None].expand(-1, self.channels, -1, -1))
-
     def encodes(self, item: np.ndarray | torch.Tensor | str | Path | Image.Image):
         size = self.size_for(item)
         x = as_frame(item)
         x = x if x.shape == size else np.array(resized(x, size))
         return self._finish(x[None], np.zeros(1, np.int64))[0]
 
-    def size_for(self, item):
-        "Height and width that an image is resized to; TableError where the frames went through more than that."
-        if isinstance(self.store, MaskSet):
-            return self.store.images.shape[1:]
-        if not isinstance(self.store, FrameStore):
-            raise TableError("this DataLoader changes its frames on the way: predict rows of its store")
-        if self.store.prepare and isinstance(item, (str, Path)):
-            raise TableError(
-                f"frames of {self.store.folder} were {_called(self.store.prepare)}, "
-                f"which needs a row of the clip table: build a store of {item} with the same `prepare` "
-                f"and predict its rows, or give the prepared image as an array"
-            )
-        return self.store.size
+# %% ../../nbs/data/loaders.ipynb #rf-finish
+@patch
+def _finish(self: ReadFrame, x, variant):
+    "Bytes as a tensor: their variants made, a channel axis added."
+    if self.variants is not None:
+        x = self.variants(x, variant, mask=False)
+    return TensorFrame(torch.from_numpy(x)[:, None].expand(-1, self.channels, -1, -1))
+
+# %% ../../nbs/data/loaders.ipynb #rf-size
+@patch
+def size_for(
+    self: ReadFrame,
+    item,  # an image that is in no table
+) -> tuple:  # height, width
+    "Size that an image is resized to; TableError where the frames went through more than that."
+    if isinstance(self.store, MaskSet):
+        return self.store.images.shape[1:]
+    if not isinstance(self.store, FrameStore):
+        raise TableError("this DataLoader changes its frames on the way: predict rows of its store")
+    if self.store.prepare and isinstance(item, (str, Path)):
+        raise TableError(
+            f"frames of {self.store.folder} were {_called(self.store.prepare)}, "
+            f"which needs a row of the clip table: build a store of {item} with the same `prepare` "
+            f"and predict its rows, or give the prepared image as an array"
+        )
+    return self.store.size
 
 # %% ../../nbs/data/loaders.ipynb #readmask
 class ReadMask(StoreReader):
@@ -275,14 +299,14 @@ class ReadMask(StoreReader):
 
     def __init__(
         self,
-        store: FrameStore,  # a store built from a table with masks
+        store: Frames,  # with masks of dense codes
         sparse: bool = False,  # merge to sparse codes
         variants=None,  # the same function as for the frames
     ):
         super().__init__(store, variants)
         self.admit(store)
         self.sparse, self.codes = sparse, SPARSE if sparse else DENSE
-        self.lut = np.full(256, 255, np.uint8)
+        self.lut = np.full(256, 255, np.uint8)  # from stored bytes to codes
         self.lut[: len(DENSE)] = DENSE_TO_SPARSE if sparse else range(len(DENSE))
 
     def admit(self, other):
@@ -291,11 +315,17 @@ class ReadMask(StoreReader):
         if other is not self.store:
             super().admit(other)
 
-    def take(self, keys):
-        y = self.lut[self.pixels(keys)]
-        if self.variants is not None:
-            y = self.variants(y, keys[:, 1], mask=True)
-        return (TensorSparse if self.sparse else TensorDense)(torch.from_numpy(y))
+# %% ../../nbs/data/loaders.ipynb #rm-take
+@patch
+def take(
+    self: ReadMask,
+    keys: np.ndarray,  # (b, 3)
+) -> TensorDense:  # (b, h, w) codes
+    "Masks of a batch."
+    y = self.lut[self.pixels(keys)]
+    if self.variants is not None:
+        y = self.variants(y, keys[:, 1], mask=True)
+    return (TensorSparse if self.sparse else TensorDense)(torch.from_numpy(y))
 
 # %% ../../nbs/data/loaders.ipynb #readlabel
 class ReadLabel(RowReader):
@@ -313,7 +343,8 @@ class ReadLabel(RowReader):
         unknown = sorted(set(items['label']) - set(self.vocab), key=str)
         if unknown:
             raise TableError(
-                f"label(s) {unknown} in {int(items['label'].isin(unknown).sum())} row(s) are not among the classes {self.vocab}: drop those rows, or name them in `classes`"
+                f"label(s) {unknown} in {items['label'].isin(unknown).sum()} row(s) are not among "
+                f"the classes {self.vocab}: drop those rows, or name them in `classes`"
             )
         return items['label'].map({c: i for i, c in enumerate(self.vocab)}).to_numpy(dtype=np.int64)
 
@@ -325,14 +356,14 @@ class ReadLabel(RowReader):
 
 # %% ../../nbs/data/loaders.ipynb #c010
 class FrameDL(TfmdDL):
-    "A `TfmdDL` whose datasets start with a `RowReader`; collects a batch by one indexing operation, in the main process."
+    "A `TfmdDL` whose datasets start with a `RowReader`: a batch is one indexing operation."
 
     def __init__(
         self,
         dataset,  # Datasets over rows of a frame table
         bs: int = 64,  # batch size
         shuffle: bool = False,  # a new order in each epoch
-        num_workers: int = 0,  # as fastai passes it on; reading is one indexing operation, so it happens in this process whatever the number
+        num_workers: int = 0,  # as fastai passes it on; not used
         **kwargs,  # as for TfmdDL
     ):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)
@@ -352,7 +383,7 @@ class FrameDL(TfmdDL):
 
 # %% ../../nbs/data/loaders.ipynb #c012-1
 def FrameBlock(
-    store: FrameStore,  # where the pixels are
+    store: Frames,  # where the pixels are
     channels: int = 1,  # 1 or 3
     variants=None,  # see ReadFrame
 ):
@@ -363,7 +394,7 @@ def FrameBlock(
 
 # %% ../../nbs/data/loaders.ipynb #c012-2
 def DenseBlock(
-    store: FrameStore,  # a store with masks
+    store: Frames,  # with masks of dense codes
     sparse: bool = False,  # sparse instead of dense codes
     variants=None,  # see ReadFrame
 ):
@@ -377,9 +408,39 @@ def LabelBlock(
     "A `TransformBlock` of class labels."
     return TransformBlock(type_tfms=[ReadLabel(classes)], dl_type=FrameDL)
 
+# %% ../../nbs/data/loaders.ipynb #dls-target
+def _target_block(store, target, classes, variants):
+    "The block of the target: labels, or masks of one kind."
+    if target == 'label':
+        return LabelBlock(classes)
+    if target in ('dense', 'sparse'):
+        return DenseBlock(store, target == 'sparse', variants)
+    raise ValueError(f"target is one of ['label', 'dense', 'sparse'], not {target!r}")
+
+# %% ../../nbs/data/loaders.ipynb #dls-check
+def _check_parts(blocks, **parts):
+    "TableError where a table has no rows, or rows that a block cannot read."
+    for name, table in parts.items():
+        if not len(table):
+            raise TableError(f"the {name} table is empty")
+        for block in blocks:
+            block.type_tfms[0].keys(table)
+
+# %% ../../nbs/data/loaders.ipynb #dls-two
+def _two_part_dls(blocks, train, valid, bs, batch_tfms, device):
+    "DataLoaders of a training and a validation table."
+    block = DataBlock(
+        blocks=blocks,
+        splitter=IndexSplitter(range(len(train), len(train) + len(valid))),
+        batch_tfms=batch_tfms,
+    )
+    dls = block.dataloaders(pd.concat([train, valid], ignore_index=True), bs=bs, device=device)
+    dls.train.drop_last = len(train) > bs and len(train) % bs == 1
+    return dls
+
 # %% ../../nbs/data/loaders.ipynb #c012
 def frame_dls(
-    store: FrameStore,  # pixels (and masks) of all rows
+    store: Frames,  # pixels (and masks) of all rows
     train: pd.DataFrame,  # frame table to train on
     valid: pd.DataFrame,  # frame table to validate on
     target: str = 'label',  # 'label', 'dense' or 'sparse'
@@ -390,81 +451,42 @@ def frame_dls(
     variants=None,  # see ReadFrame
     channels: int = 1,  # 1 or 3
     device=None,  # default: fastai's default device
-) -> (
-    DataLoaders
-):  # training batches are shuffled and the last short one is kept unless it holds a single frame
+) -> DataLoaders:  # frames (b, channels, h, w) in 0..1, with labels (b,) or codes (b, h, w)
     "DataLoaders of frames with labels or masks."
-    blocks = dict(
-        label=lambda: LabelBlock(classes),
-        dense=lambda: DenseBlock(store, variants=variants),
-        sparse=lambda: DenseBlock(store, True, variants),
-    )
-    if target not in blocks:
-        raise ValueError(f"target is one of {list(blocks)}, not {target!r}")
-    blocks = FrameBlock(store, channels, variants), blocks[target]()
-    for name, t in (('train', train), ('valid', valid)):
-        if not len(t):
-            raise TableError(f"the {name} table is empty")
-        for b in blocks:
-            b.type_tfms[0].keys(t)
-    block = DataBlock(
-        blocks=blocks,
-        splitter=IndexSplitter(range(len(train), len(train) + len(valid))),
-        batch_tfms=batch_tfms,
-    )
-    dls = block.dataloaders(pd.concat([train, valid], ignore_index=True), bs=bs, device=device)
-    dls.train.drop_last = len(train) > bs and len(train) % bs == 1
-    return dls
-
-# %% ../../nbs/data/loaders.ipynb #c026-1
-class TensorMasks(TensorMask):
-    "Masks of k classes that may overlap, (k, h, w): bytes 0 and 1, or floats 0. and 1. after the batch transforms; `names` of the classes show below."
-
-    def show(self, ctx=None, **kwargs):
-        import matplotlib.pyplot as plt
-
-        on, names = self.cpu().numpy() > 0.5, getattr(self, 'names', range(len(self)))
-        ax = ctx if ctx is not None else plt.subplots(figsize=kwargs.get('figsize'))[1]
-        if not ax.images:
-            show_image(np.zeros(on.shape[1:]), ctx=ax, cmap='gray', vmin=0, vmax=1)
-        tint, there = np.zeros((*on.shape[1:], 4)), [i for i in range(len(on)) if on[i].any()]
-        for i in there:
-            color = class_color(i)
-            old, a = tint[on[i], 3:], 0.3
-            tint[on[i], :3] = (np.array(color) * a + tint[on[i], :3] * old * (1 - a)) / (a + old * (1 - a))
-            tint[on[i], 3:] = a + old * (1 - a)
-        ax.imshow(tint)
-        for i in there:
-            ax.contour(
-                np.pad(on[i], 1),
-                [0.5],
-                colors=[class_color(i)],
-                linewidths=1,
-                extent=(-1.5, on.shape[2] + 0.5, -1.5, on.shape[1] + 0.5),
-            )
-        ax.set(xlim=(-0.5, on.shape[2] - 0.5), ylim=(on.shape[1] - 0.5, -0.5))
-        if len(on) > 1:
-            _legend(ax, [(str(names[i]), class_color(i)) for i in there])
-        if kwargs.get('title'):
-            ax.set_title(kwargs['title'])
-        return ax
+    blocks = FrameBlock(store, channels, variants), _target_block(store, target, classes, variants)
+    _check_parts(blocks, train=train, valid=valid)
+    return _two_part_dls(blocks, train, valid, bs, batch_tfms, device)
 
 # %% ../../nbs/data/loaders.ipynb #c026-2
 def class_color(
     i: int,  # number of the class
 ) -> tuple:  # red, green, blue, 0..1
-    "A colour per class: first those of the dense labels, which colour-blind readers can tell apart, then twenty others."
-    import matplotlib as mpl
+    "A colour per class: those of the dense labels, made for colour-blind readers too, then tab20."
+    if i < len(DENSE_COLORS) - 1:
+        return tuple(DENSE_COLORS[i] / 255)
+    return mpl.colormaps['tab20'].colors[(2 * i + i // 10) % 20]
 
-    return (
-        tuple(DENSE_COLORS[i] / 255)
-        if i < len(DENSE_COLORS) - 1
-        else mpl.colormaps['tab20'].colors[(2 * i + i // 10) % 20]
-    )
+# %% ../../nbs/data/loaders.ipynb #mk-tint
+def _tint(on):
+    "Red, green, blue and opacity (h, w, 4) of masks (k, h, w) that lie over each other."
+    tint, alpha = np.zeros((*on.shape[1:], 4)), 0.3
+    for i in np.flatnonzero(on.any((1, 2))):
+        below = tint[on[i], 3:] * (1 - alpha)  # (pixels, 1), what shines through
+        mixed = np.array(class_color(i)) * alpha + tint[on[i], :3] * below  # (pixels, 3)
+        tint[on[i], :3] = mixed / (alpha + below)
+        tint[on[i], 3:] = alpha + below
+    return tint
+
+# %% ../../nbs/data/loaders.ipynb #mk-outline
+def _outline(ax, on, color):
+    "The border of a mask (h, w), closed where it meets the border of the image."
+    h, w = on.shape
+    box = (-1.5, w + 0.5, -1.5, h + 0.5)
+    ax.contour(np.pad(on, 1), [0.5], colors=[color], linewidths=1, extent=box)
 
 # %% ../../nbs/data/loaders.ipynb #c026
 def _legend(ax, entries):
-    "Names in their colours below a picture, two to a line."
+    "Names in their colours below an image, two to a line."
     for j, (name, color) in enumerate(entries):
         ax.text(
             j % 2 * 0.5,
@@ -475,6 +497,26 @@ def _legend(ax, entries):
             transform=ax.transAxes,
             va='top',
         )
+
+# %% ../../nbs/data/loaders.ipynb #c026-1
+class TensorMasks(TensorMask):
+    "Masks of k classes that may overlap, (k, h, w): 0 and 1; shown with the `names` of the classes."
+
+    def show(self, ctx=None, **kwargs):
+        on, names = self.cpu().numpy() > 0.5, getattr(self, 'names', range(len(self)))
+        there = np.flatnonzero(on.any((1, 2)))  # classes with a pixel
+        ax = ctx if ctx is not None else plt.subplots(figsize=kwargs.get('figsize'))[1]
+        if not ax.images:
+            show_image(np.zeros(on.shape[1:]), ctx=ax, cmap='gray', vmin=0, vmax=1)
+        ax.imshow(_tint(on))
+        for i in there:
+            _outline(ax, on[i], class_color(i))
+        ax.set(xlim=(-0.5, on.shape[2] - 0.5), ylim=(on.shape[1] - 0.5, -0.5))
+        if len(on) > 1:
+            _legend(ax, [(str(names[i]), class_color(i)) for i in there])
+        if kwargs.get('title'):
+            ax.set_title(kwargs['title'])
+        return ax
 
 # %% ../../nbs/data/loaders.ipynb #c027
 @IntToFloatTensor
@@ -505,19 +547,15 @@ def rows_of(
     name: str = 'rows',  # what the message calls them
 ) -> np.ndarray:  # integers 0..n-1
     "Rows of a set as integers; raises ValueError when there are none, or when they are not of this set."
-    rows = np.asarray(rows)
-    if (
-        rows.dtype == bool
-        and len(rows) != len(set)
-        or rows.dtype != bool
-        and rows.size
-        and (rows.min() < 0 or rows.max() >= len(set))
-    ):
+    rows, n = np.asarray(rows), len(set)
+    flags = rows.dtype == bool
+    fits = len(rows) == n if flags else not rows.size or 0 <= rows.min() <= rows.max() < n
+    if not fits:
+        reach = '' if flags else f" up to {rows.max()}"
         raise ValueError(
-            f"{name} are integers 0..{len(set) - 1} or {len(set)} bools for this set, got {len(rows)} {rows.dtype}"
-            + (f" up to {rows.max()}" if rows.dtype != bool else '')
+            f"{name} are integers 0..{n - 1} or {n} bools for this set, got {len(rows)} {rows.dtype}{reach}"
         )
-    rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+    rows = np.flatnonzero(rows) if flags else rows.astype(np.int64)
     if not len(rows):
         raise ValueError(f"{name} is empty: no image to take")
     return rows
@@ -528,45 +566,44 @@ def absent_classes(
     **parts,  # name=rows of a part
 ) -> list:  # a sentence for each part that lacks classes
     "Which classes have no pixel in which part of a set."
-    there = set.masks.any((2, 3))
-    found = [
-        (part, [c for c, seen in zip(set.names, there[rows_of(set, rows, part)].any(0)) if not seen])
-        for part, rows in parts.items()
-    ]
-    return [
-        f"no pixel of {', '.join(map(repr, classes))} in {part.replace('_', ' ')}"
-        for part, classes in found
-        if classes
-    ]
+    there, notes = set.masks.any((2, 3)), []  # (n, k)
+    for part, rows in parts.items():
+        seen = there[rows_of(set, rows, part)].any(0)  # (k,)
+        absent = [repr(c) for c, is_there in zip(set.names, seen) if not is_there]
+        if absent:
+            notes.append(f"no pixel of {', '.join(absent)} in {part.replace('_', ' ')}")
+    return notes
+
+# %% ../../nbs/data/loaders.ipynb #md-size
+def _check_size(set):
+    "ValueError when images are too small for the networks of this package."
+    h, w = set.images.shape[1:]
+    if min(h, w) < 16:
+        raise ValueError(
+            f"images are {h}x{w} pixels, the networks need at least 16x16: "
+            f"resize image and mask before making the MaskSet"
+        )
 
 # %% ../../nbs/data/loaders.ipynb #c029
 def mask_dls(
-    set: MaskSet,  # pictures and masks of at least 16 x 16 pixels
+    set: MaskSet,  # images and masks of at least 16 x 16 pixels
     train,  # rows to train on: integers, or a bool per row
     valid,  # rows to validate on
     bs: int = 8,  # batch size
     channels: int = 3,  # 1, or 3 identical ones for networks that expect colour
-    batch_tfms=(),  # augmentation of the training batches, on the device
-    seed: int = 0,  # decides the order of the training batches; what is drawn in batch_tfms follows torch's own generator
+    batch_tfms=(),  # augmentation of the training batches, on the device; draws from torch's generator
+    seed: int = 0,  # decides the order of the training batches
     device=None,  # default: fastai's default device
-    notes: bool = True,  # warn of classes without a pixel in a part: it cannot teach them, or cannot test them
-) -> DataLoaders:  # batches (b, channels, h, w) and (b, k, h, w), both floats 0..1; a last training batch of one image is left out
-    "DataLoaders of a `MaskSet`."
-    if min(set.images.shape[1:]) < 16:
-        raise ValueError(
-            f"images are {set.images.shape[1]}x{set.images.shape[2]} pixels, the networks need at least 16x16: resize image and mask before making the MaskSet"
-        )
+    notes: bool = True,  # warn of classes without a pixel in a part, which cannot be learned or tested
+) -> DataLoaders:  # batches (b, channels, h, w) and (b, k, h, w), both floats 0..1
+    "DataLoaders of a `MaskSet`; a last training batch of one image is left out."
+    _check_size(set)
     train, valid = rows_of(set, train, 'train'), rows_of(set, valid, 'valid')
     if notes:
         for note in absent_classes(set, the_training_images=train, the_validation_images=valid):
             warnings.warn(note, stacklevel=2)
     blocks = FrameBlock(set, channels), TransformBlock(type_tfms=[ReadMasks(set)], dl_type=FrameDL)
-    rows = np.concatenate([train, valid])
-    block = DataBlock(
-        blocks=blocks, splitter=IndexSplitter(range(len(train), len(rows))), batch_tfms=list(batch_tfms)
-    )
-    # rows count in the set, wherever its images came from
-    table = set.table.iloc[rows].drop(columns='store', errors='ignore').assign(row=rows)
-    dls = block.dataloaders(table.reset_index(drop=True), bs=bs, device=device)
-    dls.train.drop_last, dls.train.rng = len(train) > bs and len(train) % bs == 1, random.Random(seed)
+    frames = set.frames
+    dls = _two_part_dls(blocks, frames.iloc[train], frames.iloc[valid], bs, list(batch_tfms), device)
+    dls.train.rng = random.Random(seed)
     return dls

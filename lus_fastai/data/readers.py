@@ -7,8 +7,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/data/readers.html.md"""
 # %% auto #0
 __all__ = ['UNCERTAIN_POSITIVE', 'pocus_name', 'read_pocus', 'blues_name', 'read_blues', 'duplicate_groups', 'lesion_paths',
            'read_busi', 'ccxs_patient', 'mask_paths', 'read_ccxs', 'read_xpie', 'read_chexpert', 'chexpert_labels',
-           'exact_match', 'siim_boxes', 'read_siim', 'us4_rows', 'pack_sequence', 'clust_name', 'read_clust',
-           'butterfly_name', 'read_butterfly']
+           'siim_boxes', 'read_siim', 'us4_rows', 'pack_sequence', 'clust_name', 'read_clust', 'butterfly_name',
+           'read_butterfly']
 
 # %% ../../nbs/data/readers.ipynb #c003
 import hashlib
@@ -530,20 +530,6 @@ def chexpert_labels(
         raise TableError(f"the table lacks the observation(s) {missing}")
     x = table[list(CHEXPERT)]
     return ((x == 1) | ((x == -1) & [c in policy for c in CHEXPERT])).astype(int)
-
-# %% ../../nbs/data/readers.ipynb #c022
-def exact_match(
-    pred,  # (n, k) of 0 and 1 or bool: observations predicted
-    target,  # (n, k) of 0 and 1: observations made
-) -> float:  # 0..1; NaN without rows
-    "Share of rows in which all observations agree: CheXpert accuracy as Merand 2021 counts it."
-    pred, target = np.asarray(pred), np.asarray(target)
-    if pred.shape != target.shape or pred.ndim != 2:
-        raise ValueError(f"pred and target are (n, k) alike, got {pred.shape} and {target.shape}")
-    if not np.isin(pred, (0, 1)).all():
-        hint = "compare probabilities with a threshold first, such as pred > .5"
-        raise ValueError(f"pred must be 0 or 1; {hint}")
-    return float((pred == target).all(1).mean()) if len(pred) else float('nan')
 
 # %% ../../nbs/data/readers.ipynb #c025-1
 def siim_boxes(

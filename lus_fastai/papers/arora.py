@@ -9,11 +9,10 @@ __all__ = ['DEFAULT', 'QUICK', 'PAPER', 'PROTOCOLS', 'adam', 'THEIR_CONFUSIONS',
            'SPLITS', 'TERMS', 'Net', 'AroraSettings', 'phantom_table', 'clip_table', 'frame_store', 'pocovid_folds',
            'protocol_folds', 'learner', 'augmented_dls', 'classify', 'run_folder', 'theirs', 'fold_model',
            'probabilities', 'held_out', 'external_table', 'ensemble', 'against_rest', 'uncertainty', 'fan_masks',
-           'frame_masks', 'attention', 'mean_over_patients', 'ask', 'continue_training', 'accuracy_on',
-           'reported_scores', 'score_cells', 'external_cells', 'start', 'AroraRun', 'run_path', 'train_stage',
-           'external_stage', 'calibration_stage', 'uncertainty_stage', 'attention_cells', 'attention_stage',
-           'shortcut_cells', 'shortcut_options', 'shortcut_stage', 'question_stage', 'arora_run', 'reproduce',
-           'leak_table', 'arora_report']
+           'frame_masks', 'attention', 'ask', 'continue_training', 'accuracy_on', 'reported_scores', 'score_cells',
+           'external_cells', 'start', 'AroraRun', 'run_path', 'train_stage', 'external_stage', 'calibration_stage',
+           'uncertainty_stage', 'attention_cells', 'attention_stage', 'shortcut_cells', 'shortcut_options',
+           'shortcut_stage', 'question_stage', 'arora_run', 'reproduce', 'leak_table', 'arora_report']
 
 # %% ../../nbs/papers/arora.ipynb #c003
 import hashlib
@@ -30,6 +29,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
+
+from ..stats.bootstrap import mean_over_patients
 
 # %% ../../nbs/papers/arora.ipynb #c003-1
 from ..core import CLASSES, clip_ids, frozen_eval, lus_home, progress, real_data, seed_all
@@ -422,22 +423,6 @@ def attention(
     masks = np.stack([fans[c] for c in oof['clip']])  # (frames, h, w)
     heat = heat_in_fan(torch.from_numpy(maps), torch.from_numpy(masks))
     return oof.assign(heat=np.asarray(heat), area=masks.mean((1, 2)))
-
-# %% ../../nbs/papers/arora.ipynb #c031
-def mean_over_patients(
-    table: pd.DataFrame,  # with a column patient
-    column: str,  # numbers
-    n_boot: int = 1000,  # resamples of patients
-    seed: int = 0,  # of the resampling
-) -> tuple:  # (mean over rows, low, high)
-    "A mean over frames with a 95 % interval over patients."
-    table = table.dropna(subset=[column])  # a map without any heat has no share
-    sums = table.groupby('patient')[column].agg(['sum', 'size']).to_numpy(float)
-    drawn = (
-        np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_boot)
-        @ sums
-    )
-    return float(table[column].mean()), *np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
 
 # %% ../../nbs/papers/arora.ipynb #c039
 QUESTIONS = {

@@ -44,7 +44,8 @@ from ..report import Report, limits_note, papers_note, score_text, training_card
 from ..runs import cell, results_table
 from ..stats.figures import plot_comparison
 from ..stats.segmentation import evaluate_masks, mask_scores
-from ..synth.radiographs import rib_masks, salient_shapes
+from ..synth.radiographs import rib_masks
+from ..synth.shapes import salient_shapes
 from ..train.callbacks import PlateauLR
 from ..train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
 from ..train.segmentation import fit_masks, predict_masks

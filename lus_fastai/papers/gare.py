@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/gare.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'QUICK_REAL', 'PAPER', 'PROTOCOLS', 'adam', 'THEIRS_SEGMENTATION', 'THEIRS_DENSE',
            'THEIRS_CLASSIFICATION', 'GareSettings', 'labelled_frames', 'data_name', 'clips_to_classify', 'describe',
-           'protocol_folds', 'segment', 'best_fold', 'classes_of', 'classify', 'look_up', 'segmentation_cells',
+           'protocol_folds', 'segment', 'best_fold', 'classes_of', 'classify', 'nearest_frame', 'segmentation_cells',
            'classification_cells', 'run_folder', 'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
 
 # %% ../../nbs/papers/gare.ipynb #c004
@@ -297,7 +297,7 @@ def classify(
     return _cross_validate(build, store.frames, protocol, s, data=data, **how)
 
 # %% ../../nbs/papers/gare.ipynb #c022b
-def look_up(
+def nearest_frame(
     store: FrameStore,  # labelled frames
     folds: pd.Series,  # fold per row of its frame table
 ) -> pd.DataFrame:  # as from classify, with probabilities of 0 and 1
@@ -427,7 +427,7 @@ def _all_classification_cells(run, clips, oof, row, protocol, path):
         last = last_epoch(clips.frames, oof.fold, path)
         cells += classification_cells(last, row, name, 'classification, last epoch')
     if row == 'dense':  # once for each protocol
-        cells += classification_cells(look_up(clips, oof.fold), 'most similar frame', name, 'look-up')
+        cells += classification_cells(nearest_frame(clips, oof.fold), 'most similar frame', name, 'look-up')
     if run.data == 'own':
         cells = [{**c, 'theirs': None} for c in cells]  # the paper's clips are not these
     return cells

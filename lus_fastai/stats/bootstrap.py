@@ -6,10 +6,11 @@ Docs: https://lus-fastai.github.io/lus_fastai/stats/bootstrap.html.md"""
 
 # %% auto #0
 __all__ = ['patient_sums', 'patient_draws', 'draw_weights', 'resampled_sums', 'ratio_of_sums', 'defined_mean',
-           'percentile_interval', 'bootstrap']
+           'percentile_interval', 'bootstrap', 'mean_over_patients', 'auc', 'spearman', 'patient_interval']
 
 # %% ../../nbs/stats/bootstrap.ipynb #imports
 import numpy as np
+import pandas as pd
 import torch
 
 # %% ../../nbs/stats/bootstrap.ipynb #patient-sums
@@ -95,3 +96,62 @@ def bootstrap(
     resamples = resampled_sums(counts, n_boot, seed)[1:]  # (n_boot, n, n)
     low, high = percentile_interval(np.asarray(score(resamples)), len(counts))
     return score(counts.sum(0)), low, high
+
+# %% ../../nbs/stats/bootstrap.ipynb #mean-over
+def mean_over_patients(
+    table: pd.DataFrame,  # with a column patient
+    column: str,  # numbers
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> tuple:  # (mean over rows, low, high)
+    "A mean over frames with a 95 % interval over patients."
+    table = table.dropna(subset=[column])  # a map without any heat has no share
+    sums = table.groupby('patient')[column].agg(['sum', 'size']).to_numpy(float)
+    share = np.full(len(sums), 1 / len(sums))
+    drawn = np.random.default_rng(seed).multinomial(len(sums), share, size=n_boot) @ sums  # (draws, 2)
+    return float(table[column].mean()), *np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+
+# %% ../../nbs/stats/bootstrap.ipynb #auc
+def auc(
+    truth,  # 0 or 1 (or bool) per clip
+    score,  # number per clip
+) -> float:  # NaN where one of the two is missing, as in some resamples
+    "Probability that a clip with the finding scores higher than one without; ties count half."
+    from sklearn.metrics import roc_auc_score
+
+    truth = np.asarray(truth).astype(bool)
+    if truth.all() or not truth.any():
+        return float('nan')
+    return float(roc_auc_score(truth, np.asarray(score, float)))
+
+# %% ../../nbs/stats/bootstrap.ipynb #spearman
+def spearman(
+    x,  # number per clip
+    y,  # number per clip
+) -> float:  # -1..1; NaN where one of the two is constant
+    "Spearman's rank correlation, ties at their mean rank."
+    from scipy.stats import spearmanr
+
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float('nan')
+    return float(spearmanr(x, y).statistic)
+
+# %% ../../nbs/stats/bootstrap.ipynb #patient-interval
+def patient_interval(
+    statistic,  # function of two arrays, such as auc
+    x,  # a value per clip
+    y,  # a value per clip
+    patients,  # whose clip
+    n_boot: int = 1000,  # resamples
+    seed: int = 0,  # of the resampling
+) -> tuple:  # (value, low, high); the interval is NaN with fewer than two patients
+    "A statistic of clips with its 95 % interval from drawing patients with replacement."
+    x, y, (code, names) = np.asarray(x), np.asarray(y), pd.factorize(np.asarray(patients, str), sort=True)
+    n, rng = len(names), np.random.default_rng(seed)
+    rows = [np.flatnonzero(code == i) for i in range(n)]
+    values = []
+    for _ in range(n_boot if n > 1 else 0):
+        drawn = np.concatenate([rows[i] for i in rng.integers(n, size=n)])
+        values.append(statistic(x[drawn], y[drawn]))
+    low, high = np.nanpercentile(values, [2.5, 97.5]) if np.isfinite(values).any() else (np.nan, np.nan)
+    return statistic(x, y), float(low), float(high)

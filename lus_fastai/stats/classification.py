@@ -6,10 +6,10 @@ Docs: https://lus-fastai.github.io/lus_fastai/stats/classification.html.md"""
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'confusions', 'confusion', 'iou', 'precision', 'recall', 'f1', 'overall_accuracy', 'pixel_accuracy',
-           'balanced_accuracy', 'mean_iou', 'macro_precision', 'macro_recall', 'macro_f1', 'merge_confusion',
-           'ConfusionMetric', 'seg_metrics', 'cls_metrics', 'pred_classes', 'class_probabilities', 'check_predictions',
-           'row_columns', 'predicted', 'vote', 'cls_confusions', 'evaluate', 'total_confusion', 'classification_report',
-           'confusion_columns', 'seg_confusions', 'evaluate_seg']
+           'balanced_accuracy', 'mean_iou', 'macro_precision', 'macro_recall', 'macro_f1', 'exact_match',
+           'merge_confusion', 'ConfusionMetric', 'seg_metrics', 'cls_metrics', 'pred_classes', 'class_probabilities',
+           'check_predictions', 'row_columns', 'predicted', 'vote', 'cls_confusions', 'evaluate', 'total_confusion',
+           'classification_report', 'confusion_columns', 'seg_confusions', 'evaluate_seg']
 
 # %% ../../nbs/stats/classification.ipynb #c005
 from functools import partial
@@ -168,6 +168,20 @@ def macro_f1(
 ) -> np.ndarray:  # (...)
     "Mean F1 over the classes that truth or prediction hold."
     return _mean_of_classes(f1(cm))
+
+# %% ../../nbs/stats/classification.ipynb #exact-match
+def exact_match(
+    pred,  # (n, k) of 0 and 1 or bool: observations predicted
+    target,  # (n, k) of 0 and 1: observations made
+) -> float:  # 0..1; NaN without rows
+    "Share of rows in which all observations agree: CheXpert accuracy as Merand 2021 counts it."
+    pred, target = np.asarray(pred), np.asarray(target)
+    if pred.shape != target.shape or pred.ndim != 2:
+        raise ValueError(f"pred and target are (n, k) alike, got {pred.shape} and {target.shape}")
+    if not np.isin(pred, (0, 1)).all():
+        hint = "compare probabilities with a threshold first, such as pred > .5"
+        raise ValueError(f"pred must be 0 or 1; {hint}")
+    return float((pred == target).all(1).mean()) if len(pred) else float('nan')
 
 # %% ../../nbs/stats/classification.ipynb #c019
 def merge_confusion(

@@ -24,7 +24,7 @@ from ..core import CLASSES, TableError, check_table
 from ..data.loaders import frame_dls
 from ..data.store import FrameStore
 from ..models.backbones import scale_for
-from ..models.transfer import freeze, name_outputs, split_rates, stages
+from ..models.transfer import discriminative_lrs, freeze, name_outputs, stages
 from ..runs import claim_folder, weights_hash
 from .callbacks import ClassProbs
 from .cross_validation import cross_validate
@@ -98,7 +98,7 @@ def _check_model(backbone, n_classes, policy, lr, factor):
     "The learning rate, or one for each stage; a policy that does not fit is found before clips are decoded."
     model = _classifier(backbone, n_classes)
     freeze(model, policy)
-    return lr if factor is None else [g['lr'] for g in split_rates(model, lr, factor)]
+    return lr if factor is None else [g['lr'] for g in discriminative_lrs(model, lr, factor)]
 
 
 def _channels(backbone):

@@ -1,4 +1,4 @@
-"""Class weights and Dice, for lines that are one per cent of the pixels
+"""Soft Dice, class weights and their sum, for lines that are one per cent of the pixels
 
 Docs: https://lus-fastai.github.io/lus_fastai/train/losses.html.md"""
 
@@ -10,6 +10,7 @@ __all__ = ['soft_dice', 'SoftDiceLoss', 'BCEDiceLoss', 'code_counts', 'class_wei
 # %% ../../nbs/train/losses.ipynb #c003
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,9 +50,8 @@ class BCEDiceLoss(SoftDiceLoss):
     "Binary cross-entropy minus soft Dice, from logits: every pixel has a gradient, and small classes count."
 
     def forward(self, logits, target):
-        return super().forward(logits, target) + F.binary_cross_entropy_with_logits(
-            *(x.as_subclass(torch.Tensor).float() for x in (logits, target))
-        )
+        logits, target = (x.as_subclass(torch.Tensor).float() for x in (logits, target))
+        return super().forward(logits, target) + F.binary_cross_entropy_with_logits(logits, target)
 
 # %% ../../nbs/train/losses.ipynb #c006
 def code_counts(
@@ -106,17 +106,21 @@ class DiceCELoss(nn.Module):
             return torch.stack([self._loss(p[None], t[None]) for p, t in zip(pred, targ)])
         return self._loss(pred, targ)
 
-    def _loss(self, pred, targ):
-        weights = torch.ones(pred.shape[1]) if self.weights is None else self.weights
-        weights, known = weights.to(pred.device), targ != 255
-        codes = targ.where(known, 0)
-        pixels = weights[codes] * known  # (b, h, w) what each pixel counts
-        ce = (F.cross_entropy(pred, codes, reduction='none') * pixels).sum() / pixels.sum().clamp(min=1e-6)
-        truth = F.one_hot(codes, pred.shape[1]).movedim(-1, 1) * known[:, None]  # (b, classes, h, w)
-        return ce + 1 - soft_dice(pred.softmax(1) * known[:, None], truth)
-
     def activation(self, pred):
         return pred.softmax(1)
 
     def decodes(self, pred):
         return pred.argmax(1)
+
+# %% ../../nbs/train/losses.ipynb #dice-ce-loss
+@patch
+def _loss(self: DiceCELoss, pred, targ):
+    "Weighted mean cross-entropy of the known pixels, plus one minus their soft Dice."
+    weights = torch.ones(pred.shape[1]) if self.weights is None else self.weights
+    known = targ != 255  # (b, h, w)
+    codes = targ.where(known, 0)  # (b, h, w) any class will do where none is known
+    pixels = weights.to(pred.device)[codes] * known  # (b, h, w) what each pixel counts
+    ce = (F.cross_entropy(pred, codes, reduction='none') * pixels).sum() / pixels.sum().clamp(min=1e-6)
+    prob = pred.softmax(1) * known[:, None]  # (b, classes, h, w)
+    truth = F.one_hot(codes, pred.shape[1]).movedim(-1, 1) * known[:, None]  # (b, classes, h, w)
+    return ce + 1 - soft_dice(prob, truth)

@@ -1,4 +1,4 @@
-"""Training on masks: one network, k folds from one start, and the rotation of Merand & Klein
+"""One network, k folds from one start, and the rotation of Merand & Klein
 
 Docs: https://lus-fastai.github.io/lus_fastai/train/segmentation.html.md"""
 
@@ -12,6 +12,7 @@ __all__ = ['rotation_parts', 'Rotation', 'LossLog', 'adam', 'fit_in_folder', 'fi
 import gc
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,18 +93,30 @@ class LossLog(EpochLosses):
     def stopped(self):
         return self.patience is not None and self.wait >= self.patience
 
-    def before_batch(self):
-        if self.stopped:
-            raise CancelFitException
+# %% ../../nbs/train/segmentation.ipynb #loss-log-watched
+@patch
+def watched(self: LossLog, learn=None):
+    "The validation loss of the round that has just ended: the mean over its runs."
+    return float(np.mean([h['valid_loss'] for h in self.history[-self.runs :]]))
 
-    def watched(self, learn=None):
-        return float(np.mean([h['valid_loss'] for h in self.history[-self.runs :]]))
 
-    def state_dict(self):
-        return dict(history=self.history, best=self.best, wait=self.wait)
+@patch
+def before_batch(self: LossLog):
+    "End the fit once the patience is spent."
+    if self.stopped:
+        raise CancelFitException
 
-    def load_state_dict(self, state):
-        self.history, self.best, self.wait = state['history'], state['best'], state['wait']
+# %% ../../nbs/train/segmentation.ipynb #loss-log-state
+@patch
+def state_dict(self: LossLog):
+    "What a resumed fit must know."
+    return dict(history=self.history, best=self.best, wait=self.wait)
+
+
+@patch
+def load_state_dict(self: LossLog, state):
+    "Go on from a state."
+    self.history, self.best, self.wait = state['history'], state['best'], state['wait']
 
 # %% ../../nbs/train/segmentation.ipynb #loss-log-round
 @patch
@@ -121,7 +134,7 @@ def _end_round(self: LossLog, epoch):
     if better if self.select == 'best' else last:
         save_weights(self.model, self.path)
 
-
+# %% ../../nbs/train/segmentation.ipynb #loss-log-end-epoch
 @patch
 def end_epoch(self: LossLog):
     "Write down a run, and end its round if it was the last one of it."
@@ -140,16 +153,47 @@ def adam(
     "PyTorch's Adam as fastai takes it; `partial(adam, eps=1e-7)` for Keras's."
     return OptimWrapper(params, torch.optim.Adam, **kwargs)
 
+# %% ../../nbs/train/segmentation.ipynb #fit-check
+def _check_fit(select, schedule, epochs):
+    "Name the argument that cannot be."
+    if select not in ('last', 'best'):
+        raise ValueError(f"select is 'last' or 'best', not {select!r}")
+    if schedule not in ('constant', 'plateau', 'cosine'):
+        raise ValueError(f"schedule is 'constant', 'plateau' or 'cosine', not {schedule!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
 
+# %% ../../nbs/train/segmentation.ipynb #fit-start
+def _start_of(model, loss, epochs, lr):
+    "What a claim says of the network at the start, and of how it is trained."
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    name = getattr(loss, '__name__', repr(loss))
+    return dict(start=weights_hash(model), trains=trains, epochs=epochs, lr=lr, loss=name)
+
+# %% ../../nbs/train/segmentation.ipynb #fit-channels
 def _channels(model):
+    "What the first convolution takes; three channels where there is none."
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
-# %% ../../nbs/train/segmentation.ipynb #c013-2
-def _crc(a, start=0):
-    "Checksum of an array, a block at a time."
-    for i in range(0, len(a), 64):
-        start = zlib.crc32(np.ascontiguousarray(a[i : i + 64]).view(np.uint8), start)
-    return start
+# %% ../../nbs/train/segmentation.ipynb #fit-schedule
+def _schedule(name, log):
+    "The callbacks of a learning-rate schedule; a plateau is one of the rounds that the log watches."
+    return dict(constant=[], plateau=[PlateauLR(log.watched)], cosine=[CosineLR()])[name]
+
+# %% ../../nbs/train/segmentation.ipynb #fit-train
+def _train(learn, log, runs, lr, path, seed, cbs):
+    "Fit in silence with a checkpoint; the history, written last, says that the folder is finished."
+    with learn.no_bar(), learn.no_logging():
+        fit_resumable(learn, runs, lr, path / 'checkpoint.pt', seed, cbs=cbs)
+    with atomic_path(path / 'history.csv') as tmp:
+        pd.DataFrame(log.history).to_csv(tmp, index=False)
+
+# %% ../../nbs/train/segmentation.ipynb #fit-kept
+def _kept(model, path, device):
+    "The network with the weights that a finished folder kept, in evaluation mode, and its history."
+    (path / 'checkpoint.pt').unlink(missing_ok=True)
+    model.load_state_dict(load_weights(path / 'model.safetensors'))
+    return model.to(device).eval(), pd.read_csv(path / 'history.csv')
 
 # %% ../../nbs/train/segmentation.ipynb #c013-3
 def fit_in_folder(
@@ -171,58 +215,46 @@ def fit_in_folder(
     tick=None,  # called after each run
 ) -> tuple:  # network with the kept weights; history
     "What both ways of training share: claim the folder, fit with checkpoints, keep weights and history."
-    if select not in ('last', 'best'):
-        raise ValueError(f"select is 'last' or 'best', not {select!r}")
-    if schedule not in ('constant', 'plateau', 'cosine'):
-        raise ValueError(f"schedule is 'constant', 'plateau' or 'cosine', not {schedule!r}")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    _check_fit(select, schedule, epochs)
     path, runs = Path(path), rotation.parts if rotation else 1
     seed_all(seed)
     model, loss = build(), loss or BCEDiceLoss()
-    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    claim_folder(
-        path,
-        dict(
-            start=weights_hash(model),
-            trains=trains,
-            epochs=epochs,
-            lr=lr,
-            loss=getattr(loss, '__name__', repr(loss)),
-            select=select,
-            patience=patience,
-            schedule=schedule,
-            seed=seed,
-            precision=precision,
-            **claim,
-        ),
-    )
+    how = dict(select=select, patience=patience, schedule=schedule, seed=seed, precision=precision)
+    claim_folder(path, dict(**_start_of(model, loss, epochs, lr), **how, **claim))
     dls, log = data(_channels(model)), LossLog(path / 'model.safetensors', select, patience, runs, tick)
     if not (path / 'history.csv').exists():
         learn = Learner(dls, model, loss_func=loss, opt_func=opt_func)
-        rates = dict(constant=[], plateau=[PlateauLR(log.watched)], cosine=[CosineLR()])[schedule]
-        with learn.no_bar(), learn.no_logging():
-            fit_resumable(
-                learn,
-                epochs * runs,
-                lr,
-                path / 'checkpoint.pt',
-                seed,
-                cbs=[
-                    AutoPrecision(precision),
-                    *([rotation] if rotation else []),
-                    log,
-                    *rates,
-                    *(cbs() if cbs else []),
-                ],
-            )
-        with atomic_path(path / 'history.csv') as tmp:
-            pd.DataFrame(log.history).to_csv(tmp, index=False)
+        callbacks = [AutoPrecision(precision), *([rotation] if rotation else []), log]
+        callbacks += [*_schedule(schedule, log), *(cbs() if cbs else [])]
+        _train(learn, log, epochs * runs, lr, path, seed, callbacks)
         del learn
         gc.collect()  # a Learner and its callbacks hold each other
-    (path / 'checkpoint.pt').unlink(missing_ok=True)
-    model.load_state_dict(load_weights(path / 'model.safetensors'))
-    return model.to(dls.device).eval(), pd.read_csv(path / 'history.csv')
+    return _kept(model, path, dls.device)
+
+# %% ../../nbs/train/segmentation.ipynb #c013-2
+def _crc(a, start=0):
+    "Checksum of an array, a block at a time."
+    for i in range(0, len(a), 64):
+        start = zlib.crc32(np.ascontiguousarray(a[i : i + 64]).view(np.uint8), start)
+    return start
+
+# %% ../../nbs/train/segmentation.ipynb #c013-5
+def _about(set, bs, batch_tfms, *rows):
+    "What a claim says of data: checksums of pixels and rows, batch size, augmentation."
+    return dict(
+        set=f'{_crc(set.masks, _crc(set.images)):08x}',
+        rows=[f'{_crc(r):08x}' for r in rows],
+        names=list(map(str, set.names)),
+        bs=bs,
+        augment=repr(list(batch_tfms)),
+    )
+
+# %% ../../nbs/train/segmentation.ipynb #c013-6
+def _ticks(n, path):
+    "A function that moves a progress bar on by one."
+    bar = iter(progress(range(n), desc=Path(path).name))
+    next(bar, None)
+    return lambda: next(bar, None)
 
 # %% ../../nbs/train/segmentation.ipynb #c013-4
 def fit_masks(
@@ -254,41 +286,9 @@ def fit_masks(
     def data(channels):
         return mask_dls(set, train, valid, bs, channels, batch_tfms, seed, device, notes)
 
-    return fit_in_folder(
-        build,
-        data,
-        path,
-        epochs,
-        lr,
-        loss,
-        select,
-        patience,
-        schedule,
-        cbs,
-        opt_func,
-        seed,
-        precision,
-        _about(set, bs, batch_tfms, train, valid),
-        tick=tick or _ticks(epochs, path),
-    )
-
-# %% ../../nbs/train/segmentation.ipynb #c013-5
-def _about(set, bs, batch_tfms, *rows):
-    "What a claim says of data: checksums of pixels and rows, batch size, augmentation."
-    return dict(
-        set=f'{_crc(set.masks, _crc(set.images)):08x}',
-        rows=[f'{_crc(r):08x}' for r in rows],
-        names=list(map(str, set.names)),
-        bs=bs,
-        augment=repr(list(batch_tfms)),
-    )
-
-# %% ../../nbs/train/segmentation.ipynb #c013-6
-def _ticks(n, path):
-    "A function that moves a progress bar on by one."
-    bar = iter(progress(range(n), desc=Path(path).name))
-    next(bar, None)
-    return lambda: next(bar, None)
+    training = epochs, lr, loss, select, patience, schedule, cbs, opt_func, seed, precision
+    about = _about(set, bs, batch_tfms, train, valid)
+    return fit_in_folder(build, data, path, *training, about, tick=tick or _ticks(epochs, path))
 
 # %% ../../nbs/train/segmentation.ipynb #c013
 def predict_masks(
@@ -314,6 +314,31 @@ def predict_masks(
             parts.append(logits.float().sigmoid().half().cpu().numpy())
     return np.concatenate(parts)
 
+# %% ../../nbs/train/segmentation.ipynb #kfold-folds
+def _checked_folds(set, folds):
+    "The fold of every image, five by patient where none are given; ValueError where they do not fit."
+    if folds is None:
+        table = set.table if 'label' in set.table else set.table.assign(label='any')
+        folds = patient_folds(table, 5)
+    folds = np.asarray(folds)
+    if folds.shape != (len(set),):
+        raise ValueError(f"folds has one number per image, {len(set)}, got shape {folds.shape}")
+    if (n := len(np.unique(folds))) < 2:
+        raise ValueError(f"cross-validation needs at least two folds, got {n}")
+    return folds
+
+# %% ../../nbs/train/segmentation.ipynb #kfold-absent
+def _warn_of_absent_classes(set, **rows):
+    "A warning for each class that some of these named rows lack."
+    for note in absent_classes(set, **rows):
+        warnings.warn(note, stacklevel=3)  # points at the line that called for the training
+
+# %% ../../nbs/train/segmentation.ipynb #kfold-build
+def _build_seeded(build, k, seed):
+    "The network of fold k, drawn from the same seed in every fold."
+    seed_all(seed)
+    return build(k)
+
 # %% ../../nbs/train/segmentation.ipynb #c021
 def kfold_masks(
     build,  # function (fold number) -> network, called with the generators seeded by seed, whatever the fold
@@ -332,48 +357,28 @@ def kfold_masks(
     "Train on all folds but one and predict that one, each time from the same weights; resumable."
     if path is None:
         raise ValueError("name a folder: path=...")
-    if folds is None:
-        folds = patient_folds(set.table if 'label' in set.table else set.table.assign(label='any'), 5)
-    folds = np.asarray(folds)
-    if folds.shape != (len(set),):
-        raise ValueError(f"folds has one number per image, {len(set)}, got shape {folds.shape}")
+    folds = _checked_folds(set, folds)
     numbers = sorted(np.unique(folds))
-    if len(numbers) < 2:
-        raise ValueError(f"cross-validation needs at least two folds, got {len(numbers)}")
     for k in numbers:
-        for note in absent_classes(
-            set,
-            **{
-                f'the_training_images_of_fold_{k}': folds != k,
-                f'the_held-out_images_of_fold_{k}': folds == k,
-            },
-        ):
-            warnings.warn(note, stacklevel=2)
+        train, held_out = f'the_training_images_of_fold_{k}', f'the_held-out_images_of_fold_{k}'
+        _warn_of_absent_classes(set, **{train: folds != k, held_out: folds == k})
     path, out, tick = Path(path), np.empty(set.masks.shape, np.float16), _ticks(len(numbers) * epochs, path)
     for k in numbers:
-
-        def start(k=int(k)):
-            seed_all(seed)
-            return build(k)
-
-        model, _ = fit_masks(
-            start,
-            set,
-            folds != k,
-            folds == k,
-            path / f'fold{k}',
-            epochs,
-            lr,
-            loss,
-            bs=bs,
-            seed=1000 * seed + int(k),
-            precision=precision,
-            notes=False,
-            tick=tick,
-            **kwargs,
-        )
+        start = partial(_build_seeded, build, int(k), seed)
+        how = dict(bs=bs, seed=1000 * seed + int(k), precision=precision, notes=False, tick=tick, **kwargs)
+        model, _ = fit_masks(start, set, folds != k, folds == k, path / f'fold{k}', epochs, lr, loss, **how)
         out[folds == k] = predict_masks(model, set.images[folds == k], bs, precision)
     return out
+
+# %% ../../nbs/train/segmentation.ipynb #rotation-loaders
+def _first_loaders(rotation, set, bs, batch_tfms, seed, device, channels):
+    "DataLoaders of the first run; the rotation makes those of the later runs likewise."
+
+    def loaders(train, valid):
+        return mask_dls(set, train, valid, bs, channels, batch_tfms, seed, device, notes=False)
+
+    rotation.data = loaders
+    return loaders(*rotation.rows(0))
 
 # %% ../../nbs/train/segmentation.ipynb #c024
 def fit_rotation(
@@ -396,33 +401,9 @@ def fit_rotation(
     device=None,  # default: fastai's default device
 ) -> tuple:  # network in evaluation mode; history, a row per run
     "Merand & Klein's rotation (2021): its validation loss is optimistic; resumes after a finished run."
-    for note in absent_classes(set, the_rotation=np.arange(len(set))):
-        warnings.warn(note, stacklevel=2)
-    channels = []  # known once the network is built
-
-    def data(train, valid):
-        return mask_dls(set, train, valid, bs, channels[0], batch_tfms, seed, device, notes=False)
-
-    def first(n):
-        channels.append(n)
-        return data(*rotation.rows(0))
-
-    rotation = Rotation(data, len(set), parts, seed)
-    return fit_in_folder(
-        build,
-        first,
-        path,
-        epochs,
-        lr,
-        loss,
-        select,
-        patience,
-        'constant',
-        cbs,
-        opt_func,
-        seed,
-        precision,
-        dict(parts=parts, **_about(set, bs, batch_tfms)),
-        rotation,
-        _ticks(epochs * parts, path),
-    )
+    _warn_of_absent_classes(set, the_rotation=np.arange(len(set)))
+    rotation = Rotation(None, len(set), parts, seed)
+    data = partial(_first_loaders, rotation, set, bs, batch_tfms, seed, device)
+    training = epochs, lr, loss, select, patience, 'constant', cbs, opt_func, seed, precision
+    claim = dict(parts=parts, **_about(set, bs, batch_tfms))
+    return fit_in_folder(build, data, path, *training, claim, rotation, _ticks(epochs * parts, path))

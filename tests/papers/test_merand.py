@@ -7,7 +7,7 @@ import torch
 
 from lus_fastai.core import LeakError, MaskSet
 from lus_fastai.papers import merand
-from lus_fastai.papers.merand import Way
+from lus_fastai.papers.merand import Variant
 from lus_fastai.runs import read_results
 from lus_fastai.train.segmentation import LossLog
 
@@ -47,7 +47,7 @@ def parts():
 def test_everything_is_in_the_results(run):
     t = pd.DataFrame(read_results(run[1].with_suffix('.json'))['cells'])
     main = t[t.table == 'test_resnet']
-    assert set(zip(main.row, main.column)) == {(w.row, w.column) for w in merand.ways(TINY)} | {
+    assert set(zip(main.row, main.column)) == {(w.row, w.column) for w in merand.variants(TINY)} | {
         ('none', 'U-Net encoder')
     } and set(main.protocol) == {'rotation', 'last', 'disjoint'}
     assert main.ours.between(0, 1).all() and main.interval.notna().all()
@@ -71,7 +71,7 @@ def test_a_second_run_trains_nothing(run):
 
 
 def test_resumed_run_equals_undisturbed_one(parts, tmp_path, monkeypatch):
-    way, runs = Way('test_resnet'), []
+    way, runs = Variant('test_resnet'), []
     whole = dict(np.load(merand.target_run(way, 5, parts, tmp_path / 'whole', TINY)))
     after = LossLog.end_epoch
 
@@ -103,7 +103,7 @@ def test_test_images_are_read_when_training_is_over(parts, tmp_path, monkeypatch
     watched = merand.Parts(parts.first, parts.labels, parts.boxes, parts.target, parts.test)
     hidden.__class__ = Watched
     watched.test = hidden
-    merand.target_run(Way('test_resnet'), 1, watched, tmp_path, TINY)
+    merand.target_run(Variant('test_resnet'), 1, watched, tmp_path, TINY)
     assert read and all(read)
 
 
@@ -118,8 +118,8 @@ def test_what_moves(run, parts):
     home, _ = run
     path = merand.run_folder(TINY, 'phantom', home)
     both, encoder = (
-        Way('test_resnet', 'autoencoder, boxes', moved='both'),
-        Way('test_resnet', 'autoencoder, boxes'),
+        Variant('test_resnet', 'autoencoder, boxes', moved='both'),
+        Variant('test_resnet', 'autoencoder, boxes'),
     )
     first = merand.load_weights(merand.first_step(both, parts, path, TINY))
     assert merand.first_step(both, parts, path, TINY) == merand.first_step(encoder, parts, path, TINY)
@@ -156,7 +156,7 @@ def test_a_class_missing_from_the_test_or_from_training(parts, tmp_path):
     less = MaskSet(parts.target.images, parts.target.masks.copy(), parts.target.names, parts.target.table)
     less.masks[:, 1] = False
     changed = merand.Parts(parts.first, parts.labels, parts.boxes, less, empty)
-    t = pd.DataFrame(merand.way_cells(Way('test_resnet'), [1, 2], changed, tmp_path, TINY))
+    t = pd.DataFrame(merand.variant_cells(Variant('test_resnet'), [1, 2], changed, tmp_path, TINY))
     classes = t[t.table.str.endswith('classes') & (t.protocol == 'last')].set_index('column').ours
     assert (
         np.isnan(classes['right lung']) and t[t.table.str.endswith('worst run')].ours.notna().all()
@@ -172,28 +172,30 @@ def test_bad_input(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match='LUS_DATA'):
         merand.learning_parts('real', TINY)
     with pytest.raises(ValueError, match='a row is one of'):
-        Way('resnet50', 'three steps')
+        Variant('resnet50', 'three steps')
     with pytest.raises(ValueError, match="start is"):
-        Way('resnet50', start='moon')
+        Variant('resnet50', start='moon')
     with pytest.raises(ValueError, match="'both'"):
-        Way('resnet50', 'autoencoder, boxes', 'deeplabv3', 'both')
+        Variant('resnet50', 'autoencoder, boxes', 'deeplabv3', 'both')
 
 
 def test_a_folder_of_another_run_is_refused(parts, tmp_path):
     from dataclasses import replace
 
-    file = merand.first_step(Way('test_resnet', 'classifier'), parts, tmp_path, TINY)
+    file = merand.first_step(Variant('test_resnet', 'classifier'), parts, tmp_path, TINY)
     (file.parent / 'history.csv').unlink()
     with pytest.raises(ValueError, match='holds another run'):
-        merand.first_step(Way('test_resnet', 'classifier'), parts, tmp_path, replace(TINY, first_epochs=2))
+        merand.first_step(
+            Variant('test_resnet', 'classifier'), parts, tmp_path, replace(TINY, first_epochs=2)
+        )
 
 
 def test_the_papers_table():
-    assert merand.theirs(Way('vgg16', 'classifier, boxes')) == (0.223, 0.042) and merand.theirs(
-        Way('resnet50', 'none', 'deeplabv3', start='imagenet')
+    assert merand.theirs(Variant('vgg16', 'classifier, boxes')) == (0.223, 0.042) and merand.theirs(
+        Variant('resnet50', 'none', 'deeplabv3', start='imagenet')
     ) == (0.179, 0.112)
-    assert merand.theirs(Way('resnext50', 'autoencoder')) == (None, None)  # the paper's empty row
-    assert len(merand.ways(merand.PAPER)) == 78 and len(merand._THEIRS.strip().splitlines()) == 15
+    assert merand.theirs(Variant('resnext50', 'autoencoder')) == (None, None)  # the paper's empty row
+    assert len(merand.variants(merand.PAPER)) == 78 and len(merand._THEIRS.strip().splitlines()) == 15
 
 
 def test_real_boxes_come_from_other_patients_than_those_tested(real_data):

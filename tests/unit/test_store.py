@@ -1,4 +1,4 @@
-"Clips and the frame store: formats, times, bad files, and builds that are killed, crash, run twice or meet a full disk."
+"Clips and the frame store: formats, times, bad files, and builds that crash, run twice or fill the disk."
 
 import errno
 import functools
@@ -29,7 +29,7 @@ from lus_fastai.data.store import FrameStore
 from lus_fastai.runs import function_key
 from lus_fastai.video import Clip, ClipError, frame_times, read_clip, sample_clip, sample_times, write_video
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
 
 
@@ -839,7 +839,10 @@ def compiled(text, **names):
 def test_an_edited_prepare_decodes_again(tmp_path, count):
     table = make(tmp_path, 2)
     inner = "def prepare(frames, row, outside=0):\n    def cut(x): return x[:, %d:]\n    return cut(frames)"
-    helper = "EDGE = %d\ndef cut(x): return x[:, EDGE + %d:]\ndef prepare(frames, row, outside=0): return cut(frames)"
+    helper = (
+        "EDGE = %d\ndef cut(x): return x[:, EDGE + %d:]\n"
+        "def prepare(frames, row, outside=0): return cut(frames)"
+    )
     default = "def prepare(frames, row, outside=0, by=%d): return frames[:, by:]"
     versions = [
         compiled(inner % 2),
@@ -874,9 +877,11 @@ def test_an_edited_prepare_decodes_again(tmp_path, count):
 
 def test_the_same_function_has_the_same_key_everywhere(tmp_path):
     (tmp_path / 'mine.py').write_text(
-        "NAMES = {'a', 'b', 'c'}\ndef prepare(frames, row, outside=0):\n    return frames if row['kind'] in {'video', 'image', 'x'} else len(NAMES)\n"
+        "NAMES = {'a', 'b', 'c'}\ndef prepare(frames, row, outside=0):\n"
+        "    return frames if row['kind'] in {'video', 'image', 'x'} else len(NAMES)\n"
     )
-    code = "import functools, mine; from lus_fastai.runs import function_key as k; from lus_fastai.data.fan import fan_crop; "
+    code = "import functools, mine; from lus_fastai.runs import function_key as k; "
+    code += "from lus_fastai.data.fan import fan_crop; "
     code += "print(k(mine.prepare), k(functools.partial(mine.prepare, outside={1: [2., None]})), k(fan_crop))"
 
     def keys(seed):

@@ -1,4 +1,4 @@
-"DataLoaders of pictures with a mask per class: values, order, notes and what they show."
+"DataLoaders of images with a mask per class: values, order, notes and what they show."
 
 import warnings
 

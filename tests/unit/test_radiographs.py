@@ -1,4 +1,4 @@
-"Stand-ins: drawn pictures are repeatable, difficult, and their masks, labels and boxes tell one story."
+"Drawn shapes, radiographs and ribs: repeatable, difficult, and their masks, labels and boxes agree."
 
 import numpy as np
 import pandas as pd
@@ -9,16 +9,13 @@ from lus_fastai.synth.radiographs import (
     CATEGORIES,
     CHEST,
     CHEXPERT,
-    box_set,
-    boxes_of,
     chest_box_set,
     chest_boxes,
     chest_labels,
     chest_phantom,
-    fill_boxes,
     rib_masks,
-    salient_shapes,
 )
+from lus_fastai.synth.shapes import box_set, boxes_of, fill_boxes, salient_shapes
 
 
 def small(masks, names):
@@ -35,31 +32,34 @@ def chest():
     return chest_phantom(48, 96, seed=3)
 
 
-def best_threshold(x, m):
-    def dice(p):
-        return 2 * (p & m).sum() / (p.sum() + m.sum())
+def by_name(s):
+    "The masks of each class, (n, h, w)."
+    return dict(zip(s.names, s.masks.transpose(1, 0, 2, 3)))
 
-    return max(max(dice(x > t), dice(x <= t)) for t in range(0, 256, 8))
+
+def dice(p, m):
+    return 2 * (p & m).sum() / (p.sum() + m.sum())
+
+
+def best_threshold(x, m):
+    return max(max(dice(x > t, m), dice(x <= t, m)) for t in range(0, 256, 8))
 
 
 # --- all of them
 
 
 @pytest.mark.parametrize('draw', (salient_shapes, chest_phantom, rib_masks))
-def test_same_seed_same_pictures_and_columns_that_splits_need(draw):
+def test_same_seed_same_images_and_columns_that_splits_need(draw):
     state = np.random.get_state()[1].copy()
     a, b, c = draw(5, 48, 1), draw(5, 48, 1), draw(5, 48, 2)
     assert (np.random.get_state()[1] == state).all()
-    assert (
-        a.images.dtype == np.uint8
-        and a.images.shape == (5, 48, 48)
-        and a.masks.shape == (5, len(a.names), 48, 48)
-        and a.masks.dtype == bool
-    )
+    assert a.images.dtype == np.uint8 and a.images.shape == (5, 48, 48)
+    assert a.masks.dtype == bool and a.masks.shape == (5, len(a.names), 48, 48)
     np.testing.assert_array_equal(a.images, b.images)
     np.testing.assert_array_equal(a.masks, b.masks)
     pd.testing.assert_frame_equal(a.table, b.table)
-    assert (a.images != c.images).any() and not set(a.table['patient']) & set(c.table['patient'])
+    assert (a.images != c.images).any()
+    assert not set(a.table['patient']) & set(c.table['patient'])
     assert a.table[['patient', 'clip', 'label']].notna().all().all()
     assert all(x.std() > 8 for x in a.images)
     tall = draw(2, (64, 48), 1)
@@ -67,12 +67,12 @@ def test_same_seed_same_pictures_and_columns_that_splits_need(draw):
 
 
 @pytest.mark.parametrize('draw', (salient_shapes, chest_phantom, rib_masks))
-def test_pictures_of_less_than_16_pixels_are_refused(draw):
+def test_images_of_less_than_16_pixels_are_refused(draw):
     with pytest.raises(ValueError, match='at least 16'):
         draw(1, 12)
 
 
-def test_more_pictures_begin_with_the_same_ones():
+def test_more_images_begin_with_the_same_ones():
     np.testing.assert_array_equal(salient_shapes(2, 32, 4).images, salient_shapes(6, 32, 4).images[:2])
     np.testing.assert_array_equal(
         chest_phantom(3, 32, 4, patients=3).images, chest_phantom(6, 32, 4, patients=3).images[:3]
@@ -112,13 +112,13 @@ def test_boxes_of_random_masks_against_a_plain_loop():
     from skimage.measure import label, regionprops
 
     s = small(np.random.default_rng(0).random((3, 2, 24, 20)) > 0.75, ('a', 'b'))
-    want = sorted(
-        (i, n, r.bbox[1], r.bbox[0], r.bbox[3] - r.bbox[1], r.bbox[2] - r.bbox[0])
-        for i in range(3)
-        for k, n in enumerate('ab')
-        for r in regionprops(label(s.masks[i, k], connectivity=2))
-    )
-    assert sorted(map(tuple, boxes_of(s).values.tolist())) == want
+    want = []
+    for i in range(3):
+        for k, name in enumerate('ab'):
+            for region in regionprops(label(s.masks[i, k], connectivity=2)):
+                top, left, bottom, right = region.bbox
+                want.append((i, name, left, top, right - left, bottom - top))
+    assert sorted(map(tuple, boxes_of(s).values.tolist())) == sorted(want)
     filled = box_set(s)
     assert (filled.masks >= s.masks).all()
     for i, n, x, y, w, h in want:
@@ -132,7 +132,7 @@ def test_empty_and_full_masks_have_no_box_and_one():
     assert not len(boxes_of(small(m[:1], ('a',)))) and not box_set(small(m[:1], ('a',))).masks.any()
 
 
-def test_boxes_that_leave_the_picture_are_cut_and_the_later_wins_if_asked():
+def test_boxes_that_leave_the_image_are_cut_and_the_later_wins_if_asked():
     boxes = pd.DataFrame(
         [(0, 'a', -5, -5, 10, 10), (0, 'b', 3, 3, 100, 2), (0, 'negative', 0, 0, 1, 1)],
         columns=['row', 'name', 'x', 'y', 'width', 'height'],
@@ -146,20 +146,17 @@ def test_boxes_that_leave_the_picture_are_cut_and_the_later_wins_if_asked():
 
 
 def test_anatomy_stands_where_it_belongs(chest):
-    m = dict(zip(chest.names, chest.masks.transpose(1, 0, 2, 3)))
+    m = by_name(chest)
     assert chest.names == CHEST and all(m[n].any((1, 2)).all() for n in CHEST[:4])
 
     def column(x):
         return (x * np.arange(96)).sum((1, 2)) / x.sum((1, 2))
 
-    assert (column(m['right lung']) < column(m['cardiomediastinum'])).all() and (
-        column(m['cardiomediastinum']) < column(m['left lung'])
-    ).all()
+    right, heart, left = (column(m[n]) for n in ('right lung', 'cardiomediastinum', 'left lung'))
+    assert (right < heart).all() and (heart < left).all()
     lungs = m['right lung'] | m['left lung']
-    assert (
-        not (m['right lung'] & m['left lung']).any()
-        and (lungs & m['cardiomediastinum']).sum() < 0.02 * lungs.sum()
-    )
+    assert not (m['right lung'] & m['left lung']).any()
+    assert (lungs & m['cardiomediastinum']).sum() < 0.02 * lungs.sum()
     for n in ('ground glass', 'consolidation', 'effusion', 'pneumothorax'):
         assert (m[n] & ~lungs).sum() <= 0.02 * max(m[n].sum(), 50), n
     assert not (m['effusion'] & (m['consolidation'] | m['pneumothorax'])).any()
@@ -170,7 +167,7 @@ def test_anatomy_stands_where_it_belongs(chest):
 
 def test_what_is_drawn_can_be_seen(chest):
     "Air is darker than heart, opacities and fluid brighter than the rest of their lung."
-    x, m = chest.images.astype(float), dict(zip(chest.names, chest.masks.transpose(1, 0, 2, 3)))
+    x, m = chest.images.astype(float), by_name(chest)
     lungs = m['right lung'] | m['left lung']
     clear = lungs & ~np.any([m[n] for n in CHEST[4:]], 0)
 
@@ -179,11 +176,12 @@ def test_what_is_drawn_can_be_seen(chest):
 
     assert (mean(clear) < mean(m['cardiomediastinum']) - 15).all()
     for n in ('consolidation', 'effusion'):
-        d = (mean(m[n]) - mean(clear))[~np.isnan(mean(m[n]))]
-        assert len(d) and (d > 3).mean() > 0.9, n
+        contrast = mean(m[n]) - mean(clear)
+        contrast = contrast[~np.isnan(mean(m[n]))]
+        assert len(contrast) and (contrast > 3).mean() > 0.9, n
 
 
-def test_every_class_occurs_and_several_pictures_a_patient(chest):
+def test_every_class_occurs_and_a_patient_has_several_images(chest):
     many = chest_phantom(300, 32, seed=0)
     assert many.masks.any((2, 3)).any(0).all()
     assert (chest.table.groupby('patient').size() == 2).all() and chest.table['clip'].is_unique
@@ -192,25 +190,21 @@ def test_every_class_occurs_and_several_pictures_a_patient(chest):
 
 
 def test_labels_follow_the_masks(chest):
-    y, m = chest_labels(chest), dict(zip(chest.names, chest.masks.transpose(1, 0, 2, 3)))
-
-    def any_(*names):
-        return np.any([m[n].any((1, 2)) for n in names], 0)
-
+    y, m = chest_labels(chest), by_name(chest)
     assert list(y.columns) == list(CHEXPERT) and y.isin([0, 1]).all().all()
-    for name, want in (
-        ('Consolidation', any_('consolidation')),
-        ('Pleural Effusion', any_('effusion')),
-        ('Pneumothorax', any_('pneumothorax')),
-        ('Lung Opacity', any_('ground glass', 'consolidation')),
-        ('Support Devices', any_(*CHEST[8:])),
-    ):
-        assert (y[name] == want).all(), name
-    assert ((y['No Finding'] == 1) == (y[list(CHEXPERT[1:13])].sum(axis=1) == 0)).all()
-    assert (
-        not (y['Edema'] & y['Pneumonia']).any()
-        and (y['Enlarged Cardiomediastinum'] >= y['Cardiomegaly']).all()
-    )
+    signs = {
+        'Consolidation': ['consolidation'],
+        'Pleural Effusion': ['effusion'],
+        'Pneumothorax': ['pneumothorax'],
+        'Lung Opacity': ['ground glass', 'consolidation'],
+        'Support Devices': CHEST[8:],
+    }
+    for name, classes in signs.items():
+        assert (y[name] == np.any([m[n].any((1, 2)) for n in classes], 0)).all(), name
+    findings = y[list(CHEXPERT[1:13])].sum(axis=1)
+    assert ((y['No Finding'] == 1) == (findings == 0)).all()
+    assert not (y['Edema'] & y['Pneumonia']).any()
+    assert (y['Enlarged Cardiomediastinum'] >= y['Cardiomegaly']).all()
 
 
 def test_cardiomegaly_is_half_of_the_chest():
@@ -221,7 +215,7 @@ def test_cardiomegaly_is_half_of_the_chest():
 
 
 def category(**parts):
-    "Category of a picture of two lungs of 200 pixels, with so many pixels of a class in the right and left lung."
+    "Category of an image of two lungs of 20 rows, with so many rows of a class in the right and left one."
     m = np.zeros((1, 13, 32, 32), bool)
     m[0, 0, 6:26, 2:12] = m[0, 1, 6:26, 20:30] = True
     for name, (right, left) in parts.items():
@@ -242,16 +236,12 @@ def test_categories_by_hand():
 
 def test_boxes_hold_the_opacities_and_a_negative_has_one_pixel(chest):
     boxes, filled = chest_boxes(chest), chest_box_set(chest)
-    assert (
-        set(boxes['row']) == set(range(len(chest)))
-        and set(boxes['name']) <= set(CATEGORIES)
-        and (boxes.groupby('row')['name'].nunique() == 1).all()
-    )
-    assert (boxes[boxes['name'] == 'negative'][['x', 'y', 'width', 'height']] == [0, 0, 1, 1]).all().all()
-    assert (
-        filled.names == CATEGORIES[1:]
-        and (filled.table['category'] == boxes.groupby('row')['name'].first()).all()
-    )
+    names = boxes.groupby('row')['name']
+    assert set(boxes['row']) == set(range(len(chest))) and set(boxes['name']) <= set(CATEGORIES)
+    assert (names.nunique() == 1).all()
+    negative = boxes[boxes['name'] == 'negative']
+    assert (negative[['x', 'y', 'width', 'height']] == [0, 0, 1, 1]).all().all()
+    assert filled.names == CATEGORIES[1:] and (filled.table['category'] == names.first()).all()
     opaque = chest.masks[:, 4] | chest.masks[:, 5]
     assert (opaque & ~filled.masks.any(1)).sum() <= 0.02 * opaque.sum()  # but for specks of a few pixels
     assert (filled.masks.any((2, 3)).sum(1) == (filled.table['category'] != 'negative')).all()
@@ -264,9 +254,8 @@ def test_ribs_are_bright_and_clean_frames_have_less_grain():
     s, clean = rib_masks(8, 96, 0, clean=True)
     assert clean.shape == s.images.shape and clean.dtype == np.uint8
     np.testing.assert_array_equal(rib_masks(8, 96, 0).images, s.images)
-    assert (s.table.groupby('patient').size() == 4).all() and s.table.groupby('clip')['frame'].apply(
-        list
-    ).iloc[0] == [0, 1, 2, 3]
+    assert (s.table.groupby('patient').size() == 4).all()
+    assert s.table['frame'].tolist() == [0, 1, 2, 3] * 2
     assert s.masks.any((1, 2, 3)).mean() > 0.8 and (s.masks.mean((1, 2, 3)) < 0.15).all()
     for x, m in zip(s.images, s.masks[:, 0]):
         if m.any():

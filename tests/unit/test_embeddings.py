@@ -325,13 +325,13 @@ def test_damaged_cache_is_made_again(phantom_store, tmp_path, damage):
 
 
 def test_a_process_killed_while_it_saves_leaves_the_old_file_or_none(phantom_store, tmp_path):
-    "Half of the archive is on disk when the process is killed: nothing is taken for finished, and the next call makes it whole."
+    "Half of the archive is written when the process is killed: it is not used, the next call makes it anew."
     code = f"""
 import os, sys, numpy as np
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from lus_fastai.explain import embeddings as embed
 from lus_fastai.data.store import FrameStore
-from test_embed import net
+from test_embeddings import net
 def half(f, **arrays):
     f.write(b'PK' + bytes(5000))
     f.flush()

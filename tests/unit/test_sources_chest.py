@@ -7,9 +7,10 @@ from PIL import Image
 
 from lus_fastai.core import TableError
 from lus_fastai.data.folds import patient_folds
-from lus_fastai.data.mask_sets import busi_set, ccxs_set, mask_picture, siim_set, xpie_set
-from lus_fastai.data.readers import ccxs_patient, chexpert_labels, exact_match, mask_paths, siim_boxes
+from lus_fastai.data.mask_sets import busi_set, ccxs_set, read_mask, siim_set, xpie_set
+from lus_fastai.data.readers import ccxs_patient, chexpert_labels, mask_paths, siim_boxes
 from lus_fastai.data.sources import SOURCES, by_hand, fetch, index, manifest, sources_table, verify
+from lus_fastai.stats.classification import exact_match
 from lus_fastai.synth.radiographs import CHEST, CHEXPERT
 from lus_fastai.video import ClipError
 
@@ -67,27 +68,27 @@ def dresses():
 def test_masks_are_read_alike_whatever_they_wear(number, tmp_path):
     name, im = list(dresses())[number]
     im.save(tmp_path / 'm.png')
-    np.testing.assert_array_equal(mask_picture(tmp_path / 'm.png'), SHAPE, err_msg=name)
+    np.testing.assert_array_equal(read_mask(tmp_path / 'm.png'), SHAPE, err_msg=name)
 
 
 def test_soft_edges_empty_and_full_masks(tmp_path):
     x = np.zeros((8, 8), np.uint8)
     x[2:6, 2:6] = 255
     x[2:6, 6] = 60
-    assert mask_picture(save(tmp_path / 'soft.png', x)).sum() == 16
+    assert read_mask(save(tmp_path / 'soft.png', x)).sum() == 16
     assert (
-        not mask_picture(save(tmp_path / 'empty.png', x * 0)).any()
-        and mask_picture(save(tmp_path / 'full.png', x * 0 + 255)).all()
+        not read_mask(save(tmp_path / 'empty.png', x * 0)).any()
+        and read_mask(save(tmp_path / 'full.png', x * 0 + 255)).all()
     )
-    assert mask_picture(save(tmp_path / 'colour.png', rgba(np.ones((5, 5), bool)))).all()
+    assert read_mask(save(tmp_path / 'colour.png', rgba(np.ones((5, 5), bool)))).all()
 
 
 def test_a_mask_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / 'broken.png').write_bytes(b'\x89PNG\r\n\x1a\nrubbish')
     with pytest.raises(ClipError, match='broken.png'):
-        mask_picture(tmp_path / 'broken.png')
+        read_mask(tmp_path / 'broken.png')
     with pytest.raises(ClipError, match='gone.png.*no such file'):
-        mask_picture(tmp_path / 'gone.png')
+        read_mask(tmp_path / 'gone.png')
 
 
 # --- CCXS

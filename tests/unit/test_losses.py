@@ -136,7 +136,11 @@ def test_in_a_learner_from_training_to_a_fresh_process(store, tmp_path):
         learn.show_results(max_n=2)
         assert np.isfinite(SegmentationInterpretation.from_learner(learn).losses).all()
     learn.export('model.pkl')
-    code = "from fastai.vision.all import *; learn = load_learner('model.pkl'); print(type(learn.loss_func).__name__, learn.loss_func.weights.shape[0])"
+    code = '''if True:
+        from fastai.vision.all import *
+        loss = load_learner('model.pkl').loss_func
+        print(type(loss).__name__, loss.weights.shape[0])
+    '''
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', code],
         cwd=tmp_path,

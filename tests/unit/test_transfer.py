@@ -11,7 +11,7 @@ from torch import nn
 
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.models.classifiers import BackboneClassifier, covidnet, seg_to_cls
-from lus_fastai.models.transfer import copy_weights, freeze, param_count, split_rates, stages
+from lus_fastai.models.transfer import copy_weights, discriminative_lrs, freeze, param_count, stages
 from lus_fastai.models.unet import unet
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
@@ -181,13 +181,13 @@ def test_freezing_again_forgets_the_policy_before():
 
 def test_rates_fall_by_the_factor_and_torch_takes_the_groups():
     net = meta('resnet18')
-    groups = split_rates(net, 0.01, 0.5)
+    groups = discriminative_lrs(net, 0.01, 0.5)
     assert [len(g['params']) for g in groups] == [len(g) for g in stages(net)]
     assert [g['lr'] for g in groups] == pytest.approx([0.01 * 0.5**k for k in reversed(range(len(groups)))])
     assert [g['lr'] for g in torch.optim.SGD(groups).param_groups] == [g['lr'] for g in groups]
     for factor in (0, -1, 1.5):
         with pytest.raises(ValueError, match='factor must be'):
-            split_rates(net, 0.01, factor)
+            discriminative_lrs(net, 0.01, factor)
 
 
 def test_weights_of_a_state_dictionary_and_of_a_module_arrive_alike(tmp_path):

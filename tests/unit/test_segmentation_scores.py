@@ -12,12 +12,12 @@ from lus_fastai.stats.bootstrap import bootstrap
 from lus_fastai.stats.classification import iou
 from lus_fastai.stats.segmentation import (
     boundary_f1,
+    connected_components,
     dice_scores,
     evaluate_masks,
     false_positive_area,
     hd95,
     iou_scores,
-    islands,
     mask_confusions,
     mask_scores,
     worst_cases,
@@ -87,10 +87,10 @@ def test_pixels_by_counting(pair):
         hd95=hd95,
         boundary_f1=boundary_f1,
         false_positive_area=false_positive_area,
-        islands=islands,
+        islands=connected_components,
     ).items():
         assert np.allclose(table[name], score(p, t)[0], equal_nan=True), name
-    assert np.array_equal(table['missed'], islands(t, p)[0])
+    assert np.array_equal(table['missed'], connected_components(t, p)[0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -106,7 +106,7 @@ def test_islands_by_flooding(m, other):
             left -= near
             todo += near
         found.append(island)
-    assert islands(m)[0, 0] == len(found) and islands(m, other)[0, 0] == sum(
+    assert connected_components(m)[0, 0] == len(found) and connected_components(m, other)[0, 0] == sum(
         not any(other[0, 0][p] for p in island) for island in found
     )
 

@@ -14,7 +14,7 @@ from lus_fastai.core import CLASSES, SPARSE, TableError
 from lus_fastai.data.folds import patient_folds
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.explain.attribution import saliency, seg_target
-from lus_fastai.explain.feature_visualization import maximise_class, show_imagined
+from lus_fastai.explain.feature_visualization import maximise_class, show_class_images
 from lus_fastai.explain.occlusion import EXPLAINERS, explain_clip
 from lus_fastai.explain.sanity_checks import deletion_insertion
 from lus_fastai.models.backbones import create_backbone
@@ -179,7 +179,8 @@ def test_weights_of_another_order_do_not_load_and_change_nothing(tmp_path):
     for source in (ours, tmp_path / 'w.safetensors', load_weights(tmp_path / 'w.safetensors')):
         with pytest.raises(
             ValueError,
-            match=r"\['regular', 'pneumonia', 'covid'\], not \['covid', 'pneumonia', 'regular'\]: the same classes in another order",
+            match=r"\['regular', 'pneumonia', 'covid'\], not \['covid', 'pneumonia', 'regular'\]: "
+            "the same classes in another order",
         ):
             copy_weights(source, theirs)
     assert torch.equal(theirs.conv.bias, before)
@@ -303,6 +304,6 @@ def test_whoever_names_a_models_outputs_otherwise_is_refused(phantom_table):
         Explainer(Answers(0), phantom_table, size=(32, 32))
     assert Explainer(named(SWAPPED), phantom_table, size=(32, 32)).classes == SWAPPED
     with pytest.raises(ValueError, match='in another order'):
-        show_imagined(named(SWAPPED), (16, 16), CLASSES, channels=1)
+        show_class_images(named(SWAPPED), (16, 16), CLASSES, channels=1)
     with pytest.raises(ValueError, match='give their names'):
-        show_imagined(Answers(0), (16, 16), channels=1)
+        show_class_images(Answers(0), (16, 16), channels=1)

@@ -7,7 +7,7 @@ from torch import nn
 from lus_fastai.explain.feature_visualization import (
     invert_features,
     maximise_class,
-    show_imagined,
+    show_class_images,
     show_inversions,
 )
 from lus_fastai.models.unet import unet
@@ -204,9 +204,9 @@ def test_panels():
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    out = show_imagined(net(), (16, 16), 'abc', steps=3)
+    out = show_class_images(net(), (16, 16), 'abc', steps=3)
     assert set(out) == {True, False} and len(plt.gcf().axes) == 6
-    out = show_imagined(net(1), (16, 16), 'abc', channels=1, steps=3, clamp=None)
+    out = show_class_images(net(1), (16, 16), 'abc', channels=1, steps=3, clamp=None)
     assert set(out) == {True} and len(plt.gcf().axes) == 3
     rows = show_inversions(net(), torch.rand(2, 3, 16, 16), ['0', '6', ''], steps=3)
     assert [r['layer'] for r in rows] == ['0', '6', ''] and rows[0]['pictures'].shape == (2, 3, 16, 16)

@@ -27,7 +27,7 @@ from lus_fastai.synth.phantom import phantom_dataset
 from lus_fastai.toys import toy_net
 from lus_fastai.video import read_clip, sample_clip
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pixels(image):

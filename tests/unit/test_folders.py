@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from test_clips import dicom
+from test_store import dicom
 
 from lus_fastai.core import TableError, write_table
 from lus_fastai.data.folders import clip_kind, index_folder, read_folder

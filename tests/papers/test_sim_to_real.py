@@ -14,29 +14,27 @@ from lus_fastai.models.backbones import create_backbone
 from lus_fastai.papers import sim_to_real
 from lus_fastai.papers.sim_to_real import (
     LINES,
+    DomainRandomization,
     LineNet,
-    Roughen,
     SimSettings,
     agreement,
-    auc,
     clip_features,
     common_fan,
     contrast_channels,
+    fine_tuned_scores,
     line_areas,
-    patient_interval,
+    linear_probe_scores,
     phantom_fan,
     plain_scores,
     plot_agreement,
     polar_clips,
     polar_phantom,
-    probed_scores,
+    randomize_patient,
     reproduce,
-    spearman,
-    taught_scores,
     tuning_patients,
-    vary,
 )
 from lus_fastai.runs import read_results
+from lus_fastai.stats.bootstrap import auc, patient_interval, spearman
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
 from lus_fastai.train import cross_validation as training
 from lus_fastai.video import write_video
@@ -73,11 +71,11 @@ def test_polar_phantom(frames):
 
 
 def test_vary_leaves_the_patient_and_takes_apart_what_belongs_together():
-    drawn = [vary(draw_patient(i, None, 'convex'), np.random.default_rng(i)) for i in range(300)]
+    drawn = [randomize_patient(draw_patient(i, None, 'convex'), np.random.default_rng(i)) for i in range(300)]
     assert {p.seed for p in drawn} == set(range(300)) and {p.label for p in drawn} == {'covid', 'pneumonia'}
     a, b = np.array([(p.alines, p.blines) for p in drawn]).T
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.2
-    assert vary(draw_patient(1, None, 'convex'), np.random.default_rng(1)) == vary(
+    assert randomize_patient(draw_patient(1, None, 'convex'), np.random.default_rng(1)) == randomize_patient(
         draw_patient(1, None, 'convex'), np.random.default_rng(1)
     )
     with pytest.raises(ValueError, match='linear probe'):
@@ -98,7 +96,7 @@ def test_roughen_moves_images_and_masks_alike(frames):
         TensorImage(torch.from_numpy(frames.images[:, None] / 255.0).float()),
         TensorMask(torch.from_numpy(frames.masks).float()),
     )
-    tfm = Roughen()
+    tfm = DomainRandomization()
 
     def run(seed):
         torch.manual_seed(seed)
@@ -351,15 +349,15 @@ def test_taught_scores_come_from_networks_that_have_not_seen_the_patient(tmp_pat
     torch.manual_seed(0)
     lines = LineNet(4)
     before = [p.clone() for p in lines.parameters()]
-    got = taught_scores(lines, frames, table, 'b_lines', tmp_path / 'a', folds=3, epochs=20, lr=0.02)
+    got = fine_tuned_scores(lines, frames, table, 'b_lines', tmp_path / 'a', folds=3, epochs=20, lr=0.02)
     assert seen == [1] and np.isnan(got[12]) and auc(table.b_lines[:12], got[:12]) > 0.9
     assert all(torch.equal(a, b) for a, b in zip(before, lines.parameters()))  # what it starts from stays
     np.testing.assert_array_equal(
-        taught_scores(lines, frames, table, 'b_lines', tmp_path / 'b', folds=3, epochs=20, lr=0.02), got
+        fine_tuned_scores(lines, frames, table, 'b_lines', tmp_path / 'b', folds=3, epochs=20, lr=0.02), got
     )
     monkeypatch.setattr(training, 'fit_resumable', None)
     np.testing.assert_array_equal(
-        taught_scores(lines, frames, table, 'b_lines', tmp_path / 'a', folds=3, epochs=20, lr=0.02), got
+        fine_tuned_scores(lines, frames, table, 'b_lines', tmp_path / 'a', folds=3, epochs=20, lr=0.02), got
     )  # a finished run is read, not repeated
 
 
@@ -368,19 +366,21 @@ def test_probed_scores_come_from_a_regression_that_has_not_seen_the_patient():
     answers, patients = rng.integers(0, 2, 60).astype(float), np.repeat([f'p{i}' for i in range(15)], 4)
     table = pd.DataFrame(dict(patient=patients, b_lines=answers))
     known = np.concatenate([rng.normal(size=(60, 5)), answers[:, None]], 1)
-    got = probed_scores(known, table, 'b_lines')
+    got = linear_probe_scores(known, table, 'b_lines')
     assert auc(answers, got) > 0.95
     table.loc[7, 'b_lines'] = np.nan  # no answer for this one
-    got = probed_scores(known, table, 'b_lines')
+    got = linear_probe_scores(known, table, 'b_lines')
     assert np.isnan(got[7]) and np.isfinite(np.delete(got, 7)).all()
     whose = pd.DataFrame(dict(patient=patients, b_lines=np.repeat(rng.permutation([0.0, 1.0] * 8)[:15], 4)))
     knows = (patients[:, None] == np.unique(patients)).astype(
         float
     )  # who it is, and the answer depends on nothing else: of others nothing can be said
-    got = probed_scores(knows, whose, 'b_lines')
+    got = linear_probe_scores(knows, whose, 'b_lines')
     for f in np.unique(got.round(9)):
         assert whose.patient[got.round(9) == f].nunique() >= 3  # all patients of a fold look the same
-    assert (probed_scores(known, whose.assign(b_lines=1.0), 'b_lines') == 0).all()  # no 'no' to learn from
+    assert (
+        linear_probe_scores(known, whose.assign(b_lines=1.0), 'b_lines') == 0
+    ).all()  # no 'no' to learn from
 
 
 def test_a_clips_features_are_the_means_of_its_frames(tmp_path):

@@ -24,16 +24,24 @@ from lus_fastai.data.augment import MerandAugment
 from lus_fastai.core import MaskSet, seed_all
 from lus_fastai.models.unet import unet
 from lus_fastai.train.losses import SoftDiceLoss
-from lus_fastai.train.segmentation import rotation_parts, Rotation, fit_masks, predict_masks, kfold_masks, fit_rotation
+from lus_fastai.train.segmentation import rotation_parts, Rotation, fit_rotation
+from lus_fastai.train.segmentation import fit_masks, predict_masks, kfold_masks
 torch.set_num_threads(1)
 
 def made(n=9, size=32):
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:size, :size]
-    masks = np.stack([np.stack([np.hypot(y - cy, x - cx) < 6, y + cx > 28]) for cy, cx in rng.uniform(8, 24, (n, 2))])
-    return MaskSet((60 + 80 * masks[:, 0] + 40 * masks[:, 1] + rng.integers(0, 30, (n, size, size))).astype(np.uint8), masks, ('disc', 'band'),
-                   pd.DataFrame(dict(patient=[f'p{i // 2}' for i in range(n)])))
-def tiny(): return unet(2, c_in=3, width=4)
-def rotate(path, **kwargs): return fit_rotation(tiny, made(), path, epochs=2, lr=3e-3, parts=3, bs=3, batch_tfms=[MerandAugment()], device='cpu', **kwargs)
+    centres = rng.uniform(8, 24, (n, 2))
+    masks = np.stack([np.stack([np.hypot(y - cy, x - cx) < 6, y + cx > 28]) for cy, cx in centres])
+    images = 60 + 80 * masks[:, 0] + 40 * masks[:, 1] + rng.integers(0, 30, (n, size, size))
+    table = pd.DataFrame(dict(patient=[f'p{i // 2}' for i in range(n)]))
+    return MaskSet(images.astype(np.uint8), masks, ('disc', 'band'), table)
+
+def tiny():
+    return unet(2, c_in=3, width=4)
+
+def rotate(path, **kwargs):
+    how = dict(epochs=2, lr=3e-3, parts=3, bs=3, batch_tfms=[MerandAugment()], device='cpu')
+    return fit_rotation(tiny, made(), path, **how, **kwargs)
 '''
 exec(SETUP)
 
@@ -46,10 +54,10 @@ def test_parts_are_disjoint_hold_everyone_and_are_equal_or_one_apart(n, data):
         data.draw(st.integers(0, 9)),
         data.draw(st.integers(0, 9)),
     )
-    dealt = rotation_parts(n, parts, seed, epoch)
-    assert len(dealt) == parts and sorted(np.concatenate(dealt)) == list(range(n))
-    assert {len(p) for p in dealt} <= {n // parts, -(-n // parts)}
-    assert all(np.array_equal(a, b) for a, b in zip(dealt, rotation_parts(n, parts, seed, epoch)))
+    drawn = rotation_parts(n, parts, seed, epoch)
+    assert len(drawn) == parts and sorted(np.concatenate(drawn)) == list(range(n))
+    assert {len(p) for p in drawn} <= {n // parts, -(-n // parts)}
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, rotation_parts(n, parts, seed, epoch)))
 
 
 def test_the_papers_parts_and_those_that_cannot_be():
@@ -126,15 +134,15 @@ def test_a_kill_in_the_second_epoch_then_resumed_is_an_unbroken_run_bit_for_bit(
     ]
 
 
-class Told(torch.nn.Module):
-    "A loss whose validation values are told beforehand, one per validation batch; training moves the weights."
+class PresetLoss(torch.nn.Module):
+    "A loss with preset validation values, one per validation batch; training moves the weights."
 
     def __init__(self, values):
         super().__init__()
         self.values = iter(values)
 
     def __repr__(self):
-        return 'Told()'
+        return 'PresetLoss()'
 
     def forward(self, pred, y):
         return pred.mean() if torch.is_grad_enabled() else torch.tensor(float(next(self.values)))
@@ -160,12 +168,12 @@ def test_early_stopping_looks_at_the_mean_of_the_runs_and_keeps_the_best_epoch(t
             tmp_path / select,
             epochs=8,
             lr=1e-3,
-            loss=Told([m + d for m in means for d in (-2, 2)]),
+            loss=PresetLoss([m + d for m in means for d in (-2, 2)]),
             parts=2,
             bs=3,
             patience=2,
             select=select,
-            cbs=lambda: [weights],
+            cbs=lambda weights=weights: [weights],
             device='cpu',
         )
         assert len(history) == 12 and history.groupby('epoch').valid_loss.mean().tolist() == pytest.approx(
@@ -194,7 +202,7 @@ def test_cut_off_after_the_checkpoint_that_stops_it_no_further_epoch_is_trained(
             tmp_path / path,
             4 if patience is None else 9,
             1e-3,
-            Told(values),
+            PresetLoss(values),
             patience=patience,
             bs=3,
             cbs=cbs,
@@ -292,7 +300,15 @@ def test_a_folder_belongs_to_one_run_and_bad_arguments_are_named(tmp_path):
         fit_rotation(tiny, s, tmp_path / 'r', parts=10)
     with pytest.raises(ValueError, match='epoch 0 is nan'):
         fit_masks(
-            tiny, s, range(6), range(6, 9), tmp_path / 'n', 2, loss=Told([float('nan')]), bs=3, device='cpu'
+            tiny,
+            s,
+            range(6),
+            range(6, 9),
+            tmp_path / 'n',
+            2,
+            loss=PresetLoss([float('nan')]),
+            bs=3,
+            device='cpu',
         )
 
 

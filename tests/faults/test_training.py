@@ -1,4 +1,4 @@
-"Training under faults: killed processes, full disks, interrupts, and learners that travel between processes; schedules and fine-tuning."
+"Training under faults: kills, full disks, interrupts, learners sent between processes; schedules and tuning."
 
 import copy
 import json
@@ -30,21 +30,26 @@ from lus_fastai.models.unet import unet
 from lus_fastai.models.classifiers import seg_to_cls, BackboneClassifier
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.data.folds import patient_folds
-from lus_fastai.train.callbacks import AutoPrecision, EpochEnd, PlateauLR, CosineLR, OneCycleLR, EpochSeed, Checkpoint, fit_resumable, ClassProbs
+from lus_fastai.train.callbacks import AutoPrecision, EpochEnd, PlateauLR, CosineLR, OneCycleLR, EpochSeed
+from lus_fastai.train.callbacks import Checkpoint, fit_resumable, ClassProbs
 from lus_fastai.train.cross_validation import cross_validate, last_epoch, fold_history
 from lus_fastai.train.fine_tuning import fine_tune_learner, fine_tune
-from lus_fastai.models.transfer import copy_weights, load_weights, split_rates, stages
+from lus_fastai.models.transfer import copy_weights, load_weights, discriminative_lrs, stages
 torch.set_num_threads(1)
 
 def setup(folder):
     store = FrameStore(folder/'store')
     folds = patient_folds(store.frames, 3)
-    def data(train, valid): return frame_dls(store, train, valid, bs=4, batch_tfms=[GareAugment()])
-    def build(dls): return Learner(dls, seg_to_cls(unet(4, width=2)), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
+    def data(train, valid):
+        return frame_dls(store, train, valid, bs=4, batch_tfms=[GareAugment()])
+    def build(dls):
+        adam = partial(OptimWrapper, opt=torch.optim.Adam)
+        return Learner(dls, seg_to_cls(unet(4, width=2)), loss_func=CrossEntropyLossFlat(), opt_func=adam)
     return store.frames, folds, data, build
 
 def kill_in(learn, frames, batch):
-    "Kill this process in that training batch of a Learner that validates on these frames; a hook, because a callback would make it another run."
+    "Kill this process in a training batch of a Learner that validates on these frames."
+    # a hook, because a callback would make it another run
     if set(learn.dls.valid.items.patient) != set(frames.patient): return learn
     seen = []
     def count(module, args):
@@ -57,7 +62,7 @@ exec(SETUP)
 
 
 def stills(folder, patients=9, size=(32, 32)):
-    "A folder of small noise pictures, one class brighter than the next, and its clip table."
+    "A folder of small noise images, one class brighter than the next, and its clip table."
     rng, rows = np.random.default_rng(0), []
     for p in range(patients):
         for i in range(3):
@@ -79,8 +84,8 @@ def stills(folder, patients=9, size=(32, 32)):
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp('made')
-    (folder / 'pictures').mkdir()
-    FrameStore.build(stills(folder / 'pictures'), folder / 'store', size=(32, 32), workers=0)
+    (folder / 'images').mkdir()
+    FrameStore.build(stills(folder / 'images'), folder / 'store', size=(32, 32), workers=0)
     return folder
 
 
@@ -115,7 +120,8 @@ def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp
     code = f'''
         frames, folds, data, build = setup(folder)
         def killed(dls): return kill_in(build(dls), frames[folds == 1], len(dls.train) + 3)
-        cross_validate(killed, frames, folds, data=data, collect=ClassProbs(), epochs=3, path={str(tmp_path / 'broken')!r}, select='best', patience=1)
+        how = dict(epochs=3, path={str(tmp_path / 'broken')!r}, select='best', patience=1)
+        cross_validate(killed, frames, folds, data=data, collect=ClassProbs(), **how)
     '''
     assert run(made, code).returncode == -signal.SIGKILL
     assert (tmp_path / 'broken/fold0/predictions.pt').exists() and not (
@@ -200,7 +206,9 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(mad
         path = Path({str(tmp_path / 'c.pt')!r})
         class Fill(Callback):
             def before_epoch(self):
-                if self.epoch == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, resource.RLIM_INFINITY))
+                if self.epoch == 2:
+                    limits = path.stat().st_size // 2, resource.RLIM_INFINITY
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         learn = build(data(frames[folds != 0], frames[folds == 0]))
         with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 4, 1e-3, path, cbs=[Fill()])
     '''
@@ -288,7 +296,8 @@ def test_an_exported_learner_predicts_the_same_in_a_fresh_process(made, tmp_path
         from fastai.vision.all import load_learner
         learn = load_learner({str(tmp_path / 'learner.pkl')!r})
         frames, folds, *_ = setup(folder)
-        with learn.no_bar(): preds = learn.get_preds(dl=learn.dls.test_dl(frames[folds == 0].drop(columns='label')))[0]
+        held_out = learn.dls.test_dl(frames[folds == 0].drop(columns='label'))
+        with learn.no_bar(): preds = learn.get_preds(dl=held_out)[0]
         print(preds.tolist())
     '''
     done = run(made, code)
@@ -435,7 +444,8 @@ def test_the_same_code_in_another_process_makes_the_same_claim(made, finished):
     code = f'''
         frames, folds, data, build = setup(folder)
         torch.manual_seed(5)
-        oof = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(finished[0])!r})
+        path = {str(finished[0])!r}
+        oof = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=path)
         print(oof.p_covid.sum())
     '''
     done = run(made, code, PYTHONHASHSEED='7')
@@ -471,7 +481,8 @@ def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made,
         def slow(dls): return build(dls)
         import lus_fastai.train.cross_validation as T
         T.AutoPrecision = lambda precision: Slow()
-        cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path={str(tmp_path / 'run')!r})
+        path = {str(tmp_path / 'run')!r}
+        cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=path)
     '''
     first = subprocess.Popen(
         [
@@ -647,7 +658,7 @@ def test_the_cosine_bends_each_groups_own_rate_and_a_resumed_fit_is_on_the_right
                 fit_resumable(
                     learn,
                     4,
-                    [g['lr'] for g in split_rates(net, 0.1, 0.5)],
+                    [g['lr'] for g in discriminative_lrs(net, 0.1, 0.5)],
                     path,
                     cbs=[CosineLR(1), Rates(), Stop()],
                 )
@@ -782,7 +793,9 @@ def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, 
         folds = patient_folds(store.frames, 2)
         def killed(*args, **kwargs): return kill_in(made(*args, **kwargs), store.frames[folds == 1], 2)
         training.fine_tune_learner = killed
-        fine_tune(create_backbone('resnet18', weights={str(tmp_path / 'backbone.pt')!r}), store, last=3, folds=folds, path={str(tmp_path / 'run')!r}, epochs=1, bs=8)
+        backbone = create_backbone('resnet18', weights={str(tmp_path / 'backbone.pt')!r})
+        path = {str(tmp_path / 'run')!r}
+        fine_tune(backbone, store, last=3, folds=folds, path=path, epochs=1, bs=8)
     '''
     done = run(tmp_path, code)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -868,7 +881,7 @@ def test_the_same_on_a_gpu(made, tmp_path):
             build,
             frames,
             folds,
-            data=lambda t, v: frame_dls(store, t, v, bs=4, device=d),
+            data=lambda t, v, d=d: frame_dls(store, t, v, bs=4, device=d),
             collect=ClassProbs(),
             epochs=2,
             path=tmp_path / d,

@@ -1,4 +1,4 @@
-"Whose pixels a DataLoader reads, one image through `learn.predict`, and fastai's own conveniences on frames and masks."
+"The store whose pixels are read, one image in `learn.predict`, fastai's conveniences on frames and masks."
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def darker(frames, row, outside=0):
 
 @pytest.fixture(scope='module')
 def twins(tmp_path_factory):
-    "Two stores of stills with the same table but for their folder, and so the same row numbers; every pixel differs."
+    "Two stores of stills with the same table but for their folder: the same row numbers, other pixels."
     folder, stores = tmp_path_factory.mktemp('twins'), []
     for name, grey in (('a', 10), ('b', 110)):
         rows = []
@@ -94,11 +94,8 @@ def test_rows_are_read_from_their_own_store(twins):
     mixed = pd.concat([b.frames[4:5], a.frames[:1], b.frames[:1]])
     x, y = dls.test_dl(mixed, with_labels=True).one_batch()
     assert (255 * x[:, 0, 0, 0]).round().tolist() == [150, 10, 110] and y[:, 0, 0].tolist() == [4, 0, 0]
-    assert first(dls.test_dl(b.frames[:3].drop(columns='store'))) == [
-        10,
-        20,
-        30,
-    ]  # a table made by hand counts in the own store
+    by_hand = b.frames[:3].drop(columns='store')  # without the column, rows count in the own store
+    assert first(dls.test_dl(by_hand)) == [10, 20, 30]
     assert first(dls.test_dl(b.frames[1:2].iloc[[0]])) == [120]
 
 
@@ -160,9 +157,8 @@ def test_everything_that_takes_a_store_and_a_table_compares_them(twins):
     assert len(ReadFrame(view).keys(a.frames)) == 6
     x = mask_dls(set_, [3, 1], [2], device='cpu', notes=False, channels=1).valid.one_batch()[0]
     assert (255 * x[0, 0, 0, 0]).round() == 30  # rows of a set count in the set
-    array = features(
-        net, np.array(b.images), b.frames[:2], layer='last'
-    )  # an array has no name: rows count in it
+    # an array has no name: rows count in it
+    array = features(net, np.array(b.images), b.frames[:2], layer='last')
     np.testing.assert_array_equal(array, features(net, b, b.frames[:2], layer='last'))
 
 
@@ -216,13 +212,10 @@ def test_predict_gives_a_mask(twins, tmp_path):
     for item in (a.frames.iloc[1], a[1], a.frames['path'][1]):
         with learn.no_bar():
             mask, codes, probs = learn.predict(item)
-        assert (
-            type(mask) is TensorDense and mask.shape == codes.shape == (20, 24) and probs.shape == (7, 20, 24)
-        )
-        assert (
-            torch.equal(torch.Tensor(mask), torch.Tensor(probs).argmax(0).float())
-            and abs(float(probs.sum(0).mean()) - 1) < 1e-5
-        )
+        assert type(mask) is TensorDense
+        assert mask.shape == codes.shape == (20, 24) and probs.shape == (7, 20, 24)
+        assert torch.equal(torch.Tensor(mask), torch.Tensor(probs).argmax(0).float())
+        assert abs(float(probs.sum(0).mean()) - 1) < 1e-5
 
 
 def test_predict_refuses_what_it_would_have_to_guess(twins, phantom_table, tmp_path):
@@ -276,7 +269,9 @@ def test_an_exported_learner_predicts_in_a_fresh_process_even_without_its_store(
             from fastai.vision.all import load_learner
             from lus_fastai.data.store import FrameStore
             learn, b = load_learner({str(tmp_path / f'{target}.pkl')!r}), FrameStore({str(b.folder)!r})
-            with learn.no_bar(): print(json.dumps([learn.predict(x)[2].tolist() for x in (b[2], b.frames.iloc[3])]))
+            with learn.no_bar():
+                found = [learn.predict(x)[2].tolist() for x in (b[2], b.frames.iloc[3])]
+            print(json.dumps(found))
             try:
                 with learn.no_bar(): learn.predict(b.frames.iloc[0].drop('store'))
             except FileNotFoundError as e: print(e)
@@ -292,7 +287,6 @@ def test_an_exported_learner_predicts_in_a_fresh_process_even_without_its_store(
 
 
 def test_fastais_conveniences_on_frames_and_masks(twins, tmp_path):
-
     for target in ('label', 'dense'):
         learn = learner(twins[0], target)
         learn.path = tmp_path
