@@ -23,7 +23,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Notebooks first, so that no long one is left for the end; papers, faults, executed notebooks are marked.
+    """Notebooks first, so that no long one is left for the end; papers, faults and such are marked.
 
     GPU tests are skipped where there is none.
     """

@@ -1,4 +1,7 @@
-"One process of `test_launch`: `reproduce` with tiny settings, as `lus_repro uscl` calls it; argument: a folder. Which files this process wrote goes to rank<k>.json."
+"""One process of `test_launch`: `reproduce` with tiny settings, as `lus_repro uscl` calls it.
+
+Argument: a folder. Which files this process wrote goes to rank<k>.json.
+"""
 
 import json
 import os
@@ -28,7 +31,7 @@ TINY = uscl.UsclSettings(
 
 
 def backbone(name, weights=None):
-    "A short ResNet with group norm: with batch norm, each process has statistics of its own, and two differ from one."
+    "A short ResNet with group norm: statistics of batch norm would be of each process alone."
     net = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=lambda n: nn.GroupNorm(8, n))
     net.conv1, net.fc, net.n_features, net.pretrained = (
         nn.Conv2d(1, 64, 7, 2, 3, bias=False),
