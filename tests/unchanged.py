@@ -1,7 +1,7 @@
 """What the package computes, recorded and compared: proof that a change of its structure changes no number.
 
     python tests/unchanged.py record FILE [PART ...]     # before the change
-    python tests/unchanged.py compare FILE [PART ...]    # after it: exit status 1 and a list where something differs
+    python tests/unchanged.py compare FILE [PART ...]    # after it: status 1 and a list of differences
 
 Everything is computed in float32 with one thread, so that the same machine gives the same digits.
 """

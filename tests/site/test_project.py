@@ -335,7 +335,7 @@ def test_pictures_and_clips_are_the_phantoms():
         '.xz',
     }
     found = {p.relative_to(ROOT).as_posix() for p in tracked() if p.suffix.lower() in media}
-    assert all(re.match(r'nbs/images/|data/phantom', f) for f in found), found
+    assert all(re.match(r'nbs/images/|data/phantom|data/templates/', f) for f in found), found
     big = {
         p.relative_to(ROOT).as_posix(): p.stat().st_size for p in tracked() if p.stat().st_size > 1_000_000
     }
