@@ -248,7 +248,7 @@ class ReadFrame(StoreReader):
         self,
         store: Frames,  # where the pixels are: a FrameStore, a MaskSet, or a view of one
         channels: int = 1,  # 1, or 3 identical channels for networks that expect colour
-        variants=None,  # of tables with a column variant: see the text above
+        variants=None,  # function (pixels, numbers, mask) -> pixels, for a column variant
     ):
         if channels not in (1, 3):
             raise ValueError(f"channels is 1 or 3, not {channels}")
