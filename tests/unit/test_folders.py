@@ -11,11 +11,12 @@ from test_store import dicom
 
 from lus_fastai.core import TableError, write_table
 from lus_fastai.data.folders import clip_kind, index_folder, read_folder
+from lus_fastai.toys import toy_frames
 from lus_fastai.video import ClipError, write_video
 
 
 def frames(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, 32, 32)).astype(np.uint8)
+    return toy_frames(n, (32, 32), seed)[0]
 
 
 @pytest.fixture
