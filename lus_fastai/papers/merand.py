@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/merand.html.md"""
 # %% auto #0
 __all__ = ['PRETRAININGS', 'TABLE3', 'DEFAULT', 'QUICK', 'PAPER', 'BOXES', 'COLUMNS', 'PROTOCOLS', 'MerandSettings', 'holdout',
            'box_targets', 'Parts', 'first_images', 'box_images', 'learning_parts', 'Variant', 'variants', 'theirs',
-           'patient_shares', 'LabelLoss', 'PictureLoss', 'first_dls', 'first_step', 'first_score', 'BoxLoss', 'started',
+           'patient_shares', 'LabelLoss', 'ImageLoss', 'first_dls', 'first_step', 'first_score', 'BoxLoss', 'started',
            'box_step', 'before_target', 'SaveLast', 'target_run', 'resampled_iou', 'run_scores', 'run_folder',
            'iou_cells', 'apart_loss', 'loss_cells', 'variant_cells', 'MerandRun', 'say_absent', 'imagenet_known',
            'runs_of', 'first_stage', 'target_stage', 'save_stage', 'reproduce', 'variants_table', 'merand_report']
@@ -395,7 +395,7 @@ class LabelLoss(nn.Module):
         return F.binary_cross_entropy_with_logits(torch.Tensor(logits).float(), torch.Tensor(y))
 
 
-class PictureLoss(nn.Module):
+class ImageLoss(nn.Module):
     "Squared error of an image drawn by an autoencoder, from logits."
 
     def forward(self, logits, x):
@@ -461,7 +461,7 @@ def _learn_targets(way, images, labels, share, folder, settings):
     def data(channels):
         return first_dls(images, labels, share, s.bs, augment)
 
-    loss = PictureLoss() if labels is None else LabelLoss()
+    loss = ImageLoss() if labels is None else LabelLoss()
     claim = dict(n=len(images), bs=s.bs, augment=repr(augment))
     training = s.first_epochs, s.lr, loss, 'best', s.patience, 'constant', None, adam, s.seed, 'auto'
     fit_in_folder(build, data, folder, *training, claim)

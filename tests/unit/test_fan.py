@@ -16,7 +16,7 @@ from lus_fastai.data.fan import (
     Fan,
     FanError,
     add_fans,
-    burn_in,
+    add_overlays,
     crop_to_fan,
     fan_crop,
     find_fan,
@@ -83,7 +83,7 @@ def test_fans_survive_json_resize_and_crop(fan):
 def test_fan_of_the_phantom(probe, seed):
     clip = phantom_clip(draw_patient(seed, None, probe), seed, n=4, size=(112, 128))
     truth = clip.fan[0] > 0
-    for x in (clip.frames, clip.frames[0], burn_in(clip.frames, seed)[0]):
+    for x in (clip.frames, clip.frames[0], add_overlays(clip.frames, seed)[0]):
         fan = find_fan(x)
         assert fan.kind == probe and fan.size == (112, 128)
         assert overlap(fan, truth) >= 0.96
@@ -192,7 +192,7 @@ def test_a_beam_is_a_column():
 @pytest.mark.parametrize('probe', ['convex', 'linear'])
 def test_writing_is_removed_and_nothing_else(probe):
     clip = phantom_clip(draw_patient(7, None, probe), 7, n=5, size=(160, 160))
-    x, ink = burn_in(clip.frames, 5)
+    x, ink = add_overlays(clip.frames, 5)
     ink &= x[0] > clip.frames[0] + 40.0
     where, fixed = find_overlays(x), remove_overlays(x)
     assert (fixed[:, ~where] == x[:, ~where]).all()
@@ -201,7 +201,7 @@ def test_writing_is_removed_and_nothing_else(probe):
         return abs(z[:, ink].astype(float) - clip.frames[:, ink]).mean()
 
     assert error(fixed) < 0.5 * error(x) and find_overlays(clip.frames).mean() < 0.04
-    assert (x == burn_in(clip.frames, 5)[0]).all()  # the input is not written to
+    assert (x == add_overlays(clip.frames, 5)[0]).all()  # the input is not written to
 
 
 def test_what_is_outside_the_fan_is_writing():
