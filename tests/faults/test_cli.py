@@ -46,7 +46,7 @@ def command(tmp_path, name, *args, timeout=300, **options):
     return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
-LONG = TINY.replace('seg_epochs=1', 'seg_epochs=200')
+LONG = TINY + '    gare.QUICK = replace(tiny, seg_epochs=200)\n'
 
 
 def wait_for(process, folder, name):
@@ -156,9 +156,9 @@ def test_errors_of_ours_keep_their_traceback(tmp_path):
         'lus_audit',
         'x',
         before='''
-        import lus_fastai.core, lus_fastai.data.folds
+        import lus_fastai.core, lus_fastai.data.audit
         def broken(*args): raise KeyError('ours')
-        lus_fastai.data.folds.audit, lus_fastai.core.read_table = broken, str
+        lus_fastai.data.audit.audit, lus_fastai.core.read_table = broken, str
     ''',
     )
     assert done.returncode == 1 and 'Traceback' in done.stderr and "KeyError: 'ours'" in done.stderr

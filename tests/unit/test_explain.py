@@ -28,7 +28,7 @@ from lus_fastai.explain.attribution import (
     smooth_grad,
 )
 from lus_fastai.explain.occlusion import EXPLAINERS, OCCLUSION_ARORA, explain_clip, occlusion, write_map_video
-from lus_fastai.explain.occlusion import occlusion as O
+from lus_fastai.explain import occlusion as O
 from lus_fastai.models.classifiers import seg_to_cls
 from lus_fastai.models.unet import unet
 from lus_fastai.video import read_clip
