@@ -477,6 +477,7 @@ def test_nbdev_finds_every_name_and_its_page(installed):
         assert named and named <= set(index), f'run nbdev-export: {sorted(named - set(index))}'
 
 
+@pytest.mark.slow
 def test_nbdev_processes_every_notebook():
     out = fresh("import sys; sys.path.insert(0, 'tools'); import docs; print('\\n'.join(docs.process()))")
     assert out == '', out

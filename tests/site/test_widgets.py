@@ -55,6 +55,7 @@ def broken(phantom_table, tmp_path):
 # ---- import and errors ----
 
 
+@pytest.mark.slow
 def test_module_imports_without_ipywidgets():
     code = """
 import sys; sys.modules['ipywidgets'] = None
@@ -609,6 +610,7 @@ def page(opened):
     assert 'Traceback' not in text and wide <= 0
 
 
+@pytest.mark.slow
 def test_panels_in_a_browser(page, site):
     folder = site[1]
     panel, image = page.locator('.lus-clipbrowser'), page.locator('.lus-clipbrowser img')
@@ -653,12 +655,14 @@ def test_panels_in_a_browser(page, site):
     assert list(saved['fan_by']) == ['hand'] and Fan.from_dict(json.loads(saved['fan'][0])).size == (96, 128)
 
 
+@pytest.mark.slow
 def test_playing_moves_the_frames(page):
     panel, image = page.locator('.lus-clipbrowser'), page.locator('.lus-clipbrowser img')
     changes(page, image, lambda: panel.locator('.jupyter-widgets.widget-play button').first.click())
     panel.get_by_text('8 of 8').wait_for()
 
 
+@pytest.mark.slow
 def test_narrow_screen(page):
     page.set_viewport_size(dict(width=420, height=900))
     for name in ('clipbrowser', 'explainer', 'faneditor'):

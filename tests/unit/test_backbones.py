@@ -117,6 +117,7 @@ def test_scaling_travels_with_the_network(imagenet, scaling, tmp_path):
         torch.testing.assert_close(out(other, scale_for(other)(x)), expected)
 
 
+@pytest.mark.slow
 def test_an_exported_learner_keeps_it(imagenet, phantom_store, tmp_path):
     from fastai.vision.all import CrossEntropyLossFlat, Learner
 

@@ -740,6 +740,7 @@ def _rank(rank, world, folder, rows):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(phantom_store, tmp_path):
     torch.multiprocessing.spawn(_rank, (2, str(tmp_path), str(phantom_store.folder)), nprocs=2)
 

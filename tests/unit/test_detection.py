@@ -514,6 +514,7 @@ def test_it_learns_and_a_picture_without_lesion_takes_part():
     )
 
 
+@pytest.mark.slow
 def test_it_finds_discs_and_bars_in_pictures_it_has_not_seen(tmp_path):
     rng, (y, x), pictures = np.random.default_rng(0), np.mgrid[:96, :96], []
     for _ in range(60):

@@ -324,6 +324,7 @@ def test_damaged_cache_is_made_again(phantom_store, tmp_path, damage):
     assert np.array_equal(features(model, phantom_store, path=file), a) and not seen
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_saves_leaves_the_old_file_or_none(phantom_store, tmp_path):
     "Half of the archive is written when the process is killed: it is not used, the next call makes it anew."
     code = f"""

@@ -254,6 +254,7 @@ def test_grey_is_pillows():
     assert not as_frame(see_through).any() and not as_frame(Image.fromarray(see_through)).any()
 
 
+@pytest.mark.slow
 def test_an_exported_learner_predicts_in_a_fresh_process_even_without_its_store(twins, tmp_path):
     a, b = twins
     shutil.copytree(a.folder, tmp_path / 'gone')

@@ -96,6 +96,7 @@ class Seen(Callback):
         self.runs.append([list(dl.dataset.items.row) for dl in self.dls.loaders])
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_second_epoch_then_resumed_is_an_unbroken_run_bit_for_bit(tmp_path):
     seen = Seen()
     whole, history = rotate(tmp_path / 'whole', cbs=lambda: [seen])

@@ -278,6 +278,7 @@ def test_store_views(phantom_store):
     )
 
 
+@pytest.mark.slow
 def test_outside_and_source(phantom_store, tmp_path):
     fan, built = np.ones((64, 64), bool), []
     fan[:8] = False
