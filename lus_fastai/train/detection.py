@@ -168,7 +168,7 @@ def _read_lesions(path, lesions):
 
 # %% ../../nbs/train/detection.ipynb #c011
 def busi_items(
-    table: pd.DataFrame,  # of sources.index('busi', folder): lesions is the list of an image's mask files
+    table: pd.DataFrame,  # of index('busi', folder): lesions is the list of an image's mask files
 ) -> DetectItems:  # an unreadable image, or one with a mask of another size, is in skipped
     "Images with lesions drawn file by file: one class, benign and malignant alike (Chen 2021)."
     if 'lesions' not in table:
