@@ -37,6 +37,7 @@ from .data.store import FrameStore, read_masks
 from .explain.attribution import map_rgb
 from .explain.occlusion import EXPLAINERS
 from .explain.sanity_checks import heat_in_fan
+from .models.backbones import input_channels
 from .models.transfer import name_outputs
 from .plot import overlay
 from .synth.phantom import phantom_dataset
@@ -398,12 +399,6 @@ def _class_names(model, classes):
         )
     return tuple(model.classes)
 
-
-def _channels_of(model):
-    "Channels that the first convolution of a model takes; 1 where it has none."
-    convs = (m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    return next(convs, 1)
-
 # %% ../nbs/widgets.ipynb #c019
 class Explainer(_Panel):
     "Ask a classifier where it looks: a frame beside its map, and the probabilities over the clip."
@@ -424,7 +419,7 @@ class Explainer(_Panel):
         super().__init__(_named(_phantom(folder) if clips is None else clips), size)
         self.model, self.methods = model, dict(methods or EXPLAINERS)
         self.classes = _class_names(model, classes)
-        self.channels = channels or _channels_of(model)
+        self.channels = channels or input_channels(model)
         self._probs, self._maps, self._limits = {}, OrderedDict(), {}
         self._layout()
 

@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from two_processes import two_processes
 
 from lus_fastai.train import distributed as D
 
@@ -38,32 +38,7 @@ def launch(settings, out, timeout=500):
     "Run the worker in two processes; their exit status and output. A hang is stopped with its processes."
     file = out / 'settings.json'
     file.write_text(json.dumps(settings))
-    env = {
-        **os.environ,
-        'OMP_NUM_THREADS': '1',
-        'ACCELERATE_USE_CPU': 'true',
-        'PYTHONPATH': str(Path(D.__file__).parents[2]),
-        **({'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}),
-    }
-    command = [
-        sys.executable,
-        '-m',
-        'accelerate.commands.launch',
-        '--multi_gpu',
-        '--num_processes',
-        '2',
-        '--num_machines',
-        '1',
-        '--mixed_precision',
-        'no',
-        '--dynamo_backend',
-        'no',
-        '--main_process_port',
-        '0',
-        str(WORKER),
-        str(file),
-        str(out),
-    ]
+    command, env = two_processes(str(WORKER), str(file), str(out))
     with subprocess.Popen(
         command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as run:

@@ -1,7 +1,6 @@
 "`lus_repro uscl` under `accelerate launch`: two CPU processes, and the main one alone writes."
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,36 +14,13 @@ from lus_fastai.runs import read_results
 
 sys.path.insert(0, str(Path(__file__).parent))
 import launch_worker
+from two_processes import two_processes
 
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     home = tmp_path_factory.mktemp('two')
-    env = {
-        **os.environ,
-        'OMP_NUM_THREADS': '1',
-        'ACCELERATE_USE_CPU': 'true',
-        'PYTHONPATH': str(Path(uscl.__file__).parents[2]),
-        **({'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}),
-    }
-    command = [
-        sys.executable,
-        '-m',
-        'accelerate.commands.launch',
-        '--multi_gpu',
-        '--num_processes',
-        '2',
-        '--num_machines',
-        '1',
-        '--mixed_precision',
-        'no',
-        '--dynamo_backend',
-        'no',
-        '--main_process_port',
-        '0',
-        launch_worker.__file__,
-        str(home),
-    ]
+    command, env = two_processes(launch_worker.__file__, str(home))
     with subprocess.Popen(
         command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as run:
