@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DENSE, atomic_path, shipped
+from .core import DENSE, atomic_path, shipped_folder
 from .plot import INK, PAPERS, interval_text, save_figure
 from .runs import plain_json, results_table, versions, without_folders
 
@@ -33,7 +33,7 @@ def _templates():
     "The templates that ship with the package; text that goes into HTML is escaped."
     import jinja2
 
-    folder = jinja2.FileSystemLoader(shipped('data') / 'templates')
+    folder = jinja2.FileSystemLoader(shipped_folder('data') / 'templates')
     return jinja2.Environment(loader=folder, autoescape=jinja2.select_autoescape(['html']), trim_blocks=True)
 
 # %% ../nbs/report.ipynb #report

@@ -107,9 +107,9 @@ def _opacity(value, **kw):
     return _labelled('FloatSlider', 'opacity', value, min=0, max=1, step=0.05, readout_format='.2f', **kw)
 
 
-def _grid(*parts, least):
-    "A row of controls that becomes several where there is no room; `least` is a control's width."
-    w, columns = _ipywidgets(), f'repeat(auto-fit, minmax(min(100%, {least}), 1fr))'
+def _grid(*parts, min_width):
+    "A row of controls that becomes several where there is no room; `min_width` is a control's width."
+    w, columns = _ipywidgets(), f'repeat(auto-fit, minmax(min(100%, {min_width}), 1fr))'
     return w.Box(parts, layout=w.Layout(display='grid', grid_template_columns=columns, width='100%'))
 
 # %% ../nbs/widgets.ipynb #c008
@@ -148,7 +148,7 @@ def _stack(self: _Panel, *parts):
     "The whole panel: pickers, player, the parts of its own, messages."
     w = self._w
     self.status.layout = self.caption.layout = w.Layout(margin='2px', min_height='24px')
-    pickers = _grid(self.source, self.label, self.patient, self.clip, least='300px')
+    pickers = _grid(self.source, self.label, self.patient, self.clip, min_width='300px')
     player = self._row(self.play, self.frame, self.where)
     layout = w.Layout(width='100%', max_width='880px', padding='4px', overflow='hidden')
     self.box = w.VBox((pickers, player, *parts, self.status), layout=layout)
@@ -442,7 +442,7 @@ def _layout(self: Explainer):
     half = dict(flex='1 1 260px', max_width='420px', margin='2px')
     left = w.VBox((self.image, self.verdict), layout=w.Layout(**half))
     right = w.VBox((self.map_image, self.scale), layout=w.Layout(**half))
-    controls = _grid(self.method, self.target, self.opacity, least='260px')
+    controls = _grid(self.method, self.target, self.opacity, min_width='260px')
     self._stack(controls, self._row(left, right, align_items='flex-start'), self.curve_image)
 
 # %% ../nbs/widgets.ipynb #c019-m1

@@ -220,35 +220,35 @@ def add_overlays(
     return np.where(ink > 0, np.maximum(frames, ink), frames), ink > 0
 
 # %% ../../nbs/data/fan.ipynb #c013-1
-def _moves(most, least):
+def _moves(brightest, darkest):
     "Whether the clip shows motion: without it, standing still says nothing."
-    lit = most > most.min() + 8
-    return bool(lit.any() and np.median((most - least)[lit]) > 4)
+    lit = brightest > brightest.min() + 8
+    return bool(lit.any() and np.median((brightest - darkest)[lit]) > 4)
 
 # %% ../../nbs/data/fan.ipynb #c013
-def _dark_around(label, n, core, least):
+def _dark_around(label, n, core, darkest):
     "Of every component: pixels in the ring around it, how many of them are dark, and its brightest level."
     from scipy import ndimage as ndi
 
-    level, owner = ndi.maximum(least, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
+    level, owner = ndi.maximum(darkest, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
     ring = (owner > 0) & ~ndi.binary_dilation(core, np.ones((3, 3)), 2)
     around = np.bincount(owner[ring], minlength=n + 1)
-    dark = np.bincount(owner[ring], least[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
+    dark = np.bincount(owner[ring], darkest[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
     return around, dark, level
 
 # %% ../../nbs/data/fan.ipynb #c013-s
-def _strokes(most, least, moving, dots=False):
+def _strokes(brightest, darkest, moving, dots=False):
     "(h, w) bool: thin bright strokes (single pixels if `dots`) on dark, still if anything moves."
     from scipy import ndimage as ndi
 
-    long = max(least.shape)
-    core = ndi.white_tophat(least, size=2 * max(3, round(long / 60)) + 1) > 40
+    long = max(darkest.shape)
+    core = ndi.white_tophat(darkest, size=2 * max(3, round(long / 60)) + 1) > 40
     if moving:
-        core &= most - least <= 6
+        core &= brightest - darkest <= 6
     label, n = ndi.label(core, np.ones((3, 3)))  # connected components
     if not n:
         return core
-    around, dark, level = _dark_around(label, n, core, least)
+    around, dark, level = _dark_around(label, n, core, darkest)
     longest = np.array([0] + [max(s.stop - s.start for s in box) for box in ndi.find_objects(label)])
     good = (longest <= max(12, 0.22 * long)) & (around > 0)
     good &= (dark >= (0.85 if moving else 0.9) * around) & (level > (90 if moving else 150))
@@ -414,10 +414,10 @@ def _few_frames(frames):
     return frames
 
 # %% ../../nbs/data/fan.ipynb #c016-s
-def _strokes_in_cells(most, least, moving, f):
+def _strokes_in_cells(brightest, darkest, moving, f):
     "Which cells of f x f pixels hold strokes, looked for on a finer grid: they are a few pixels wide."
-    (h, w), k = most.shape, max(1, f // 2)
-    ink = _strokes(most[::k, ::k], least[::k, ::k], moving)
+    (h, w), k = brightest.shape, max(1, f // 2)
+    ink = _strokes(brightest[::k, ::k], darkest[::k, ::k], moving)
     ink = np.pad(np.repeat(np.repeat(ink, k, 0), k, 1), ((0, f), (0, f)))[:h, :w]
     return _blocks(ink, f) > 0
 
@@ -460,10 +460,10 @@ def find_fan(
     "Find the fan of a clip; raises `FanError` where there is none, as in frames of a single colour."
     frames = _gray(frames)
     (n, *size), frames = frames.shape, _few_frames(frames)
-    most, least, f = frames.max(0), frames.min(0), -(-max(size) // _LONG)  # f: side of a cell
-    top, change = _blocks(most, f), _blocks(most - least, f)
-    moving, found = n > 2 and _moves(most, least), None
-    ink, black = _strokes_in_cells(most, least, moving, f), float(np.quantile(top, 0.02))
+    brightest, darkest, f = frames.max(0), frames.min(0), -(-max(size) // _LONG)  # f: side of a cell
+    top, change = _blocks(brightest, f), _blocks(brightest - darkest, f)
+    moving, found = n > 2 and _moves(brightest, darkest), None
+    ink, black = _strokes_in_cells(brightest, darkest, moving, f), float(np.quantile(top, 0.02))
     for above in ((0.5,) if black == 0 else ()) + (2.5, 6, 12):
         gain = _evidence(top, change, ink, black + above, moving)
         if gain is None or not (gain > 0).any():
@@ -631,16 +631,17 @@ def find_overlays(
     from scipy import ndimage as ndi
 
     frames = _gray(frames)
-    most, least = frames.max(0), frames.min(0)
-    moving = len(frames) > 2 and _moves(most, least)
+    brightest, darkest = frames.max(0), frames.min(0)
+    moving = len(frames) > 2 and _moves(brightest, darkest)
     ink = _strokes(
-        most, least, moving, dots=moving
+        brightest, darkest, moving, dots=moving
     )  # a dotted line, if it stands still; in a still, a dot may be a grain of speckle
     if fan is not None:
         _check_fits(fan, ink.shape)
         inside = fan.mask()
         label, n = ndi.label(
-            least > least[~inside].min() + 40 if not inside.all() else np.zeros_like(inside), np.ones((3, 3))
+            darkest > darkest[~inside].min() + 40 if not inside.all() else np.zeros_like(inside),
+            np.ones((3, 3)),
         )
         touching = np.unique(label[ndi.binary_dilation(inside, iterations=2)])
         ink |= (label > 0) & ~np.isin(label, touching)

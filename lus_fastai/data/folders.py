@@ -141,9 +141,9 @@ def _column(name, given, files, folder):
     values = ['' if pd.isna(v) else str(v).strip() for v in values]
     none = [f for f, v in zip(files, values) if not v]
     if none:
-        way = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
+        rule = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
         many = f"no {name} for {len(none)} of {len(files)} clips"
-        raise TableError(f"{many} below {folder} by {way}: {_named(none)}")
+        raise TableError(f"{many} below {folder} by {rule}: {_named(none)}")
     return values
 
 # %% ../../nbs/data/folders.ipynb #look

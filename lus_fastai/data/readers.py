@@ -640,21 +640,21 @@ def read_siim(
     return _siim_table(rows, lost, unsure, odd)
 
 # %% ../../nbs/data/readers.ipynb #c030-1
-def _us4_step(frames, fps, n=3.0, least=5):
+def _us4_step(frames, fps, n=3.0, min_frames=5):
     "Frames from one sampled frame to the next: fps/n, or less where that gives too few."
-    return max(min(fps / n, frames / max(least, 1)), 1.0)
+    return max(min(fps / n, frames / max(min_frames, 1)), 1.0)
 
 # %% ../../nbs/data/readers.ipynb #c030
 def us4_rows(
     frames: int,  # frames of the clip
     fps: float,  # frames a second of the clip
     n: float = 3.0,  # frames a second to take
-    least: int = 5,  # but at least so many, as long as the clip has them
+    min_frames: int = 5,  # but at least so many, as long as the clip has them
 ) -> np.ndarray:  # (m,) int: numbers of the frames to take, increasing; the first is 0
     "The sampling rule of US-4 (Chen 2021, section 2): one frame in every fps/n, and at least some."
     if frames < 1 or not (np.isfinite(fps) and fps > 0 and np.isfinite(n) and n > 0):
         raise ValueError(f"frames, fps and n must be above 0, got {frames}, {fps} and {n}")
-    step = _us4_step(frames, fps, n, least)
+    step = _us4_step(frames, fps, n, min_frames)
     rows = np.floor(np.arange(np.ceil(frames / step)) * step + 1e-6).astype(int)
     return np.unique(rows.clip(max=frames - 1))
 

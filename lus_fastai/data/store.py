@@ -41,7 +41,7 @@ from lus_fastai.core import (
     write_json,
 )
 from ..runs import function_key, function_name
-from ..video import ClipError, check_sampling, decoded, rate_rule, read_frames, resized
+from ..video import ClipError, check_sampling, decode_frames, rate_rule, read_frames, resize_frame
 
 # %% ../../nbs/data/store.ipynb #masks-check
 def _check_codes(x, k, path, shape):
@@ -62,9 +62,9 @@ def read_masks(
 ) -> np.ndarray:  # (n, *size) uint8 dense codes
     "Masks of some frames of a clip; raises `ClipError` when they do not fit the clip."
     path, wanted, out = os.fspath(path), set(map(int, index)), []
-    for k, _t, x in decoded(path, lambda k, t: k in wanted, codes=True):
+    for k, _t, x in decode_frames(path, lambda k, t: k in wanted, codes=True):
         _check_codes(x, k, path, shape)
-        out.append(resized(x.astype(np.uint8), size, nearest=True))
+        out.append(resize_frame(x.astype(np.uint8), size, nearest=True))
         if len(out) == len(wanted):
             return np.stack(out)
     raise ClipError(path, f'it ends before frame {sorted(wanted)[len(out)]} of the clip')
@@ -95,7 +95,7 @@ def _key(path, mask, settings, prepared, row):
 def _prepared(x, row, size, prepare, codes):
     "Frames or masks of a clip, prepared at their own size, then resized."
     x = prepare(x, row, outside=len(DENSE) - 1 if codes else 0)
-    return np.stack([resized(frame, size, nearest=codes) for frame in x])
+    return np.stack([resize_frame(frame, size, nearest=codes) for frame in x])
 
 # %% ../../nbs/data/store.ipynb #c040-3
 def _make_part(part, path, mask, settings, prepare, row):

@@ -23,7 +23,7 @@ from lus_fastai.explain.attribution import (
     checked_images,
     checked_logits,
     class_codes,
-    explaining,
+    explain_mode,
     grad_cam,
     integrated_gradients,
     map_rgb,
@@ -163,7 +163,7 @@ def occlusion(
     spans = [_spans(n, size, stride, value) for n in shape]
     kept = _inside(_fan_mask(fan, x), spans, len(x))  # (b, rows of windows, columns of windows)
     at = torch.from_numpy(np.argwhere(kept)).to(x.device)
-    with explaining(model), torch.no_grad():
+    with explain_mode(model), torch.no_grad():
         score, before = _likelihood(model, x, target)
         changes = _window_changes(model, x, score, before, spans, at, fill, bs)
     values = np.zeros(kept.shape)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .attribution import explaining
+from .attribution import explain_mode
 
 # %% ../../nbs/explain/occlusion_cache.ipynb #c027-1
 def _powers(n):

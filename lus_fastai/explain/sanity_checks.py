@@ -558,13 +558,13 @@ def outside_fan_check(
     return pd.DataFrame(rows).T.rename_axis('sees').convert_dtypes()
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-7
-def _frequent(frames, column, least):
-    "A column as text, which rows have a value with at least `least` patients, and a note on the others."
+def _frequent(frames, column, min_patients):
+    "A column as text, the rows whose value has `min_patients` patients, and a note on the others."
     value = frames[column].fillna('').astype(str).str.strip()
     patients = frames.groupby(value)['patient'].nunique()
-    few = [v for v in patients.index if patients[v] < least or not v]
+    few = [v for v in patients.index if patients[v] < min_patients or not v]
     names = ', '.join(v or '(empty)' for v in few)
-    return value, ~value.isin(few), f'fewer than {least} patients: {names}' if few else ''
+    return value, ~value.isin(few), f'fewer than {min_patients} patients: {names}' if few else ''
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-8
 def _column_row(store, column, path, training):

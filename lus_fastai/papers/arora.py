@@ -38,7 +38,7 @@ from ..data.augment import AroraAugment
 from ..data.fan import Fan, add_fans, fan_crop
 from ..data.folds import patient_folds
 from ..data.loaders import TensorFrame, frame_dls
-from ..data.sources import index
+from ..data.sources import index_source
 from ..data.store import FrameStore, store_rows
 from ..explain.attribution import grad_cam
 from ..explain.sanity_checks import heat_in_fan, only_outside, outside_fan_check, predict_source
@@ -141,7 +141,7 @@ def clip_table(
             "data='pocus' needs the real clips: set LUS_DATA to their folder, "
             "or see `lus_data pocus` for how to get them"
         )
-    table = index('pocus', folder)
+    table = index_source('pocus', folder)
     return table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
 
 # %% ../../nbs/papers/arora.ipynb #c008
@@ -327,7 +327,7 @@ def external_table(
     if data == 'phantom':
         patients = max(6, settings.patients // 3)
         return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=patients), home)
-    return index('blues', real_data()) if (real_data() / 'blues').is_dir() else None
+    return index_source('blues', real_data()) if (real_data() / 'blues').is_dir() else None
 
 # %% ../../nbs/papers/arora.ipynb #c025-3
 def ensemble(

@@ -23,7 +23,7 @@ from ..core import MaskSet, lus_home, real_data
 from ..data.augment import ChengAugment
 from ..data.despeckling import despeckle
 from ..data.mask_sets import busi_set
-from ..data.sources import index
+from ..data.sources import index_source
 from ..models.backbones import create_backbone
 from ..models.transfer import copy_encoder, copy_weights, freeze
 from ..models.unet import keras_init, vunet, xunet
@@ -145,7 +145,7 @@ def target_set(
     elif real_data() is None:
         raise ValueError("data='real' needs the images of BUSI: set LUS_DATA to the folder that holds busi/")
     else:
-        whole = busi_set(index('busi', real_data()), s.size)
+        whole = busi_set(index_source('busi', real_data()), s.size)
     return whole[np.random.default_rng(s.seed).permutation(len(whole))[:300]]
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c010-2

@@ -35,7 +35,7 @@ from ..data.augment import MerandAugment
 from ..data.loaders import absent_classes
 from ..data.mask_sets import ccxs_set, read_mask_set, siim_set
 from ..data.readers import chexpert_labels
-from ..data.sources import index
+from ..data.sources import index_source
 from ..models.backbones import create_backbone
 from ..models.classifiers import BackboneClassifier
 from ..models.segmenters import autoencoder, segmenter
@@ -206,7 +206,7 @@ def first_images(
     def no_masks(row, shape, size):
         return np.zeros((0, *size), bool)
 
-    first = read_mask_set(index('chexpert', real_data()), settings.size, (), no_masks)
+    first = read_mask_set(index_source('chexpert', real_data()), settings.size, (), no_masks)
     return first, chexpert_labels(first.table)
 
 # %% ../../nbs/papers/merand.ipynb #c011-1
@@ -217,7 +217,7 @@ def box_images(
 ) -> tuple:  # (images with filled boxes, what is left of the target)
     "SIIM where it is, else boxes of the phantom, or of CCXS patients that leave the target."
     if _here(data, 'siim'):
-        return siim_set(index('siim', real_data()), settings.size), target
+        return siim_set(index_source('siim', real_data()), settings.size), target
     if data == 'phantom':
         return chest_box_set(_phantom(settings, settings.boxes_n, 2)), target
     given = holdout(target, settings.boxes_n, settings.seed)
@@ -238,7 +238,9 @@ def learning_parts(
             "or see `lus_data ccxs` for how to get them"
         )
     first, labels = first_images(data, s)
-    target = ccxs_set(index('ccxs', real_data()), s.size) if data == 'real' else _phantom(s, s.target_n, 3)
+    target = (
+        ccxs_set(index_source('ccxs', real_data()), s.size) if data == 'real' else _phantom(s, s.target_n, 3)
+    )
     apart = holdout(target, s.test_n, s.seed)
     boxes, rest = box_images(data, s, target[~apart])
     return Parts(first, np.asarray(labels, np.float32), box_targets(boxes), rest, target[apart])

@@ -28,7 +28,7 @@ from ..core import CLASSES, assert_disjoint, lus_home, real_data, seed_all
 from ..data.fan import add_fans
 from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
-from ..data.sources import index
+from ..data.sources import index_source
 from ..data.store import FrameStore, store_rows
 from ..explain.attribution import grad_cam
 from ..explain.embeddings import features
@@ -149,7 +149,7 @@ def clip_table(
             "data='real' needs the real clips: set LUS_DATA to their folder, "
             "or see `lus_data pocus` and `lus_data blues` for how to get them"
         )
-    pocus, blues = index('pocus', real_data()), index('blues', real_data())
+    pocus, blues = index_source('pocus', real_data()), index_source('blues', real_data())
     pocus = pocus[pocus.probe == 'convex']
     both = [pocus.assign(downstream=pocus.label.isin(CLASSES)), blues.assign(downstream=False)]
     return pd.concat(both, ignore_index=True)
@@ -416,7 +416,7 @@ def detect_items(
 ) -> DetectItems:  # images and objects
     "Lesions of BUSI, or B-lines and consolidations of phantom clips that no backbone was pretrained on."
     if data == 'real':
-        return busi_items(index('busi', real_data()))
+        return busi_items(index_source('busi', real_data()))
     patients, seed = 3 * settings.patients, settings.seed + 2
     folder = Path(home or lus_home()) / 'phantom' / f'uscl-detect-{patients}x3-s{seed}'
     size = dict(clips=1, n=3, size=(96, 96))

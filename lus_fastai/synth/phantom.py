@@ -199,10 +199,10 @@ def _machine(source, probe, rng):
     return {k: float(v) for k, v in d.items()}
 
 # %% ../../nbs/synth/phantom.ipynb #c010-3
-def _natural(name, x, least=0):
-    "`x` as an int; ValueError that names the argument unless it is a whole number of at least `least`."
-    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {x!r}")
+def _natural(name, x, minimum=0):
+    "`x` as an int; ValueError that names the argument unless it is a whole number of at least `minimum`."
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {x!r}")
     return int(x)
 
 # %% ../../nbs/synth/phantom.ipynb #c010-f
@@ -1152,7 +1152,7 @@ def _frames(s, rng, n):
             grey = np.float32(p.persistence) * last + np.float32(1 - p.persistence) * grey
         last = grey
         frames.append(_to_pixels(p, s.g, grey))
-        codes.append(s.g.picture(_codes(s, f), 6))
+        codes.append(s.g.scan_convert(_codes(s, f), 6))
         seen.append(_count(s, f))
     return np.stack(frames), np.stack(codes), seen
 

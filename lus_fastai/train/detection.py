@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/detection.html.md"""
 # %% auto #0
 __all__ = ['FEW_OBJECTS', 'boxes_from_masks', 'DetectItems', 'busi_items', 'phantom_items', 'show_detections', 'flip_target',
            'DetectDL', 'detect_dls', 'chen_split', 'GreyTransform', 'TimmPyramid', 'fit_anchors', 'mask_rcnn',
-           'detection_losses', 'Detection', 'detection_ap', 'WarmSteps', 'detect_learner', 'predict_detections',
+           'detection_losses', 'Detection', 'detection_ap', 'WarmupStepLR', 'detect_learner', 'predict_detections',
            'DetectLog', 'train_detector', 'load_detections']
 
 # %% ../../nbs/train/detection.ipynb #c003
@@ -168,7 +168,7 @@ def _read_lesions(path, lesions):
 
 # %% ../../nbs/train/detection.ipynb #c011
 def busi_items(
-    table: pd.DataFrame,  # of index('busi', folder): lesions is the list of an image's mask files
+    table: pd.DataFrame,  # of index_source('busi', folder): lesions is the list of an image's mask files
 ) -> DetectItems:  # an unreadable image, or one with a mask of another size, is in skipped
     "Images with lesions drawn file by file: one class, benign and malignant alike (Chen 2021)."
     if 'lesions' not in table:
@@ -777,7 +777,7 @@ def detection_ap(
     return _ap_table(truth, found, tuple(names), patients, n_boot, seed)
 
 # %% ../../nbs/train/detection.ipynb #c039-1
-class WarmSteps(Callback):
+class WarmupStepLR(Callback):
     "Learning rate: a linear rise within the first epoch, then times `factor` every `every` epochs."
 
     order = 60
@@ -836,7 +836,7 @@ def detect_learner(
         ValueMetric(partial(step.average_precision, level), f'{level}_AP') for level in ('box', 'mask')
     ]
     settings = dict(opt_func=opt_func, wd=wd, wd_bn_bias=True, lr=lr, moms=(0.9, 0.9, 0.9))
-    cbs = [step, WarmSteps(every), *limit, *cbs]
+    cbs = [step, WarmupStepLR(every), *limit, *cbs]
     loss = dict(loss_func=step.total, metrics=metrics)
     return Learner(dls, model, splitter=trainable_params, cbs=cbs, **loss, **settings)
 

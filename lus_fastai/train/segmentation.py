@@ -24,7 +24,7 @@ from torch import nn
 
 from ..core import MaskSet, atomic_path, frozen_eval, progress, seed_all
 from ..data.folds import patient_folds
-from ..data.loaders import absent_classes, mask_dls, rows_of
+from ..data.loaders import absent_classes, checked_rows, mask_dls
 from ..models.transfer import load_weights, save_weights
 from ..runs import claim_folder, weights_hash
 from lus_fastai.train.callbacks import (
@@ -281,7 +281,7 @@ def fit_masks(
     tick=None,  # called after each epoch; default: a progress bar
 ) -> tuple:  # network with the kept weights, in evaluation mode; history, a row per epoch
     "Train one network on masks; resumes where it was stopped."
-    train, valid = rows_of(set, train, 'train'), rows_of(set, valid, 'valid')
+    train, valid = checked_rows(set, train, 'train'), checked_rows(set, valid, 'valid')
 
     def data(channels):
         return mask_dls(set, train, valid, bs, channels, batch_tfms, seed, device, notes)

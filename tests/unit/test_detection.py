@@ -20,7 +20,7 @@ from lus_fastai.train.detection import (
     FEW_OBJECTS,
     DetectItems,
     DetectLog,
-    WarmSteps,
+    WarmupStepLR,
     _coco,
     boxes_from_masks,
     busi_items,
@@ -579,7 +579,7 @@ def test_the_optimiser_is_torchs_sgd_and_the_rate_warms_and_steps():
         DataLoaders(DataLoader(data, bs=2, num_workers=0), DataLoader(data, bs=2, num_workers=0)),
         torch.nn.Linear(2, 1),
         torch.nn.functional.mse_loss,
-        cbs=[WarmSteps(2), Rates()],
+        cbs=[WarmupStepLR(2), Rates()],
     )
     quiet(small).fit(5, 0.005)
     np.testing.assert_allclose(rates, [5e-6] + [0.005] * 3 + [0.0005] * 4 + [5e-5] * 2)

@@ -512,7 +512,7 @@ def both_ways(m, x, spans):
         torch.tensor(0.185).reshape(1, 1, 1, 1),
         torch.tensor([[0, i, j] for i in range(len(spans[0])) for j in range(len(spans[1]))]),
     )
-    with E.explaining(m), torch.no_grad():
+    with E.explain_mode(m), torch.no_grad():
         with torch.enable_grad():
             cache = C.OcclusionCache(m, x, spans)
         full = m(
