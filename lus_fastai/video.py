@@ -178,7 +178,7 @@ def _video(path, codes):
 
     with av.open(path) as box:
         if not box.streams.video:
-            raise ClipError(path, 'it holds no picture')
+            raise ClipError(path, 'it holds no image')
         stream = box.streams.video[0]
         if multiprocessing.parent_process() is None:
             stream.thread_type = 'AUTO'  # in a worker process the other cores are busy
@@ -235,7 +235,7 @@ def _dicom_dataset(path):
         raise ClipError(path, 'DICOM needs pydicom: pip install pydicom') from None
     ds = pydicom.dcmread(path, force=True)
     if 'PixelData' not in ds:
-        raise ClipError(path, 'it holds no DICOM picture')
+        raise ClipError(path, 'it holds no DICOM image')
     if 'TransferSyntaxUID' not in ds.file_meta:  # no header: the encoding is what it was read with
         implicit, little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2' + ('' if implicit else '.1' if little else '.2')
@@ -313,7 +313,7 @@ def _fault(path, e):
     "The `ClipError` for whatever a decoder raised."
     reason = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
     if type(e).__name__ in ('InvalidDataError', 'EOFError'):
-        reason = f'it is no picture and no video, or it is damaged ({reason})'
+        reason = f'it is no image and no video, or it is damaged ({reason})'
     return ClipError(path, reason)
 
 # %% ../nbs/video.ipynb #decoded

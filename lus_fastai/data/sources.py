@@ -87,7 +87,7 @@ SOURCES['pocus'] = Source(
 SOURCES['blues'] = Source(
     name='blues',
     title='COVID-BLUES, six BLUE points of 63 patients suspected of COVID-19',
-    licence='CC BY-NC-ND 4.0: no frame, no picture made from one, may be passed on',
+    licence='CC BY-NC-ND 4.0: no frame, and no image made from one, may be passed on',
     citation=(
         'Wiedemann N, de Korte-de Boer D, Richter M et al. COVID-BLUeS: A Prospective Study on the Value '
         'of AI in Lung Ultrasound Analysis. arXiv:2509.10556 (2025)'
@@ -159,9 +159,9 @@ SOURCES['clust'] = Source(
 SOURCES['ccxs'] = Source(
     name='ccxs',
     title='CCXS, chest radiographs of COVID-19 and other pneumonias with masks of 13 classes',
-    licence='masks CC BY 4.0; pictures per image upstream, from the COVID-19 image data collection',
+    licence='masks CC BY 4.0; radiographs per image upstream, from the COVID-19 image data collection',
     citation=(
-        'GeneralBlockchain, COVID-19 chest X-ray segmentations dataset (2020); pictures: Cohen JP, '
+        'GeneralBlockchain, COVID-19 chest X-ray segmentations dataset (2020); radiographs: Cohen JP, '
         'Morrison P, Dao L. COVID-19 Image Data Collection. arXiv:2003.11597 (2020)'
     ),
     urls=_github(
@@ -169,7 +169,7 @@ SOURCES['ccxs'] = Source(
         '377a49490e910a66a7f7aee1b92cdc3d5ac4bddf',
     ),
     marker=('structure.csv', 'images', 'masks'),
-    layout='structure.csv, images/<name>.jpg and masks/<picture>_<id>.png',
+    layout='structure.csv, images/<name>.jpg and masks/<image>_<id>.png',
     read=read_ccxs,
 )
 
@@ -184,7 +184,7 @@ SOURCES['xpie'] = Source(
     ),
     urls=dict(homepage='http://cvteam.net/projects/CVPR17-ELE/ELE.html'),
     marker=('*[Mm]ask*|*[Gg][Tt]*|*[Tt]ruth*|*[Aa]nnot*', '*[Ii]m*|*/*.jpg'),
-    layout='a folder of pictures and one of masks (mask, gt or truth in its name), files of the same names',
+    layout='a folder of images and one of masks (mask, gt or truth in its name), files of the same names',
     read=read_xpie,
 )
 

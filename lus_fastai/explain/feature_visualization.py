@@ -285,12 +285,12 @@ def show_inversions(
     x,  # (b, c, h, w) float images
     layers,  # names of layers, from shallow to deep
     **kwargs,  # options of invert_features
-) -> list:  # a dict per layer: layer, feature_error and pixel_error (means, relative), pictures (b, c, h, w)
+) -> list:  # a dict per layer: layer, feature_error and pixel_error (means, relative), images (b, c, h, w)
     "Draw the images that are found again from each of several layers."
     rows = []
     for layer in layers:
         found, error = invert_features(model, x, layer, **kwargs)
         pixel = float((_norms(found - x) / _norms(x).clamp_min(1e-12)).mean())
-        rows.append(dict(layer=layer, feature_error=float(error.mean()), pixel_error=pixel, pictures=found))
-    _draw_columns([x, *(r['pictures'] for r in rows)], ['frame', *(r['layer'] or 'output' for r in rows)])
+        rows.append(dict(layer=layer, feature_error=float(error.mean()), pixel_error=pixel, images=found))
+    _draw_columns([x, *(r['images'] for r in rows)], ['frame', *(r['layer'] or 'output' for r in rows)])
     return rows

@@ -297,12 +297,12 @@ def _look_up(self: BeamGrid, depth, beam):
 
 # %% ../../nbs/synth/phantom.ipynb #c015
 @patch
-def picture(
+def scan_convert(
     self: BeamGrid,
     x: np.ndarray,  # (nz, nb) samples: floats are interpolated, integers taken from the nearest sample
     outside=0,  # value outside the fan
 ) -> np.ndarray:  # size, type of x
-    "Scan conversion."
+    "Scan conversion: samples by depth and beam as an image."
     out, floats = np.full(self.size, outside, x.dtype), np.issubdtype(x.dtype, np.floating)
     out.ravel()[self._at] = self._grey @ x.ravel() if floats else x.ravel()[self._code]
     return out

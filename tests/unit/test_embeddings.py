@@ -528,7 +528,7 @@ def test_many_equal_points_are_mapped():
     assert np.isfinite(tsne_map(x, 10).points).all()
 
 
-# pictures
+# figures
 
 
 def test_scatter_has_a_panel_and_a_colour_for_each(clouds):

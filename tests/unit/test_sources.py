@@ -625,12 +625,12 @@ def test_manifests(name, files, clips):
         and m.kind.notna().sum() == clips
     )
     for r in m[m.kind.notna()].itertuples():  # what is listed agrees with what the names say
-        told = (pocus_name if name == 'pocus' else blues_name)(r.path)
+        parts = (pocus_name if name == 'pocus' else blues_name)(r.path)
         assert (
-            r.kind == told['kind']
-            and r.probe == told['probe']
-            and (told['patient'] is None or told['patient'] == r.patient)
-            and r.label == told.get('label', r.label)
+            r.kind == parts['kind']
+            and r.probe == parts['probe']
+            and (parts['patient'] is None or parts['patient'] == r.patient)
+            and r.label == parts.get('label', r.label)
             or pd.isna(r.label)
         )
     assert all(

@@ -23,7 +23,7 @@ from lus_fastai.synth.radiographs import CHEST, CHEXPERT
 from lus_fastai.video import ClipError
 
 
-def picture(seed, shape=(60, 80)):
+def grey_image(seed, shape=(60, 80)):
     return np.asarray(
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8), dtype=np.uint8)).resize(
             shape[::-1], Image.NEAREST
@@ -127,7 +127,7 @@ def make_ccxs(root):
     box, thin = np.ones((20, 10), bool), np.zeros((40, 20), bool)
     thin[:, 7] = True
     for i, name in enumerate(('case-day0', 'case-day4', 'covid-19-pneumonia-7-PA', 'other')):
-        save(root / f'images/{name}.{"png" if i == 2 else "jpg"}', picture(i))
+        save(root / f'images/{name}.{"png" if i == 2 else "jpg"}', grey_image(i))
         add(name, 'Right Lung', 10, 20, box, 10 * i)
         add(name, 'Ground Glass Opacities', 12, 25, box, 10 * i + 1)
     add('case-day0', 'Right Lung', 50, 0, box, 3)
@@ -210,7 +210,7 @@ def test_a_bad_mask_skips_its_picture_only(tmp_path, capsys):
 
 def test_pictures_that_look_alike_are_one_patient(tmp_path, capsys):
     root = make_ccxs(tmp_path / 'ccxs')
-    save(root / 'images/other.jpg', picture(0))
+    save(root / 'images/other.jpg', grey_image(0))
     table = index_source('ccxs', root)
     assert table['patient'].nunique() == 2 and set(
         table['patient'][table['path'].str.contains('other|case')]
@@ -302,7 +302,7 @@ def make_busi(root):
             ('normal/normal (1)', (lesion * 0,)),
         )
     ):
-        save(root / f'{name}.png', picture(50 + i))
+        save(root / f'{name}.png', grey_image(50 + i))
         for k, m in enumerate(masks):
             save(root / f"{name}_mask{f'_{k}' if k else ''}.png", m)
     return root
@@ -333,7 +333,7 @@ def test_xpie_pairs_pictures_and_masks(tmp_path, capsys, folders):
     root, m = tmp_path / 'xpie', np.zeros((60, 80), np.uint8)
     m[10:20, 10:50] = 255
     for i in range(4):
-        save(root / folders[0] / f'{i:05d}.jpg', np.dstack([picture(i)] * 3))
+        save(root / folders[0] / f'{i:05d}.jpg', np.dstack([grey_image(i)] * 3))
     for i in (0, 1, 2, 7):
         save(root / folders[1] / f'{i:05d}.png', m)
     table = index_source('xpie', root)
@@ -365,7 +365,7 @@ def make_chexpert(root):
     ):
         path = f'train/{patient}/{view}.jpg'
         if i != 3:
-            save(root / path, picture(i))
+            save(root / path, grey_image(i))
         rows.append(
             {
                 'Path': f'CheXpert-v1.0-small/{path}',
@@ -446,7 +446,7 @@ STUDY = dict(aaa='s1', bbb='s2', ccc='s1', ddd='s2', eee='s3')
 def make_siim(root, writer):
     for name, study in STUDY.items():
         if name != 'eee':
-            writer(root / 'train' / study / 'series' / name, picture(sum(map(ord, name))))
+            writer(root / 'train' / study / 'series' / name, grey_image(sum(map(ord, name))))
     pd.DataFrame(
         [
             dict(id=f'{n}_image', boxes=None, label=BOXES.get(n, 'none 1 0 0 1 1'), StudyInstanceUID=s)
