@@ -426,7 +426,7 @@ class Explainer(_Panel):
 # %% ../nbs/widgets.ipynb #layout
 @patch
 def _layout(self: Explainer):
-    "The controls, and where they stand."
+    "The controls, and where they are placed."
     w = self._w
     self.method = _labelled('Dropdown', 'method', options=list(self.methods))
     classes = [('the predicted class', -1), *((name, i) for i, name in enumerate(self.classes))]
@@ -483,7 +483,7 @@ def _probabilities(self: Explainer):
     "Probabilities (n, classes) of the clip that is open, computed once, and their curves."
     i, frames = self.clip.value, self.shown.frames
     if i not in self._probs:
-        self._say('asking the network about every frame', 'busy')
+        self._say('computing the probabilities of every frame', 'busy')
         with frozen_eval(self.model), torch.no_grad():
             out = torch.cat([self.model(self._input(frames[k : k + 16])) for k in range(0, len(frames), 16)])
         p = _checked_logits(out, self.classes).float().softmax(1).cpu().numpy()

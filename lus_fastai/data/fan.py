@@ -221,7 +221,7 @@ def add_overlays(
 
 # %% ../../nbs/data/fan.ipynb #c013-1
 def _moves(brightest, darkest):
-    "Whether the clip shows motion: without it, standing still says nothing."
+    "Whether the clip shows motion: without it, a pixel that does not change says nothing."
     lit = brightest > brightest.min() + 8
     return bool(lit.any() and np.median((brightest - darkest)[lit]) > 4)
 
@@ -477,7 +477,7 @@ def find_fan(
         if fan.kind == 'convex' or (gain > 0).mean() < 0.93:
             break
     if found is None:
-        raise FanError("nothing stands out from the background")
+        raise FanError("nothing differs from the background")
     return found
 
 # %% ../../nbs/data/fan.ipynb #c022
@@ -522,7 +522,7 @@ def crop_to_fan(
     fan: Fan,  # of images of this size
     outside=0,  # value outside the fan; 6 for dense codes
 ):  # (..., box height, box width), same type; fan.cropped() is its fan
-    "Cut to the fan's box and overwrite what lies outside the fan; raises `FanError` when the sizes differ."
+    "Cut to the fan's box and overwrite what is outside the fan; raises `FanError` when the sizes differ."
     tensor = torch.is_tensor(images)
     if not tensor:
         images = np.asarray(images)
@@ -635,7 +635,7 @@ def find_overlays(
     moving = len(frames) > 2 and _moves(brightest, darkest)
     ink = _strokes(
         brightest, darkest, moving, dots=moving
-    )  # a dotted line, if it stands still; in a still, a dot may be a grain of speckle
+    )  # a dotted line, if it does not change; in a still, a dot may be a grain of speckle
     if fan is not None:
         _check_fits(fan, ink.shape)
         inside = fan.mask()

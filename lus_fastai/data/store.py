@@ -145,7 +145,7 @@ def _pool(workers):
 
 # %% ../../nbs/data/store.ipynb #c042-3
 def _alone(job):
-    "Make a part in a process of its own, which its clip may kill."
+    "Make a part in a process of its own, which the clip may crash."
     with _pool(1) as pool:
         try:
             return pool.submit(_make_part, *job).result()
@@ -154,7 +154,7 @@ def _alone(job):
 
 # %% ../../nbs/data/store.ipynb #pooled
 def _pooled(jobs, pool, workers, running):
-    "Yield jobs with their reasons from a pool; `running` has those that are in the air, two a worker."
+    "Yield jobs with their reasons from a pool; `running` has those in progress, two a worker."
     while jobs or running:
         while jobs and len(running) < 2 * workers:
             running[pool.submit(_make_part, *jobs[0])] = jobs[0]

@@ -47,7 +47,7 @@ _DEVICES = {
 # %% ../../nbs/synth/phantom.ipynb #c008
 @dataclass(frozen=True)
 class Patient:
-    "A simulated patient with the machine that looks at them; `dataclasses.replace` changes one thing."
+    "A simulated patient and their machine; `dataclasses.replace` changes one thing."
 
     seed: int  # everything random in this patient's clips starts here
     label: str  # 'covid', 'pneumonia' or 'regular'
@@ -555,7 +555,7 @@ def _layers(s, rng, z):
 
 # %% ../../nbs/synth/phantom.ipynb #c026-c
 def _ringing(s, rng, z):
-    "What the probe hears of itself, below the skin."
+    "The ringing of the probe itself, below the skin."
     u = s.u
     waves = np.exp(-z / (2 * u)) * (1 + 0.8 * np.cos(2 * np.pi * z / (1.3 * u)))
     ring = waves * (1 + 0.15 * _smooth(rng, s.nx, s.beams(6)))
@@ -654,7 +654,7 @@ def _plateau(s, center, half, soft):
 
 
 def _near_middle(s, rng, share):
-    "A column that lies up to a share of the strip from its middle."
+    "A column up to a share of the strip from its middle."
     return s.nx / 2 + rng.uniform(-share, share) * s.nx
 
 
@@ -771,7 +771,7 @@ class _LowerEdge:
 
 
 def _lower_edge(s, rng):
-    "Liver or spleen beside the lung, under the diaphragm; breathing draws the lung over it like a curtain."
+    "Liver or spleen beside the lung, under the diaphragm; in breathing the lung moves over it (the curtain sign)."
     side = rng.choice([-1, 1])  # drawn also where it is not seen
     if not s.has.curtain:
         return
@@ -833,7 +833,7 @@ class _ALine:
     at: np.ndarray  # depth, mm
     width: float  # mm
     amplitude: np.ndarray
-    seen: np.ndarray  # where it stands out of haze and noise
+    seen: np.ndarray  # where it is brighter than haze and noise
     phase: float  # of its echo
 
 # %% ../../nbs/synth/phantom.ipynb #c033-f
@@ -899,7 +899,7 @@ def _surfaces(s, f):
 
 
 def _rays(s, f):
-    "The B-lines in view, and how far they cover what lies behind."
+    "The B-lines in view, and how far they cover what is behind."
     f.rays, f.veil = [], np.zeros(f.nb, np.float32)
     for b in s.sources:
         x, width = b.x - f.at, np.hypot(b.half, 0.6 * s.lateral).astype(np.float32)

@@ -490,7 +490,7 @@ def _check_detector(trainable, channels, anchors):
 
 # %% ../../nbs/train/detection.ipynb #c025-8b
 def _backbone_of(backbone, channels, imagenet):
-    "The network that a name or a module stands for; ValueError for one without features at four scales."
+    "The network of a name or a module; ValueError for one without features at four scales."
     if isinstance(backbone, str):
         net = create_backbone(backbone, channels or 3, 'imagenet' if imagenet else None)
     elif imagenet:
