@@ -125,7 +125,7 @@ def to_grey(
 
 # %% ../nbs/video.ipynb #c019-2
 def _window(x, lo, hi):
-    "Numbers from `lo` to `hi` as bytes; what lies outside is clipped."
+    "Numbers from `lo` to `hi` as bytes; what is outside is clipped."
     return np.rint(np.clip((x - lo) / max(hi - lo, 1e-9), 0, 1) * 255).astype(np.uint8)
 
 
@@ -162,7 +162,7 @@ def _frame_image(frame, path, codes):
 
 # %% ../nbs/video.ipynb #ends-early
 def _check_whole(path, promised):
-    "ClipError when the file has fewer packets than the container promises frames."
+    "ClipError when the file has fewer packets than the container declares frames."
     import av
 
     with av.open(path) as box:

@@ -179,7 +179,7 @@ def index_folder(
     folder,  # where the clips are, at any depth
     *,
     label,  # what each clip shows, in one of the ways above
-    patient,  # whose lung it is, in one of the ways above
+    patient,  # which patient it is of, in one of the ways above
     source='unknown',  # where it was recorded: in one of these ways, or a word for all
     probe='unknown',  # in one of these ways, or a word for all, such as 'convex'
 ) -> pd.DataFrame:  # a clip table, checked, sorted by path

@@ -312,7 +312,7 @@ def _busi_patients(table, images):
     if len(cross):
         many = f'{len(cross)} image(s) in {cross.patient.nunique()} group(s) of duplicates'
         names = and_more([Path(p).name for p in cross.path])
-        remarks.append(f'{many} that stand under two classes, dropped: {names}')
+        remarks.append(f'{many} that are in two classes, dropped: {names}')
     if len(kept):
         many = f'{len(kept)} image(s) have a duplicate, or nearly one, in their class'
         remarks.append(f'{many}: {kept.patient.nunique()} group(s), each counted as one patient')
@@ -384,7 +384,7 @@ def ccxs_patient(
 def mask_paths(
     value,  # an entry of the column masks: 'class|path|left|top' joined by ';', or empty (also None or NaN)
 ) -> list:  # of (class, path, left, top)
-    "The masks of one row: what each shows, its file, and where its upper left corner lies, in pixels."
+    "The masks of one row: what each shows, its file, and its upper left corner, in pixels."
     parts = [p.rsplit('|', 3) for p in value.split(';') if p] if isinstance(value, str) else []
     return [(name, path, int(left), int(top)) for name, path, left, top in parts]
 
@@ -452,7 +452,7 @@ def _xpie_key(path):
 
 
 def _is_xpie_mask(path):
-    "Whether a file lies in a folder of masks."
+    "Whether a file is in a folder of masks."
     pattern = r'(^|[^a-z])(gt|gts)([^a-z]|$)|mask|truth|annot'
     return bool(re.search(pattern, str(PurePosixPath(path).parent), re.I))
 
@@ -498,7 +498,7 @@ def _chexpert_part(root, part):
 def read_chexpert(
     root: Path,  # folder of the data set
 ) -> tuple:  # clip table with the columns part, view and CHEXPERT, list of remarks
-    "The radiographs of CheXpert with their 14 observations as they stand in its sheets."
+    "The radiographs of CheXpert with their 14 observations as its sheets give them."
     parts = [p for p in ('train', 'valid') if (root / f'{p}.csv').is_file()]
     table = pd.concat([_chexpert_part(root, p) for p in parts], ignore_index=True)
     here = np.array([os.path.isfile(p) for p in table['path']], bool)
@@ -520,7 +520,7 @@ def chexpert_labels(
     table: pd.DataFrame,  # with the columns CHEXPERT: 1, 0, -1 uncertain, NaN not mentioned
     policy=UNCERTAIN_POSITIVE,  # observations present where uncertain (Merand 2021); others count as absent
 ) -> pd.DataFrame:  # the same rows and index, (n, 14) of 0 and 1
-    "CheXpert's observations without doubt."
+    "CheXpert's observations as 0 or 1, the uncertain ones by a policy."
     unknown = set(policy) - set(CHEXPERT)
     if unknown:
         names = f"policy names {sorted(unknown)}, which are no observations of CheXpert"
@@ -768,7 +768,7 @@ def _clust_row(root, folder, name, fps, length):
 
 # %% ../../nbs/data/readers.ipynb #r030
 def _clust_sequences(root, rates):
-    "Rows and packing jobs of all sequences; folders that are none; sequences whose frame rate is a guess."
+    "Rows and packing jobs of all sequences; folders that are none; sequences whose frame rate is not known."
     rows, jobs, odd, guessed = [], [], [], []
     for folder in _clust_folders(root):
         name, files = clust_name(folder.name), _frames_in(folder / 'Data')
@@ -803,7 +803,7 @@ def read_clust(
 
 # %% ../../nbs/data/readers.ipynb #c039
 def _butterfly_label(prefix, words):
-    "Label of a clip: its prefix says it, or else whether its topic and title speak of a normal lung."
+    "Label of a clip: its prefix says it, or else whether its topic and title name a normal lung."
     if prefix:
         return _LABELS[prefix[:3].lower()]
     return 'regular' if re.search(r'normal|\ba[- _]?lines?\b', words, re.I) else 'covid'

@@ -1,4 +1,4 @@
-"""Public lung-ultrasound data by name: where it lives, what one may do with it, how to get it whole, how to read it
+"""Public lung-ultrasound data by name: where it is, what its licence allows, how to download it, how to read it
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/sources.html.md"""
 
@@ -34,7 +34,7 @@ from lus_fastai.data.readers import (
 # %% ../../nbs/data/sources.ipynb #c043-1
 @dataclass(frozen=True)
 class Source:
-    "A public data set: what it is, whose it is, where it lives and how its folder becomes a clip table."
+    "A public data set: what it is, whose it is, where it is and how its folder becomes a clip table."
 
     name: str  # short name, also of its manifest
     title: str  # what it is
@@ -176,7 +176,7 @@ SOURCES['ccxs'] = Source(
 # %% ../../nbs/data/sources.ipynb #source-xpie
 SOURCES['xpie'] = Source(
     name='xpie',
-    title='XPIE, photographs with the mask of what catches the eye',
+    title='XPIE, photographs with the mask of their salient object',
     licence='for research, ask its authors for other uses',
     citation=(
         'Xia C, Li J, Chen X, Zheng A, Zhang Y. What is and What is not a Salient Object? Learning '
@@ -230,8 +230,8 @@ def _source(name):
     return SOURCES[name]
 
 
-def _home(source, folder):
-    "The folder that a source lives in when the user names none: `LUS_DATA`, then our cache."
+def _default_folder(source, folder):
+    "The folder of a source when the user names none: `LUS_DATA`, then our cache."
     if folder is not None:
         return Path(folder).expanduser()
     return (real_data() or lus_home() / 'data') / source.name
@@ -243,7 +243,7 @@ def manual_steps(
 ) -> str:  # instructions, a few lines
     "How to get a source without this program, for machines with no network."
     s = _source(name)
-    folder = _home(s, folder)
+    folder = _default_folder(s, folder)
     layout = f"That folder, or one inside it, should then hold {s.layout}."
     if s.comes_by_hand:
         return (
@@ -327,7 +327,7 @@ def index_source(
 ) -> pd.DataFrame:  # a clip table, checked, sorted by path
     "Read a source's folder into a clip table; prints what was found and what did not fit."
     s = _source(name)
-    top = _home(s, folder)
+    top = _default_folder(s, folder)
     root = find_source(name, top)
     if root is None:
         where = f"{top} {'does not hold' if top.is_dir() else 'is no folder with'} {s.name}"
@@ -354,18 +354,18 @@ def verify_source(
     folder=None,  # its folder; LUS_DATA, or the cache, when None
 ) -> pd.Series:  # 'right', 'wrong' or 'missing' for every path of the manifest
     "Compare a folder with the manifest, byte for byte."
-    folder, m = _home(_source(name), folder), manifest(name)
+    folder, m = _default_folder(_source(name), folder), manifest(name)
     lines = m[['path', 'bytes', 'git_blob_sha1']].itertuples(index=False)
     states = [_state(folder / path, size, sha) for path, size, sha in lines]
     return pd.Series(states, index=m['path'], name='state')
 
 # %% ../../nbs/data/sources.ipynb #s006
-def _laid_down(name, folder):
+def _manual_folder(name, folder):
     "The folder of a source that comes by hand; FileNotFoundError, with instructions, where it is not there."
     if find_source(name, folder) is None:
         no = f"{name} is not in {folder} and cannot be fetched: its owners give no address for programs"
         raise FileNotFoundError(f"{no}.\n{manual_steps(name, folder)}")
-    print(f"{name}: laid down by hand, nothing to fetch, in {folder}")
+    print(f"{name}: downloaded by hand, nothing to fetch, in {folder}")
     return folder
 
 
@@ -412,9 +412,9 @@ def fetch_source(
 ) -> Path:  # the folder
     "Download what is missing or wrong of a source, or only look for one that comes by hand."
     s = _source(name)
-    folder = _home(s, folder)
+    folder = _default_folder(s, folder)
     if s.comes_by_hand and base_url is None:
-        return _laid_down(name, folder)
+        return _manual_folder(name, folder)
     base, m = _base_url(s, base_url), _wanted(manifest(name).set_index('path'), files, name)
     for p in [*m.index, *(m.index + '.part')]:
         path_inside(folder, p)

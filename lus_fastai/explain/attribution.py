@@ -80,7 +80,7 @@ def pixels(self: seg_target, output):  # logits (b, n, h, w)
 
 @patch
 def fix(self: seg_target, output):  # logits of the images themselves
-    "The same target with the mask that `output` gives, so that it stays put when the image is changed."
+    "The same target with the mask that `output` gives, so that it stays the same when the image is changed."
     return seg_target(target_codes(self.code, output), self.pixels(output))
 
 
@@ -488,7 +488,7 @@ def cam(
 
 # %% ../../nbs/explain/attribution.ipynb #c050
 def _limit(maps):
-    "The 99.5th percentile of the magnitude, or the greatest where that is 0: no pixel outshines all others."
+    "The 99.5th percentile of the magnitude, or the greatest value where that is 0."
     size = np.abs(np.asarray(maps))
     return float(np.quantile(size, 0.995, method='higher') or size.max()) if size.size else 0.0
 

@@ -1,4 +1,4 @@
-"""What a layer knows: features of every frame, maps of them in the plane, and whether a cluster is a disease or a patient
+"""What a layer represents: features of every frame, maps of them in the plane, and whether a cluster is a disease or a patient
 
 Docs: https://lus-fastai.github.io/lus_fastai/explain/embeddings.html.md"""
 
@@ -96,7 +96,7 @@ def _load_part(path, key, n):
         with np.load(path, allow_pickle=False) as f:
             there, x = str(f['key']), f['x']
     except Exception:
-        return None  # a damaged archive fails in a dozen ways, and is made again
+        return None  # a damaged archive fails in many ways, and is made again
     return x if there == key and x.ndim == 2 and 0 < len(x) <= n and x.dtype == np.float32 else None
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-7
@@ -259,7 +259,7 @@ _BLOCK, _GAIN = 50, 0.005  # iterations between two looks at the divergence, and
 
 
 def _check_mappable(x, perplexity):
-    "ValueError for points of which t-SNE can make no map."
+    "ValueError for points that t-SNE cannot map."
     if not perplexity > 0:
         raise ValueError(f"perplexity must be above 0, not {perplexity}")
     if len(x) <= 3 * perplexity:

@@ -435,7 +435,7 @@ def only_outside(
     fan,  # bool (h, w) or (n, h, w), or a Fan, or a list of them
     fill=0,  # value of the blanked pixels
 ):  # like frames, the inside of the fan blanked; of a store a view that reads so
-    "Cover up the patient: what is left is outside the fan."
+    "Blank the inside of the fan: only what is outside is left."
     return _keep(frames, fan, fill, False)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c036
@@ -444,7 +444,7 @@ def only_inside(
     fan,  # as for only_outside
     fill=0,  # value of the blanked pixels
 ):  # like frames, the outside of the fan blanked
-    "Cover up everything but the patient."
+    "Blank everything outside of the fan."
     return _keep(frames, fan, fill, True)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-1
@@ -456,7 +456,7 @@ def _strided(i, o):
 def small_learner(
     dls,  # DataLoaders of one-channel frames with labels, from frame_dls
 ) -> Learner:  # of a network with some 27,000 parameters at three classes
-    "A small network that can see where things are: four strided convolutions, 4x4 cells, one linear layer."
+    "A small network that keeps positions: four strided convolutions, 4x4 cells, one linear layer."
     net = nn.Sequential(
         *(_strided(i, o) for i, o in ((1, 8), (8, 16), (16, 32), (32, 64))),
         nn.AdaptiveAvgPool2d(4),
@@ -541,7 +541,7 @@ def outside_fan_check(
     lr: float = 1e-3,  # learning rate
     seed: int = 0,  # of folds and training
 ) -> pd.DataFrame:  # a row per view: accuracy with low and high, majority, balanced_accuracy, chance, ...
-    "How well the label can be predicted by a network that sees only what is outside the fan."
+    "How well a network predicts the label from what is outside the fan."
     wrong = [s for s in sees if s not in ('outside', 'inside', 'all')]
     if wrong:
         raise ValueError(f"sees holds 'outside', 'inside' or 'all', got {wrong}")

@@ -771,7 +771,7 @@ class _LowerEdge:
 
 
 def _lower_edge(s, rng):
-    "Liver or spleen beside the lung, under the diaphragm; in breathing the lung moves over it (the curtain sign)."
+    "Liver or spleen beside the lung, under the diaphragm; breathing moves the lung over it."
     side = rng.choice([-1, 1])  # drawn also where it is not seen
     if not s.has.curtain:
         return

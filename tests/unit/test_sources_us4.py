@@ -115,7 +115,7 @@ def test_busi_in_both_layouts(tmp_path, capsys, folders):
         t.lesions['normal (1)']
     )
     for line in (
-        '2 image(s) in 1 group(s) of duplicates that stand under two classes, dropped: benign (1)',
+        '2 image(s) in 1 group(s) of duplicates that are in two classes, dropped: benign (1)',
         '3 image(s) have a duplicate, or nearly one, in their class: 1 group(s)',
         'patients are not given',
     ):
@@ -471,7 +471,7 @@ def test_real_busi(real_data, capsys):
         and t.patient.nunique() == 389
     )
     assert (
-        '11 image(s) in 5 group(s) of duplicates that stand under two classes' in out
+        '11 image(s) in 5 group(s) of duplicates that are in two classes' in out
         and '89 image(s) have a duplicate, or nearly one, in their class: 41 group(s)' in out
         and 'skipped' not in out
     )
