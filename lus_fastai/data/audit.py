@@ -1,4 +1,4 @@
-"""What a table and a split give away: counts, shortcuts, shared patients and near-duplicate frames
+"""Leaks and shortcuts of a table and its split: counts, shortcuts, shared patients and near-duplicate frames
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/audit.html.md"""
 

@@ -468,7 +468,7 @@ def class_color(
 
 # %% ../../nbs/data/loaders.ipynb #mk-tint
 def _tint(on):
-    "Red, green, blue and opacity (h, w, 4) of masks (k, h, w) that lie over each other."
+    "Red, green, blue and opacity (h, w, 4) of masks (k, h, w) that overlap."
     tint, alpha = np.zeros((*on.shape[1:], 4)), 0.3
     for i in np.flatnonzero(on.any((1, 2))):
         below = tint[on[i], 3:] * (1 - alpha)  # (pixels, 1), what shines through
