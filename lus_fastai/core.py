@@ -472,7 +472,7 @@ def _in_notebook():
 
 
 def _watched():
-    "Whether somebody looks on: a notebook or a terminal, not a file."
+    "Whether the output is seen as it is written: a notebook or a terminal, not a file."
     return _in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()
 
 # %% ../nbs/core.ipynb #c043

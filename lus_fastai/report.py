@@ -1,4 +1,4 @@
-"""A report that is a single HTML file, and a card that says what a file of weights is
+"""A report as a single HTML file, and a card that describes a file of weights
 
 Docs: https://lus-fastai.github.io/lus_fastai/report.html.md"""
 
@@ -296,7 +296,7 @@ def summary(
 def limits_note(
     data: str,  # of the results: 'phantom', or a name of real data
 ) -> str:  # two sentences
-    "What no result of this package means."
+    "What no result of this package shows."
     simulated = 'The images are simulated, so nothing here says how such a network does on patients.'
     few = 'These are few patients from few sources, so nothing here says how such a network does elsewhere.'
     return f"{simulated if data == 'phantom' else few} No number is fit for a diagnosis."

@@ -313,7 +313,7 @@ def versions() -> dict:  # name -> version, and the platform
 def device_name(
     device=None,  # torch device or its name; None is the GPU if there is one
 ) -> str:  # such as 'cuda: NVIDIA H200' or 'cpu: x86_64, 2 threads'
-    "What computed."
+    "The device that computed."
     device = torch.device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cuda':
         return f'cuda: {torch.cuda.get_device_name(device)}'

@@ -136,7 +136,7 @@ def _gates(model, x):
 
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-2
 class _Enough(Exception):
-    "Nothing more to learn from this pass."
+    "Raised when this pass has shown enough."
 
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-3
 def _plant(maps):
@@ -308,7 +308,7 @@ def climb(self: OcclusionCache):
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-17
 @patch
 def remember(self: OcclusionCache, x):
-    "Keep the maps of untouched images."
+    "Keep the maps of unchanged images."
     self.now, self.known = None, [x.permute(0, 2, 3, 1).contiguous()]
     self.model(x)
 

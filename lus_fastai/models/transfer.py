@@ -212,7 +212,7 @@ def restore(self: GradualUnfreeze):
 
 @patch
 def before_train(self: GradualUnfreeze):
-    "Close the stages whose epoch has not come; without a gradient no momentum moves them either."
+    "Freeze the stages whose epoch has not come; without a gradient no momentum moves them either."
     if self.rests:
         return
     n_closed = max(0, len(self.groups) - 1 - self.epoch // self.every)
@@ -332,12 +332,12 @@ def _state(src):
 
 
 def _differ(name, source, target):
-    "A line of the account: a name, and the shapes of two tensors."
+    "A line of the report: a name, and the shapes of two tensors."
     return name, tuple(source.shape), tuple(target.shape)
 
 # %% ../../nbs/models/transfer.ipynb #c033-4
 def _compare(source, target):
-    "The account of copying one dictionary of tensors into another."
+    "The report of copying one dictionary of tensors into another."
     both = [k for k in target if k in source]
     fits = [k for k in both if source[k].shape == target[k].shape]
     return CopyReport(
@@ -392,7 +392,7 @@ def _top(name):
 
 # %% ../../nbs/models/transfer.ipynb #c038-3
 def _plan(source, target, fit):
-    "The account of moving a half, and the pairs of tensors (from, to) that are to be copied."
+    "The report of moving a half, and the pairs of tensors (from, to) that are to be copied."
     found, names = {_plain_name(k): k for k in source}, {_plain_name(k) for k in target}
     account, pairs = CopyReport(n_total=sum(v.numel() for v in target.values())), []
     account.unexpected = [k for k in source if _plain_name(k) not in names]

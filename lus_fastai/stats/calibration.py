@@ -1,4 +1,4 @@
-"""How far a probability can be believed, one number that repairs most of it, and when a network should not answer
+"""Whether probabilities are calibrated, a temperature that corrects them, and when a network should abstain
 
 Docs: https://lus-fastai.github.io/lus_fastai/stats/calibration.html.md"""
 

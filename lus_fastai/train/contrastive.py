@@ -456,7 +456,7 @@ def embed_clips(
 def measure_pairs(
     net: nn.Module,  # a ContrastiveNet
     train: PairItems,  # clips that are neighbours
-    valid: PairItems = None,  # clips whose neighbours are sought; default: the training clips, each without its patient
+    valid: PairItems = None,  # clips to score; default: the training clips, each without its patient
     limit: int = 512,  # at most so many clips of each
     precision: str = 'fp32',  # see autocast_for
 ) -> dict:  # alignment and uniformity of the projections, kNN accuracy of the features
