@@ -1,4 +1,4 @@
-"""Four commands: a demo, a paper's reproduction, a look for leaks, and data
+"""Four commands: a demo, a paper's reproduction, an audit, and data
 
 Docs: https://lus-fastai.github.io/lus_fastai/cli.html.md"""
 
@@ -21,7 +21,7 @@ from fastcore.script import call_parse, is_cli
 
 # %% ../nbs/cli.ipynb #c006-1
 def _mistake(e):
-    "The message for an error that a user can put right; None for one of ours."
+    "The message for an error that a user can put right; None for one of the package."
     if isinstance(e, OSError) and e.strerror:
         return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
     ours = not isinstance(e, (ValueError, OSError)) and type(e).__name__ != 'FetchError'
@@ -190,7 +190,7 @@ def lus_audit(
     label: str = None,  # a folder's: 'folder', a pattern, a .csv file; default: clips.csv, or 'folder'
     patient: str = None,  # a folder's: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
 ):
-    "Who is in a folder or table, by label, source and probe, and what gives a label away."
+    "Who is in a folder or table, by label, source and probe, and what predicts a label."
     with _command(lambda: 'nothing was changed.'):
         from lus_fastai.data.audit import audit
         from lus_fastai.data.folds import patient_folds

@@ -111,7 +111,7 @@ def mask_rgb(
     mask,  # integer codes, any shape; 255 means "no label" and is drawn grey
     colors: np.ndarray = None,  # (n, 3) uint8, a colour per code; default: DENSE_COLORS
 ) -> np.ndarray:  # mask.shape + (3,) uint8
-    "Paint integer codes with their colours."
+    "Integer codes as an image of their colours."
     colors = DENSE_COLORS if colors is None else colors
     table = np.full((256, 3), 128, np.uint8)
     table[: len(colors)] = colors

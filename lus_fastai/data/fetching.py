@@ -48,7 +48,7 @@ def blob_sha1(
 # %% ../../nbs/data/fetching.ipynb #c070-3
 def path_inside(
     folder,  # a folder, which need not exist
-    name: str,  # a relative path that somebody else chose
+    name: str,  # a relative path from elsewhere
 ) -> Path:  # of the file, under the folder
     "The path of `name` under `folder`; refuses one that leaves it, by itself or through a link."
     parts = PurePosixPath(name.replace('\\', '/'))
@@ -169,7 +169,7 @@ def download(
     attempts: int = 5,  # attempts in a row without a new byte before giving up, at least 1
     wait: float = 1.0,  # seconds before the second attempt, then doubled up to 30
 ):
-    "Download one file: resumed, retried while it makes no progress, verified, then named."
+    "Download one file: resumed, retried after a broken connection, verified, then named."
     part, failed, best = path.with_name(path.name + '.part'), 0, -1
     path.parent.mkdir(parents=True, exist_ok=True)
     resumed = part.exists()

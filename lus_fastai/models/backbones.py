@@ -1,4 +1,4 @@
-"""Networks without their classifier from torchvision and timm, ImageNet weights, and what becomes of three colours
+"""Networks without their classifier from torchvision and timm, ImageNet weights, and grey frames in networks for three colours
 
 Docs: https://lus-fastai.github.io/lus_fastai/models/backbones.html.md"""
 

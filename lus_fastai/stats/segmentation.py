@@ -1,4 +1,4 @@
-"""Scores of masks that may overlap: Dice and IoU, boundaries, connected components, and why Dice and the eye disagree
+"""Scores of masks that may overlap: Dice and IoU, boundaries, connected components, and why Dice and visual impression disagree
 
 Docs: https://lus-fastai.github.io/lus_fastai/stats/segmentation.html.md"""
 
@@ -149,7 +149,7 @@ def boundary_f1(
     spacing: tuple = (1.0, 1.0),  # height and width of a pixel
     threshold: float = 0.5,  # probabilities above it are 1
 ) -> np.ndarray:  # (n, k) 0..1; NaN where both masks are empty, 0 where one is
-    "F1 of edge pixels that lie near the other outline."
+    "F1 of edge pixels that are near the other outline."
 
     def one(a, b):
         return _boundary_f1(_distances(a, b, spacing), a, b, within)
