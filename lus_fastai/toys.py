@@ -138,7 +138,7 @@ def toy_forecasts(
     too_sure: float = 2.0,  # factor on the right logits; 1 is calibrated
     seed: int = 0,  # decides everything that is drawn
 ) -> pd.DataFrame:  # a row per frame, with p_covid, p_pneumonia and p_regular
-    "Predictions that are calibrated, or overconfident by a known factor; a patient's frames share half the noise."
+    "Predictions that are calibrated or overconfident by a factor; a patient's frames share half the noise."
     rng, mu = np.random.default_rng(seed), 1.4
     who, code = np.repeat(np.arange(patients), frames), np.repeat(np.arange(patients) % 3, frames)
     of_patient = 0.5**0.5 * rng.normal(size=(patients, 3))

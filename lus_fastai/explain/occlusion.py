@@ -155,7 +155,7 @@ def occlusion(
     fan=None,  # bool (h, w) or (b, h, w), or a Fan: windows wholly outside are skipped
     bs: int = 64,  # covered images in one pass
 ):  # (b, h, w) float32: P(target | covered) - P(target), or the change of a target function's score
-    "What covering a window does to the probability: negative where the image is evidence for it (Arora 2020)."
+    "Change of the probability when a window is covered: negative where it is evidence for it (Arora 2020)."
     x = checked_images(x).contiguous(memory_format=torch.channels_last)
     target, shape = class_codes(model, target), x.shape[-2:]
     size, stride = _window_options(*shape, size, stride, value)
