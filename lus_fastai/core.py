@@ -313,7 +313,7 @@ class MaskSet:
     images: np.ndarray  # (n, h, w) uint8, grey
     masks: np.ndarray  # (n, k, h, w) bool, or whole numbers 0 and 1; classes may overlap
     names: tuple  # of the k classes
-    table: pd.DataFrame  # n rows, with a column patient; numbered anew from 0
+    table: pd.DataFrame  # n rows, with a column patient; numbered again from 0
 
     def __post_init__(self):
         self.names, self.masks = tuple(self.names), np.asarray(self.masks)

@@ -1,4 +1,4 @@
-"""Browse clips, ask a network where it looks, and correct a fan by hand: three small panels for the notebook
+"""Browse clips, explain a network, and correct a fan by hand: three small panels for the notebook
 
 Docs: https://lus-fastai.github.io/lus_fastai/widgets.html.md"""
 
@@ -166,7 +166,7 @@ def _ipython_display_(self: _Panel):
 @patch
 @contextlib.contextmanager
 def _quiet(self: _Panel):
-    "Controls may be set inside the block without being answered."
+    "Controls may be set inside the block without starting their callbacks."
     self._still = True
     try:
         yield
@@ -401,7 +401,7 @@ def _class_names(model, classes):
 
 # %% ../nbs/widgets.ipynb #c019
 class Explainer(_Panel):
-    "Ask a classifier where it looks: a frame beside its map, and the probabilities over the clip."
+    "Explain a classifier: a frame beside its map, and the probabilities over the clip."
 
     def __init__(
         self,
@@ -448,7 +448,7 @@ def _layout(self: Explainer):
 # %% ../nbs/widgets.ipynb #c019-m1
 @patch
 def _read(self: Explainer, row):
-    "The frames as the model gets them, from the store or sampled anew."
+    "The frames as the model gets them, from the store or sampled again."
     if self.store is None:
         clip = sample_clip(row['path'], size=self.size)
         frames, times = clip.frames, clip.times
@@ -512,7 +512,7 @@ def _verdict_html(label, classes, p):
     shares = [f'{html.escape(c)} {x:.2f}' for c, x in zip(classes, p)]
     shares[said] = f'<b>{shares[said]}</b>'
     label, shares = html.escape(str(label)), ' · '.join(shares)
-    return f'<div style="line-height:1.5">labelled <b>{label}</b>; the network says<br>{shares}</div>'
+    return f'<div style="line-height:1.5">labelled <b>{label}</b>; the network predicts<br>{shares}</div>'
 
 
 def _scale_html(method, name, limit, heat):
@@ -529,7 +529,7 @@ def _scale_html(method, name, limit, heat):
 # %% ../nbs/widgets.ipynb #explain-draw
 @patch
 def _show_map(self: Explainer, k, target, fan):
-    "The map of a frame over it, its scale, and the share of it that lies inside the fan."
+    "The map of a frame over it, its scale, and the share of it that is inside the fan."
     frame, m = self.shown.frames[k], self._map(k, target, fan)
     key = self.clip.value, self.method.value, target
     self._limits[key] = limit = max(self._limits.get(key, 0.0), float(np.abs(m).max()))
@@ -570,7 +570,7 @@ def _draw(self: Explainer):
 # %% ../nbs/widgets.ipynb #explain-draw-3
 @patch
 def _explain(self: Explainer, s, k):
-    "Ask the model about frame `k`, and show what it says."
+    "Run the model on frame `k`, and show its prediction and its map."
     row = self.table.loc[self.clip.value]
     fan = _fan(row)
     if fan is not None:
@@ -758,7 +758,7 @@ def _look(self: FanEditor):
 
 # %% ../nbs/widgets.ipynb #c028-3-m2
 def _set_slider(slider, title, value, limits, step, form):
-    "Give a slider another meaning; its range grows where the value lies outside."
+    "Give a slider another meaning; its range grows where the value is outside."
     low, high = limits
     slider.description, slider.step, slider.readout_format = title, step, form
     slider.min, slider.max = min(low, value, slider.min), max(high, value)
@@ -805,7 +805,7 @@ def _revert(self: FanEditor, button=None):
 
 @patch
 def _find(self: FanEditor, button=None):
-    "Find the fan anew."
+    "Find the fan again."
     if self.shown:
         self._show(*self._look())
 

@@ -196,7 +196,7 @@ def derive(
     (nbs / 'notebooks.qmd').write_text(notebooks_page(root), encoding='utf-8')
     toml = root / 'pyproject.toml'
     if not toml.is_file() or toml.read_text(encoding='utf-8') != pyproject(cfg):
-        toml.write_text(pyproject(cfg), encoding='utf-8')  # make installs anew when it is touched
+        toml.write_text(pyproject(cfg), encoding='utf-8')  # make installs again when it is touched
 
 
 _link = re.compile(r'(\]\()([^)\s]+)((?:\s+"[^"]*")?\))')

@@ -103,7 +103,7 @@ def pixels(
 # %% ../../nbs/data/fan.ipynb #c006-p4
 @patch
 def mask(self: Fan):  # (h, w) bool
-    "Pixels whose centre lies inside."
+    "Pixels whose centre is inside."
     (h, w) = self.size
     d, b = self.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
     return (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
@@ -113,7 +113,7 @@ def mask(self: Fan):  # (h, w) bool
 def outline(
     self: Fan,
     n: int = 50,  # points along each of the four sides
-):  # (4n, 2) columns and rows, in turn around the fan; they may lie outside the image
+):  # (4n, 2) columns and rows, in turn around the fan; they may be outside the image
     "The fan's edge, for drawing."
     t, o = np.linspace(0, 1, n), np.ones(n)
     return np.stack(self.pixels(np.r_[0 * o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0 * o]), 1)
@@ -121,11 +121,11 @@ def outline(
 # %% ../../nbs/data/fan.ipynb #c006-p5
 @patch
 def box(self: Fan):  # top, bottom, left, right: rows top..bottom-1 and columns left..right-1 of the image
-    "The smallest box around the mask; raises `FanError` if the fan lies outside the image."
+    "The smallest box around the mask; raises `FanError` if the fan is outside the image."
     m = self.mask()
     if not m.any():
         h, w = self.size
-        raise FanError(f"the fan lies outside its image of {w}x{h} pixels: {self}")
+        raise FanError(f"the fan is outside its image of {w}x{h} pixels: {self}")
     rows, cols = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
     return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
 
@@ -586,7 +586,7 @@ def to_polar(
     fan: Fan,  # of images of this size
     size: tuple = None,  # numbers of depths and beams; None: pixels on the longest beam and arc
     nearest: bool = False,  # take the nearest value rather than interpolate: for masks
-    outside=0,  # value of samples that lie outside the image; 6 for dense codes
+    outside=0,  # value of samples that are outside the image; 6 for dense codes
 ):  # (..., depths, beams), same type
     "Unroll the fan: a row for each depth, a column for each beam. Raises `FanError` when the sizes differ."
     _check_fits(fan, images.shape)

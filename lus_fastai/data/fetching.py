@@ -85,7 +85,7 @@ def _open_url(url, have):
         answer.close()
         if have:
             return _open_url(url, 0)
-        raise FetchError(f"{url}: the server sends a part of the file that nobody asked for")
+        raise FetchError(f"{url}: the server sends a part of the file that was not requested")
     return answer, have
 
 # %% ../../nbs/data/fetching.ipynb #f009
@@ -164,7 +164,7 @@ def _no_such_host(broken):
 def download(
     url: str,  # address of the file
     path: Path,  # where it goes; path.part beside it until it is whole
-    size: int,  # bytes, or None where nobody knows
+    size: int,  # bytes, or None where that is unknown
     sha: str,  # its git blob sha1
     attempts: int = 5,  # attempts in a row without a new byte before giving up, at least 1
     wait: float = 1.0,  # seconds before the second attempt, then doubled up to 30

@@ -96,7 +96,7 @@ def _still(path, label, patient, source, probe, **more):
 # %% ../../nbs/data/readers.ipynb #c006-2
 def pocus_name(
     path: str,  # path of a POCUS file inside its folder, such as 'pocus_videos/convex/Reg_pat1Image.mpeg'
-) -> dict:  # kind, label, probe, patient; None for what the name does not tell
+) -> dict:  # kind, label, probe, patient; None for what is not in the name
     "What the folder and the name of a POCUS file say."
     parts = [p.lower() for p in PurePosixPath(path).parts]
     northumbria = re.search(r'northumbria_(\d+)_set(\d+)', parts[-1])
@@ -370,7 +370,7 @@ _CCXS_PATIENTS = (
 # %% ../../nbs/data/readers.ipynb #c017-1
 def ccxs_patient(
     name: str,  # name of an image, such as 'pneumococcal-pneumonia-day7.jpg'
-) -> str:  # of its patient, as far as the name tells
+) -> str:  # of its patient, as far as the name says
     "Patient of an image: its name without day, hours, view or sub-figure."
     stem = PurePosixPath(name).stem.lower()
     for whole in _CCXS_PATIENTS:
@@ -416,7 +416,7 @@ def _ccxs_patients(table, images):
         table['patient'] = table['patient'].replace(dict.fromkeys(rows['patient'], first))
     many = table['patient'].value_counts()
     several = f"{(many > 1).sum()} have several images, {many[many > 1].sum()} in all"
-    remark = f"patients as file names tell, images that look alike joined: {several}"
+    remark = f"patients from file names, images that look alike joined: {several}"
     return table.sort_values('path', ignore_index=True), [remark, _ccxs_classes(table)]
 
 # %% ../../nbs/data/readers.ipynb #c017
@@ -584,7 +584,7 @@ def _siim_sizes(root):
 
 # %% ../../nbs/data/readers.ipynb #r025
 def _siim_row(path, study, category, boxes, size):
-    "A row of the clip table for one image; `size` is (height, width), or None where the header tells."
+    "A row of the clip table for one image; `size` is (height, width), or None where the header says."
     who, *shape = _header(path) if path.suffix == '.dcm' else (None, None, None)
     height, width = size or shape
     return _still(

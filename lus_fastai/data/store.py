@@ -361,7 +361,7 @@ def store_rows(
 def open_store(
     id,  # of a store: an entry of the column store
 ) -> FrameStore:  # the store in that folder
-    "The store that rows name; TableError where it is gone or was built anew since."
+    "The store that rows name; TableError where it is gone or was rebuilt since."
     folder = Path(id).parent
     try:
         store = FrameStore(folder)

@@ -240,7 +240,7 @@ def heat_in_fan(
     fans,  # bool (h, w) or (b, h, w), or a Fan, or a list of them
     positive: bool = False,  # count positive values only, not the absolute ones
 ) -> np.ndarray:  # (b,) 0..1; NaN for a map without heat
-    "Share of a map's heat that lies inside the fan."
+    "Share of a map's heat that is inside the fan."
     maps = _finite_maps(maps)
     heat = np.clip(maps, 0, None) if positive else np.abs(maps)
     inside = _fan_masks(fans, len(maps), maps.shape[1:])

@@ -145,7 +145,7 @@ def hd95(
 def boundary_f1(
     pred,  # (n, k, h, w) masks or probabilities 0..1
     target,  # (n, k, h, w) true masks
-    within: float = 2.0,  # how far an edge pixel may lie from the other outline, in units of spacing
+    within: float = 2.0,  # how far an edge pixel may be from the other outline, in units of spacing
     spacing: tuple = (1.0, 1.0),  # height and width of a pixel
     threshold: float = 0.5,  # probabilities above it are 1
 ) -> np.ndarray:  # (n, k) 0..1; NaN where both masks are empty, 0 where one is

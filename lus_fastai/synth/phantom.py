@@ -474,7 +474,7 @@ class PhantomScene:
     sources: list = None  # of _BLine
     ill: np.ndarray = None  # 1 where the lung is not healthy
     edge: object = None  # _LowerEdge or None
-    organ: np.ndarray = None  # (nz, nx) echo of what lies beside the lung
+    organ: np.ndarray = None  # (nz, nx) echo of what is beside the lung
 
     def beams(self, mm):
         return self.g.beams(mm, self.p.pleura)  # a lateral length at the pleura as a number of beams
@@ -865,7 +865,7 @@ class PhantomFrame:
     # places
     aerated: np.ndarray = None  # bool: air right below the pleura
     beam: np.ndarray = None  # number of each beam
-    row: int = None  # nothing of the lung lies above this row; (rows, nb) start there
+    row: int = None  # nothing of the lung is above this row; (rows, nb) start there
     z: np.ndarray = None  # (rows, 1) depth
     below: np.ndarray = None  # (rows, nb) bool: in air
     solid_at: np.ndarray = None  # (rows, nb) bool
@@ -875,7 +875,7 @@ class PhantomFrame:
     hidden: np.ndarray = None  # bool: no contact, or beyond the edge
     # artefacts
     rays: list = None  # of _Ray
-    veil: np.ndarray = None  # how far B-lines cover what lies behind
+    veil: np.ndarray = None  # how far B-lines cover what is behind
     alines: list = None  # of _ALine
 
     def lung(self, x):

@@ -101,7 +101,7 @@ def nt_xent(
     z1: torch.Tensor,  # (b, d) projections of the first views, any floating type
     z2: torch.Tensor,  # (b, d) of the second views
     temperature: float = 0.5,  # above 0
-    groups: torch.Tensor = None,  # (b,) pairs of one group are no negatives of each other; -1 is nobody's
+    groups: torch.Tensor = None,  # (b,) pairs of one group are no negatives of each other; -1 has no group
 ) -> torch.Tensor:  # scalar in float32: the mean over the 2b views of this process
     "Normalised temperature-scaled cross-entropy: each view against its partner and all negatives."
     _positive(temperature)

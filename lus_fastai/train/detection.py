@@ -127,7 +127,7 @@ def _add_boxes(self: DetectItems, i):
 # %% ../../nbs/train/detection.ipynb #c009-2
 @patch
 def __getitem__(self: DetectItems, i):
-    "Image i as (1, h, w) float 0..1, and its target as torchvision wants it."
+    "Image i as (1, h, w) float 0..1, and its target as torchvision expects it."
     return torch.from_numpy(self.images[i])[None] / 255.0, dict(
         boxes=torch.from_numpy(self.boxes[i]),
         labels=torch.as_tensor(np.asarray(self.labels[i], np.int64)),
@@ -351,7 +351,7 @@ def chen_split(
     n: int,  # images
     test: int = 50,  # how many of them test
 ) -> tuple:  # numbers of the training images, and of the test images
-    "The split of the authors' code, which knows no patients: the last 50 of a permutation with seed 1."
+    "The split of the authors' code, which ignores patients: the last 50 of a permutation with seed 1."
     if not 0 < test < n:
         raise ValueError(f"{test} of {n} images cannot test: choose between 1 and {n - 1}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).numpy()

@@ -326,7 +326,7 @@ def test_damaged_cache_is_made_again(phantom_store, tmp_path, damage):
 
 @pytest.mark.slow
 def test_a_process_killed_while_it_saves_leaves_the_old_file_or_none(phantom_store, tmp_path):
-    "Half of the archive is written when the process is killed: it is not used, the next call makes it anew."
+    "Half of the archive is written when the process is killed: it is not used, the next call makes it again."
     code = f"""
 import os, sys, numpy as np
 sys.path.insert(0, {str(Path(__file__).parent)!r})
