@@ -132,7 +132,7 @@ def _window_changes(model, x, score, before, spans, at, fill, bs):
 
     cache = cached_model(model, x, spans, fill, at, full)
     group = max(1, math.ceil(bs * b / max(1, len(at))))  # so many images have windows for one batch
-    with cache.climb() if cache else contextlib.nullcontext():
+    with cache.hooked() if cache else contextlib.nullcontext():
         for g in range(0, b, group):
             some = at[(at[:, 0] >= g) & (at[:, 0] < g + group)]
             if cache and len(some):

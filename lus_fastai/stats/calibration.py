@@ -70,7 +70,7 @@ def reliability(
 def ece(
     preds: pd.DataFrame,  # prediction table of frames, or what vote returns
     bins: int = 10,  # number of bins of equal width over 0..1
-) -> float:  # 0 (promises kept) to 1
+) -> float:  # 0 (calibrated) to 1
     "Expected calibration error: mean distance of confidence and accuracy, weighted by the rows of a bin."
     n, conf, right = _bin_sums(preds, bins).sum(0).T
     return float(np.abs(conf - right).sum() / n.sum())
