@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import TableError, check_columns
-from .folds import fold_values, sampling_units
+from .folds import Folds, sampling_units
 from .store import store_rows
 
 # %% ../../nbs/data/audit.ipynb #c026-1
@@ -259,7 +259,7 @@ def _prepared(table, folds, store):
     "The table with its clips, folds and number of frames."
     t = table.assign(clip=sampling_units(table, 'clip')['clip'])
     if folds is not None:
-        t['fold'] = fold_values(table, folds)
+        t['fold'] = folds.of(table).fold.to_numpy()
     if 'frame' in t:
         t['frames'] = 1
     elif store is not None:
@@ -269,7 +269,7 @@ def _prepared(table, folds, store):
 # %% ../../nbs/data/audit.ipynb #a038
 def audit(
     table: pd.DataFrame,  # clip table, or frame table of a store
-    folds=None,  # fold of every row (Series or array; numbers, or 'train'/'test'); None: the table alone
+    folds: Folds = None,  # of the table; None: the table alone
     store=None,  # a FrameStore that holds the table's frames, to look for near-duplicates
 ) -> Audit:  # its DataFrames are attributes; prints as a report
     "Count, and look for whatever predicts the label without the lung."
