@@ -181,7 +181,7 @@ def _masks_height(shape, n_rows, legend_rows, titled):
 # %% ../nbs/plot.ipynb #plot-masks
 def plot_masks(
     frames,  # (n, h, w) uint8 grey; n is the number of columns, 3 to 6 look best
-    truth=None,  # (n, h, w) codes, or None when nobody knows
+    truth=None,  # (n, h, w) codes, or None if unknown
     pred=None,  # (n, h, w) codes, or None
     colors: np.ndarray = None,  # (k, 3) uint8, the last code is background; default: DENSE_COLORS
     names=DENSE,  # k names

@@ -484,7 +484,7 @@ def _check_card(path, **texts):
         raise ValueError(f"path: a model card is a Markdown file, named .md, not {path.name!r}")
     empty = [k for k, v in texts.items() if not isinstance(v, str) or not v.strip()]
     if empty:
-        raise ValueError(f"{empty} must be text: a card without it helps nobody")
+        raise ValueError(f"{empty} must be text: a card needs it")
 
 
 def _fence(code):

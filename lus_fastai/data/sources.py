@@ -263,7 +263,7 @@ def manifest(
     "Every upstream file of a source with size and checksum; FileNotFoundError where none are published."
     source = _source(name)
     if not source.listing and source.comes_by_hand:
-        nobody = "nobody publishes its files' checksums, so there is no manifest"
+        nobody = "no checksums of its files are published, so there is no manifest"
         raise FileNotFoundError(
             f"{name} comes by hand: {nobody}, nothing to verify and nothing to fetch.\n{manual_steps(name)}"
         )

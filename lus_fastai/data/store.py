@@ -278,7 +278,7 @@ def __getitem__(
 def holds(
     self: FrameStore,
     id,  # of a store: an entry of the column store
-) -> bool:  # whichever folder it lies in
+) -> bool:  # whichever folder it is in
     "Whether an id names this store's content."
     return Path(id).name == Path(self.id).name
 
@@ -370,7 +370,7 @@ def open_store(
     if not store.holds(id):
         raise TableError(
             f"rows are of the store {folder} before it was built again: "
-            f"take them anew from FrameStore(folder).frames"
+            f"take them again from FrameStore(folder).frames"
         )
     return store
 

@@ -145,9 +145,9 @@ def _one_each(target, output):
 # %% ../../nbs/explain/attribution.ipynb #c006
 def score_function(
     target,  # None, class numbers, a seg_target, or a function (output) -> (b,) scores
-    output,  # logits of the untouched images
+    output,  # logits of the unchanged images
 ):  # function (output, rows) -> (len(rows),) scores
-    "Scores of changed images; the class, or the pixels of a code, are those of the untouched images."
+    "Scores of changed images; the class, or the pixels of a code, are those of the unchanged images."
     output = checked_logits(output, len(output)).detach()
     if output.ndim == 4 and not callable(target):
         target = seg_target(target_codes(target, output))
@@ -213,7 +213,7 @@ def _input_gradient(model, x, score, rows):
 
 # %% ../../nbs/explain/attribution.ipynb #c010
 def _settled(model, x, target):
-    "The score function of `target`, settled on the output of the untouched images."
+    "The score function of `target`, settled on the output of the unchanged images."
     with torch.no_grad():
         out = checked_logits(model(x.clone()), len(x))
     return score_function(class_codes(model, target), out)
@@ -435,7 +435,7 @@ def grad_cam(
     target=None,  # None (predicted class), class numbers or names, or a function (output) -> (b,) scores
     *,
     layer=None,  # name or module with maps as output; by default cam_layer
-):  # (b, h, w) float32, signed: positive where the layer speaks for the target
+):  # (b, h, w) float32, signed: positive where the layer is evidence for the target
     "Channels of a late layer, weighed by their mean gradient (Selvaraju 2017), without ReLU and scaling."
     x = checked_images(x)
     a, g, _ = _layer_gradient(model, x, target, layer)

@@ -322,7 +322,7 @@ def run(self: OcclusionCache, rows, at, fill):
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030
 def cached_model(
     model: nn.Module,  # being explained
-    x,  # (b, c, h, w) untouched images
+    x,  # (b, c, h, w) unchanged images
     spans,  # first and last+1 row, and column, of each window
     fill,  # (1, c, 1, 1) that covers
     at,  # (n, 3) image, window row and window column of each pass

@@ -435,7 +435,7 @@ def _same_but_inputs(s, t):
 
 
 def _fit_encoder(i, s, t):
-    "A first convolution for other channels, which answers to copies of a grey image as before."
+    "A first convolution for other channels, with the same output as before for copies of a grey image."
     if i == 0 and _same_but_inputs(s, t):
         c = t.shape[1]
         return s.sum(1, keepdim=True).expand(-1, c, -1, -1) / c, t
