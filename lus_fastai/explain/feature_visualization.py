@@ -218,12 +218,12 @@ def _dark_noise(x, clamp, seed):
     return start.to(x).repeat(len(x), 1, 1, 1)
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c029-5
-def _search(start, error, steps, lr, tv, clamp, desc):
-    "Adam from `start` on error(y)² + tv * roughness, with a rate that falls to zero along a cosine."
+def _search(start, error, steps, tv, clamp, desc):
+    "Adam from `start` on error(y)² + tv * roughness, with a rate that falls from 0.1 to zero along a cosine."
     y = start.requires_grad_()
-    adam = torch.optim.Adam([y], lr)
+    adam = torch.optim.Adam([y])
     for t in progress(range(steps), desc=desc):
-        adam.param_groups[0]['lr'] = lr * (1 + math.cos(math.pi * t / steps)) / 2
+        adam.param_groups[0]['lr'] = 0.1 * (1 + math.cos(math.pi * t / steps)) / 2
         (y.grad,) = torch.autograd.grad((error(y).square() + tv * _roughness(y)).sum(), y)
         adam.step()
         if clamp is not None:
@@ -237,7 +237,6 @@ def invert_features(
     layer: str,  # a name of model.named_modules(); '' is the output
     *,
     steps: int = 200,  # of Adam
-    lr: float = 0.1,  # at the start, in units of the input
     tv: float = 0.3,  # weight of the total variation
     clamp: tuple = (0.0, 1.0),  # range of the input; None leaves it free
     seed: int = 0,  # of the noise that the search starts from, the same for every image
@@ -260,7 +259,7 @@ def invert_features(
         def error(y):
             return _norms(_features(model, module, layer, y.expand_as(x)) - goal) / size
 
-        found = _search(_dark_noise(x, clamp, seed), error, steps, lr, tv, clamp, layer).expand_as(x).clone()
+        found = _search(_dark_noise(x, clamp, seed), error, steps, tv, clamp, layer).expand_as(x).clone()
         with torch.no_grad():
             return found, error(found)
 

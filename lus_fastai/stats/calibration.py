@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import TableError, assert_disjoint, frozen_eval
+from ..core import TableError, and_more, assert_disjoint, frozen_eval
 from .bootstrap import patient_draws, percentile_interval, resampled_sums
 from lus_fastai.stats.classification import (
     check_predictions,
@@ -123,7 +123,7 @@ def _logits(x):
         )
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad):
-        raise ValueError(f"logits or probabilities are NaN or infinite in row(s) {bad[:5].tolist()}")
+        raise ValueError(f"logits or probabilities are NaN or infinite in row(s) {and_more(bad)}")
     are_probabilities = (x >= 0).all() and np.allclose(x.sum(1), 1, atol=1e-3)
     return np.log(np.clip(x, _FLOOR, None)) if are_probabilities else x
 
@@ -290,7 +290,7 @@ def _confidence_of(preds, by):
         raise TableError(f"no column {by!r} to abstain by; there is {list(preds.columns)}")
     sure = preds[by].to_numpy(float)
     if np.isnan(sure).any():
-        raise TableError(f"no confidence {by!r} in row(s) {preds.index[np.isnan(sure)][:5].tolist()}")
+        raise TableError(f"no confidence {by!r} in row(s) {and_more(preds.index[np.isnan(sure)])}")
     return sure
 
 

@@ -334,16 +334,15 @@ def detect_dls(
     train,  # numbers of the items to train on, or a truth value for each item
     valid,  # those to validate on
     bs: int = 2,  # images a batch (Chen 2021: 2)
-    flip: float = 0.5,  # chance that a training image is mirrored
     device=None,  # default: fastai's default device
-) -> DataLoaders:  # training batches are shuffled, and a last single image is left out
+) -> DataLoaders:  # training: shuffled, half of it mirrored, without a last single image
     "DataLoaders of images with objects."
     from fastai.torch_core import default_device
 
     train, valid = _rows(train, items, 'train'), _rows(valid, items, 'valid')
     device = torch.device(device) if device is not None else default_device()
     single = len(train) > bs and len(train) % bs == 1
-    training = DetectDL(items, train, bs, flip, True, drop_last=single, device=device)
+    training = DetectDL(items, train, bs, 0.5, True, drop_last=single, device=device)
     return DataLoaders(training, DetectDL(items, valid, bs, device=device), device=device)
 
 # %% ../../nbs/train/detection.ipynb #c022
@@ -778,16 +777,15 @@ def detection_ap(
 
 # %% ../../nbs/train/detection.ipynb #c039-1
 class WarmSteps(Callback):
-    "Learning rate: a linear rise within the first epoch, then times `factor` every `every` epochs."
+    "Learning rate: a linear rise within the first epoch, then a tenth of it each `every` epochs."
 
     order = 60
 
     def __init__(
         self,
         every: int = 10,  # epochs between steps
-        factor: float = 0.1,  # what the rate is multiplied by
     ):
-        self.every, self.factor = every, factor
+        self.every = every
 
     def before_fit(self):
         self.run = self.opt is not None and not hasattr(self.learn, 'lr_finder')  # validate has no optimiser
@@ -799,7 +797,7 @@ class WarmSteps(Callback):
             return
         n = min(1000, self.n_iter - 1)
         warm = 1.0 if self.epoch or self.iter >= n else 0.001 + 0.999 * self.iter / n
-        self.opt.set_hypers(lr=[b * warm * self.factor ** (self.epoch // self.every) for b in self.base])
+        self.opt.set_hypers(lr=[b * warm * 0.1 ** (self.epoch // self.every) for b in self.base])
 
 # %% ../../nbs/train/detection.ipynb #c039-3
 _OPTIMISERS = dict(  # optimiser, weight decay and learning rate
@@ -822,7 +820,6 @@ def detect_learner(
     model: nn.Module,  # from mask_rcnn
     every: int = 10,  # epochs between steps of the learning rate
     clip: float = 10.0,  # largest norm of the gradient; None for no limit, as in the authors' code
-    cbs=(),  # further callbacks
     opt: str = 'sgd',  # 'sgd' (Chen 2021, rate near .005), or 'adam' (near 5e-4) for a few hundred steps
 ) -> Learner:  # metrics: AP of boxes and of masks on the validation images
     "A fastai Learner that trains a detector as Chen 2021 does; use it with `fit` or `fit_resumable`."
@@ -836,7 +833,7 @@ def detect_learner(
         ValueMetric(partial(step.average_precision, level), f'{level}_AP') for level in ('box', 'mask')
     ]
     settings = dict(opt_func=opt_func, wd=wd, wd_bn_bias=True, lr=lr, moms=(0.9, 0.9, 0.9))
-    cbs = [step, WarmSteps(every), *limit, *cbs]
+    cbs = [step, WarmSteps(every), *limit]
     loss = dict(loss_func=step.total, metrics=metrics)
     return Learner(dls, model, splitter=trainable_params, cbs=cbs, **loss, **settings)
 
