@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import softmax
 from torch import nn
 
 from .core import CLASSES, MaskSet, write_table
@@ -53,7 +54,7 @@ def toy_encoder(
     widths: tuple = (8, 16, 32),  # channels of the convolutions, each of which halves the sides
     seed: int = None,  # of the weights; None draws them from torch's generator
 ) -> nn.Sequential:  # grey images (b, 1, h, w) -> (b, n_features)
-    "Convolutions with stride 2, batch norm and ReLU, then the mean over the image; a backbone for `pretrain`."
+    "Convolutions of stride 2 with batch norm and ReLU, then the mean over the image."
     layers = []
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -128,7 +129,7 @@ def toy_probabilities(
     clip_ease = ease + rng.normal(0, 0.5)
     z = rng.normal(0, 0.6, (12, 3))
     z[:, at] += clip_ease
-    return np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    return softmax(z, axis=1)
 
 # %% ../nbs/toys.ipynb #preds
 def toy_predictions(
@@ -161,8 +162,7 @@ def toy_forecasts(
     of_patient = 0.5**0.5 * rng.normal(size=(patients, 3))
     of_frame = 0.5**0.5 * rng.normal(size=(len(who), 3))
     x = mu * np.eye(3)[code] + of_patient[who] + of_frame  # (frames, 3)
-    p = np.exp(too_sure * mu * x)
-    p /= p.sum(1, keepdims=True)
+    p = softmax(too_sure * mu * x, axis=1)
     rows = dict(clip=[f'c{i:02d}' for i in who], frame=np.tile(np.arange(frames), patients))
     rows |= dict(patient=[f'p{i:02d}' for i in who], label=np.array(CLASSES)[code])
     rows |= dict(fold=who // 3 % 3)  # whole patients, each class in each fold

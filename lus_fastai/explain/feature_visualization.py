@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from fastcore.meta import delegates
+from torchvision.transforms.functional import gaussian_blur
 
 from ..core import frozen_eval, progress
 from .attribution import checked_images, class_codes, named_layer
@@ -22,14 +23,7 @@ from ..models.transfer import name_outputs
 def _blur(x, sigma):
     "Gaussian blur of (b, c, h, w), mirrored at the edges."
     radius = min(math.ceil(4 * sigma), min(x.shape[-2:]) - 1)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
-    kernel, c = (kernel / kernel.sum()).to(x.dtype), x.shape[1]
-    x = F.pad(x, [radius] * 4, mode='reflect')
-    return F.conv2d(
-        F.conv2d(x, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c),
-        kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1),
-        groups=c,
-    )
+    return gaussian_blur(x, 2 * radius + 1, sigma)
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c008-2
 def _score(out, target):

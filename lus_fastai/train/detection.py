@@ -44,6 +44,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import masks_to_boxes
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 # %% ../../nbs/train/detection.ipynb #c003b
@@ -59,19 +60,12 @@ def boxes_from_masks(
     masks,  # (n, h, w), nonzero inside the object; array or tensor
 ) -> tuple:  # boxes (m, 4) float32 x0 y0 x1 y1 in pixel edges, and (n,) bool: which masks are not empty
     "The tight box around each mask that is not empty."
-    masks = np.asarray(masks) != 0
+    masks = torch.as_tensor(np.asarray(masks) != 0)
     if masks.ndim != 3:
-        raise ValueError(f"masks are (n, h, w), one of each object, got shape {masks.shape}")
-    kept = masks.any((1, 2))
-    rows, cols = masks[kept].any(2), masks[kept].any(1)  # (m, h), (m, w)
-    h, w = masks.shape[1:]
-
-    def first(x):
-        return x.argmax(1) if x.size else np.zeros(0, int)
-
-    x0, y0 = first(cols), first(rows)
-    x1, y1 = w - first(cols[:, ::-1]), h - first(rows[:, ::-1])
-    return np.stack([x0, y0, x1, y1], 1).astype(np.float32).reshape(-1, 4), kept
+        raise ValueError(f"masks are (n, h, w), one of each object, got shape {tuple(masks.shape)}")
+    kept = masks.any(2).any(1)
+    pixels = masks_to_boxes(masks[kept])  # (m, 4) first and last column and row
+    return (pixels + torch.tensor([0.0, 0.0, 1.0, 1.0])).numpy(), kept.numpy()
 
 # %% ../../nbs/train/detection.ipynb #c009
 @dataclass(repr=False, eq=False)
