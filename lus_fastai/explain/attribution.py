@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import frozen_eval
+from ..data.fan import Fan
 
 # %% ../../nbs/explain/attribution.ipynb #c006-2
 def target_codes(
@@ -539,7 +540,7 @@ def map_rgb(
 # %% ../../nbs/explain/attribution.ipynb #c052-2
 def _draw_outline(ax, fan):
     "The outline of a fan, a bool mask (h, w) or a `Fan`, dotted; nothing for one that is empty or full."
-    if hasattr(fan, 'mask') and callable(fan.mask):
+    if isinstance(fan, Fan):
         fan = fan.mask()
     fan = np.asarray(torch.as_tensor(fan).cpu()).astype(bool)
     if fan.any() and not fan.all():

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..core import atomic_path, progress
+from ..data.fan import Fan
 from lus_fastai.explain.attribution import (
     cam,
     cam_layer,
@@ -52,7 +53,7 @@ def _fan_mask(fan, x):
     "A fan as bool (b, h, w) on x's device, or None."
     if fan is None:
         return None
-    mask = fan.mask() if hasattr(fan, 'mask') and callable(fan.mask) else fan
+    mask = fan.mask() if isinstance(fan, Fan) else fan
     mask = torch.as_tensor(mask, device=x.device).bool()
     b, (h, w) = len(x), x.shape[-2:]
     if mask.shape not in ((h, w), (b, h, w)):

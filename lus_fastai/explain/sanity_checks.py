@@ -218,8 +218,8 @@ def randomisation_check(
 # %% ../../nbs/explain/sanity_checks.ipynb #c018-1
 def _fan_masks(fans, n, size):
     "Fans as bool (n, h, w)."
-    fans = [fans] if hasattr(fans, 'mask') and callable(fans.mask) else fans
-    if isinstance(fans, (list, tuple)) and len(fans) and hasattr(fans[0], 'mask'):
+    fans = [fans] if isinstance(fans, Fan) else fans
+    if isinstance(fans, (list, tuple)) and len(fans) and isinstance(fans[0], Fan):
         fans = np.stack([f.mask() for f in fans])
     fans = fans.detach().cpu().numpy() if torch.is_tensor(fans) else np.asarray(fans)
     if fans.dtype != bool and not np.isin(fans, (0, 1)).all():
