@@ -49,17 +49,15 @@ DENSE_COLORS = np.array(
 SPARSE_COLORS = DENSE_COLORS[[0, 1, 2, 6]]
 
 # %% ../nbs/core.ipynb #merge-sum
-def _merged_probabilities(p, dim):
+def _merged_probabilities(p):
     "Probabilities of sparse classes: sums over the dense classes that each one merges."
-    if p.shape[dim] != len(DENSE):
-        raise ValueError(
-            f"probabilities need {len(DENSE)} classes along dim {dim}, got shape {tuple(p.shape)}"
-        )
+    if p.shape[1] != len(DENSE):
+        raise ValueError(f"probabilities need {len(DENSE)} classes along dim 1, got shape {tuple(p.shape)}")
     groups = [[i for i, s in enumerate(DENSE_TO_SPARSE) if s == k] for k in range(len(SPARSE))]
     if torch.is_tensor(p):
         index = [torch.tensor(g, device=p.device) for g in groups]
-        return torch.stack([p.index_select(dim, i).sum(dim) for i in index], dim)
-    return np.stack([np.take(p, g, dim).sum(dim) for g in groups], dim)
+        return torch.stack([p.index_select(1, i).sum(1) for i in index], 1)
+    return np.stack([np.take(p, g, 1).sum(1) for g in groups], 1)
 
 # %% ../nbs/core.ipynb #merge-codes
 def _merged_codes(x):
@@ -72,16 +70,15 @@ def _merged_codes(x):
 
 # %% ../nbs/core.ipynb #c013
 def dense_to_sparse(
-    x,  # dense codes 0..6 (any integer array or tensor), or probabilities with 7 entries along dim
-    dim: int = 1,  # the class axis, used for probabilities only
-):  # sparse codes of the same shape and type, or probabilities with 4 entries along dim
+    x,  # dense codes 0..6 (any integer array or tensor), or probabilities (b, 7, ...)
+):  # sparse codes of the same shape and type, or probabilities (b, 4, ...)
     "Merge dense labels into sparse ones (Gare 2021, section 2.1): look up codes, sum probabilities."
     if torch.is_tensor(x):
         floating = x.is_floating_point()
     else:
         x = np.asarray(x)
         floating = np.issubdtype(x.dtype, np.floating)
-    return _merged_probabilities(x, dim) if floating else _merged_codes(x)
+    return _merged_probabilities(x) if floating else _merged_codes(x)
 
 # %% ../nbs/core.ipynb #files
 def file_keys(

@@ -127,12 +127,12 @@ def _bare_svg(fig):
     ), ours
 
 # %% ../nbs/report.ipynb #figure-3
-def _figure_html(fig, number, alt, limit=2_000_000):
-    "A figure as an element of the page: SVG, or a bitmap where that has more than `limit` characters."
+def _figure_html(fig, number, alt):
+    "A figure as an element of the page: SVG, or a bitmap where that has more than two million characters."
     svg, ours = _bare_svg(fig)
     width = fig.get_size_inches()[0] * 96
     size = f'max-width:{width:.0f}px;min-width:{min(width, max(300, 0.6 * width)):.0f}px'
-    if len(svg) > limit:
+    if len(svg) > 2_000_000:
         source = _data_uri('png', save_figure(fig, format='png', dpi=150, facecolor='white'))
         return f'<img class="fig white" style="{size}" alt="{html.escape(alt)}" src="{source}">'
     box = re.search(r'viewBox="([^"]*)"', svg)[1]
@@ -402,17 +402,16 @@ def papers_note(
 def wide_scores(
     scores: pd.DataFrame,  # result of evaluate or evaluate_seg
     rows: str = 'level',  # column whose values become rows
-    columns: str = 'metric',  # column whose values become columns
     digits: int = 3,  # after the point
-) -> pd.DataFrame:  # text cells, the interval on a second line
+) -> pd.DataFrame:  # a column for each metric; text cells, the interval on a second line
     "A long table of scores as a wide one for people; raises ValueError when two scores fall into one cell."
-    double = scores[scores.duplicated([rows, columns], keep=False)]
+    double = scores[scores.duplicated([rows, 'metric'], keep=False)]
     if len(double):
-        where = f"{rows}={double[rows].iloc[0]!r}, {columns}={double[columns].iloc[0]!r}"
+        where = f"{rows}={double[rows].iloc[0]!r}, metric={double['metric'].iloc[0]!r}"
         raise ValueError(f"{len(double)} scores share a cell, e.g. {where}: filter the table first")
     said = [interval_text(r.value, r.low, r.high, digits).replace(' [', '\n[') for r in scores.itertuples()]
-    wide = scores.assign(said=said).pivot(index=rows, columns=columns, values='said')
-    wide = wide.loc[list(dict.fromkeys(scores[rows])), list(dict.fromkeys(scores[columns]))]  # their order
+    wide = scores.assign(said=said).pivot(index=rows, columns='metric', values='said')
+    wide = wide.loc[list(dict.fromkeys(scores[rows])), list(dict.fromkeys(scores['metric']))]  # their order
     return wide.rename(columns=lambda c: str(c).replace('_', ' ')).rename_axis(columns=None).fillna('–')
 
 # %% ../nbs/report.ipynb #licences

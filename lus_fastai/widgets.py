@@ -408,7 +408,6 @@ class Explainer(_Panel):
         model: torch.nn.Module,  # gives logits (b, classes)
         clips=None,  # clip table (sampled as sample_clip does) or FrameStore; None makes a small phantom
         classes=None,  # names of the model's outputs, in order; default: model.classes
-        channels: int = None,  # of the model's input, grey copied; default: as its first convolution
         size: tuple = (224, 224),  # height and width of the model's input; a store has its own
         methods: dict = None,  # display name -> function method(model, x, target); default EXPLAINERS
         folder=None,  # where the phantom is kept; default lus_home()/'widgets'
@@ -419,7 +418,7 @@ class Explainer(_Panel):
         super().__init__(_named(_phantom(folder) if clips is None else clips), size)
         self.model, self.methods = model, dict(methods or EXPLAINERS)
         self.classes = _class_names(model, classes)
-        self.channels = channels or input_channels(model)
+        self.channels = input_channels(model)  # grey is copied to each
         self._probs, self._maps, self._limits = {}, OrderedDict(), {}
         self._layout()
 

@@ -212,15 +212,18 @@ def _correlations(images, a, b):
     return np.array([np.corrcoef(images[i].ravel(), images[j].ravel())[0, 1] for i, j in zip(a, b)], float)
 
 
-def _twins(table, images, side, bits=8, likeness=0.95):
+_BITS, _LIKENESS = 8, 0.95  # near-duplicates: bits that may differ, least correlation
+
+
+def _twins(table, images, side):
     "Near-duplicates across values of column `side` among the frames of `table`, by hash and by correlation."
     spectrum = _spectrum(images)[table['row'].to_numpy()]
     lit = np.abs(spectrum[:, 1:]).max(1) > 256  # not blank
     t = table[lit].reset_index(drop=True)
-    near = near_duplicates(_hash_of_spectrum(spectrum[lit]), t[side], bits)
+    near = near_duplicates(_hash_of_spectrum(spectrum[lit]), t[side], _BITS)
     rows = t['row'].to_numpy()
     near['likeness'] = _correlations(images, rows[near['frame']], rows[near['twin']])
-    near = near[near['likeness'] >= likeness].reset_index(drop=True)
+    near = near[near['likeness'] >= _LIKENESS].reset_index(drop=True)
     t = t[['clip', 'frame', 'patient'] + ['fold'] * (side == 'fold')]
     frame = t.iloc[near['frame']].reset_index(drop=True)
     twin = t.iloc[near['twin']].add_prefix('twin_').reset_index(drop=True)

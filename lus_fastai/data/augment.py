@@ -40,11 +40,10 @@ def gare_variant(
 # %% ../../nbs/data/augment.ipynb #c008
 def expand_variants(
     frames: pd.DataFrame,  # a frame table
-    n: int = 6,  # variants of each frame
-) -> pd.DataFrame:  # n times as many rows, with a column variant
+) -> pd.DataFrame:  # six times as many rows, with a column variant, 0 to 5
     "Every frame once per variant, next to each other."
-    out = frames.loc[frames.index.repeat(n)].reset_index(drop=True)
-    out['variant'] = np.tile(np.arange(n), len(frames))
+    out = frames.loc[frames.index.repeat(6)].reset_index(drop=True)
+    out['variant'] = np.tile(np.arange(6), len(frames))
     return out
 
 # %% ../../nbs/data/augment.ipynb #c013

@@ -309,11 +309,10 @@ def _region(mask, name, shape):
 def speckle_index(
     x,  # (h, w), uint8 or float 0..1
     mask=None,  # (h, w) bool, a region that should be plain; the whole image when None
-    size: int = 7,  # side of the windows, odd
 ) -> float:  # 0 is plain; fully developed speckle has .52 before log compression, less after
-    "Mean over windows of standard deviation over mean, black ones left out."
+    "Mean over windows of 7 x 7 pixels of standard deviation over mean, black ones left out."
     x = _pairs(x, x)[0]
-    mean, var = _local(x, _windows(size))
+    mean, var = _local(x, 7)
     use = (mean[0] > 0.02) & (_region(mask, 'mask', mean[0].shape) if mask is not None else True)
     return float((np.sqrt(var[0])[use] / mean[0][use]).mean()) if use.any() else 0.0
 

@@ -112,10 +112,9 @@ def mask(self: Fan):  # (h, w) bool
 @patch
 def outline(
     self: Fan,
-    n: int = 50,  # points along each of the four sides
-):  # (4n, 2) columns and rows, in turn around the fan; they may be outside the image
+):  # (200, 2) columns and rows, 50 a side, in turn around the fan; they may be outside the image
     "The fan's edge, for drawing."
-    t, o = np.linspace(0, 1, n), np.ones(n)
+    t, o = np.linspace(0, 1, 50), np.ones(50)
     return np.stack(self.pixels(np.r_[0 * o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0 * o]), 1)
 
 # %% ../../nbs/data/fan.ipynb #c006-p5
@@ -173,15 +172,15 @@ def from_dict(
         raise FanError(f"this is no fan: {d!r} ({e})") from None
 
 # %% ../../nbs/data/fan.ipynb #c010
-def _draw_labels(draw, h, w, text, unit):
+def _draw_labels(draw, h, w, unit):
     "A caption of two lines, a logo and a depth scale."
     from PIL import ImageFont
 
     def font(size):
         return ImageFont.load_default(max(9, round(size * h)))
 
-    draw.text((0.02 * w, 0.01 * h), text.split()[0], fill=235, font=font(0.05))
-    draw.text((0.02 * w, 0.07 * h), ' '.join(text.split()[1:]), fill=200, font=font(0.035))
+    draw.text((0.02 * w, 0.01 * h), 'LUNG', fill=235, font=font(0.05))
+    draw.text((0.02 * w, 0.07 * h), '9L MI 1.2', fill=200, font=font(0.035))
     draw.ellipse((0.9 * w, 0.02 * h, 0.98 * w, 0.02 * h + 0.08 * w), outline=220, width=unit)  # logo
     for k in range(9):
         start, y = (1 - 0.02 * (1 + (k % 4 == 0))) * w, h * (0.1 + 0.1 * k)
@@ -202,7 +201,6 @@ def _draw_calipers(draw, h, w, rng, unit):
 def add_overlays(
     frames: np.ndarray,  # (n, h, w) uint8, h and w at least 48
     seed: int = 0,  # where and what
-    text: str = 'LUNG 9L  MI 1.2',  # the caption
 ) -> tuple:  # the frames with the same overlays on each, and (h, w) bool, where they are
     "Write on a clip what machines write: caption, mark and scale outside the fan mostly, calipers inside."
     from PIL import Image, ImageDraw
@@ -214,7 +212,7 @@ def add_overlays(
     h, w = frames.shape[1:]
     ink = Image.new('L', (w, h))
     draw, unit = ImageDraw.Draw(ink), max(1, round(h / 160))
-    _draw_labels(draw, h, w, text, unit)
+    _draw_labels(draw, h, w, unit)
     _draw_calipers(draw, h, w, rng, unit)
     ink = np.asarray(ink)
     return np.where(ink > 0, np.maximum(frames, ink), frames), ink > 0

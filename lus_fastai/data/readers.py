@@ -678,14 +678,13 @@ def pack_sequence(
     files,  # one image a frame, of one size; ordered here by the last number in their names
     fps: float,  # frames a second of the sequence
     name: str,  # of the clip, such as 'clust/ETH-01-1'
-    n: float = 3.0,  # frames a second to take (see us4_rows)
 ) -> Path:  # a video in our cache, without loss
     "A folder of images as one clip, sampled as in US-4; `ClipError` when one of them cannot be read."
     files = sorted(files, key=_number)
     if not files:
         raise ClipError(name, 'it holds no frame')
-    taken = [files[r] for r in us4_rows(len(files), fps, n)]
-    rate = fps / _us4_step(len(files), fps, n)
+    taken = [files[r] for r in us4_rows(len(files), fps)]
+    rate = fps / _us4_step(len(files), fps)
     h = hashlib.sha1(repr(round(rate, 4)).encode())
     for f in taken:
         h.update(hashlib.sha1(Path(f).read_bytes()).digest())

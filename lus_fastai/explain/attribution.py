@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import frozen_eval
+from ..data.fan import Fan
 
 # %% ../../nbs/explain/attribution.ipynb #c006-2
 def target_codes(
@@ -539,7 +540,7 @@ def map_rgb(
 # %% ../../nbs/explain/attribution.ipynb #c052-2
 def _draw_outline(ax, fan):
     "The outline of a fan, a bool mask (h, w) or a `Fan`, dotted; nothing for one that is empty or full."
-    if hasattr(fan, 'mask') and callable(fan.mask):
+    if isinstance(fan, Fan):
         fan = fan.mask()
     fan = np.asarray(torch.as_tensor(fan).cpu()).astype(bool)
     if fan.any() and not fan.all():
@@ -551,7 +552,6 @@ def show_map(
     map,  # raw map (h, w), array or tensor
     fan=None,  # bool (h, w) or a Fan, drawn as an outline
     ax=None,  # matplotlib axes; a new figure by default
-    opacity: float = 0.7,  # of the strongest colour, 0..1
     limit: float = None,  # magnitude with the strongest colour; by default this map's 99.5th percentile
     title: str = '',  # above the image
 ):  # the axes
@@ -560,7 +560,7 @@ def show_map(
 
     if ax is None:
         ax = plt.subplots(figsize=(3, 3), dpi=80)[1]
-    ax.imshow(map_rgb(frame, map, opacity, limit), interpolation='nearest')
+    ax.imshow(map_rgb(frame, map, limit=limit), interpolation='nearest')
     if fan is not None:
         _draw_outline(ax, fan)
     ax.set_title(title, fontsize=9)
@@ -598,7 +598,6 @@ def show_maps(
     maps,  # n raw maps (h, w)
     titles=None,  # n texts
     fan=None,  # bool (h, w) or a Fan, drawn as an outline
-    opacity: float = 0.7,  # of the strongest colour, 0..1
     limit='shared',  # 'shared' (one for all), 'each' (for methods with different units), or a number
     columns: int = 6,  # panels in a row
 ):  # matplotlib Figure
@@ -614,6 +613,6 @@ def show_maps(
     top = _limit(np.stack(maps)) if limit == 'shared' else limit
     fig, axs = _panels(len(maps), columns, maps[0].shape)
     for ax, f, m, title in zip(axs.flat, frames, maps, titles):
-        show_map(f, m, fan, ax, opacity, _limit(m) if each else top, title)
+        show_map(f, m, fan, ax, _limit(m) if each else top, title)
     _colour_bar(fig, axs, ['−', '0', '+'] if each else [f'{-top:.2g}', '0', f'{top:.2g}'])
     return fig

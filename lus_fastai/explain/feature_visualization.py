@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from fastcore.meta import delegates
+from torchvision.transforms.functional import gaussian_blur
 
 from ..core import frozen_eval, progress
 from .attribution import checked_images, class_codes, named_layer
@@ -22,14 +23,7 @@ from ..models.transfer import name_outputs
 def _blur(x, sigma):
     "Gaussian blur of (b, c, h, w), mirrored at the edges."
     radius = min(math.ceil(4 * sigma), min(x.shape[-2:]) - 1)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
-    kernel, c = (kernel / kernel.sum()).to(x.dtype), x.shape[1]
-    x = F.pad(x, [radius] * 4, mode='reflect')
-    return F.conv2d(
-        F.conv2d(x, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c),
-        kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1),
-        groups=c,
-    )
+    return gaussian_blur(x, 2 * radius + 1, sigma)
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c008-2
 def _score(out, target):
@@ -218,12 +212,12 @@ def _dark_noise(x, clamp, seed):
     return start.to(x).repeat(len(x), 1, 1, 1)
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c029-5
-def _search(start, error, steps, lr, tv, clamp, desc):
-    "Adam from `start` on error(y)² + tv * roughness, with a rate that falls to zero along a cosine."
+def _search(start, error, steps, tv, clamp, desc):
+    "Adam from `start` on error(y)² + tv * roughness, with a rate that falls from 0.1 to zero along a cosine."
     y = start.requires_grad_()
-    adam = torch.optim.Adam([y], lr)
+    adam = torch.optim.Adam([y])
     for t in progress(range(steps), desc=desc):
-        adam.param_groups[0]['lr'] = lr * (1 + math.cos(math.pi * t / steps)) / 2
+        adam.param_groups[0]['lr'] = 0.1 * (1 + math.cos(math.pi * t / steps)) / 2
         (y.grad,) = torch.autograd.grad((error(y).square() + tv * _roughness(y)).sum(), y)
         adam.step()
         if clamp is not None:
@@ -237,7 +231,6 @@ def invert_features(
     layer: str,  # a name of model.named_modules(); '' is the output
     *,
     steps: int = 200,  # of Adam
-    lr: float = 0.1,  # at the start, in units of the input
     tv: float = 0.3,  # weight of the total variation
     clamp: tuple = (0.0, 1.0),  # range of the input; None leaves it free
     seed: int = 0,  # of the noise that the search starts from, the same for every image
@@ -260,7 +253,7 @@ def invert_features(
         def error(y):
             return _norms(_features(model, module, layer, y.expand_as(x)) - goal) / size
 
-        found = _search(_dark_noise(x, clamp, seed), error, steps, lr, tv, clamp, layer).expand_as(x).clone()
+        found = _search(_dark_noise(x, clamp, seed), error, steps, tv, clamp, layer).expand_as(x).clone()
         with torch.no_grad():
             return found, error(found)
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..core import atomic_path, progress
+from ..data.fan import Fan
 from lus_fastai.explain.attribution import (
     cam,
     cam_layer,
@@ -33,6 +34,7 @@ from lus_fastai.explain.attribution import (
     target_codes,
 )
 from .occlusion_cache import cached_model
+from ..models.backbones import input_channels
 
 # %% ../../nbs/explain/occlusion.ipynb #c025-1
 OCCLUSION_ARORA = dict(size=44, stride=1, fill=0.185, value='centre')  # Arora 2020, for 224 x 224
@@ -51,7 +53,7 @@ def _fan_mask(fan, x):
     "A fan as bool (b, h, w) on x's device, or None."
     if fan is None:
         return None
-    mask = fan.mask() if hasattr(fan, 'mask') and callable(fan.mask) else fan
+    mask = fan.mask() if isinstance(fan, Fan) else fan
     mask = torch.as_tensor(mask, device=x.device).bool()
     b, (h, w) = len(x), x.shape[-2:]
     if mask.shape not in ((h, w), (b, h, w)):
@@ -182,11 +184,6 @@ EXPLAINERS = {
 }  # by the name to show
 
 # %% ../../nbs/explain/occlusion.ipynb #c048-1
-def _first_channels(model):
-    "Channels that the first convolution takes; 1 without one."
-    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 1)
-
-
 def _clip_tensor(frames):
     "The frames of a clip as a tensor; ValueError if they are none."
     frames = frames if torch.is_tensor(frames) else torch.from_numpy(np.ascontiguousarray(frames))
@@ -204,7 +201,7 @@ def _model_input(frames, model):
     first = next(model.parameters(), torch.zeros(0))
     x = frames.to(first.device)
     x = x.float() / 255 if x.dtype == torch.uint8 else x
-    x = x if x.ndim == 4 else x[:, None].expand(-1, _first_channels(model), -1, -1)
+    x = x if x.ndim == 4 else x[:, None].expand(-1, input_channels(model), -1, -1)
     return x.to(first.dtype)
 
 # %% ../../nbs/explain/occlusion.ipynb #c048-3
@@ -305,8 +302,6 @@ def write_map_video(
     frames,  # (n, h, w): uint8, or float in 0..1
     maps,  # (n, h, w) raw maps
     rate: float,  # frames a second, above 0; a GIF rounds to hundredths of a second
-    opacity: float = 0.7,  # of the strongest colour, 0..1
-    limit: float = None,  # magnitude with the strongest colour; by default the clip's 99.5th percentile
 ):
     "A clip tinted by its maps, on one scale, as a video; in MP4 an odd width or height grows by one."
     path = Path(path)
@@ -314,7 +309,7 @@ def write_map_video(
         raise ValueError(f"{path.name}: write an .mp4 or a .gif")
     if not (np.isfinite(rate) and rate > 0):
         raise ValueError(f"rate must be a positive number of frames per second, got {rate}")
-    rgb = map_rgb(frames, maps, opacity, limit)
+    rgb = map_rgb(frames, maps)
     if rgb.ndim != 4 or not len(rgb):
         raise ValueError(f"frames must be (n, h, w), and at least one; got {np.shape(frames)}")
     with atomic_path(path) as tmp:

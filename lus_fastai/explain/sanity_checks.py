@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, Learner
 from torch import nn
 
-from ..core import DENSE, TableError, frozen_eval, progress
+from ..core import DENSE, Frames, TableError, frozen_eval, progress
 from ..data.fan import Fan
 from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
@@ -218,8 +218,8 @@ def randomisation_check(
 # %% ../../nbs/explain/sanity_checks.ipynb #c018-1
 def _fan_masks(fans, n, size):
     "Fans as bool (n, h, w)."
-    fans = [fans] if hasattr(fans, 'mask') and callable(fans.mask) else fans
-    if isinstance(fans, (list, tuple)) and len(fans) and hasattr(fans[0], 'mask'):
+    fans = [fans] if isinstance(fans, Fan) else fans
+    if isinstance(fans, (list, tuple)) and len(fans) and isinstance(fans[0], Fan):
         fans = np.stack([f.mask() for f in fans])
     fans = fans.detach().cpu().numpy() if torch.is_tensor(fans) else np.asarray(fans)
     if fans.dtype != bool and not np.isin(fans, (0, 1)).all():
@@ -251,13 +251,12 @@ def heat_in_fan(
 def heat_table(
     maps,  # (b, h, w) raw signed maps
     fans,  # as for heat_in_fan
-    positive: bool = False,  # as for heat_in_fan
 ) -> (
     pd.DataFrame
 ):  # a row per frame: heat (share inside), area (the fan's share), ratio (heat/area; 1 is chance)
     "The share of heat inside the fan beside what area alone would give."
     maps = _finite_maps(maps)
-    heat = heat_in_fan(maps, fans, positive)
+    heat = heat_in_fan(maps, fans)
     area = _fan_masks(fans, len(maps), maps.shape[1:]).mean((1, 2))
     ratio = np.divide(heat, area, out=np.full(len(heat), np.nan), where=area > 0)
     return pd.DataFrame(dict(heat=heat, area=area, ratio=ratio))
@@ -416,7 +415,7 @@ class _FanView:
 # %% ../../nbs/explain/sanity_checks.ipynb #c036-2
 def _keep(frames, fan, fill, inside):
     "Frames, or a view of a store, with the fan's inside or outside kept and `fill` elsewhere."
-    if hasattr(frames, 'images') and hasattr(frames, 'frames'):
+    if isinstance(frames, Frames):
         fan = _fan_masks(fan, len(frames), frames.size)
         return _FanView(frames, fan if inside else ~fan, fill)
     single, size = frames.ndim == 2, frames.shape[-2:]

@@ -32,11 +32,10 @@ def first_conv(
 # %% ../../nbs/models/backbones.ipynb #input-channels
 def input_channels(
     model: nn.Module,  # any network
-    default: int = 1,  # of a network without convolutions
-) -> int:  # such as 1 for grey, 3 for colours
+) -> int:  # such as 1 for grey, 3 for colours; 1 for a network without convolutions
     "Channels that the first convolution of a network takes."
     conv = first_conv(model)[1]
-    return default if conv is None else conv.in_channels
+    return 1 if conv is None else conv.in_channels
 
 # %% ../../nbs/models/backbones.ipynb #c021-1
 class CornerPool(nn.Module):

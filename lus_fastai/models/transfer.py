@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import atomic_path
+from ..core import and_more, atomic_path
 
 # %% ../../nbs/models/transfer.ipynb #c007
 def param_count(
@@ -78,11 +78,6 @@ def stages(
     loose = [p for p in model.parameters() if id(p) not in seen]  # a transformer's class token comes first
     return [loose + groups[0], *groups[1:]] if groups else [loose]
 
-# %% ../../nbs/models/transfer.ipynb #c013-1
-def _first_five(names):
-    "The first five of a list, and how many more there are."
-    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-
 # %% ../../nbs/models/transfer.ipynb #c013-2
 @dataclass
 class FreezeReport:
@@ -96,7 +91,7 @@ class FreezeReport:
     def __str__(self):
         total = self.trainable + self.frozen
         counts = f"{self.trainable:,} of {total:,} parameters train ({self.frozen:,} frozen)"
-        return f"{self.policy}: {counts}\ntrains: {_first_five(self.layers) or 'nothing'}"
+        return f"{self.policy}: {counts}\ntrains: {and_more(self.layers) or 'nothing'}"
 
     __repr__ = __str__
 
@@ -300,7 +295,7 @@ class CopyReport:
 # %% ../../nbs/models/transfer.ipynb #c033-1
 def _shapes(triples):
     "The first five of a list of (name, source shape, target shape)."
-    return _first_five([f"{n} {a} -> {b}" for n, a, b in triples])
+    return and_more([f"{n} {a} -> {b}" for n, a, b in triples])
 
 
 @patch
@@ -308,9 +303,9 @@ def __str__(self: CopyReport):
     n_tensors = len(self.loaded) + len(self.missing) + len(self.mismatched)
     lines = {
         'fitted': _shapes(self.fitted),
-        'missing, left as they were': _first_five(self.missing),
+        'missing, left as they were': and_more(self.missing),
         'mismatched, left as they were': _shapes(self.mismatched),
-        'unexpected, not used': _first_five(self.unexpected),
+        'unexpected, not used': and_more(self.unexpected),
     }
     numbers = f"({self.n_loaded:,} of {self.n_total:,} numbers)"
     first = f"loaded {len(self.loaded)} of {n_tensors} tensors {numbers}"

@@ -298,9 +298,9 @@ def probabilities(
         return model(x).float().softmax(1)
 
 # %% ../../nbs/papers/arora.ipynb #c021-2
-def _batches(store, rows, bs=64):
-    for k in range(0, len(rows), bs):
-        yield torch.from_numpy(store.images[rows[k : k + bs]])[:, None] / 255.0
+def _batches(store, rows):
+    for k in range(0, len(rows), 64):
+        yield torch.from_numpy(store.images[rows[k : k + 64]])[:, None] / 255.0
 
 # %% ../../nbs/papers/arora.ipynb #c021
 def held_out(
@@ -335,19 +335,18 @@ def ensemble(
     path,  # folder of a classify run
     net: Net,  # its backbone
     store: FrameStore,  # frames of patients that are in none of its folds
-    classes=CLASSES,  # what the networks were trained for
 ) -> dict:  # 'fold 0'..., 'mean probability' and 'majority vote' -> prediction table
     "The fold networks one by one, their mean probability, and their majority vote."
-    columns, folders = [f'p_{c}' for c in classes], sorted(Path(path).glob('fold*/model.safetensors'))
+    columns, folders = [f'p_{c}' for c in CLASSES], sorted(Path(path).glob('fold*/model.safetensors'))
     if not folders:
         raise FileNotFoundError(f"no trained networks in {path}: run `classify` first")
     tables, rows = {}, np.arange(len(store))
     for file in progress(folders):
-        model = fold_model(path, net, int(file.parent.name[4:]), classes)
+        model = fold_model(path, net, int(file.parent.name[4:]))
         parts = [probabilities(model, x).numpy() for x in _batches(store, rows)]
         tables[file.parent.name.replace('fold', 'fold ')] = np.concatenate(parts)
     each = np.stack(list(tables.values()))  # (networks, frames, classes)
-    mean, votes = each.mean(0), np.eye(len(classes))[each.argmax(2)].mean(0)
+    mean, votes = each.mean(0), np.eye(len(CLASSES))[each.argmax(2)].mean(0)
     tables['mean probability'] = mean
     tables['majority vote'] = (1 - 1e-6) * votes + 1e-6 * mean  # ties: the larger mean probability
     return {name: store.frames.assign(**dict(zip(columns, p.T))) for name, p in tables.items()}
@@ -355,12 +354,11 @@ def ensemble(
 # %% ../../nbs/papers/arora.ipynb #c025
 def against_rest(
     preds: pd.DataFrame,  # predictions, with labels that the networks may not know
-    label: str = 'covid',  # the class that is asked for
-) -> pd.DataFrame:  # labels label and 'other', columns p_<label> and p_other
-    "One class against everything else, for data whose labels say no more than that."
-    p = preds[f'p_{label}']
+) -> pd.DataFrame:  # labels covid and other, columns p_covid and p_other
+    "COVID-19 against everything else, for data whose labels say no more than that."
+    covid = preds['p_covid']
     return preds.drop(columns=[f'p_{c}' for c in pred_classes(preds)]).assign(
-        **{'label': np.where(preds['label'] == label, label, 'other'), f'p_{label}': p, 'p_other': 1 - p}
+        label=np.where(preds['label'] == 'covid', 'covid', 'other'), p_covid=covid, p_other=1 - covid
     )
 
 # %% ../../nbs/papers/arora.ipynb #c028
@@ -449,21 +447,19 @@ def continue_training(
     new: pd.DataFrame,  # frame table to go on with
     replay: pd.DataFrame = None,  # old frames to mix in
     epochs: int = 3,  # over all frames
-    lr: float = 1e-4,  # Adam
-    bs: int = 8,  # batch size
     seed: int = 0,  # of order and augmentation
 ):  # the network, trained further
     "Train a finished network on new samples, alone or with old ones mixed in."
     frames, model = new if replay is None else pd.concat([new, replay], ignore_index=True), deepcopy(model)
     seed_all(seed)
     learn = Learner(
-        frame_dls(store, frames, frames.iloc[:1], bs=bs, batch_tfms=[AroraAugment()]),
+        frame_dls(store, frames, frames.iloc[:1], bs=8, batch_tfms=[AroraAugment()]),
         model,
         loss_func=CrossEntropyLossFlat(),
         opt_func=adam,
     )
     with learn.no_bar(), learn.no_logging():
-        learn.fit(epochs, lr, cbs=[AutoPrecision()])
+        learn.fit(epochs, 1e-4, cbs=[AutoPrecision()])
     return model.eval()
 
 # %% ../../nbs/papers/arora.ipynb #c042

@@ -492,11 +492,10 @@ def held_out_masks(
     folds: pd.Series,  # fold per row of its frame table
     path,  # folder of the segment run
     settings: GareSettings,  # its sizes
-    n: int = 5,  # frames, from different patients of the first fold
-) -> tuple:  # (frames, true masks, predicted masks), each (n, h, w)
-    "Frames of held-out patients with their true masks and those of the network that has not seen them."
+) -> tuple:  # (frames, true masks, predicted masks), each (n, h, w), n at most 5
+    "A frame of each of some held-out patients, with the true masks and those of the first fold's network."
     rows = store.frames[folds == 0].groupby('patient').nth(2).sort_values('label')
-    rows = rows.iloc[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
+    rows = rows.iloc[np.linspace(0, len(rows) - 1, min(5, len(rows))).round().astype(int)]
     model = unet(len(DENSE), width=settings.width, bn=settings.bn)
     name_outputs(model, DENSE)  # weights with another order of codes are refused
     copy_weights(Path(path) / 'fold0' / 'model.safetensors', model, strict=True)

@@ -15,8 +15,10 @@ import random
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import brentq
+from scipy.special import softmax
 
-from ..core import TableError, assert_disjoint, frozen_eval
+from ..core import TableError, and_more, assert_disjoint, frozen_eval
 from .bootstrap import patient_draws, percentile_interval, resampled_sums
 from lus_fastai.stats.classification import (
     check_predictions,
@@ -107,12 +109,6 @@ def calibration_scores(
 # %% ../../nbs/stats/calibration.ipynb #c019-1
 _COLDEST, _HOTTEST = 0.05, 20.0
 
-
-def _softmax(z):
-    "Probabilities of logits, row by row."
-    z = np.exp(z - z.max(1, keepdims=True))
-    return z / z.sum(1, keepdims=True)
-
 # %% ../../nbs/stats/calibration.ipynb #c019-2
 def _logits(x):
     "Logits, or the logarithms of probabilities, as floats (n, classes)."
@@ -123,7 +119,7 @@ def _logits(x):
         )
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad):
-        raise ValueError(f"logits or probabilities are NaN or infinite in row(s) {bad[:5].tolist()}")
+        raise ValueError(f"logits or probabilities are NaN or infinite in row(s) {and_more(bad)}")
     are_probabilities = (x >= 0).all() and np.allclose(x.sum(1), 1, atol=1e-3)
     return np.log(np.clip(x, _FLOOR, None)) if are_probabilities else x
 
@@ -135,7 +131,7 @@ def apply_temperature(
     "Softmax of logits divided by the temperature; the order of the classes stays."
     if not temperature > 0:
         raise ValueError(f"a temperature is above 0, got {temperature}")
-    return _softmax(_logits(logits) / temperature)
+    return softmax(_logits(logits) / temperature, axis=1)
 
 # %% ../../nbs/stats/calibration.ipynb #c019-a
 def _check_labels(y, z):
@@ -157,13 +153,12 @@ def fit_temperature(
 
     def slope(log_t):
         "Of the likelihood in 1/T: falls as T grows."
-        return ((_softmax(z * np.exp(-log_t)) * z).sum(1) - true).mean()
+        return ((softmax(z * np.exp(-log_t), axis=1) * z).sum(1) - true).mean()
 
     low, high = np.log([_COLDEST, _HOTTEST])
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return float(np.exp((low + high) / 2))
+    if slope(low) <= 0:
+        return _COLDEST
+    return _HOTTEST if slope(high) > 0 else float(np.exp(brentq(slope, low, high)))
 
 # %% ../../nbs/stats/calibration.ipynb #c024-a
 def _check_folds(preds):
@@ -290,7 +285,7 @@ def _confidence_of(preds, by):
         raise TableError(f"no column {by!r} to abstain by; there is {list(preds.columns)}")
     sure = preds[by].to_numpy(float)
     if np.isnan(sure).any():
-        raise TableError(f"no confidence {by!r} in row(s) {preds.index[np.isnan(sure)][:5].tolist()}")
+        raise TableError(f"no confidence {by!r} in row(s) {and_more(preds.index[np.isnan(sure)])}")
     return sure
 
 

@@ -20,7 +20,7 @@ import torch
 from fastai.learner import Metric
 from fastcore.basics import patch
 
-from ..core import DENSE, DENSE_TO_SPARSE, SPARSE, TableError
+from ..core import DENSE, DENSE_TO_SPARSE, SPARSE, TableError, and_more
 from .bootstrap import bootstrap, defined_mean, patient_sums, ratio_of_sums
 
 # %% ../../nbs/stats/classification.ipynb #c008-a
@@ -307,17 +307,6 @@ def cls_metrics(
     scores = dict(accuracy=overall_accuracy, balanced_accuracy=balanced_accuracy, macro_f1=macro_f1)
     return [ConfusionMetric(f, n, name, counter=counter) for name, f in scores.items()]
 
-# %% ../../nbs/stats/classification.ipynb #c031-1
-def _plain(x):
-    "A row's label as it prints best."
-    return int(x) if isinstance(x, (int, np.integer)) else x
-
-
-def _some(index):
-    "The first five rows, and how many more."
-    more = f" and {len(index) - 5} more" if len(index) > 5 else ''
-    return f"{[_plain(x) for x in index[:5]]}{more}"
-
 # %% ../../nbs/stats/classification.ipynb #c031-2
 def pred_classes(
     preds: pd.DataFrame,  # a table with columns p_<class>
@@ -348,7 +337,7 @@ def _check_labels(preds):
         raise TableError(f"no column {wanted} for label(s) {unknown}; there is {there}")
     gone = preds.index[preds['patient'].isna()]
     if len(gone):
-        raise TableError(f"no patient in row(s) {_some(gone)}: intervals are over patients")
+        raise TableError(f"no patient in row(s) {and_more(gone)}: intervals are over patients")
 
 
 def _check_probabilities(preds):
@@ -356,10 +345,14 @@ def _check_probabilities(preds):
     p = class_probabilities(preds)
     nan = preds.index[~np.isfinite(p).all(1)]
     if len(nan):
-        raise TableError(f"probabilities are NaN or infinite in row(s) {_some(nan)}: did training diverge?")
+        raise TableError(
+            f"probabilities are NaN or infinite in row(s) {and_more(nan)}: did training diverge?"
+        )
     off = preds.index[((p < -1e-6) | (p > 1 + 1e-3)).any(1)]
     if len(off):
-        raise TableError(f"probabilities outside 0..1 in row(s) {_some(off)}: apply softmax to logits first")
+        raise TableError(
+            f"probabilities outside 0..1 in row(s) {and_more(off)}: apply softmax to logits first"
+        )
 
 # %% ../../nbs/stats/classification.ipynb #c031-3
 def check_predictions(
@@ -379,7 +372,7 @@ def check_predictions(
     key = ['patient', 'label', *need]
     twice = preds.index[preds.duplicated(key)]
     if len(twice):
-        raise TableError(f"row(s) {_some(twice)} repeat an earlier one in {key}: do test folds overlap?")
+        raise TableError(f"row(s) {and_more(twice)} repeat an earlier one in {key}: do test folds overlap?")
     return preds
 
 # %% ../../nbs/stats/classification.ipynb #row-columns
@@ -542,7 +535,7 @@ def _frame_confusions(preds):
     cms = preds[confusion_columns(n)].to_numpy(float)
     bad = preds.index[~np.isfinite(cms).all(1) | (cms < 0).any(1)]
     if len(bad):
-        raise TableError(f"counts are NaN or negative in row(s) {_some(bad)}")
+        raise TableError(f"counts are NaN or negative in row(s) {and_more(bad)}")
     return cms.astype(np.int64).reshape(-1, n, n)
 
 # %% ../../nbs/stats/classification.ipynb #c070-3
@@ -556,7 +549,7 @@ def seg_confusions(
         raise TableError(f"missing column(s) ['{by}'] in the table of segmentations")
     gone = preds.index[preds[by].isna()]
     if len(gone):
-        raise TableError(f"no {by} in row(s) {_some(gone)}")
+        raise TableError(f"no {by} in row(s) {and_more(gone)}")
     return patient_sums(cms, preds[by])
 
 # %% ../../nbs/stats/classification.ipynb #c070-4

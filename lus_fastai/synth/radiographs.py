@@ -197,8 +197,9 @@ def _bones(body):
     return parts + vertebrae
 
 # %% ../../nbs/synth/radiographs.ipynb #c016-5
-def _vessels(rng, n=30):
-    "Vessels as parts: they branch from each hilum, thinner and fainter outwards."
+def _vessels(rng):
+    "30 vessels as parts: they branch from each hilum, thinner and fainter outwards."
+    n = 30
     side, start = np.repeat([-1, 1], n // 2), 0.02 + rng.normal(0, 0.06, n)
     first, change = rng.uniform(-1.25, 1.35, (1, n)), rng.normal(0, 0.3, (6, n))
     turn = np.cumsum(np.concatenate([first, change]), 0)  # (7, n) direction of each step
@@ -626,34 +627,36 @@ def chest_box_set(
     return MaskSet(set.images, masks, CATEGORIES[1:], set.table.assign(category=category))
 
 # %% ../../nbs/synth/radiographs.ipynb #c027
-def _rib_clip(seed, k, frames, size, clean):
+_RIB_FRAMES = 4  # of each clip, a second apart; a patient has one clip
+
+
+def _rib_clip(seed, k, size, clean):
     "Clip k of the lung phantom with ribs in every frame, and its patient; every second one is healthy."
     patient_seed = int(np.random.default_rng([seed, k, 14]).integers(2**31))
     p = draw_patient(patient_seed, (None, 'regular')[k % 2], 'linear')
     still = replace(p, ribs=1.0, rate=1.0, persistence=0.0)  # a frame a second, none averaged with the last
-    return p, phantom_clip(still, 0, frames, size, clean)
+    return p, phantom_clip(still, 0, _RIB_FRAMES, size, clean)
 
 
-def _rib_rows(seed, k, frames, p):
+def _rib_rows(seed, k, p):
     "Rows of the table, one a frame."
     name = f'rib-{seed}-{k:04d}'
     common = dict(patient=name, clip=name, label=p.label, source=p.source)
-    return [common | dict(frame=j) for j in range(frames)]
+    return [common | dict(frame=j) for j in range(_RIB_FRAMES)]
 
 # %% ../../nbs/synth/radiographs.ipynb #rib-masks
 def rib_masks(
     n: int,  # how many frames, at least 1
     size=128,  # pixels: a side of squares, or (height, width); at least 32
     seed: int = 0,  # the same seed, the same frames
-    frames: int = 4,  # of each clip, a second apart; a patient has one clip
     clean: bool = False,  # also give the frames as they would be without speckle and noise
 ):  # MaskSet of one class, 'rib'; with clean a tuple of it and (n, h, w) uint8
     "Frames of the lung phantom, linear probe, with the surfaces of ribs; half of the patients are healthy."
     size, clips, rows = height_width(size), [], []
-    for k in range(-(-n // frames)):
-        p, clip = _rib_clip(seed, k, frames, size, clean)
+    for k in range(-(-n // _RIB_FRAMES)):
+        p, clip = _rib_clip(seed, k, size, clean)
         clips.append(clip)
-        rows += _rib_rows(seed, k, frames, p)
+        rows += _rib_rows(seed, k, p)
 
     def stack(part):
         return np.concatenate([getattr(c, part) for c in clips])[:n]  # (n, h, w)

@@ -121,10 +121,9 @@ def smooth_curve(
 
 def closed_curve(
     points,  # (k, 2)
-    n: int = 12,  # points to each stretch
-) -> np.ndarray:  # (k * n + 1, 2)
+) -> np.ndarray:  # (12k + 1, 2)
     "An outline through all points and back to the first, smooth but for a corner there."
-    return smooth_curve(np.concatenate([points, points[:1]]), n)
+    return smooth_curve(np.concatenate([points, points[:1]]), 12)
 
 # %% ../../nbs/synth/shapes.ipynb #c007-1
 def _stripes(rng, size):
@@ -225,12 +224,11 @@ def _show_outline(ax, image, masks):
 
 def show_outlines(
     set: MaskSet,  # n images
-    columns: int = 6,  # of the figure
 ):  # matplotlib Figure
-    "Images with the outlines of their masks."
-    rows = -(-len(set) // columns)
+    "Images with the outlines of their masks, six in a row."
+    rows = -(-len(set) // 6)
     with figure_canvas(7.5, 1.27 * rows) as fig:
-        axs = fig.subplots(rows, columns, squeeze=False).ravel()
+        axs = fig.subplots(rows, 6, squeeze=False).ravel()
         for ax, image, masks in zip(axs, set.images, set.masks):
             _show_outline(ax, image, masks)
         for ax in axs:

@@ -430,14 +430,13 @@ def compute(self: MoCo, pred, y, ids):
 def embed_clips(
     net: nn.Module,  # a ContrastiveNet
     items: PairItems,  # whose clips
-    limit: int = 512,  # at most so many clips, spread evenly
     precision: str = 'fp32',  # see autocast_for
 ) -> tuple:  # features (n, 2, d), projections (n, 2, dim), class and patient numbers (n,), -1 for none
-    "Representations of two frames of each clip, a quarter from its start and from its end."
+    "Representations of two frames of a clip, a quarter from its start and its end; of 512 clips at most."
     device = next(net.parameters()).device
     clips = torch.arange(len(items.clips))
-    if len(clips) > limit:
-        clips = clips[torch.linspace(0, len(clips) - 1, limit).round().long()]
+    if len(clips) > 512:
+        clips = clips[torch.linspace(0, len(clips) - 1, 512).round().long()]  # spread evenly
     n = items.count[clips]
     quarters = torch.stack([(n - 1) // 4, (3 * n - 1) // 4], 1).clamp(min=0)
     places = items.start[clips][:, None] + quarters  # (clips, 2)
@@ -457,12 +456,11 @@ def measure_pairs(
     net: nn.Module,  # a ContrastiveNet
     train: PairItems,  # clips that are neighbours
     valid: PairItems = None,  # clips to score; default: the training clips, each without its patient
-    limit: int = 512,  # at most so many clips of each
     precision: str = 'fp32',  # see autocast_for
 ) -> dict:  # alignment and uniformity of the projections, kNN accuracy of the features
     "Quality of a representation without training on it; kNN accuracy sees all labels."
-    bank = embed_clips(net, train, limit, precision)
-    asked = embed_clips(net, valid, limit, precision) if valid is not None and len(valid.clips) else bank
+    bank = embed_clips(net, train, precision)
+    asked = embed_clips(net, valid, precision) if valid is not None and len(valid.clips) else bank
     h, z, y, patient = asked
     if asked is bank:
         alone = torch.arange(len(y), device=y.device) + 1_000_000  # for clips of unknown patients
@@ -486,10 +484,9 @@ class PairLog(EpochEnd):
     def __init__(
         self,
         every: int = 1,  # epochs between two measurements; 0 measures never
-        limit: int = 512,  # clips of each table that are measured, spread evenly
         tick=None,  # called after each epoch
     ):
-        self.every, self.limit, self.tick, self.history = every, limit, tick, []
+        self.every, self.tick, self.history = every, tick, []
 
     def before_epoch(self):
         self.losses, self.start = {True: [], False: []}, time.perf_counter()
@@ -513,7 +510,7 @@ def _measures(self: PairLog):
         cb = getattr(self.learn, 'auto_precision', None)
         precision = cb.precision if cb is not None else 'fp32'
         tables = self.dls.train.dataset, self.dls.valid.dataset
-        values = measure_pairs(_bare(self.model), *tables, self.limit, precision)
+        values = measure_pairs(_bare(self.model), *tables, precision=precision)
     return {k: values.get(k, math.nan) for k in ('alignment', 'uniformity', 'knn')}
 
 

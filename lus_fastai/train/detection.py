@@ -44,6 +44,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import masks_to_boxes
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 # %% ../../nbs/train/detection.ipynb #c003b
@@ -59,19 +60,12 @@ def boxes_from_masks(
     masks,  # (n, h, w), nonzero inside the object; array or tensor
 ) -> tuple:  # boxes (m, 4) float32 x0 y0 x1 y1 in pixel edges, and (n,) bool: which masks are not empty
     "The tight box around each mask that is not empty."
-    masks = np.asarray(masks) != 0
+    masks = torch.as_tensor(np.asarray(masks) != 0)
     if masks.ndim != 3:
-        raise ValueError(f"masks are (n, h, w), one of each object, got shape {masks.shape}")
-    kept = masks.any((1, 2))
-    rows, cols = masks[kept].any(2), masks[kept].any(1)  # (m, h), (m, w)
-    h, w = masks.shape[1:]
-
-    def first(x):
-        return x.argmax(1) if x.size else np.zeros(0, int)
-
-    x0, y0 = first(cols), first(rows)
-    x1, y1 = w - first(cols[:, ::-1]), h - first(rows[:, ::-1])
-    return np.stack([x0, y0, x1, y1], 1).astype(np.float32).reshape(-1, 4), kept
+        raise ValueError(f"masks are (n, h, w), one of each object, got shape {tuple(masks.shape)}")
+    kept = masks.any(2).any(1)
+    pixels = masks_to_boxes(masks[kept])  # (m, 4) first and last column and row
+    return (pixels + torch.tensor([0.0, 0.0, 1.0, 1.0])).numpy(), kept.numpy()
 
 # %% ../../nbs/train/detection.ipynb #c009
 @dataclass(repr=False, eq=False)
@@ -334,16 +328,15 @@ def detect_dls(
     train,  # numbers of the items to train on, or a truth value for each item
     valid,  # those to validate on
     bs: int = 2,  # images a batch (Chen 2021: 2)
-    flip: float = 0.5,  # chance that a training image is mirrored
     device=None,  # default: fastai's default device
-) -> DataLoaders:  # training batches are shuffled, and a last single image is left out
+) -> DataLoaders:  # training: shuffled, half of it mirrored, without a last single image
     "DataLoaders of images with objects."
     from fastai.torch_core import default_device
 
     train, valid = _rows(train, items, 'train'), _rows(valid, items, 'valid')
     device = torch.device(device) if device is not None else default_device()
     single = len(train) > bs and len(train) % bs == 1
-    training = DetectDL(items, train, bs, flip, True, drop_last=single, device=device)
+    training = DetectDL(items, train, bs, 0.5, True, drop_last=single, device=device)
     return DataLoaders(training, DetectDL(items, valid, bs, device=device), device=device)
 
 # %% ../../nbs/train/detection.ipynb #c022
@@ -778,16 +771,15 @@ def detection_ap(
 
 # %% ../../nbs/train/detection.ipynb #c039-1
 class WarmupStepLR(Callback):
-    "Learning rate: a linear rise within the first epoch, then times `factor` every `every` epochs."
+    "Learning rate: a linear rise within the first epoch, then a tenth of it each `every` epochs."
 
     order = 60
 
     def __init__(
         self,
         every: int = 10,  # epochs between steps
-        factor: float = 0.1,  # what the rate is multiplied by
     ):
-        self.every, self.factor = every, factor
+        self.every = every
 
     def before_fit(self):
         self.run = self.opt is not None and not hasattr(self.learn, 'lr_finder')  # validate has no optimiser
@@ -799,7 +791,7 @@ class WarmupStepLR(Callback):
             return
         n = min(1000, self.n_iter - 1)
         warm = 1.0 if self.epoch or self.iter >= n else 0.001 + 0.999 * self.iter / n
-        self.opt.set_hypers(lr=[b * warm * self.factor ** (self.epoch // self.every) for b in self.base])
+        self.opt.set_hypers(lr=[b * warm * 0.1 ** (self.epoch // self.every) for b in self.base])
 
 # %% ../../nbs/train/detection.ipynb #c039-3
 _OPTIMISERS = dict(  # optimiser, weight decay and learning rate
@@ -822,7 +814,6 @@ def detect_learner(
     model: nn.Module,  # from mask_rcnn
     every: int = 10,  # epochs between steps of the learning rate
     clip: float = 10.0,  # largest norm of the gradient; None for no limit, as in the authors' code
-    cbs=(),  # further callbacks
     opt: str = 'sgd',  # 'sgd' (Chen 2021, rate near .005), or 'adam' (near 5e-4) for a few hundred steps
 ) -> Learner:  # metrics: AP of boxes and of masks on the validation images
     "A fastai Learner that trains a detector as Chen 2021 does; use it with `fit` or `fit_resumable`."
@@ -836,7 +827,7 @@ def detect_learner(
         ValueMetric(partial(step.average_precision, level), f'{level}_AP') for level in ('box', 'mask')
     ]
     settings = dict(opt_func=opt_func, wd=wd, wd_bn_bias=True, lr=lr, moms=(0.9, 0.9, 0.9))
-    cbs = [step, WarmupStepLR(every), *limit, *cbs]
+    cbs = [step, WarmupStepLR(every), *limit]
     loss = dict(loss_func=step.total, metrics=metrics)
     return Learner(dls, model, splitter=trainable_params, cbs=cbs, **loss, **settings)
 

@@ -243,15 +243,13 @@ class FixMatch(SemiSup):
 
 # %% ../../nbs/train/semi_supervised.ipynb #c025-1
 class WeakAugment(USCLAugment):
-    "Random resized crop and flip."
+    "Random resized crop, as that of `USCLAugment`, and flip."
 
     def __init__(
         self,
-        scale: tuple = (0.8, 1.0),  # the crop's share of the area
-        ratio: tuple = (0.8, 1.25),  # its width over height
         flip: float = 0.5,  # chance of a mirror image
     ):
-        super().__init__(scale, ratio, flip, 0.0, 0.0)
+        super().__init__(flip=flip, brightness=0.0, contrast=0.0)
 
 # %% ../../nbs/train/semi_supervised.ipynb #c025
 class StrongAugment(USCLAugment):

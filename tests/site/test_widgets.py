@@ -363,7 +363,7 @@ def test_found_edited_saved_and_reopened(phantom_table, tmp_path):
     )
     e.clip.value = 1
     e.save.click()  # as found
-    again = W.FanEditor(phantom_table, csv)
+    again = W.FanEditor(phantom_table, csv, size=(240, 320))
     assert again.fan.to_dict() == e._edited[0].to_dict() and 'edited by hand' in again.status.value
     assert list(again.table['fan_by'][:3]) == ['hand', 'found', ''] and 'fan' not in phantom_table
     again.geometry['far'].value += 3

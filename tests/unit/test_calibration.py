@@ -192,7 +192,7 @@ def test_temperature_far_away_and_huge_logits():
         ([[1.0, 2.0]], [0.0], 'float64'),
         ([1.0, 2.0], [0], r'shape \(2,\)'),
         (np.zeros((0, 2)), np.zeros(0, int), 'at least one row'),
-        ([[1.0, 2.0], [np.nan, 0]], [0, 1], r'NaN or infinite in row\(s\) \[1\]'),
+        ([[1.0, 2.0], [np.nan, 0]], [0, 1], r'NaN or infinite in row\(s\) 1'),
         ([[np.inf, 0]], [0], 'infinite'),
     ],
 )
@@ -561,11 +561,7 @@ def test_abstention_on_any_scale_order_and_level():
     'spoil,by,words',
     [
         (lambda t: t, 'doubt', "no column 'doubt'"),
-        (
-            lambda t: t.assign(c=np.where(t.index == 3, np.nan, 1.0)),
-            'c',
-            r"no confidence 'c' in row\(s\) \[3\]",
-        ),
+        (lambda t: t.assign(c=np.where(t.index == 3, np.nan, 1.0)), 'c', r"no confidence 'c' in row\(s\) 3"),
         (lambda t: t[:0], None, 'empty'),
     ],
 )

@@ -531,14 +531,14 @@ def test_one_patient_has_scores_but_no_interval():
         (lambda t: t.drop(columns=['p_' + c for c in CLASSES]), 'p_<class>'),
         (lambda t: t.drop(columns='p_pneumonia'), r"no column \['p_pneumonia'\]"),
         (lambda t: t.iloc[:0], 'empty'),
-        (lambda t: t.assign(patient=t.patient.where(t.index != 4)), r'no patient in row\(s\) \[4\]'),
+        (lambda t: t.assign(patient=t.patient.where(t.index != 4)), r'no patient in row\(s\) 4'),
         (
             lambda t: t.assign(p_covid=t.p_covid.where(~t.index.isin([2, 9]))),
-            r'NaN or infinite in row\(s\) \[2, 9\]',
+            r'NaN or infinite in row\(s\) 2, 9',
         ),
-        (lambda t: t.assign(p_covid=np.where(t.index == 3, np.inf, t.p_covid)), r'row\(s\) \[3\]'),
+        (lambda t: t.assign(p_covid=np.where(t.index == 3, np.inf, t.p_covid)), r'row\(s\) 3'),
         (lambda t: t.assign(p_covid=t.p_covid - 2), 'apply softmax'),
-        (lambda t: pd.concat([t, t[:2]], ignore_index=True), r'row\(s\) \[80, 81\] repeat'),
+        (lambda t: pd.concat([t, t[:2]], ignore_index=True), r'row\(s\) 80, 81 repeat'),
         (lambda t: t.assign(label=t.label.where(t.index != 0, 'viral')), 'viral'),
     ],
 )
@@ -829,8 +829,8 @@ def test_evaluate_seg_dense_and_merged():
         (lambda t: t.drop(columns='cm_1_2'), 'cm_1_2'),
         (lambda t: t[['patient']], 'cm_0_0'),
         (lambda t: t.iloc[:0], 'empty'),
-        (lambda t: t.assign(cm_0_0=t.cm_0_0.where(t.index != 3)), r'row\(s\) \[3\]'),
-        (lambda t: t.assign(patient=t.patient.where(t.index != 5)), r'no patient in row\(s\) \[5\]'),
+        (lambda t: t.assign(cm_0_0=t.cm_0_0.where(t.index != 3)), r'row\(s\) 3'),
+        (lambda t: t.assign(patient=t.patient.where(t.index != 5)), r'no patient in row\(s\) 5'),
     ],
 )
 def test_bad_segmentation_tables_are_named(spoil, words):

@@ -607,6 +607,8 @@ def test_uscl_is_both_losses():
         SimCLR(by_patient=False).compute(pred, y, ids), nt_xent(pred[1][:, 0], pred[1][:, 1])
     )
     assert torch.allclose(USCL().compute(pred, 0 * y, ids), contrast)
+    frames = USCL(by_patient=False).compute(pred, 0 * y, ids)
+    assert torch.allclose(frames, nt_xent(pred[1][:, 0], pred[1][:, 1], 0.5))
     with pytest.raises(ValueError, match='needs a classifier'):
         USCL().compute((*pred[:2], None), y, ids)
 

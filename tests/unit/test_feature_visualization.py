@@ -133,6 +133,7 @@ def test_targets():
         ((-1, (8, 8)), {}, 'out of range'),
         ((0, (8, 8), 2), {}, 'channels is 1 or 3'),
         ((0, (8, 8)), dict(steps=0), 'at least 1'),
+        ((0, (8, 8)), dict(every=0), 'at least 1'),
     ],
 )
 def test_bad_maximisation(args, options, text):

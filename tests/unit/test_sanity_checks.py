@@ -328,6 +328,9 @@ def test_fans_of_the_table(phantom_store, tmp_path):
         def __len__(self):
             return len(phantom_store)
 
+        def __getitem__(self, rows):
+            return self.images[rows]
+
     store = Store()
     store.frames = frames
     out = outside_fan_check(store, path=tmp_path, epochs=1, folds=2)
