@@ -116,12 +116,16 @@ def auc(
     score,  # number per clip
 ) -> float:  # NaN where one of the two is missing, as in some resamples
     "Probability that a clip with the finding scores higher than one without; ties count half."
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 
-    truth = np.asarray(truth).astype(bool)
-    if truth.all() or not truth.any():
+    truth, score = np.asarray(truth).astype(bool), np.asarray(score, float)
+    if truth.shape != score.shape:
+        raise ValueError(f'truth and score are inconsistent: {truth.shape} and {score.shape}')
+    yes, no = truth.sum(), (~truth).sum()
+    if not yes or not no:
         return float('nan')
-    return float(roc_auc_score(truth, np.asarray(score, float)))
+    above = rankdata(score, nan_policy='raise')[truth].sum() - yes * (yes + 1) / 2  # pairs in order
+    return float(above / (yes * no))
 
 # %% ../../nbs/stats/bootstrap.ipynb #spearman
 def spearman(

@@ -128,6 +128,8 @@ def test_everything_is_in_the_results(run):
     assert set(t[t.row == 'X-Unet'].protocol) == {'patient', 'image'} and set(
         t[t.row == 'X-Unet, random start'].protocol
     ) == {'patient'}
+    torn = t[(t.column == 'mirrored copy in training') & (t.protocol == 'patient')]
+    assert len(torn) and torn.ours.max() == 0
     fixed = t[t.table == 'fixed 80'].set_index('column').ours
     assert fixed['highest'] >= fixed['mean']
     page = run[1].read_text()

@@ -34,6 +34,7 @@ def run(tmp_path_factory):
 def test_everything_is_in_the_results(run):
     results = read_results(run[1].with_suffix('.json'))
     t = pd.DataFrame(results['cells'])
+    assert set(t.protocol) == {'last', 'best', 'detection'}
     assert set(t.table) == {'comparison', 'labels', 'conflict', 'attention', 'detection'}
     assert set(t[t.table == 'comparison'].row) == {
         'random',
@@ -65,6 +66,7 @@ def test_the_released_backbone_loads_and_has_its_card(run):
     (weights,) = (run[0] / 'results' / 'release').glob('*.safetensors')
     card = weights.with_suffix('.md').read_text()
     results = read_results(run[1].with_suffix('.json'))
+    assert weights.name.split('-')[0] == uscl.best_start(results).lower()
     assert (
         results['protocols']['last']['split_hash'] in card
         and weights.name in card

@@ -10,6 +10,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -41,25 +45,98 @@ def source(cell):
     return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
 
 
-@each_notebook
-def test_notebook_runs(path, tmp_path, installed, monkeypatch, lus_home_folder):
-    "As in Colab: alone in an empty folder, beside the wheel."
-    import nbformat
+@pytest.fixture(scope='session')
+def kernel(tmp_path_factory, installed, lus_home_folder):
+    "The kernel that runs notebooks: forked from a process that has imported fastai, where that is safe."
+    import torch
+
+    if sys.platform != 'linux' or torch.cuda.is_available():  # a device that is in use cannot be forked
+        yield 'python3'
+        return
+    spec = tmp_path_factory.mktemp('jupyter') / 'kernels/warm/kernel.json'
+    with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JUPYTER_PATH', str(spec.parents[2]))
+        command = [sys.executable, str(Path(__file__).with_name('warm_kernel.py'))]
+        address = f'{short}/kernels'
+        spec.parent.mkdir(parents=True)
+        argv = [*command, 'start', address, '{connection_file}']
+        spec.write_text(json.dumps(dict(argv=argv, display_name='warm', language='python')))
+        env = {**os.environ, **ENVIRONMENT, 'PYTHONPATH': str(installed), 'JPY_PARENT_PID': '1'}
+        pipe = subprocess.PIPE
+        with subprocess.Popen([*command, 'serve', address], env=env, stdin=pipe, stdout=pipe) as server:
+            assert server.stdout.readline() == b'ready\n'
+            yield 'warm'
+            server.stdin.close()
+
+
+ENVIRONMENT = dict(JUPYTER_PLATFORM_DIRS='1', MPLBACKEND='module://matplotlib_inline.backend_inline')
+
+
+@pytest.fixture
+def execute(tmp_path, installed, monkeypatch, kernel):
+    "Execute cells as in Colab: alone in an empty folder, beside the wheel."
     from nbclient import NotebookClient
 
-    monkeypatch.setenv('PYTHONPATH', str(installed))
-    monkeypatch.setenv('JUPYTER_PLATFORM_DIRS', '1')
-    monkeypatch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
+    for name, value in {**ENVIRONMENT, 'PYTHONPATH': str(installed)}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv('LUS_DATA', raising=False)  # the notebooks' default is the phantom
+
+    def run(nb):
+        where = {'metadata': {'path': str(tmp_path)}}
+        return NotebookClient(nb, timeout=900, kernel_name=kernel, resources=where).execute()
+
+    return run
+
+
+@each_notebook
+def test_notebook_runs(path, execute):
+    import nbformat
+
     nb = nbformat.read(path, as_version=4)
     nb.cells = [
         c
         for c in nb.cells
         if not (c.cell_type == 'code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M))
     ]
-    NotebookClient(
-        nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}
-    ).execute()
+    execute(nb)
+
+
+def notebook(*cells):
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    return new_notebook(cells=[new_code_cell(c) for c in cells])
+
+
+def test_a_failing_cell_fails_and_a_dead_kernel_too(execute):
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    with pytest.raises(CellExecutionError, match='what it says'):
+        execute(notebook('x = 1', 'assert x == 2, "what it says"', 'x = 3'))
+    with pytest.raises(DeadKernelError):
+        execute(notebook('import os; os._exit(3)'))
+
+
+def test_every_kernel_is_fresh_and_a_real_one(execute, installed, tmp_path):
+    change = """
+        import os, lus_fastai.core, matplotlib
+        x, os.environ["LUS_X"], matplotlib.rcParams["lines.linewidth"] = 1, "1", 99
+    """
+    look = """
+        import os, sys, matplotlib
+        assert "x" not in globals() and "LUS_X" not in os.environ and not os.listdir()
+        assert matplotlib.rcParams["lines.linewidth"] != 99
+        assert not any(m.startswith("lus_fastai") for m in sys.modules)
+    """
+    show = """
+        import lus_fastai, matplotlib.pyplot as plt
+        plt.plot([1, 2]); print(lus_fastai.__file__, os.getcwd(), type(get_ipython()).__name__)
+    """
+    execute(notebook(textwrap.dedent(change)))
+    nb = execute(notebook(textwrap.dedent(look), textwrap.dedent(show), '! echo "from a shell"'))
+    said = f'{installed / "lus_fastai/__init__.py"} {tmp_path} ZMQInteractiveShell\n'
+    text, image = nb.cells[1].outputs
+    assert text.text == said and 'image/png' in image.data
+    assert nb.cells[2].outputs[0].text.strip() == 'from a shell'
 
 
 @pytest.fixture(scope='session')
