@@ -7,16 +7,14 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/arora.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'PAPER', 'PROTOCOLS', 'adam', 'THEIR_CONFUSIONS', 'THEIR_AUCS', 'QUESTIONS', 'RUNS', 'ABSTENTION',
            'SPLITS', 'TERMS', 'Net', 'AroraSettings', 'phantom_table', 'clip_table', 'frame_store', 'pocovid_folds',
-           'protocol_folds', 'learner', 'augmented_dls', 'classify', 'run_folder', 'theirs', 'fold_model',
-           'probabilities', 'held_out', 'external_table', 'ensemble', 'against_rest', 'uncertainty', 'fan_masks',
-           'frame_masks', 'attention', 'ask', 'continue_training', 'accuracy_on', 'reported_scores', 'score_cells',
+           'protocol_folds', 'learner', 'augmented_dls', 'classify', 'run_folder', 'theirs', 'fold_loader',
+           'external_table', 'uncertainty', 'ask', 'continue_training', 'accuracy_on', 'reported_scores', 'score_cells',
            'external_cells', 'start', 'AroraRun', 'run_path', 'train_stage', 'external_stage', 'calibration_stage',
-           'uncertainty_stage', 'attention_cells', 'attention_stage', 'shortcut_cells', 'shortcut_options',
-           'shortcut_stage', 'question_stage', 'arora_run', 'reproduce', 'leak_table', 'arora_report']
+           'uncertainty_stage', 'attention_stage', 'shortcut_cells', 'shortcut_options', 'shortcut_stage',
+           'question_stage', 'arora_run', 'reproduce', 'leak_table', 'arora_report']
 
 # %% ../../nbs/papers/arora.ipynb #c003
 import hashlib
-import json
 import random
 import warnings
 from copy import deepcopy
@@ -27,25 +25,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 
-from ..stats.bootstrap import mean_over_patients
-
 # %% ../../nbs/papers/arora.ipynb #c003-1
-from ..core import CLASSES, clip_ids, frozen_eval, lus_home, progress, real_data, seed_all
+from ..core import CLASSES, clip_ids, frozen_eval, lus_home, real_data, seed_all
 from ..data.augment import AroraAugment
-from ..data.fan import Fan, add_fans, fan_crop
+from ..data.fan import add_fans, fan_crop, fan_masks, frame_masks
 from ..data.folds import patient_folds
 from ..data.loaders import TensorFrame, frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
-from ..explain.attribution import grad_cam
-from ..explain.sanity_checks import heat_in_fan, only_outside, outside_fan_check, predict_source
+from ..explain.sanity_checks import outside_fan_check, predict_source
 from ..models.classifiers import covidnet
-from ..models.transfer import copy_weights, name_outputs
 from lus_fastai.papers.experiment import (
     Experiment,
+    attention,
+    attention_cells,
     cells_of,
     comparison_rows,
     protocol_text,
@@ -70,11 +65,12 @@ from lus_fastai.stats.figures import (
 
 # %% ../../nbs/papers/arora.ipynb #c003-3
 from ..stats.calibration import abstention, calibrate, confidence, ece, mc_dropout, reliability, tta
-from ..stats.classification import classification_report, evaluate, pred_classes, vote
+from ..stats.classification import classification_report, evaluate, one_vs_rest, pred_classes, vote
 from ..stats.curves import pr_curve, roc, roc_bands
 from ..synth.phantom import phantom_dataset
 from ..train.callbacks import AutoPrecision, ClassProbs, autocast_for
 from ..train.cross_validation import cross_validate
+from ..train.fold_models import apply_out_of_fold, ensemble, fold_numbers, frame_batches, load_fold
 
 # %% ../../nbs/papers/arora.ipynb #c006-1
 @dataclass(frozen=True)
@@ -274,48 +270,18 @@ def theirs(
     )
 
 # %% ../../nbs/papers/arora.ipynb #c021-1
-def fold_model(
+def fold_loader(
     path,  # folder of a classify run
     net: Net,  # its backbone
-    fold: int,  # which fold's network
     classes=CLASSES,  # those that it was trained for, in order
-):  # the network, in evaluation mode
-    "A trained network of one fold."
-    model = covidnet(net.name, len(classes), channels=1, weights=None)
-    name_outputs(model, classes)  # weights with another order of classes are refused
-    copy_weights(Path(path) / f'fold{fold}' / 'model.safetensors', model, strict=True)
-    return model.eval()
+):  # function fold -> its network, in evaluation mode
+    "What loads the network of a fold."
 
-# %% ../../nbs/papers/arora.ipynb #c021-3
-@torch.no_grad()
-def probabilities(
-    model,  # a network
-    x: torch.Tensor,  # (b, 1, h, w)
-) -> torch.Tensor:  # (b, classes)
-    "What a network answers, computed in the precision of its training."
-    with autocast_for(x.device):
-        return model(x).float().softmax(1)
+    def load(fold):
+        model = covidnet(net.name, len(classes), channels=1, weights=None)
+        return load_fold(model, path, fold, classes)
 
-# %% ../../nbs/papers/arora.ipynb #c021-2
-def _batches(store, rows, bs=64):
-    for k in range(0, len(rows), bs):
-        yield torch.from_numpy(store.images[rows[k : k + bs]])[:, None] / 255.0
-
-# %% ../../nbs/papers/arora.ipynb #c021
-def held_out(
-    function,  # function (model, x (b, 1, h, w)) -> (b, ...) array or tensor
-    path,  # folder of a classify run
-    net: Net,  # its backbone
-    store: FrameStore,  # its frames
-    oof: pd.DataFrame,  # its out-of-fold table, or some rows of it
-) -> np.ndarray:  # (rows, ...), in the order of oof
-    "Apply a function to every frame with the network that has not seen it."
-    parts, order = [], []
-    for fold, group in progress(list(oof.groupby('fold'))):
-        model = fold_model(path, net, fold, pred_classes(oof))
-        parts += [np.asarray(function(model, x)) for x in _batches(store, store_rows(group, store))]
-        order.append(oof.index.get_indexer(group.index))
-    return np.concatenate(parts)[np.argsort(np.concatenate(order), kind='stable')]
+    return load
 
 # %% ../../nbs/papers/arora.ipynb #c025-1
 def external_table(
@@ -328,39 +294,6 @@ def external_table(
         patients = max(6, settings.patients // 3)
         return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=patients), home)
     return index('blues', real_data()) if (real_data() / 'blues').is_dir() else None
-
-# %% ../../nbs/papers/arora.ipynb #c025-3
-def ensemble(
-    path,  # folder of a classify run
-    net: Net,  # its backbone
-    store: FrameStore,  # frames of patients that are in none of its folds
-    classes=CLASSES,  # what the networks were trained for
-) -> dict:  # 'fold 0'..., 'mean probability' and 'majority vote' -> prediction table
-    "The fold networks one by one, their mean probability, and their majority vote."
-    columns, folders = [f'p_{c}' for c in classes], sorted(Path(path).glob('fold*/model.safetensors'))
-    if not folders:
-        raise FileNotFoundError(f"no trained networks in {path}: run `classify` first")
-    tables, rows = {}, np.arange(len(store))
-    for file in progress(folders):
-        model = fold_model(path, net, int(file.parent.name[4:]), classes)
-        parts = [probabilities(model, x).numpy() for x in _batches(store, rows)]
-        tables[file.parent.name.replace('fold', 'fold ')] = np.concatenate(parts)
-    each = np.stack(list(tables.values()))  # (networks, frames, classes)
-    mean, votes = each.mean(0), np.eye(len(classes))[each.argmax(2)].mean(0)
-    tables['mean probability'] = mean
-    tables['majority vote'] = (1 - 1e-6) * votes + 1e-6 * mean  # ties: the larger mean probability
-    return {name: store.frames.assign(**dict(zip(columns, p.T))) for name, p in tables.items()}
-
-# %% ../../nbs/papers/arora.ipynb #c025
-def against_rest(
-    preds: pd.DataFrame,  # predictions, with labels that the networks may not know
-    label: str = 'covid',  # the class that is asked for
-) -> pd.DataFrame:  # labels label and 'other', columns p_<label> and p_other
-    "One class against everything else, for data whose labels say no more than that."
-    p = preds[f'p_{label}']
-    return preds.drop(columns=[f'p_{c}' for c in pred_classes(preds)]).assign(
-        **{'label': np.where(preds['label'] == label, label, 'other'), f'p_{label}': p, 'p_other': 1 - p}
-    )
 
 # %% ../../nbs/papers/arora.ipynb #c028
 def uncertainty(
@@ -382,47 +315,8 @@ def uncertainty(
         with autocast_for('cpu'):
             return confidence(tta(model, x, turned, n) if how == 'augment' else mc_dropout(model, x, n))
 
-    return oof.assign(confidence=held_out(ask, path, net, store, oof))
-
-# %% ../../nbs/papers/arora.ipynb #c031-1
-def fan_masks(
-    table: pd.DataFrame,  # clip table with a column fan (see add_fans); clips without a fan are left out
-    size: int,  # height and width of the store's frames
-    prepare=None,  # what the store's frames went through, such as fan_crop
-) -> dict:  # clip -> (size, size) bool
-    "Each clip's fan as a mask on the store's frames."
-
-    def mask(row):
-        inside = Fan.from_dict(json.loads(row['fan'])).mask().astype(np.uint8)[None]
-        inside = inside if prepare is None else prepare(inside, row)
-        return F.interpolate(torch.from_numpy(inside)[:, None].float(), (size, size))[0, 0].numpy() > 0.5
-
-    known = table[table['fan'].fillna('') != '']
-    return {clip: mask(row) for clip, row in zip(clip_ids(table)[known.index], known.to_dict('records'))}
-
-# %% ../../nbs/papers/arora.ipynb #c031-2
-def frame_masks(
-    store: FrameStore,  # its frames
-    fans: dict,  # clip -> mask, from fan_masks
-) -> np.ndarray:  # (frames, h, w) bool; True everywhere where no fan is known
-    "The fan of every frame of a store."
-    whole = np.ones(store.size, bool)
-    return np.stack([fans.get(c, whole) for c in store.frames['clip']])
-
-# %% ../../nbs/papers/arora.ipynb #c031-3
-def attention(
-    path,  # folder of a classify run
-    net: Net,  # its backbone
-    store: FrameStore,  # its frames
-    oof: pd.DataFrame,  # its out-of-fold table
-    fans: dict,  # clip -> mask, from fan_masks; frames of other clips are left out
-) -> pd.DataFrame:  # rows of oof with heat (share of |Grad-CAM| inside the fan) and area (share of the image)
-    "Where the networks look in frames that they have not seen."
-    oof = oof[oof['clip'].isin(fans)]
-    maps = held_out(grad_cam, path, net, store, oof)  # (frames, h, w)
-    masks = np.stack([fans[c] for c in oof['clip']])  # (frames, h, w)
-    heat = heat_in_fan(torch.from_numpy(maps), torch.from_numpy(masks))
-    return oof.assign(heat=np.asarray(heat), area=masks.mean((1, 2)))
+    load = fold_loader(path, net, pred_classes(oof))
+    return oof.assign(confidence=apply_out_of_fold(ask, load, store, oof))
 
 # %% ../../nbs/papers/arora.ipynb #c039
 QUESTIONS = {
@@ -476,7 +370,7 @@ def accuracy_on(
         pred = torch.cat(
             [
                 model(x.to(next(model.parameters()).device)).argmax(1).cpu()
-                for x in _batches(store, store_rows(frames, store))
+                for x in frame_batches(store, store_rows(frames, store))
             ]
         )
     return float((np.array(CLASSES)[pred] == frames['label'].to_numpy()).mean())
@@ -527,7 +421,7 @@ def external_cells(
     cells, known = [], set(next(iter(tables.values()))['label']) <= set(CLASSES)
     for name, preds in tables.items():
         where = dict(table='external', row=f'{net.name}, {name}', protocol='external')
-        areas = roc(vote(against_rest(preds), 'patient'))[1].rename(columns=dict(auc='value'))
+        areas = roc(vote(one_vs_rest(preds), 'patient'))[1].rename(columns=dict(auc='value'))
         cells += cells_of(areas[areas['class'] == 'covid'], ['AUC covid by patient'], **where)
         if known:
             scores = evaluate(preds, levels=('frame',))
@@ -599,7 +493,9 @@ def external_stage(
     fewer = replace(s, max_frames=s.external_frames)
     for net in s.nets:
         store = frame_store(external, net.size, fewer, run.home)
-        e.add(external_cells(ensemble(run.paths[net, 'patient'], net, store), net))
+        path = run.paths[net, 'patient']
+        tables = ensemble(fold_loader(path, net), fold_numbers(path), store, CLASSES)
+        e.add(external_cells(tables, net))
 
 # %% ../../nbs/papers/arora.ipynb #c046-11
 def calibration_stage(
@@ -628,16 +524,6 @@ def uncertainty_stage(
         run.experiment.add(cells_of(areas, columns, 'uncertainty', net.name, 'patient'))
 
 # %% ../../nbs/papers/arora.ipynb #c046-13
-def attention_cells(
-    seen: pd.DataFrame,  # from attention
-    row: str,  # which network
-    protocol: str,  # name of its run
-) -> list:  # of cells
-    "Heat inside the fan and the fan's area, means with intervals over patients."
-    shares = {c: mean_over_patients(seen, c) for c in ('heat', 'area')}
-    return [cell('attention', row, c, v, ci, protocol=protocol) for c, (v, *ci) in shares.items()]
-
-
 def attention_stage(
     run: AroraRun,  # what stages share
     net: Net,  # which backbone
@@ -650,7 +536,7 @@ def attention_stage(
         views[_CROPPED] = cropped, fan_crop
     for name, (store, prepare) in views.items():
         fans = fan_masks(run.table, net.size, prepare)
-        seen = attention(run.paths[net, name], net, store, run.oofs[net, name], fans)
+        seen = attention(fold_loader(run.paths[net, name], net), store, run.oofs[net, name], fans)
         run.experiment.add(attention_cells(seen, net.name, name))
 
 # %% ../../nbs/papers/arora.ipynb #c046-14

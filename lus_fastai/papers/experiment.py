@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/experiment.html.md"""
 
 # %% auto #0
 __all__ = ['settings_hash', 'without', 'settings_folder', 'proved_folds', 'Experiment', 'score_columns', 'cells_of', 'find_cell',
-           'comparison_rows', 'interval_grid', 'protocol_text']
+           'comparison_rows', 'interval_grid', 'protocol_text', 'attention', 'attention_cells']
 
 # %% ../../nbs/papers/experiment.ipynb #e004
 import hashlib
@@ -209,3 +209,36 @@ def protocol_text(
     "The protocols of a run in words."
     known = results['protocols']
     return '\n\n'.join(f'{k}: {known[k]["description"]}.' for k in names or known)
+
+# %% ../../nbs/papers/experiment.ipynb #attention-imports
+import numpy as np
+import torch
+
+from ..explain.attribution import grad_cam
+from ..explain.sanity_checks import heat_in_fan
+from ..stats.bootstrap import mean_over_patients
+from ..train.fold_models import apply_out_of_fold
+
+# %% ../../nbs/papers/experiment.ipynb #attention
+def attention(
+    load,  # function fold -> its network, in evaluation mode
+    store,  # FrameStore of the frames
+    oof: pd.DataFrame,  # frame table with the column fold
+    fans: dict,  # clip -> mask, from fan_masks; frames of other clips are left out
+) -> pd.DataFrame:  # rows of oof with heat (share of |Grad-CAM| inside the fan) and area (share of the image)
+    "Where the networks look in frames that they have not seen."
+    oof = oof[oof['clip'].isin(fans)]
+    maps = apply_out_of_fold(grad_cam, load, store, oof)  # (frames, h, w)
+    masks = np.stack([fans[c] for c in oof['clip']])  # (frames, h, w)
+    heat = heat_in_fan(torch.from_numpy(maps), torch.from_numpy(masks))
+    return oof.assign(heat=np.asarray(heat), area=masks.mean((1, 2)))
+
+# %% ../../nbs/papers/experiment.ipynb #attention-cells
+def attention_cells(
+    seen: pd.DataFrame,  # from attention
+    row: str,  # which network
+    protocol: str,  # name of its run
+) -> list:  # of cells
+    "Heat inside the fan and the fan's area, means with intervals over patients."
+    shares = {c: mean_over_patients(seen, c) for c in ('heat', 'area')}
+    return [cell('attention', row, c, v, ci, protocol=protocol) for c, (v, *ci) in shares.items()]

@@ -7,8 +7,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/gare.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'QUICK_REAL', 'PAPER', 'PROTOCOLS', 'adam', 'THEIRS_SEGMENTATION', 'THEIRS_DENSE',
            'THEIRS_CLASSIFICATION', 'GareSettings', 'labelled_frames', 'data_name', 'clips_to_classify', 'describe',
-           'protocol_folds', 'segment', 'best_fold', 'classes_of', 'classify', 'nearest_frame', 'segmentation_cells',
-           'classification_cells', 'run_folder', 'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
+           'protocol_folds', 'segment', 'classes_of', 'classify', 'segmentation_cells', 'classification_cells',
+           'run_folder', 'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
 
 # %% ../../nbs/papers/gare.ipynb #c004
 import hashlib
@@ -22,13 +22,14 @@ import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 
 from ..core import CLASSES, DENSE, DENSE_TO_SPARSE, SPARSE, frozen_eval, lus_home, real_data
+from ..data.audit import nearest_frame
 from ..data.augment import GareAugment, expand_variants, gare_variant
 from ..data.folds import leaky_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore
 from ..models.classifiers import seg_to_cls
-from ..models.transfer import copy_weights, name_outputs
+from ..models.transfer import copy_weights
 from ..models.unet import unet
 
 # %% ../../nbs/papers/gare.ipynb #c004b
@@ -49,7 +50,8 @@ from ..stats.curves import roc
 from ..stats.figures import plot_comparison, plot_confusion, plot_iou, plot_roc
 from ..synth.phantom import phantom_dataset
 from ..train.callbacks import ClassProbs, PixelCounts
-from ..train.cross_validation import cross_validate, fold_history, last_epoch
+from ..train.cross_validation import cross_validate, last_epoch
+from ..train.fold_models import best_fold, load_fold
 from ..train.losses import DiceCELoss, class_weights, code_counts
 
 # %% ../../nbs/papers/gare.ipynb #c008
@@ -251,14 +253,6 @@ def segment(
     )
     return _cross_validate(lambda dls: _segmenter(dls, n, s), frames, protocol, s, **how)
 
-# %% ../../nbs/papers/gare.ipynb #c019b
-def best_fold(
-    path,  # folder of a finished segment
-) -> Path:  # the weights of one fold
-    "The weights of the fold that scored best at its selected epoch: they seed the classifier."
-    last = fold_history(path).groupby('fold').score.last()
-    return Path(path) / f'fold{last.idxmax()}' / 'model.safetensors'
-
 # %% ../../nbs/papers/gare.ipynb #c019b2
 def classes_of(
     store: FrameStore,  # clips to classify
@@ -295,19 +289,6 @@ def classify(
 
     how = dict(collect=ClassProbs(), epochs=s.cls_epochs, path=path, patience=s.cls_patience)
     return _cross_validate(build, store.frames, protocol, s, data=data, **how)
-
-# %% ../../nbs/papers/gare.ipynb #c022b
-def nearest_frame(
-    store: FrameStore,  # labelled frames
-    folds: pd.Series,  # fold per row of its frame table
-) -> pd.DataFrame:  # as from classify, with probabilities of 0 and 1
-    "The label of the most similar frame of the other folds; every fourth row and column are compared."
-    frames, number = store.frames, torch.tensor(folds.to_numpy())
-    pixels = torch.from_numpy(store.images[frames.row.to_numpy()][:, ::4, ::4].copy()).flatten(1).float()
-    far = torch.cdist(pixels, pixels)  # (frames, frames)
-    far[number[:, None] == number] = torch.inf
-    nearest = frames.label.to_numpy()[far.argmin(1).numpy()]
-    return frames.assign(fold=folds, **{f'p_{c}': (nearest == c).astype(float) for c in classes_of(store)})
 
 # %% ../../nbs/papers/gare.ipynb #c024
 THEIRS_SEGMENTATION = pd.DataFrame(
@@ -490,8 +471,7 @@ def held_out_masks(
     rows = store.frames[folds == 0].groupby('patient').nth(2).sort_values('label')
     rows = rows.iloc[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
     model = unet(len(DENSE), width=settings.width, bn=settings.bn)
-    name_outputs(model, DENSE)  # weights with another order of codes are refused
-    copy_weights(Path(path) / 'fold0' / 'model.safetensors', model, strict=True)
+    load_fold(model, path, 0, DENSE)
     images, masks = store.images[rows.row.to_numpy()], store.masks[rows.row.to_numpy()]
     with frozen_eval(model), torch.no_grad():
         pred = model(torch.from_numpy(images)[:, None] / 255.0).argmax(1)

@@ -7,12 +7,11 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/uscl.html.md"""
 # %% auto #0
 __all__ = ['COMPARED', 'ABLATED', 'DETECTED', 'DEFAULT', 'QUICK', 'PAPER', 'METHODS', 'THEIRS', 'PROTOCOLS', 'TERMS',
            'UsclSettings', 'hospital', 'phantom_table', 'clip_table', 'frame_store', 'downstream_folds', 'outside_fold',
-           'pair_kinds', 'conflict_table', 'run_folder', 'method_folder', 'pretrain_fold', 'CropFlip', 'weights_of',
-           'tuned_folder', 'tune', 'downstream_fans', 'tuned_model', 'attention', 'detect_items', 'detect',
-           'precision_cells', 'score_cells', 'label_curve', 'start_scores', 'save_backbone', 'UsclRun', 'uscl_run',
-           'methods_of', 'pretrain_stage', 'starts_of', 'conflict_cells', 'tune_stage', 'label_stage',
-           'attention_stage', 'detection_stage', 'reproduce', 'best_start', 'comparison_table', 'conflict_dots',
-           'uscl_report']
+           'run_folder', 'method_folder', 'pretrain_fold', 'CropFlip', 'weights_of', 'tuned_folder', 'tune',
+           'downstream_fans', 'tuned_model', 'tuned_attention', 'detect_items', 'detect', 'precision_cells',
+           'score_cells', 'label_curve', 'start_scores', 'save_backbone', 'UsclRun', 'uscl_run', 'methods_of',
+           'pretrain_stage', 'starts_of', 'conflict_cells', 'tune_stage', 'label_stage', 'attention_stage',
+           'detection_stage', 'reproduce', 'best_start', 'comparison_table', 'conflict_dots', 'uscl_report']
 
 # %% ../../nbs/papers/uscl.ipynb #c003
 import warnings
@@ -25,24 +24,23 @@ import torch
 from fastai.vision.all import RandTransform, TensorImage, retain_type
 
 from ..core import CLASSES, assert_disjoint, lus_home, real_data, seed_all
-from ..data.fan import add_fans
+from ..data.fan import add_fans, fan_masks
 from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index
-from ..data.store import FrameStore, store_rows
-from ..explain.attribution import grad_cam
+from ..data.store import FrameStore
 from ..explain.embeddings import features
-from ..explain.sanity_checks import heat_in_fan
 from ..models.backbones import create_backbone
 from ..models.classifiers import BackboneClassifier
-from ..models.transfer import copy_weights, name_outputs, save_weights
+from ..models.transfer import save_weights
 
 # %% ../../nbs/papers/uscl.ipynb #c003-1
 import hashlib
 
-from . import arora
 from lus_fastai.papers.experiment import (
     Experiment,
+    attention,
+    attention_cells,
     cells_of,
     comparison_rows,
     interval_grid,
@@ -61,11 +59,12 @@ from ..data.pairs import ABLATION, USCLAugment, pair_dls
 from ..stats.classification import evaluate
 from ..synth.phantom import phantom_dataset
 from ..train.callbacks import ClassProbs
-from ..train.contrastive import USCL, MoCo, SimCLR, Supervised, pretrain
+from ..train.contrastive import USCL, MoCo, SimCLR, Supervised, conflict_table, pretrain
 from ..train.cross_validation import cross_validate, last_epoch
 from ..train.detection import FEW_OBJECTS, DetectItems, busi_items, phantom_items, train_detector
 from ..train.distributed import leave_processes, main_first
 from ..train.fine_tuning import fine_tune_learner
+from ..train.fold_models import load_fold
 from ..train.semi_supervised import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 
 # %% ../../nbs/papers/uscl.ipynb #c006
@@ -194,45 +193,6 @@ def outside_fold(
     rest = frames[(folds != fold) & ~frames['patient'].isin(held_out['patient'])]
     assert_disjoint(rest, held_out)
     return rest.assign(label=rest['label'].where(rest['downstream'], None))
-
-# %% ../../nbs/papers/uscl.ipynb #c013
-def pair_kinds(
-    frames: pd.DataFrame,  # with clip, patient, label
-    a: np.ndarray,  # rows, the first of each pair
-    b: np.ndarray,  # rows, the second
-) -> dict:  # kind -> (pairs,) bool
-    "Which pairs are of one clip, one patient, one class, or nothing of it."
-    clip, patient, label = (
-        frames[c].to_numpy()[a] == frames[c].to_numpy()[b] for c in ('clip', 'patient', 'label')
-    )
-    return {
-        'same clip': clip,
-        'same patient, another clip': patient & ~clip,
-        'same class, another patient': label & ~patient,
-        'another class and patient': ~label & ~patient,
-    }
-
-# %% ../../nbs/papers/uscl.ipynb #c013-1
-def conflict_table(
-    x: np.ndarray,  # (n, d) features
-    frames: pd.DataFrame,  # n rows with clip, patient, label
-    n_pairs: int = 200_000,  # random pairs that are looked at
-) -> pd.DataFrame:  # a row per kind of pair: mean cosine, low, high (the middle 90 % of the pairs), n
-    "Cosine of frame pairs by what they share; features are centred first."
-    if len(x) != len(frames):
-        raise ValueError(f"{len(x)} features for {len(frames)} frames")
-    x = x - x.mean(0)
-    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
-    a, b = np.random.default_rng(0).integers(0, len(x), (2, n_pairs))
-    a, b = a[a != b], b[a != b]
-    cosine = (x[a] * x[b]).sum(1)  # (pairs,)
-    rows = []
-    for kind, of_kind in pair_kinds(frames, a, b).items():
-        if of_kind.any():
-            c = cosine[of_kind]
-            low, high = np.quantile(c, 0.05), np.quantile(c, 0.95)
-            rows.append(dict(pairs=kind, cosine=c.mean(), low=low, high=high, n=len(c)))
-    return pd.DataFrame(rows)
 
 # %% ../../nbs/papers/uscl.ipynb #c017-1
 _SAME = dict(unit='clip', pair='same')
@@ -369,7 +329,7 @@ def downstream_fans(
 ) -> dict:  # clip -> (size, size) bool, True inside the fan; clips without a fan are missing
     "The fan of every downstream clip, on the store's frames."
     found = add_fans(table[table['downstream']])['fan']
-    return arora.fan_masks(table.assign(fan=found.reindex(table.index, fill_value='')), settings.size)
+    return fan_masks(table.assign(fan=found.reindex(table.index, fill_value='')), settings.size)
 
 # %% ../../nbs/papers/uscl.ipynb #c022-2
 def tuned_model(
@@ -383,13 +343,10 @@ def tuned_model(
     known = start == 'ImageNet'  # has its own stem and scaling
     backbone = weights_of(start, fold, path, s) if known else create_backbone(s.backbone)
     model = BackboneClassifier(backbone, len(CLASSES))
-    name_outputs(model, CLASSES)  # weights with another order of classes are refused
-    weights = tuned_folder(start, path, s) / f'fold{fold}' / 'model.safetensors'
-    copy_weights(weights, model, strict=True)
-    return model.eval()
+    return load_fold(model, tuned_folder(start, path, s), fold, CLASSES)
 
 # %% ../../nbs/papers/uscl.ipynb #c022
-def attention(
+def tuned_attention(
     start: str,  # as for weights_of
     store: FrameStore,  # all frames
     folds: pd.Series,  # from downstream_folds
@@ -398,15 +355,12 @@ def attention(
     settings: UsclSettings = DEFAULT,  # sizes
 ) -> pd.DataFrame:  # frame table with heat (share of |Grad-CAM| inside the fan) and area (of the image)
     "Grad-CAM of every held-out frame, summed up."
-    parts, own = [], store.frames[store.frames['downstream'] & store.frames['clip'].isin(fans)]
-    for fold, group in own.groupby(folds[own.index]):
-        model, rows = tuned_model(start, fold, path, settings), store_rows(group, store)
-        batches = [store.images[rows[k : k + 64]] for k in range(0, len(rows), 64)]
-        # (frames, h, w)
-        maps = torch.cat([grad_cam(model, torch.from_numpy(x)[:, None] / 255.0) for x in batches])
-        masks = np.stack([fans[c] for c in group['clip']])
-        parts.append(group.assign(heat=heat_in_fan(maps, masks), area=masks.mean((1, 2))))
-    return pd.concat(parts)
+    own = store.frames[store.frames['downstream']]
+
+    def load(fold):
+        return tuned_model(start, fold, path, settings)
+
+    return attention(load, store, own.assign(fold=folds[own.index]), fans)
 
 # %% ../../nbs/papers/uscl.ipynb #c025-1
 def detect_items(
@@ -650,8 +604,8 @@ def attention_stage(
     "Where the tuned networks look."
     e, fans = run.experiment, downstream_fans(run.table, run.experiment.settings)
     for start in e.settings.detected:
-        seen = attention(start, run.store, run.folds, fans, e.folder, e.settings)
-        e.add(arora.attention_cells(seen, start, 'best'))
+        seen = tuned_attention(start, run.store, run.folds, fans, e.folder, e.settings)
+        e.add(attention_cells(seen, start, 'best'))
 
 # %% ../../nbs/papers/uscl.ipynb #c029-9
 def detection_stage(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lus_fastai.core import MaskSet
-from lus_fastai.data.fan import FanError
+from lus_fastai.data.fan import FanError, common_fan, phantom_fan
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.papers import sim_to_real
 from lus_fastai.papers.sim_to_real import (
@@ -19,12 +19,10 @@ from lus_fastai.papers.sim_to_real import (
     SimSettings,
     agreement,
     clip_features,
-    common_fan,
     contrast_channels,
     fine_tuned_scores,
     line_areas,
     linear_probe_scores,
-    phantom_fan,
     plain_scores,
     plot_agreement,
     polar_clips,

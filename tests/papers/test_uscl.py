@@ -7,6 +7,7 @@ import pytest
 from lus_fastai.core import LeakError
 from lus_fastai.papers import uscl
 from lus_fastai.runs import read_results
+from lus_fastai.train.contrastive import conflict_table
 
 TINY = uscl.UsclSettings(
     max_frames=2,
@@ -107,7 +108,7 @@ def test_pretraining_never_meets_the_test_fold(run):
 )
 def test_conflict_by_hand(x, kind, want):
     got = (
-        uscl.conflict_table(
+        conflict_table(
             x, pd.DataFrame(dict(clip=list('aabcd'), patient=list('aaabc'), label=list('xxxyy'))), 2000
         )
         .set_index('pairs')
