@@ -583,13 +583,12 @@ def frame_masks(
 # %% ../../nbs/data/fan.ipynb #common-fan
 def common_fan(
     table: pd.DataFrame,  # clips of one machine, all cut out alike
-    rate: float = 2.0,  # frames per second to look at
 ) -> Fan:  # convex; in the pixels of the commonest frame size
     "The median of the convex fans found in clips; raises `FanError` where there is none."
     fans = []
     for path in progress(table['path'], total=len(table), desc='fans'):
         try:
-            fans.append(find_fan(sample_clip(path, rate=rate, max_frames=8).frames))
+            fans.append(find_fan(sample_clip(path, rate=2, max_frames=8).frames))
         except (ClipError, FanError):
             continue
     fans = [f for f in fans if f.kind == 'convex']

@@ -8,13 +8,12 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/arora.html.md"""
 __all__ = ['DEFAULT', 'QUICK', 'PAPER', 'PROTOCOLS', 'adam', 'THEIR_CONFUSIONS', 'THEIR_AUCS', 'QUESTIONS', 'RUNS', 'ABSTENTION',
            'SPLITS', 'TERMS', 'Net', 'AroraSettings', 'phantom_table', 'clip_table', 'frame_store', 'pocovid_folds',
            'protocol_folds', 'learner', 'augmented_dls', 'classify', 'run_folder', 'theirs', 'fold_loader',
-           'external_table', 'uncertainty', 'ask', 'continue_training', 'accuracy_on', 'reported_scores', 'score_cells',
-           'external_cells', 'start', 'AroraRun', 'run_path', 'train_stage', 'external_stage', 'calibration_stage',
-           'uncertainty_stage', 'attention_stage', 'shortcut_cells', 'shortcut_options', 'shortcut_stage',
-           'question_stage', 'arora_run', 'reproduce', 'leak_table', 'arora_report']
+           'external_table', 'uncertainty', 'relabel', 'continue_training', 'accuracy_on', 'reported_scores',
+           'score_cells', 'external_cells', 'start', 'AroraRun', 'run_path', 'train_stage', 'external_stage',
+           'calibration_stage', 'uncertainty_stage', 'attention_stage', 'shortcut_cells', 'shortcut_options',
+           'shortcut_stage', 'question_stage', 'arora_run', 'reproduce', 'leak_table', 'arora_report']
 
 # %% ../../nbs/papers/arora.ipynb #c003
-import hashlib
 import random
 import warnings
 from copy import deepcopy
@@ -41,10 +40,14 @@ from lus_fastai.papers.experiment import (
     Experiment,
     attention,
     attention_cells,
+    cells_in,
     cells_of,
     comparison_rows,
+    convex_phantom,
+    data_folder,
     protocol_text,
     proved_folds,
+    sampled_store,
     score_columns,
     settings_folder,
     without,
@@ -67,7 +70,6 @@ from lus_fastai.stats.figures import (
 from ..stats.calibration import abstention, calibrate, confidence, ece, mc_dropout, reliability, tta
 from ..stats.classification import classification_report, evaluate, one_vs_rest, pred_classes, vote
 from ..stats.curves import pr_curve, roc, roc_bands
-from ..synth.phantom import phantom_dataset
 from ..train.callbacks import AutoPrecision, ClassProbs, autocast_for
 from ..train.cross_validation import cross_validate
 from ..train.fold_models import apply_out_of_fold, ensemble, fold_numbers, frame_batches, load_fold
@@ -109,34 +111,23 @@ PAPER = AroraSettings(
 # %% ../../nbs/papers/arora.ipynb #c008-1
 def phantom_table(
     settings: AroraSettings,  # number of patients, sizes, seed
-    home: Path,  # where clips are kept
+    cache=None,  # where clips are kept; default lus_home()
 ) -> pd.DataFrame:  # clip table
     "Two convex phantom clips a patient, of a size in which a fan can be found."
     s, size = settings, max(128, *(net.size for net in settings.nets))
-    folder = home / 'phantom' / f'arora-{s.patients}-{size}-s{s.seed}'
-    table = phantom_dataset(
-        folder, patients=s.patients, clips=2, size=(size, size), seed=s.seed, probe='convex'
-    )
-    return table.drop(columns='mask')
+    return convex_phantom('arora', s.patients, size, s.seed, cache).drop(columns='mask')
 
 # %% ../../nbs/papers/arora.ipynb #c008-2
 def clip_table(
     data: str = 'phantom',  # 'phantom', or 'pocus' for the convex clips under LUS_DATA
     settings: AroraSettings = DEFAULT,  # sizes
-    home=None,  # where clips are kept; default lus_home()
+    cache=None,  # where clips are kept; default lus_home()
     folder=None,  # for 'pocus': the folder of real data; default LUS_DATA
 ) -> pd.DataFrame:  # clip table
     "Convex clips and stills of three classes (Arora 2020 leaves linear probes out)."
-    if data == 'phantom':
-        return phantom_table(settings, Path(home or lus_home()))
-    if data != 'pocus':
-        raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
-    folder = folder or real_data()
+    folder = data_folder(data, 'pocus', 'the real clips', folder=folder)
     if folder is None:
-        raise ValueError(
-            "data='pocus' needs the real clips: set LUS_DATA to their folder, "
-            "or see `lus_data pocus` for how to get them"
-        )
+        return phantom_table(settings, cache)
     table = index('pocus', folder)
     return table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
 
@@ -145,21 +136,16 @@ def frame_store(
     table: pd.DataFrame,  # clip table
     size: int,  # height and width of the frames, aspect ignored as in the paper
     settings: AroraSettings = DEFAULT,  # sampling
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
     prepare=None,  # as for FrameStore.build
 ) -> FrameStore:  # its frames
     "Frames at `rate` a second, at most `max_frames` of a clip."
-    s, clips = settings, hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
-    suffix = '' if prepare is None else f'-{prepare.__name__}'
-    folder = Path(home or lus_home()) / 'stores' / f'arora-{clips}-{size}-{s.rate:g}-{s.max_frames}{suffix}'
-    return FrameStore.build(
-        table, folder, size=(size, size), rate=s.rate, max_frames=s.max_frames, prepare=prepare
-    )
+    return sampled_store('arora', table, size, settings, cache, prepare)
 
 # %% ../../nbs/papers/arora.ipynb #c011-1
 PROTOCOLS = dict(
     patient='honest: folds by patient; the last epoch counts; the learning rate follows the training loss',
-    file='as in the paper: folds by file name, so clips of one patient stand on both sides; '
+    file='as in the paper: folds by file name, so clips of one patient are in training and in test; '
     'the loss on the test fold steers the learning rate; the last epoch counts',
 )
 
@@ -224,7 +210,7 @@ def classify(
     path,  # folder of the run
     protocol: str = 'patient',  # 'patient' or 'file'
     settings: AroraSettings = DEFAULT,  # sizes
-    frames: pd.DataFrame = None,  # rows of the frame table, perhaps relabelled (see ask); default: all
+    frames: pd.DataFrame = None,  # rows of the frame table, perhaps relabelled (see relabel); default: all
     classes=CLASSES,  # their labels
 ) -> pd.DataFrame:  # out-of-fold probabilities, a row per frame
     "Train and cross-validate one network on all folds (Arora 2020, section 3; the paper trained one fold)."
@@ -239,11 +225,11 @@ def classify(
 def run_folder(
     settings: AroraSettings,  # sizes
     data: str,  # 'phantom' or 'pocus'
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> Path:  # one folder per settings and data
     "Where the runs of some settings keep their checkpoints; another choice of networks shares them."
     s = replace(settings, nets=None)
-    return settings_folder('arora', without(s, 'external_frames'), data, home)
+    return settings_folder('arora', without(s, 'external_frames'), data, cache)
 
 # %% ../../nbs/papers/arora.ipynb #c018
 THEIR_CONFUSIONS = dict(
@@ -287,12 +273,12 @@ def fold_loader(
 def external_table(
     data: str,  # 'phantom' or 'pocus'
     settings: AroraSettings = DEFAULT,  # sizes
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ):  # clip table, or None where there is no external set
     "Patients in no fold: another phantom's, or with `LUS_DATA` COVID-BLUES, labelled covid or negative."
     if data == 'phantom':
         patients = max(6, settings.patients // 3)
-        return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=patients), home)
+        return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=patients), cache)
     return index('blues', real_data()) if (real_data() / 'blues').is_dir() else None
 
 # %% ../../nbs/papers/arora.ipynb #c028
@@ -325,7 +311,7 @@ QUESTIONS = {
 }
 
 
-def ask(
+def relabel(
     frames: pd.DataFrame,  # frame table
     question: str,  # a name from QUESTIONS
 ) -> pd.DataFrame:  # the rows that the question is about, with its labels
@@ -342,21 +328,19 @@ def continue_training(
     new: pd.DataFrame,  # frame table to go on with
     replay: pd.DataFrame = None,  # old frames to mix in
     epochs: int = 3,  # over all frames
-    lr: float = 1e-4,  # Adam
-    bs: int = 8,  # batch size
     seed: int = 0,  # of order and augmentation
 ):  # the network, trained further
     "Train a finished network on new samples, alone or with old ones mixed in."
     frames, model = new if replay is None else pd.concat([new, replay], ignore_index=True), deepcopy(model)
     seed_all(seed)
     learn = Learner(
-        frame_dls(store, frames, frames.iloc[:1], bs=bs, batch_tfms=[AroraAugment()]),
+        frame_dls(store, frames, frames.iloc[:1], bs=8, batch_tfms=[AroraAugment()]),
         model,
         loss_func=CrossEntropyLossFlat(),
         opt_func=adam,
     )
     with learn.no_bar(), learn.no_logging():
-        learn.fit(epochs, lr, cbs=[AutoPrecision()])
+        learn.fit(epochs, 1e-4, cbs=[AutoPrecision()])
     return model.eval()
 
 # %% ../../nbs/papers/arora.ipynb #c042
@@ -445,7 +429,7 @@ class AroraRun:
     "What the stages of one reproduction share."
 
     experiment: Experiment  # settings, folder, protocols, cells
-    home: Path  # where stores are kept
+    cache: Path  # where stores are kept
     table: pd.DataFrame  # clip table with fans
     stores: dict  # net -> FrameStore
     paths: dict = field(default_factory=dict)  # (net, name of the run) -> folder
@@ -485,14 +469,14 @@ def external_stage(
 ):
     "The networks of the honest folds on patients who are in none of them, where there are any."
     e, s = run.experiment, run.experiment.settings
-    external = external_table(e.data, s, run.home)
+    external = external_table(e.data, s, run.cache)
     if external is None:
         return
     clips = external.assign(clip=clip_ids(external))
     e.protocol('external', RUNS['external'], clips, pd.Series(0, external.index))
     fewer = replace(s, max_frames=s.external_frames)
     for net in s.nets:
-        store = frame_store(external, net.size, fewer, run.home)
+        store = frame_store(external, net.size, fewer, run.cache)
         path = run.paths[net, 'patient']
         tables = ensemble(fold_loader(path, net), fold_numbers(path), store, CLASSES)
         e.add(external_cells(tables, net))
@@ -531,7 +515,7 @@ def attention_stage(
     "Where it looks, on whole frames and, trained once more, on frames cut down to the fan."
     s, views = run.experiment.settings, {'patient': (run.stores[net], None)}
     if net.crop:
-        cropped = frame_store(run.table, net.size, s, run.home, fan_crop)
+        cropped = frame_store(run.table, net.size, s, run.cache, fan_crop)
         train_stage(run, net, _CROPPED, cropped)
         views[_CROPPED] = cropped, fan_crop
     for name, (store, prepare) in views.items():
@@ -588,7 +572,7 @@ def question_stage(
 ):
     "The two binary questions."
     for question in QUESTIONS:
-        frames = ask(run.stores[net].frames, question)
+        frames = relabel(run.stores[net].frames, question)
         classes = sorted(set(frames['label']))
         train_stage(run, net, question, run.stores[net], frames=frames, classes=classes)
 
@@ -598,26 +582,26 @@ def arora_run(
     settings: AroraSettings,  # sizes
     quick: bool,  # named so in the results
     out,  # folder for the JSON file and the report
-    home: Path,  # where stores and checkpoints are kept
+    cache: Path,  # where stores and checkpoints are kept
 ) -> AroraRun:  # what stages share
     "The clips and stores of a reproduction, before anything is trained."
-    s, table = settings, clip_table(data, settings, home)
-    folder = run_folder(s, data, home)
+    s, table = settings, clip_table(data, settings, cache)
+    folder = run_folder(s, data, cache)
     e = Experiment('arora', 'Arora et al. 2020', data, s, folder, out=out, quick=quick)
-    stores = {net: frame_store(table, net.size, s, home) for net in s.nets}
-    return AroraRun(e, home, add_fans(table), stores)
+    stores = {net: frame_store(table, net.size, s, cache) for net in s.nets}
+    return AroraRun(e, cache, add_fans(table), stores)
 
 # %% ../../nbs/papers/arora.ipynb #c046-19
 def reproduce(
     data: str = 'phantom',  # 'phantom' or 'pocus'
     quick: bool = False,  # small, for a demonstration
     out='results',  # folder for the JSON file and the report
-    home=None,  # where stores and checkpoints are kept; default lus_home()
+    cache=None,  # where stores and checkpoints are kept; default lus_home()
     settings: AroraSettings = None,  # default: DEFAULT or QUICK
 ) -> Path:  # the report
     "Arora 2020 end to end: each network by both protocols, and then all that one number hides."
     s = settings or (QUICK if quick else DEFAULT)
-    run = arora_run(data, s, quick, out, Path(home or lus_home()))
+    run = arora_run(data, s, quick, out, Path(cache or lus_home()))
     for net in s.nets:
         for protocol in PROTOCOLS:
             train_stage(run, net, protocol, run.stores[net], protocol)
@@ -647,11 +631,6 @@ def leak_table(
     )
 
 # %% ../../nbs/papers/arora.ipynb #c047-3
-def _is(cells, *tables):
-    "The cells of some tables."
-    return [c for c in cells if c['table'] in tables]
-
-
 def _open_report(results):
     "Title and subtitle."
     what = 'phantom clips' if results['data'] == 'phantom' else 'real POCUS clips'
@@ -758,7 +737,7 @@ def _trust_section(r, results, net, oofs):
         plot_abstention(abstention(oofs[net, 'augment'], by='confidence')[0], title=name),
         f'Accuracy of {name} when the least sure frames are left out.',
     )
-    r.cells(_is(results['cells'], 'calibration', 'uncertainty'))
+    r.cells(cells_in(results['cells'], 'calibration', 'uncertainty'))
 
 # %% ../../nbs/papers/arora.ipynb #c047-11
 def _external_section(r, results):
@@ -769,7 +748,7 @@ def _external_section(r, results):
             'Five networks came out of five folds; each alone, their mean probability and their '
             'majority vote, on patients who are in no fold.',
         )
-        r.cells(_is(results['cells'], 'external'))
+        r.cells(cells_in(results['cells'], 'external'))
 
 # %% ../../nbs/papers/arora.ipynb #c047-12
 def _attention_section(r, results, net):
@@ -779,7 +758,7 @@ def _attention_section(r, results, net):
         'Share of the absolute Grad-CAM map inside the fan, in held-out frames; beside it the share '
         'of the image that is fan, which is what an even spread would give.',
     )
-    t = results_table(_is(results['cells'], 'attention'))
+    t = results_table(cells_in(results['cells'], 'attention'))
     label = t.row + ', ' + t.protocol.replace('patient', 'whole frame')
     group = t.column.replace(dict(heat='heat inside the fan', area='area of the fan'))
     shares = t.assign(label=label, group=group, value=t.ours)
@@ -787,12 +766,12 @@ def _attention_section(r, results, net):
         plot_comparison(shares, group='group', xlabel='share inside the fan', xlim=(0, 1.02)),
         'Attention inside the fan, and the area of the fan.',
     )
-    r.cells(_is(results['cells'], 'attention'))
+    r.cells(cells_in(results['cells'], 'attention'))
     r.text(
         f'What can be read from the wrong place: {net.name} again, trained on frames whose fan is black '
         '("outside") or whose surroundings are ("inside"), and asked for the source instead of the disease.'
     )
-    r.cells(_is(results['cells'], 'shortcuts'))
+    r.cells(cells_in(results['cells'], 'shortcuts'))
 
 # %% ../../nbs/papers/arora.ipynb #c047-13
 def _question_section(r, results):

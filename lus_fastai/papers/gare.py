@@ -104,15 +104,15 @@ PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epo
 # %% ../../nbs/papers/gare.ipynb #c010-1
 def labelled_frames(
     settings: GareSettings = DEFAULT,  # sizes
-    home=None,  # where clips and frames are kept; default lus_home()
+    cache=None,  # where clips and frames are kept; default lus_home()
 ) -> FrameStore:  # with dense masks
     "The phantom patients with pixel labels: stand-ins for the paper's Semantic Lung set."
-    home, s = Path(home or lus_home()), settings
+    cache, s = Path(cache or lus_home()), settings
     name = f"seg-{s.seg_patients}x{s.seg_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
     table = phantom_dataset(
-        home / 'phantom' / name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed
+        cache / 'phantom' / name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed
     )
-    return FrameStore.build(table, home / 'stores' / name, size=s.size, max_frames=s.seg_frames)
+    return FrameStore.build(table, cache / 'stores' / name, size=s.size, max_frames=s.seg_frames)
 
 # %% ../../nbs/papers/gare.ipynb #c010-2
 def data_name(
@@ -130,14 +130,14 @@ def data_name(
     return data
 
 # %% ../../nbs/papers/gare.ipynb #c010x0
-def _phantom_clips(s, home):
+def _phantom_clips(s, cache):
     "Clips of phantom patients, two of each, without their masks."
     name = f"cls-{s.cls_patients}x{s.cls_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
     table = phantom_dataset(
-        home / 'phantom' / name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed
+        cache / 'phantom' / name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed
     )
     table = table.drop(columns='mask')
-    return FrameStore.build(table, home / 'stores' / name, size=s.size, max_frames=s.cls_frames)
+    return FrameStore.build(table, cache / 'stores' / name, size=s.size, max_frames=s.cls_frames)
 
 # %% ../../nbs/papers/gare.ipynb #c010
 def _pocus_table(folder):
@@ -155,18 +155,18 @@ def _pocus_table(folder):
 def clips_to_classify(
     data='phantom',  # 'phantom', 'pocus' for the convex clips under LUS_DATA, or a clip table of your own
     settings: GareSettings = DEFAULT,  # sizes
-    home=None,  # as for labelled_frames
+    cache=None,  # as for labelled_frames
     folder=None,  # for 'pocus': the folder of real data; default LUS_DATA
 ) -> FrameStore:  # frames with one of three labels, or with those of your own clips
     "The clips that get a diagnosis: phantom patients, convex POCUS clips of three classes, or a clip table."
-    home, s, name = Path(home or lus_home()), settings, data_name(data)
+    cache, s, name = Path(cache or lus_home()), settings, data_name(data)
     if name == 'phantom':
-        return _phantom_clips(s, home)
+        return _phantom_clips(s, cache)
     if name == 'pocus':
         table, name = _pocus_table(folder), 'pocus-convex'
     else:
         table = data
-    where = home / 'stores' / f'{name}-{s.size[0]}x{s.size[1]}x{s.clip_frames}'
+    where = cache / 'stores' / f'{name}-{s.size[0]}x{s.size[1]}x{s.clip_frames}'
     return FrameStore.build(table, where, size=s.size, max_frames=s.clip_frames)
 
 # %% ../../nbs/papers/gare.ipynb #c015-1
@@ -351,13 +351,13 @@ def classification_cells(
 # %% ../../nbs/papers/gare.ipynb #c030-1
 def run_folder(
     settings: GareSettings,  # sizes
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> Path:  # one folder per settings
     "Where the runs of some settings keep their checkpoints."
-    return settings_folder('gare', settings, home=home)
+    return settings_folder('gare', settings, cache=cache)
 
 # %% ../../nbs/papers/gare.ipynb #c030-2x0
-def _new_run(kind, quick, out, home, settings, stages):
+def _new_run(kind, quick, out, cache, settings, stages):
     "The Experiment of some data: 'phantom', 'pocus' or 'own-...'."
     data = kind.split('-')[0]
     return Experiment(
@@ -365,7 +365,7 @@ def _new_run(kind, quick, out, home, settings, stages):
         'Gare et al. 2021',
         data,
         settings,
-        run_folder(settings, home),
+        run_folder(settings, cache),
         out=out,
         quick=quick,
         command='lus_demo --data FOLDER' if data == 'own' else None,
@@ -442,16 +442,16 @@ def reproduce(
     data='phantom',  # what is classified: 'phantom', 'pocus', or a clip table of your own
     quick: bool = False,  # the demo's sizes and fewer protocols
     out='results',  # folder for the JSON file and the report
-    home=None,  # where stores and checkpoints are kept; default lus_home()
+    cache=None,  # where stores and checkpoints are kept; default lus_home()
     settings: GareSettings = None,  # default: DEFAULT, or QUICK and QUICK_REAL
 ) -> Path:  # the report
     "Gare 2021 end to end: segmentation, reverse transfer, honest and leaky, ours beside theirs."
     kind, (protocols, plan) = data_name(data), _plan(quick)
     if settings is None:
         settings = DEFAULT if not quick else QUICK if kind == 'phantom' else QUICK_REAL
-    run = _new_run(kind, quick, out, home, settings, 2 + 2 * len(protocols) + len(plan))
+    run = _new_run(kind, quick, out, cache, settings, 2 + 2 * len(protocols) + len(plan))
     run.stage('clips and frames')
-    clips, labelled = clips_to_classify(data, settings, home), labelled_frames(settings, home)
+    clips, labelled = clips_to_classify(data, settings, cache), labelled_frames(settings, cache)
     segmented = _segmentation_stages(run, labelled, protocols)
     classified = _classification_stages(run, kind, clips, plan)
     run.stage('tables and figures')
@@ -465,11 +465,10 @@ def held_out_masks(
     folds: pd.Series,  # fold per row of its frame table
     path,  # folder of the segment run
     settings: GareSettings,  # its sizes
-    n: int = 5,  # frames, from different patients of the first fold
-) -> tuple:  # (frames, true masks, predicted masks), each (n, h, w)
-    "Frames of held-out patients with their true masks and those of the network that has not seen them."
+) -> tuple:  # (frames, true masks, predicted masks), each (n, h, w), n at most 5
+    "A frame of each of some held-out patients, with the true masks and those of the first fold's network."
     rows = store.frames[folds == 0].groupby('patient').nth(2).sort_values('label')
-    rows = rows.iloc[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
+    rows = rows.iloc[np.linspace(0, len(rows) - 1, min(5, len(rows))).round().astype(int)]
     model = unet(len(DENSE), width=settings.width, bn=settings.bn)
     load_fold(model, path, 0, DENSE)
     images, masks = store.images[rows.row.to_numpy()], store.masks[rows.row.to_numpy()]

@@ -9,11 +9,10 @@ __all__ = ['PRETRAININGS', 'TABLE3', 'DEFAULT', 'QUICK', 'PAPER', 'BOXES', 'COLU
            'box_targets', 'Parts', 'first_images', 'box_images', 'learning_parts', 'Variant', 'variants', 'theirs',
            'LabelLoss', 'ImageLoss', 'first_dls', 'first_step', 'first_score', 'BoxLoss', 'started', 'box_step',
            'before_target', 'SaveLast', 'target_run', 'resampled_iou', 'run_scores', 'run_folder', 'iou_cells',
-           'apart_loss', 'loss_cells', 'variant_cells', 'MerandRun', 'say_absent', 'imagenet_known', 'runs_of',
-           'first_stage', 'target_stage', 'save_stage', 'reproduce', 'variants_table', 'merand_report']
+           'holdout_loss', 'loss_cells', 'variant_cells', 'MerandRun', 'say_absent', 'runs_of', 'first_stage',
+           'target_stage', 'save_stage', 'reproduce', 'variants_table', 'merand_report']
 
 # %% ../../nbs/papers/merand.ipynb #c003
-import warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,8 @@ from lus_fastai.papers.experiment import (
     Experiment,
     cells_of,
     comparison_rows,
+    data_folder,
+    imagenet_available,
     interval_grid,
     protocol_text,
     settings_folder,
@@ -196,19 +197,12 @@ def learning_parts(
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> Parts:  # four sets, no patient in two
     "The images of all steps; raises ValueError where data is neither name, or LUS_DATA is not set."
-    s = settings
-    if data not in ('phantom', 'real'):
-        raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
-    if data == 'real' and real_data() is None:
-        raise ValueError(
-            "data='real' needs the real radiographs: set LUS_DATA to their folder, "
-            "or see `lus_data ccxs` for how to get them"
-        )
+    s, _ = settings, data_folder(data, 'real', 'the real radiographs', ['ccxs'])
     first, labels = first_images(data, s)
     target = ccxs_set(index('ccxs', real_data()), s.size) if data == 'real' else _phantom(s, s.target_n, 3)
-    apart = holdout(target, s.test_n, s.seed)
-    boxes, rest = box_images(data, s, target[~apart])
-    return Parts(first, np.asarray(labels, np.float32), box_targets(boxes), rest, target[apart])
+    test = holdout(target, s.test_n, s.seed)
+    boxes, rest = box_images(data, s, target[~test])
+    return Parts(first, np.asarray(labels, np.float32), box_targets(boxes), rest, target[test])
 
 # %% ../../nbs/papers/merand.ipynb #c016-1
 @dataclass(frozen=True)
@@ -301,13 +295,13 @@ COLUMNS = tuple(
 
 
 def theirs(
-    way: Variant,  # a cell of Table 3
+    variant: Variant,  # a cell of Table 3
 ) -> tuple:  # (mIoU, best minus worst run), as shares 0..1; None where the paper has no number
     "What the paper reports."
     for line in _THEIRS.strip().splitlines():
         name, numbers = line.split(':')
-        if name.split(maxsplit=1) == [way.backbone, way.row]:
-            value, _, spread = numbers.split()[COLUMNS.index(way.column)].partition('±')
+        if name.split(maxsplit=1) == [variant.backbone, variant.row]:
+            value, _, spread = numbers.split()[COLUMNS.index(variant.column)].partition('±')
             return tuple(None if v in ('', '-') else round(float(v) / 100, 4) for v in (value, spread))
     return None, None
 
@@ -349,12 +343,12 @@ class ImageLoss(nn.Module):
         return F.mse_loss(torch.Tensor(logits).float().sigmoid(), torch.Tensor(x))
 
 # %% ../../nbs/papers/merand.ipynb #c019-5
-def _first_file(way, path):
+def _first_file(variant, path):
     return (
         Path(path)
         / 'first'
-        / f'{way.backbone}-{way.first}-{way.start}'.lower()
-        / ('backbone' if way.first == 'SimCLR' else 'model')
+        / f'{variant.backbone}-{variant.first}-{variant.start}'.lower()
+        / ('backbone' if variant.first == 'SimCLR' else 'model')
     )
 
 
@@ -362,21 +356,21 @@ def _weights_file(stem):
     return stem.with_suffix('.safetensors')
 
 # %% ../../nbs/papers/merand.ipynb #c019-6
-def _backbone(way):
+def _backbone(variant):
     "Scaled as `segmenter` scales, whatever its weights: an encoder moves through networks that see the same."
-    net = create_backbone(way.backbone, 3, 'imagenet' if way.start == 'imagenet' else None)
+    net = create_backbone(variant.backbone, 3, 'imagenet' if variant.start == 'imagenet' else None)
     net.normalize = [0.5], [0.25]
     return net
 
 # %% ../../nbs/papers/merand.ipynb #c019-7
-def _learn_pairs(way, images, frames, folder, settings):
+def _learn_pairs(variant, images, frames, folder, settings):
     "SimCLR on the images of some rows."
     s = settings
     seed_all(s.seed)
     stills = _Stills(images=images, size=images.shape[1:], frames=frames)
     pairs = pair_dls(stills, frames, bs=4 * s.bs, channels=3, seed=s.seed, **ABLATION['vanilla'])
     options = dict(lr=s.lr, seed=s.seed, log=0, warm=s.first_epochs // 2)
-    pretrain(SimCLR(), pairs, _backbone(way), s.first_epochs, folder, **options)
+    pretrain(SimCLR(), pairs, _backbone(variant), s.first_epochs, folder, **options)
 
 
 def first_dls(
@@ -396,14 +390,14 @@ def first_dls(
     return DataLoaders(train, one(1), device=default_device())
 
 # %% ../../nbs/papers/merand.ipynb #c019-8
-def _learn_targets(way, images, labels, share, folder, settings):
+def _learn_targets(variant, images, labels, share, folder, settings):
     "A classifier of the labels, or an autoencoder where there are none."
     s, augment = settings, MerandAugment(swap=())
 
     def build():
         if labels is not None:
-            return BackboneClassifier(_backbone(way), labels.shape[1])
-        return autoencoder(way.backbone, weights='imagenet' if way.start == 'imagenet' else None)
+            return BackboneClassifier(_backbone(variant), labels.shape[1])
+        return autoencoder(variant.backbone, weights='imagenet' if variant.start == 'imagenet' else None)
 
     def data(channels):
         return first_dls(images, labels, share, s.bs, augment)
@@ -415,29 +409,29 @@ def _learn_targets(way, images, labels, share, folder, settings):
 
 # %% ../../nbs/papers/merand.ipynb #c019-9
 def first_step(
-    way: Variant,  # its backbone, first step and start
+    variant: Variant,  # its backbone, first step and start
     parts: Parts,  # images and labels
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> Path:  # the weights: of the classifier, the autoencoder or the backbone
     "Train the first step; a finished one is left as it is."
-    file = _weights_file(_first_file(way, path))
+    file = _weights_file(_first_file(variant, path))
     if (file.parent / 'history.csv').exists():
         return file
     table, images = parts.first.table, parts.first.images
     share = patient_shares(table, seed=settings.seed)
-    if way.first == 'SimCLR':
+    if variant.first == 'SimCLR':
         frames = table.assign(row=np.arange(len(table)), clip=[str(i) for i in range(len(table))])
         frames = frames[share == 0].drop(columns='label', errors='ignore')
-        _learn_pairs(way, images, frames, file.parent, settings)
+        _learn_pairs(variant, images, frames, file.parent, settings)
     else:
-        labels = parts.labels if way.first == 'classifier' else None
-        _learn_targets(way, images, labels, share, file.parent, settings)
+        labels = parts.labels if variant.first == 'classifier' else None
+        _learn_targets(variant, images, labels, share, file.parent, settings)
     return file
 
 # %% ../../nbs/papers/merand.ipynb #c019
 def first_score(
-    way: Variant,  # with a first step other than SimCLR
+    variant: Variant,  # with a first step other than SimCLR
     parts: Parts,  # images and labels
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
@@ -445,14 +439,14 @@ def first_score(
     "Exact match of the 14 observations, or squared error of the image, with an interval over patients."
     held = patient_shares(parts.first.table, seed=settings.seed) == 2
     images, labels = parts.first.images[held], parts.labels[held]
-    weights = load_weights(first_step(way, parts, path, settings))
-    if way.first == 'classifier':
-        net = BackboneClassifier(create_backbone(way.backbone, 3), labels.shape[1])
+    weights = load_weights(first_step(variant, parts, path, settings))
+    if variant.first == 'classifier':
+        net = BackboneClassifier(create_backbone(variant.backbone, 3), labels.shape[1])
     else:
-        net = autoencoder(way.backbone)
+        net = autoencoder(variant.backbone)
     net.load_state_dict(weights)
     prob = predict_masks(net, images, settings.bs).astype(float)
-    if way.first == 'classifier':
+    if variant.first == 'classifier':
         name, score = 'exact match', ((prob > 0.5) == (labels > 0.5)).all(1)
     else:
         name, score = 'squared error', ((prob - images[:, None] / 255) ** 2).mean((1, 2, 3))
@@ -468,37 +462,37 @@ class BoxLoss(nn.Module):
 
 # %% ../../nbs/papers/merand.ipynb #c022-2
 def started(
-    way: Variant,  # what moves into it
+    variant: Variant,  # what moves into it
     path,  # from run_folder; the first step is done there
     n_out: int,  # classes
 ) -> nn.Module:  # a segmenter
     "A segmenter as it is after the first step."
     net = segmenter(
-        way.arch,
-        way.backbone,
+        variant.arch,
+        variant.backbone,
         n_out,
-        weights='imagenet' if way.start == 'imagenet' and not way.first else None,
+        weights='imagenet' if variant.start == 'imagenet' and not variant.first else None,
     )
-    if way.first:
-        copy_encoder(_weights_file(_first_file(way, path)), net)
-    if way.moved == 'both':
-        copy_decoder(_weights_file(_first_file(way, path)), net)
+    if variant.first:
+        copy_encoder(_weights_file(_first_file(variant, path)), net)
+    if variant.moved == 'both':
+        copy_decoder(_weights_file(_first_file(variant, path)), net)
     return net
 
 # %% ../../nbs/papers/merand.ipynb #c022-3
 def box_step(
-    way: Variant,  # with boxes
+    variant: Variant,  # with boxes
     parts: Parts,  # images and boxes
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> Path:  # the weights of the segmenter
     "Train a segmenter on boxes, up to the lowest loss on other patients; a finished one is left as it is."
-    s, folder = settings, Path(path) / 'boxes' / way.name
-    if way.first:
-        first_step(way, parts, path, s)
+    s, folder = settings, Path(path) / 'boxes' / variant.name
+    if variant.first:
+        first_step(variant, parts, path, s)
     if not (folder / 'history.csv').exists():
         share = patient_shares(parts.boxes.table, seed=s.seed)
-        build = partial(started, way, path, len(BOXES))
+        build = partial(started, variant, path, len(BOXES))
         options = dict(batch_tfms=[MerandAugment(swap=())], bs=s.bs, patience=s.patience, seed=s.seed)
         sets = parts.boxes, share == 0, share > 0
         sizes = s.boxes_epochs, s.lr, BoxLoss()
@@ -507,16 +501,16 @@ def box_step(
 
 # %% ../../nbs/papers/merand.ipynb #c022
 def before_target(
-    way: Variant,  # what was learned before; those steps are done
+    variant: Variant,  # what was learned before; those steps are done
     path,  # from run_folder
     n_out: int,  # classes of the target
 ) -> nn.Module:  # a segmenter
     "The start of the target: all but the last layer from the boxes, or what the first step left."
-    if not way.boxes:
-        return started(way, path, n_out)
+    if not variant.boxes:
+        return started(variant, path, n_out)
     net, file = (
-        segmenter(way.arch, way.backbone, n_out),
-        Path(path) / 'boxes' / way.name / 'model.safetensors',
+        segmenter(variant.arch, variant.backbone, n_out),
+        Path(path) / 'boxes' / variant.name / 'model.safetensors',
     )
     copy_encoder(file, net), copy_decoder(file, net)
     return net
@@ -524,7 +518,7 @@ def before_target(
 # %% ../../nbs/papers/merand.ipynb #c025-1
 PROTOCOLS = dict(
     rotation="the authors': rotation, and of its epochs the one with the lowest mean of nine validation "
-    'losses, whose pictures were all trained on',
+    'losses, whose images were all trained on',
     last='honest: the same runs, the last epoch; nothing was picked',
     disjoint='honest: as many steps on four fifths of the patients, the epoch with the lowest loss on the '
     'other patients',
@@ -546,9 +540,9 @@ class SaveLast(Callback):
         save_weights(self.model, self.path)
 
 # %% ../../nbs/papers/merand.ipynb #c025
-def _train_target(way, seed, target, path, folder, settings, disjoint):
+def _train_target(variant, seed, target, path, folder, settings, disjoint):
     "Rotation, or as many steps validated by other patients; the weights file of each protocol."
-    s, build = settings, partial(before_target, way, path, len(target.names))
+    s, build = settings, partial(before_target, variant, path, len(target.names))
     common = dict(batch_tfms=[MerandAugment()], bs=s.bs, seed=seed)
     if disjoint:
         valid, runs = holdout(target, len(target) // 5, s.seed), s.parts - 1
@@ -561,15 +555,15 @@ def _train_target(way, seed, target, path, folder, settings, disjoint):
     return dict(rotation=folder / 'model.safetensors', last=last)
 
 
-def _predict(way, file, parts, bs):
+def _predict(variant, file, parts, bs):
     "Probabilities of the images kept apart, by the weights in a file."
-    net = segmenter(way.arch, way.backbone, len(parts.target.names))
+    net = segmenter(variant.arch, variant.backbone, len(parts.target.names))
     net.load_state_dict(load_weights(file))
     return predict_masks(net.to(default_device()), parts.test.images, bs)
 
 # %% ../../nbs/papers/merand.ipynb #c025-2
 def target_run(
-    way: Variant,  # what is learned before
+    variant: Variant,  # what is learned before
     seed: int,  # of weights, batches and rotation
     parts: Parts,  # images
     path,  # from run_folder
@@ -577,16 +571,16 @@ def target_run(
     disjoint: bool = False,  # validate by other patients
 ) -> Path:  # test.npz: for each protocol the probabilities (n, k, h, w) float16 of the images kept apart
     "Train on the target, predict the images kept apart, and keep these; a finished run is left as it is."
-    folder = Path(path) / 'target' / f"{way.name}-s{seed}{'-disjoint' if disjoint else ''}"
+    folder = Path(path) / 'target' / f"{variant.name}-s{seed}{'-disjoint' if disjoint else ''}"
     file = folder / 'test.npz'
     if file.exists():
         return file
-    if way.boxes:
-        box_step(way, parts, path, settings)
-    elif way.first:
-        first_step(way, parts, path, settings)
-    weights = _train_target(way, seed, parts.target, path, folder, settings, disjoint)
-    prob = {protocol: _predict(way, f, parts, settings.bs) for protocol, f in weights.items()}
+    if variant.boxes:
+        box_step(variant, parts, path, settings)
+    elif variant.first:
+        first_step(variant, parts, path, settings)
+    weights = _train_target(variant, seed, parts.target, path, folder, settings, disjoint)
+    prob = {protocol: _predict(variant, f, parts, settings.bs) for protocol, f in weights.items()}
     with atomic_path(file) as tmp, open(tmp, 'wb') as f:
         np.savez_compressed(f, **prob)
     for f in weights.values():
@@ -644,32 +638,32 @@ _WHICH = 'backbones', 'matrix', 'rows', 'starts', 'beside', 'disjoint', 'seeds'
 def run_folder(
     settings: MerandSettings,  # sizes
     data: str,  # 'phantom' or 'real'
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> Path:  # one folder per sizes and data
     "Where the runs of some settings keep their checkpoints; which cells are asked for does not matter."
-    return settings_folder('merand', without(settings, *_WHICH), data, home)
+    return settings_folder('merand', without(settings, *_WHICH), data, cache)
 
 # %% ../../nbs/papers/merand.ipynb #c033-2
 def iou_cells(
-    way: Variant,  # which cell of Table 3
+    variant: Variant,  # which cell of Table 3
     score: dict,  # from run_scores
     names: tuple,  # of the classes
     protocol: str,  # a name in PROTOCOLS
 ) -> list:  # of cells
     "Mean IoU, the same of common classes, and its spread, ours beside theirs; IoU of each class."
-    value, spread = theirs(way) if protocol == 'rotation' else (None, None)
-    b, kw = way.backbone, dict(row=way.row, column=way.column, protocol=protocol)
+    value, spread = theirs(variant) if protocol == 'rotation' else (None, None)
+    b, kw = variant.backbone, dict(row=variant.row, column=variant.column, protocol=protocol)
     miou, common = score['mIoU'], score['common']
     classes = pd.DataFrame(dict(zip(('value', 'low', 'high'), score['IoU'])))
     return [
         cell(b, ours=miou[0], interval=miou[1:], theirs=value, **kw),
         cell(f'{b}: common classes', ours=common[0], interval=common[1:], **kw),
         cell(f'{b}: best minus worst run', ours=score['spread'], theirs=spread, **kw),
-        *cells_of(classes, names, f'{b}, {way.column}: classes', way.row, protocol),
+        *cells_of(classes, names, f'{b}, {variant.column}: classes', variant.row, protocol),
     ]
 
 # %% ../../nbs/papers/merand.ipynb #c033-3
-def apart_loss(
+def holdout_loss(
     prob: np.ndarray,  # (n, k, h, w) probabilities
     masks: np.ndarray,  # (n, k, h, w) truth
 ) -> float:  # cross-entropy minus Dice, as in training
@@ -679,7 +673,7 @@ def apart_loss(
 
 
 def loss_cells(
-    way: Variant,  # which cell of Table 3
+    variant: Variant,  # which cell of Table 3
     files: list,  # from target_run
     tested: list,  # loss of each on the images kept apart
     protocol: str,  # a name in PROTOCOLS
@@ -689,27 +683,28 @@ def loss_cells(
     losses = [x.agg(['mean', 'last']) for x in losses]
     best = [x.loc[x['mean'].idxmin()] for x in losses]  # of each run the epoch that was picked
     found = {'watched': [x['mean'] for x in best], 'last run': [x['last'] for x in best], 'test': tested}
-    row = f'{way.backbone}, {way.column}: {way.row}'
+    row = f'{variant.backbone}, {variant.column}: {variant.row}'
     return [cell('loss', row, c, np.mean(v), protocol=protocol) for c, v in found.items()]
 
 # %% ../../nbs/papers/merand.ipynb #c033-4
 def variant_cells(
-    way: Variant,  # which cell of Table 3
+    variant: Variant,  # which cell of Table 3
     seeds,  # of the runs that are over
     parts: Parts,  # for the truth of the test
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
     disjoint: bool = False,  # the run validated by other patients
 ) -> list:  # of cells
-    "All that is known of a way, from the runs that are over."
-    files, cells, test = [target_run(way, k, parts, path, settings, disjoint) for k in seeds], [], parts.test
+    "All that is known of a variant, from the runs that are over."
+    files = [target_run(variant, k, parts, path, settings, disjoint) for k in seeds]
+    cells, test = [], parts.test
     runs = [dict(np.load(f)) for f in files]
     for protocol in runs[0]:
         prob = [run[protocol] for run in runs]
         confusions = np.stack([mask_confusions(p, test.masks) for p in prob])
-        cells += iou_cells(way, run_scores(confusions, test.table['patient']), test.names, protocol)
+        cells += iou_cells(variant, run_scores(confusions, test.table['patient']), test.names, protocol)
         if protocol != 'last':
-            cells += loss_cells(way, files, [apart_loss(p, test.masks) for p in prob], protocol)
+            cells += loss_cells(variant, files, [holdout_loss(p, test.masks) for p in prob], protocol)
     return cells
 
 # %% ../../nbs/papers/merand.ipynb #c033-6
@@ -719,7 +714,7 @@ class MerandRun:
 
     experiment: Experiment  # settings, folder, protocols, cells
     parts: Parts  # images of all steps
-    done: dict = field(default_factory=dict)  # (way, disjoint) -> (seeds, cells)
+    done: dict = field(default_factory=dict)  # (variant, disjoint) -> (seeds, cells)
     steps: dict = field(default_factory=dict)  # (first step, backbone, start) -> cells
 
 
@@ -733,25 +728,13 @@ def say_absent(
         print(note)
 
 # %% ../../nbs/papers/merand.ipynb #c033-7
-def imagenet_known(
-    backbone: str,  # its name
-) -> bool:  # whether they are on this machine
-    "Look for a backbone's ImageNet weights, and say when they are not available."
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        known = create_backbone(backbone, 3, weights='imagenet').pretrained
-    if not known:
-        notes = (w.message for w in caught if 'ImageNet' in str(w.message))
-        print(*notes, 'Its ImageNet column is left out.')
-    return known
-
-
 def runs_of(
     settings: MerandSettings,  # which cells and seeds
-) -> list:  # (way, seed, disjoint), in the order in which they are run
+) -> list:  # (variant, seed, disjoint), in the order in which they are run
     "All runs of the target step; ImageNet only where its weights are available."
     s, todo = settings, variants(settings)
-    known = {b: imagenet_known(b) for b in dict.fromkeys(w.backbone for w in todo if w.start == 'imagenet')}
+    pretrained = dict.fromkeys(w.backbone for w in todo if w.start == 'imagenet')
+    known = {b: imagenet_available(b, 3) for b in pretrained}
     todo = [w for w in todo if w.start == 'random' or known[w.backbone]]
     first, *more = ([(w, seed, False) for w in todo] for seed in s.seeds)
     return first + [(Variant(b, r), s.seeds[0], True) for b in s.matrix for r in s.disjoint] + sum(more, [])
@@ -759,29 +742,30 @@ def runs_of(
 # %% ../../nbs/papers/merand.ipynb #c033-8
 def first_stage(
     run: MerandRun,  # what stages share
-    way: Variant,  # whose first step is done
+    variant: Variant,  # whose first step is done
 ):
     "Score a first step, once."
-    key = way.first, way.backbone, way.start
-    if way.first in ('', 'SimCLR') or key in run.steps:
+    key = variant.first, variant.backbone, variant.start
+    if variant.first in ('', 'SimCLR') or key in run.steps:
         return
-    column, value, *ci = first_score(way, run.parts, run.experiment.folder, run.experiment.settings)
-    row = f"{way.first}, {way.backbone}{', ImageNet' if way.start == 'imagenet' else ''}"
+    column, value, *ci = first_score(variant, run.parts, run.experiment.folder, run.experiment.settings)
+    row = f"{variant.first}, {variant.backbone}{', ImageNet' if variant.start == 'imagenet' else ''}"
     run.steps[key] = [cell('first step', row, column, value, ci, protocol='last')]
 
 # %% ../../nbs/papers/merand.ipynb #c033-9
 def target_stage(
     run: MerandRun,  # what stages share
-    way: Variant,  # which cell of Table 3
+    variant: Variant,  # which cell of Table 3
     seed: int,  # of the run
     disjoint: bool,  # validate by other patients
 ):
-    "One run of the target, and the numbers of its way."
+    "One run of the target, and the numbers of its variant."
     e = run.experiment
-    e.stage(f"{way.name}, seed {seed}{', disjoint' if disjoint else ''}")
-    target_run(way, seed, run.parts, e.folder, e.settings, disjoint)
-    seeds = run.done.get((way, disjoint), ([],))[0] + [seed]
-    run.done[way, disjoint] = seeds, variant_cells(way, seeds, run.parts, e.folder, e.settings, disjoint)
+    e.stage(f"{variant.name}, seed {seed}{', disjoint' if disjoint else ''}")
+    target_run(variant, seed, run.parts, e.folder, e.settings, disjoint)
+    seeds = run.done.get((variant, disjoint), ([],))[0] + [seed]
+    cells = variant_cells(variant, seeds, run.parts, e.folder, e.settings, disjoint)
+    run.done[variant, disjoint] = seeds, cells
 
 # %% ../../nbs/papers/merand.ipynb #c033-10
 def save_stage(
@@ -805,18 +789,18 @@ def reproduce(
     data: str = 'phantom',  # 'phantom' or 'real'
     quick: bool = False,  # small, for a demonstration
     out='results',  # folder for the JSON file and the report
-    home=None,  # where checkpoints are kept; default lus_home()
+    cache=None,  # where checkpoints are kept; default lus_home()
     settings: MerandSettings = None,  # default: DEFAULT or QUICK
 ) -> Path:  # the report
     "Merand 2021 end to end: first steps, boxes, target, both protocols."
     s = settings or (QUICK if quick else DEFAULT)
-    parts, folder = learning_parts(data, s), run_folder(s, data, home)
+    parts, folder = learning_parts(data, s), run_folder(s, data, cache)
     e = Experiment('merand', 'Merand & Klein 2021', data, s, folder, out=out, quick=quick)
     run = MerandRun(e, parts)
     say_absent(parts)
-    for way, seed, disjoint in runs_of(s):
-        target_stage(run, way, seed, disjoint)
-        first_stage(run, way)
+    for variant, seed, disjoint in runs_of(s):
+        target_stage(run, variant, seed, disjoint)
+        first_stage(run, variant)
         save_stage(run)
     return merand_report(e.html, save_stage(run), s)
 
@@ -852,7 +836,8 @@ def _start_section(r, results, settings):
     r.summary(
         f'Networks that had learned something else first, in {len(mean)} variants, learned to outline '
         f'thirteen things in {images}, and were scored on images of patients kept apart.',
-        f'After {best!r}, the best way, the mean IoU is {mean[best]:.2f}; after the worst {mean.min():.2f}.',
+        f'After {best!r}, the best of them, the mean IoU is {mean[best]:.2f}; '
+        f'after the worst {mean.min():.2f}.',
         'The best of many variants is best partly by luck. ' + limits_note(results['data']),
     )
     numbers = {
@@ -864,7 +849,7 @@ def _start_section(r, results, settings):
     r.numbers({**numbers, **training_card(results)})
 
 # %% ../../nbs/papers/merand.ipynb #c035-4
-def _way_figure(r, results, backbone, column):
+def _variant_figure(r, results, backbone, column):
     "A cell of Table 3 for every pretraining, ours beside theirs."
     dots, title = variants_table(results, backbone, column), f'{backbone}, {column}'
     diamonds = " Open diamonds: the paper's, on its own images." if dots.theirs.notna().any() else ''
@@ -882,7 +867,7 @@ def _table_section(r, results, settings):
     main = t[t.table.isin([*settings.backbones, *settings.matrix])]
     for backbone, rows in main.groupby('table', sort=False):
         for column in dict.fromkeys(rows.column):
-            _way_figure(r, results, backbone, column)
+            _variant_figure(r, results, backbone, column)
     last = main[main.protocol == 'last']
     last = last.assign(row=last.table + ', ' + last.row)
     r.table(interval_grid(last, dict.fromkeys(last.row)).rename(columns=dict(row='label')), 'Last epoch.')

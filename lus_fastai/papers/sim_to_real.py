@@ -45,7 +45,7 @@ from torch import nn
 from torchvision.transforms import Normalize
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c003b
-from ..core import MaskSet, atomic_path, progress, real_data
+from ..core import MaskSet, atomic_path, progress
 from ..data.fan import Fan, common_fan, phantom_fan, to_polar
 from ..data.folds import patient_folds
 from ..data.loaders import frame_dls
@@ -53,7 +53,13 @@ from ..data.sources import index
 from ..explain.embeddings import features
 from ..models.backbones import create_backbone
 from ..models.unet import unet
-from .experiment import Experiment, comparison_rows, settings_folder, settings_hash
+from lus_fastai.papers.experiment import (
+    Experiment,
+    comparison_rows,
+    data_folder,
+    settings_folder,
+    settings_hash,
+)
 from ..plot import interval_text
 from ..report import Report, limits_note, score_text, training_card
 from ..runs import cell, read_results, results_table
@@ -148,14 +154,14 @@ def polar_phantom(
     size: tuple = (96, 32),  # depths and beams, at least 16 each
     frames: int = 2,  # of each clip
     seed: int = 0,  # another seed, other patients
-    varied: bool = True,  # randomize_patient the patients; False: as draw_patient gives them
+    randomized: bool = True,  # randomize_patient the patients; False: as draw_patient gives them
 ) -> MaskSet:  # n*frames frames with masks of LINES; the table has a_lines, b_lines (0 or 1) and n_blines
     "Simulated frames with rows of depth and columns of beams."
     images, masks, rows = [], [], []
     for i in progress(range(n), desc='phantom'):
         rng = np.random.default_rng([seed, i])
         patient = draw_patient(int(rng.integers(2**31)), None, 'convex')
-        x, m, c = _polar_clip(randomize_patient(patient, rng) if varied else patient, i, frames, size)
+        x, m, c = _polar_clip(randomize_patient(patient, rng) if randomized else patient, i, frames, size)
         images.append(x)
         masks.append(m)
         rows += [_frame_row(c, i, k, m) for k in range(frames)]
@@ -264,7 +270,7 @@ def _mirror(x, e):
     return torch.where(e['mirrored'].to(x.device), x.flip(-1), x)
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c014-3x7
-def _rough_image(x, e):
+def _randomized_image(x, e):
     "Images (b, 1, h, w) 0..1 under the effects; black stays black."
     blur, e = e['blur'], {k: v.to(x.device) for k, v in e.items() if k != 'blur'}
     inside = (x > 0).float()
@@ -277,7 +283,7 @@ def _rough_image(x, e):
     return _mirror(x.clamp(0, 1), e)
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c014-3
-def _rough_mask(x, e):
+def _randomized_mask(x, e):
     "Masks without what lies in a deep shadow or beyond the last depth."
     visible = (e['shade'] > 0.35).float() * e['seen']
     return _mirror(x * visible.to(x.device), e)
@@ -292,11 +298,11 @@ class DomainRandomization(RandTransform):
         self.effects = _draw_effects(len(b[0]), *b[0].shape[-2:])
 
     def encodes(self, x: TensorImage):
-        y = _rough_image(torch.Tensor(x)[:, :1], self.effects)
+        y = _randomized_image(torch.Tensor(x)[:, :1], self.effects)
         return retain_type(y.expand(-1, x.shape[1], -1, -1).contiguous(), x)
 
     def encodes(self, x: TensorMask):  # noqa: F811
-        return retain_type(_rough_mask(torch.Tensor(x), self.effects), x)
+        return retain_type(_randomized_mask(torch.Tensor(x), self.effects), x)
 
     def __repr__(self):
         return 'DomainRandomization()'
@@ -397,8 +403,8 @@ _ROWS = {
         'network': ('B-lines below', 1),
         'network, whole area': ('B-line', 1),
         **_BRIGHT,
-        'taught by experts': ('b_lines, taught', 1),
-        'photographs, taught by experts': ('b_lines, probed', 1),
+        'network, fine-tuned': ('b_lines, fine-tuned', 1),
+        'photographs, linear probe': ('b_lines, linear probe', 1),
     },
     'a_lines': {
         'network': ('A-lines steady', 1),
@@ -406,8 +412,8 @@ _ROWS = {
         'darkness below': ('brightness below', -1),
         'share above': ('share below', -1),
         'repeats': ('repeats', 1),
-        'taught by experts': ('a_lines, taught', 1),
-        'photographs, taught by experts': ('a_lines, probed', 1),
+        'network, fine-tuned': ('a_lines, fine-tuned', 1),
+        'photographs, linear probe': ('a_lines, linear probe', 1),
     },
 }
 
@@ -482,7 +488,7 @@ class SimSettings:
     bs: int = 8  # batch size
     lr: float = 5e-3  # highest of the one cycle
     tuning: int = 14  # patients of COVID-BLUES for tuning
-    looks: int = 8  # frames of each real clip
+    n_frames: int = 8  # frames of each real clip
     rate: float = 2.0  # a second
     held_out: int = 60  # phantom patients to score with data='phantom'
     seed: int = 0
@@ -492,9 +498,9 @@ QUICK = SimSettings(clips=80, epochs=8, held_out=24)
 FINE = 192, 192  # depths and beams for a network that knows photographs
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-2b
-def _training_set(s, home):
+def _training_set(s, folder):
     "The simulated training set, kept in a file."
-    path = Path(home) / f'phantom-{settings_hash((s.clips, s.size, s.frames, s.seed))}.npz'
+    path = Path(folder) / f'phantom-{settings_hash((s.clips, s.size, s.frames, s.seed))}.npz'
     if not path.exists():
         made = polar_phantom(s.clips, s.size, s.frames, s.seed)
         with atomic_path(path) as tmp, open(tmp, 'wb') as f:
@@ -544,7 +550,7 @@ def _phantom_clips(s):
     "Phantom patients of the ordinary simulator; severity is the number of B-lines."
 
     def seen(size):
-        return polar_phantom(s.held_out, size, 2, s.seed + 1, varied=False)
+        return polar_phantom(s.held_out, size, 2, s.seed + 1, randomized=False)
 
     new = seen(s.size)
     table = new.table.iloc[::2].assign(severity=new.table['n_blines'].iloc[::2], part='held out')
@@ -561,10 +567,10 @@ def _real_clips(s, folder, test):
     fan = common_fan(table[table['part'] == 'tuning'].drop_duplicates('patient'))
     if not test:
         table = table[table['part'] == 'tuning']
-    frames, table, skipped = polar_clips(table, fan, s.size, s.looks, s.rate)
+    frames, table, skipped = polar_clips(table, fan, s.size, s.n_frames, s.rate)
     for path, reason in skipped:
         print(f'skipped {Path(path).name}: {reason}')
-    return ClipsToScore(frames, table, lambda: polar_clips(table, fan, FINE, s.looks, s.rate)[0], skipped)
+    return ClipsToScore(frames, table, lambda: polar_clips(table, fan, FINE, s.n_frames, s.rate)[0], skipped)
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-4x3
 def _expert_scores(run, model, clips):
@@ -578,10 +584,11 @@ def _expert_scores(run, model, clips):
         if n < 5:
             print(f'{_NAMES[finding]}: answers for {n} patient(s), five are needed to train the network')
             continue
-        fine_tuned = fine_tuned_scores(model, clips.frames, table, finding, path / f'taught-{data}-{finding}')
-        scores[f'{finding}, taught'] = fine_tuned
+        folder = path / f'fine-tuned-{data}-{finding}'
+        fine_tuned = fine_tuned_scores(model, clips.frames, table, finding, folder)
+        scores[f'{finding}, fine-tuned'] = fine_tuned
         if photographs is not None:
-            scores[f'{finding}, probed'] = linear_probe_scores(photographs, table, finding)
+            scores[f'{finding}, linear probe'] = linear_probe_scores(photographs, table, finding)
         else:
             print(
                 f'{_NAMES[finding]}: no ImageNet weights, so nothing to say of photographs; '
@@ -618,24 +625,13 @@ def _part_cells(run, part, scores, table):
     return cells + _severity_cells(scores, table, part)
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-4x6
-def _new_run(data, quick, out, home, s):
+def _new_run(data, quick, out, cache, s):
     "The Experiment of some data, and the folder of the simulated set."
-    folder = settings_folder('sim_to_real', s, home=home)
+    folder = settings_folder('sim_to_real', s, cache=cache)
     folder.parent.mkdir(parents=True, exist_ok=True)
     stem = f"sim-to-real-{'blues' if data == 'real' else 'phantom'}"
     title = 'From the phantom to real clips'
     return Experiment('sim_to_real', title, data, s, folder, out=out, quick=quick, stem=stem)
-
-# %% ../../nbs/papers/sim_to_real.ipynb #c031-4x7
-def _check_data(data, folder):
-    "Complain early about data that are not known, or not there."
-    if data not in ('phantom', 'real'):
-        raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
-    if data == 'real' and folder is None:
-        raise ValueError(
-            "data='real' needs COVID-BLUES: set LUS_DATA to the folder that holds it, "
-            "or see `lus_data blues` for how to get it"
-        )
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-4
 def reproduce(
@@ -643,14 +639,14 @@ def reproduce(
     quick: bool = False,  # small, for a demonstration
     test: bool = True,  # with 'real': False while you tune, so that the test patients stay unseen
     out='results',  # folder for the JSON file and the report
-    home=None,  # where the simulated set and the network are kept; default lus_home()
+    cache=None,  # where the simulated set and the network are kept; default lus_home()
     settings: SimSettings = None,  # default: SimSettings() or QUICK
     folder=None,  # of real data; default LUS_DATA
 ) -> Path:  # the report
     "Train on the phantom, score clips, and write numbers and report."
-    s, folder = settings or (QUICK if quick else SimSettings()), folder or real_data()
-    _check_data(data, folder)
-    run = _new_run(data, quick, out, home, s)
+    s = settings or (QUICK if quick else SimSettings())
+    folder = data_folder(data, 'real', 'the clips of COVID-BLUES', ['blues'], folder)
+    run = _new_run(data, quick, out, cache, s)
     model, _ = fit_lines(_training_set(s, run.folder.parent), run.folder, s)
     clips = _phantom_clips(s) if data == 'phantom' else _real_clips(s, folder, test)
     scores = pd.concat([predict_lines(model, clips.frames), plain_scores(clips.frames)], axis=1)
@@ -704,8 +700,8 @@ def _agreement_section(r, results):
         for k, v in results['protocols'].items()
     ]
     about = (
-        'Rows other than the network need no learning, but those "taught by experts", on the answers for '
-        'other patients: the network itself, fine-tuned, and a linear probe (logistic regression) on '
+        'Rows other than the network need no learning, but two, which learn from the answers for other '
+        'patients: the network itself, fine-tuned, and a linear probe (logistic regression) on '
         'features of a network that knows photographs only. Intervals: bootstrap over patients.'
     )
     r.section('Agreement with experts', '\n\n'.join([about, *parts]))

@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/uscl.html.md"""
 
 # %% auto #0
 __all__ = ['COMPARED', 'ABLATED', 'DETECTED', 'DEFAULT', 'QUICK', 'PAPER', 'METHODS', 'THEIRS', 'PROTOCOLS', 'TERMS',
-           'UsclSettings', 'hospital', 'phantom_table', 'clip_table', 'frame_store', 'downstream_folds', 'outside_fold',
+           'UsclSettings', 'phantom_table', 'clip_table', 'frame_store', 'downstream_folds', 'outside_fold',
            'run_folder', 'method_folder', 'pretrain_fold', 'CropFlip', 'weights_of', 'tuned_folder', 'tune',
            'downstream_fans', 'tuned_model', 'tuned_attention', 'detect_items', 'detect', 'precision_cells',
            'score_cells', 'label_curve', 'start_scores', 'save_backbone', 'UsclRun', 'uscl_run', 'methods_of',
@@ -14,7 +14,6 @@ __all__ = ['COMPARED', 'ABLATED', 'DETECTED', 'DEFAULT', 'QUICK', 'PAPER', 'METH
            'detection_stage', 'reproduce', 'best_start', 'comparison_table', 'conflict_dots', 'uscl_report']
 
 # %% ../../nbs/papers/uscl.ipynb #c003
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,16 +34,19 @@ from ..models.classifiers import BackboneClassifier
 from ..models.transfer import save_weights
 
 # %% ../../nbs/papers/uscl.ipynb #c003-1
-import hashlib
-
 from lus_fastai.papers.experiment import (
     Experiment,
     attention,
     attention_cells,
+    cells_in,
     cells_of,
     comparison_rows,
+    convex_phantom,
+    data_folder,
+    imagenet_available,
     interval_grid,
     protocol_text,
+    sampled_store,
     score_columns,
     settings_folder,
     without,
@@ -109,25 +111,13 @@ QUICK = UsclSettings(**_small, detect_epochs=10, detect_size=64)
 PAPER = UsclSettings(**_large, detect_epochs=30, detect_size=800, detect_width=256)
 
 # %% ../../nbs/papers/uscl.ipynb #c008-1
-def hospital(
-    seed: int,  # of its patients and devices
-    settings: UsclSettings,  # number of patients, size
-    home: Path,  # where clips are kept
-) -> pd.DataFrame:  # clip table
-    "Convex phantom clips, two a patient."
-    s = settings
-    folder = home / 'phantom' / f'uscl-{s.patients}-{s.size}-s{seed}'
-    return phantom_dataset(
-        folder, patients=s.patients, clips=2, size=(s.size, s.size), seed=seed, probe='convex'
-    )
-
-
 def phantom_table(
     settings: UsclSettings,  # number of patients, size, seed
-    home: Path,  # where clips are kept
+    cache=None,  # where clips are kept; default lus_home()
 ) -> pd.DataFrame:  # clip table with a column downstream
     "The labelled clips of one phantom hospital, and those of another with other devices."
-    here, there = (hospital(settings.seed + k, settings, home) for k in (0, 1))
+    s = settings
+    here, there = (convex_phantom('uscl', s.patients, s.size, s.seed + k, cache) for k in (0, 1))
     there = there.assign(patient='elsewhere-' + there.patient.astype(str), source='elsewhere')
     both = [here.assign(downstream=True), there.assign(downstream=False)]
     return pd.concat(both, ignore_index=True).drop(columns='mask')
@@ -136,18 +126,11 @@ def phantom_table(
 def clip_table(
     data: str = 'phantom',  # 'phantom', or 'real' for POCUS and COVID-BLUES under LUS_DATA
     settings: UsclSettings = DEFAULT,  # sizes
-    home=None,  # where clips are kept; default lus_home()
+    cache=None,  # where clips are kept; default lus_home()
 ) -> pd.DataFrame:  # clip table; its column downstream is True where the clip takes part in the folds
     "Labelled clips of the downstream task, and clips without label from elsewhere."
-    if data == 'phantom':
-        return phantom_table(settings, Path(home or lus_home()))
-    if data != 'real':
-        raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
-    if real_data() is None:
-        raise ValueError(
-            "data='real' needs the real clips: set LUS_DATA to their folder, "
-            "or see `lus_data pocus` and `lus_data blues` for how to get them"
-        )
+    if data_folder(data, 'real', 'the real clips', ('pocus', 'blues')) is None:
+        return phantom_table(settings, cache)
     pocus, blues = index('pocus', real_data()), index('blues', real_data())
     pocus = pocus[pocus.probe == 'convex']
     both = [pocus.assign(downstream=pocus.label.isin(CLASSES)), blues.assign(downstream=False)]
@@ -157,17 +140,10 @@ def clip_table(
 def frame_store(
     table: pd.DataFrame,  # clip table
     settings: UsclSettings = DEFAULT,  # sampling
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> FrameStore:  # its frames
     "Frames at `rate` a second, at most `max_frames` of a clip."
-    s, name = settings, hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
-    return FrameStore.build(
-        table,
-        Path(home or lus_home()) / 'stores' / f'uscl-{name}-{s.size}-{s.rate:g}-{s.max_frames}',
-        size=(s.size, s.size),
-        rate=s.rate,
-        max_frames=s.max_frames,
-    )
+    return sampled_store('uscl', table, settings.size, settings, cache)
 
 # %% ../../nbs/papers/uscl.ipynb #c008-3
 def downstream_folds(
@@ -220,10 +196,10 @@ _AFTER = 'label_rates detect_epochs detect_size detect_width tune_epochs tune_lr
 def run_folder(
     settings: UsclSettings,  # sizes
     data: str,  # 'phantom' or 'real'
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> Path:  # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
-    return settings_folder('uscl', without(settings, *_AFTER.split()), data, home)
+    return settings_folder('uscl', without(settings, *_AFTER.split()), data, cache)
 
 # %% ../../nbs/papers/uscl.ipynb #c017-3
 def method_folder(
@@ -366,13 +342,13 @@ def tuned_attention(
 def detect_items(
     data: str,  # 'phantom' or 'real'
     settings: UsclSettings = DEFAULT,  # sizes
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> DetectItems:  # images and objects
     "Lesions of BUSI, or B-lines and consolidations of phantom clips that no backbone was pretrained on."
     if data == 'real':
         return busi_items(index('busi', real_data()))
     patients, seed = 3 * settings.patients, settings.seed + 2
-    folder = Path(home or lus_home()) / 'phantom' / f'uscl-detect-{patients}x3-s{seed}'
+    folder = Path(cache or lus_home()) / 'phantom' / f'uscl-detect-{patients}x3-s{seed}'
     size = dict(clips=1, n=3, size=(96, 96))
     return phantom_items(
         phantom_dataset(folder, patients=patients, seed=seed, probe='convex', **size), frames=3
@@ -499,7 +475,7 @@ class UsclRun:
     "What the stages of one reproduction share."
 
     experiment: Experiment  # settings, folder, protocols, cells
-    home: Path  # where clips are kept
+    cache: Path  # where clips are kept
     table: pd.DataFrame  # clip table
     store: FrameStore  # all frames
     folds: pd.Series  # from downstream_folds
@@ -520,15 +496,15 @@ def uscl_run(
     settings: UsclSettings,  # sizes
     quick: bool,  # named so in the results
     out,  # folder for the JSON file and the report
-    home: Path,  # where stores and checkpoints are kept
+    cache: Path,  # where stores and checkpoints are kept
 ) -> UsclRun:  # what stages share
     "Clips, store and folds of a reproduction, before anything is trained."
-    s, folder = settings, run_folder(settings, data, home)
+    s, folder = settings, run_folder(settings, data, cache)
     with main_first():
-        table = clip_table(data, s, home)
-        store = frame_store(table, s, home)
+        table = clip_table(data, s, cache)
+        store = frame_store(table, s, cache)
     e = Experiment('uscl', 'Chen et al. 2021', data, s, folder, out=out, quick=quick)
-    run = UsclRun(e, home, table, store, downstream_folds(store.frames, s))
+    run = UsclRun(e, cache, table, store, downstream_folds(store.frames, s))
     for name, description in PROTOCOLS.items():
         e.protocol(name, description, run.frames, run.folds[run.frames.index])
     return run
@@ -556,11 +532,7 @@ def starts_of(
     settings: UsclSettings,  # which methods and backbone
 ) -> list:  # as for weights_of
     "Every start: random ones, ImageNet where its weights are available, and the pretrainings."
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        known = create_backbone(settings.backbone, weights='imagenet').pretrained
-    if not known:
-        print(*(w.message for w in caught if 'ImageNet' in str(w.message)))
+    known = imagenet_available(settings.backbone)
     imagenet = ['ImageNet'] if known else []
     return ['random', 'random, all layers', *imagenet, *methods_of(settings)]
 
@@ -613,7 +585,7 @@ def detection_stage(
 ):
     "A detector from each start; a third of the patients for the test."
     e, s = run.experiment, run.experiment.settings
-    items, cells = detect_items(e.data, s, run.home), []
+    items, cells = detect_items(e.data, s, run.cache), []
     test = (patient_folds(items.table, 3, seed=s.seed) == 0).to_numpy()
     assert_disjoint(items.table[~test], items.table[test])
     description = 'Mask R-CNN from each start, last epoch, a third of the patients for the test'
@@ -629,12 +601,12 @@ def reproduce(
     data: str = 'phantom',  # 'phantom' or 'real'
     quick: bool = False,  # small, for a demonstration
     out='results',  # folder for the JSON file, the report and the best backbone
-    home=None,  # where stores and checkpoints are kept; default lus_home()
+    cache=None,  # where stores and checkpoints are kept; default lus_home()
     settings: UsclSettings = None,  # default: DEFAULT or QUICK
 ) -> Path:  # the report; None in all but the main one of several processes
     "Chen 2021 end to end: pretraining, fine-tuning, ablation, labels, where it looks, detection."
     s = settings or (QUICK if quick else DEFAULT)
-    run = uscl_run(data, s, quick, out, Path(home or lus_home()))
+    run = uscl_run(data, s, quick, out, Path(cache or lus_home()))
     pretrain_stage(run)
     if not leave_processes():
         return None  # of several processes the main one does the rest
@@ -678,11 +650,6 @@ def _honest(results):
     "Frame accuracy of every start at the last epoch, by start."
     comparison = comparison_table(results)
     return comparison[comparison.group == 'last epoch'].set_index('label')
-
-
-def _is(results, table):
-    "The cells of a table."
-    return [c for c in results['cells'] if c['table'] == table]
 
 # %% ../../nbs/papers/uscl.ipynb #c030-4
 def _summary(r, results, honest, best, scratch):
@@ -793,13 +760,13 @@ def _attention_section(r, results):
         'Share of the absolute Grad-CAM map inside the fan, in held-out frames, beside the share of '
         'the image that is fan.',
     )
-    r.cells(_is(results, 'attention'))
+    r.cells(cells_in(results['cells'], 'attention'))
 
 # %% ../../nbs/papers/uscl.ipynb #c030-10
 def _detection_section(r, results):
     "Detection from each start."
     r.section('Detection', 'Mask R-CNN from each start: COCO average precision of boxes and masks.')
-    r.cells(_is(results, 'detection'))
+    r.cells(cells_in(results['cells'], 'detection'))
 
 
 TERMS = 'fan', 'start', 'fold', 'folds by patient', 'frame, clip, patient', 'last epoch, best epoch'

@@ -67,11 +67,10 @@ def predict_probs(
 def frame_batches(
     store,  # what has images (n, h, w) uint8, such as a FrameStore
     rows: np.ndarray,  # which of them, in this order
-    bs: int = 64,  # batch size
 ):  # iterator over tensors (b, 1, h, w), 0..1
     "Frames of a store as a network takes them."
-    for k in range(0, len(rows), bs):
-        yield torch.from_numpy(store.images[rows[k : k + bs]])[:, None] / 255.0
+    for k in range(0, len(rows), 64):
+        yield torch.from_numpy(store.images[rows[k : k + 64]])[:, None] / 255.0
 
 # %% ../../nbs/train/fold_models.ipynb #apply-oof
 def apply_out_of_fold(

@@ -29,7 +29,7 @@ TINY = uscl.UsclSettings(
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     home = tmp_path_factory.mktemp('uscl')
-    return home, uscl.reproduce('phantom', out=home / 'results', home=home, settings=TINY)
+    return home, uscl.reproduce('phantom', out=home / 'results', cache=home, settings=TINY)
 
 
 def test_everything_is_in_the_results(run):
@@ -82,7 +82,7 @@ def test_a_second_run_trains_nothing(run):
         f: f.stat().st_mtime_ns for f in uscl.run_folder(TINY, 'phantom', home).rglob('*') if f.is_file()
     }
     cells = read_results(page.with_suffix('.json'))['cells']
-    again = uscl.reproduce('phantom', out=home / 'again', home=home, settings=TINY)
+    again = uscl.reproduce('phantom', out=home / 'again', cache=home, settings=TINY)
     assert {f: f.stat().st_mtime_ns for f in before} == before
     assert read_results(again.with_suffix('.json'))['cells'] == cells
 
