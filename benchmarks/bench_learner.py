@@ -14,7 +14,7 @@ from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.store import FrameStore
 from lus_fastai.models.unet import unet
 from lus_fastai.synth.phantom import phantom_dataset
-from lus_fastai.train.callbacks import AutoPrecision, EpochSeed, PixelCounts, PlateauLR
+from lus_fastai.train.callbacks import AutoPrecision, EpochSeed, PixelCounts, PlateauLR, TrainingSettings
 from lus_fastai.train.cross_validation import FoldLog
 
 with tempfile.TemporaryDirectory() as tmp:
@@ -32,7 +32,7 @@ with tempfile.TemporaryDirectory() as tmp:
         loss_func=CrossEntropyLossFlat(axis=1),
         opt_func=partial(OptimWrapper, opt=torch.optim.Adam),
     )
-    log = FoldLog(PixelCounts(7), frames.iloc[:8], Path(tmp), 'last')
+    log = FoldLog(PixelCounts(7), frames.iloc[:8], Path(tmp), TrainingSettings(1))
     learn.add_cbs([AutoPrecision('fp32'), EpochSeed(0), log, PlateauLR(log.watched)])
     model = unet(7, width=16).to(memory_format=torch.channels_last)
     opt = torch.optim.Adam(model.parameters(), 1e-3)

@@ -6,8 +6,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/runs.html.md"""
 
 # %% auto #0
 __all__ = ['short_hash', 'tensor_bytes', 'weights_hash', 'function_key', 'function_name', 'structure_text', 'stable_repr',
-           'claim_folder', 'versions', 'device_name', 'plain_json', 'without_folders', 'cell', 'results_json',
-           'read_results', 'results_table']
+           'Settings', 'claim_folder', 'versions', 'device_name', 'plain_json', 'without_folders', 'cell',
+           'results_json', 'read_results', 'results_table']
 
 # %% ../nbs/runs.ipynb #imports
 import ast
@@ -22,6 +22,7 @@ import platform
 import re
 import textwrap
 import types
+from dataclasses import MISSING, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -279,17 +280,27 @@ def stable_repr(
         return _name_of(x)
     return _object_repr(x, deep)
 
+# %% ../nbs/runs.ipynb #settings
+class Settings:
+    "Base of frozen dataclasses made with `repr=False`: the repr names what differs from the defaults."
+
+    def __repr__(self):
+        changed = [f'{f.name}={getattr(self, f.name)!r}' for f in fields(self) if self._changed(f)]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def _changed(self, field):
+        return field.default is MISSING or getattr(self, field.name) != field.default
+
 # %% ../nbs/runs.ipynb #claim-folder
 def claim_folder(
     path,  # the folder, as a Path
     settings: dict,  # what the run is made of, as JSON can hold it
-    **before,  # what a claim of an older version, which lacks these keys, was made with
 ):
     "Bind a folder to one run's settings; ValueError where it belongs to another run."
     claim = path / 'run.json'
     if not claim.exists():
         return write_json(claim, settings)
-    old = {**before, **json.loads(claim.read_text())}
+    old, settings = json.loads(claim.read_text()), json.loads(json.dumps(settings))
     if old == settings:
         return
     differ = [k for k in {**settings, **old} if old.get(k) != settings.get(k)]

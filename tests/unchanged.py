@@ -23,7 +23,7 @@ import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner
 
 from lus_fastai.core import CLASSES, seed_all
-from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
+from lus_fastai.data.folds import Folds, leaky_folds, patient_folds
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.data.store import FrameStore
 from lus_fastai.models.backbones import create_backbone
@@ -34,7 +34,7 @@ from lus_fastai.stats.classification import evaluate, evaluate_seg
 from lus_fastai.stats.curves import roc
 from lus_fastai.synth.phantom import phantom_dataset
 from lus_fastai.train import callbacks
-from lus_fastai.train.callbacks import ClassProbs
+from lus_fastai.train.callbacks import ClassProbs, TrainingSettings
 from lus_fastai.train.cross_validation import cross_validate
 from lus_fastai.train.detection import mask_rcnn
 from lus_fastai.video import read_clip
@@ -62,9 +62,9 @@ def phantom():
             rows=rows,
             images=digest(store.images[:]),
             masks=digest(store.masks[:]),
-            folds=folds.tolist(),
-            leaky=leaky_folds(store.frames, 3, by='clip', seed=1).tolist(),
-            split=split_hash(store.frames.assign(path=''), folds),
+            folds=folds.fold.tolist(),
+            leaky=leaky_folds(store.frames, 3, by='clip', seed=1).fold.tolist(),
+            split=Folds(store.frames.assign(path=''), folds.fold).hash,
         )
 
 
@@ -85,13 +85,11 @@ def out_of_fold():
 
         oof = cross_validate(
             build,
-            store.frames,
             folds,
+            TrainingSettings(2, seed=2),
             data=data,
             collect=ClassProbs(),
-            epochs=2,
             path=Path(folder) / 'run',
-            seed=2,
         )
         return oof[[f'p_{c}' for c in CLASSES]].to_numpy(float).tolist()
 

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import TableError, check_columns
-from .folds import fold_values, sampling_units
+from .folds import Folds, sampling_units
 from .store import store_rows
 
 # %% ../../nbs/data/audit.ipynb #c026-1
@@ -260,7 +260,7 @@ def _prepared(table, folds, store):
     "The table with its clips, folds and number of frames."
     t = table.assign(clip=sampling_units(table, 'clip')['clip'])
     if folds is not None:
-        t['fold'] = fold_values(table, folds)
+        t['fold'] = folds.of(table).fold.to_numpy()
     if 'frame' in t:
         t['frames'] = 1
     elif store is not None:
@@ -270,7 +270,7 @@ def _prepared(table, folds, store):
 # %% ../../nbs/data/audit.ipynb #a038
 def audit(
     table: pd.DataFrame,  # clip table, or frame table of a store
-    folds=None,  # fold of every row (Series or array; numbers, or 'train'/'test'); None: the table alone
+    folds: Folds = None,  # of the table; None: the table alone
     store=None,  # a FrameStore that holds the table's frames, to look for near-duplicates
 ) -> Audit:  # its DataFrames are attributes; prints as a report
     "Count, and look for whatever lets a model score without medicine."
@@ -293,13 +293,13 @@ def audit(
 # %% ../../nbs/data/audit.ipynb #nearest-frame
 def nearest_frame(
     store,  # a FrameStore with labelled frames
-    folds: pd.Series,  # fold per row of its frame table
+    folds: Folds,  # of its frame table
 ) -> pd.DataFrame:  # a row per frame with its fold, and a column p_<class> of zeros and ones for each class
     "The label of the most similar frame of the other folds; every fourth row and column are compared."
-    frames, number = store.frames, torch.tensor(folds.to_numpy())
+    frames, number = store.frames, torch.tensor(folds.fold.to_numpy())
     pixels = torch.from_numpy(store.images[frames.row.to_numpy()][:, ::4, ::4].copy()).flatten(1).float()
     far = torch.cdist(pixels, pixels)  # (frames, frames)
     far[number[:, None] == number] = torch.inf
     nearest = frames.label.to_numpy()[far.argmin(1).numpy()]
     classes = sorted(frames['label'].unique())
-    return frames.assign(fold=folds, **{f'p_{c}': (nearest == c).astype(float) for c in classes})
+    return frames.assign(fold=folds.fold, **{f'p_{c}': (nearest == c).astype(float) for c in classes})

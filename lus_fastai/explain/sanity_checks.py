@@ -28,7 +28,7 @@ from ..data.loaders import frame_dls
 from .attribution import class_codes
 from .occlusion import EXPLAINERS
 from ..stats.classification import evaluate
-from ..train.callbacks import ClassProbs
+from ..train.callbacks import ClassProbs, TrainingSettings
 from ..train.cross_validation import cross_validate
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c008-1
@@ -486,14 +486,11 @@ def _predictability(store, frames, label, note, path, *, build, epochs, folds, b
     classes = sorted(set(label))
     preds = cross_validate(
         build,
-        frames,
         patient_folds(frames, folds, seed),
+        TrainingSettings(epochs, lr, seed=seed),
         data=lambda a, b: frame_dls(store, a, b, classes=classes, bs=bs),
         collect=ClassProbs(),
-        epochs=epochs,
         path=path,
-        lr=lr,
-        seed=seed,
     )
     return {
         **_clip_scores(preds, len(classes), seed),

@@ -26,11 +26,14 @@ import pandas as pd
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 
+from ..runs import Settings
+from ..train.callbacks import TrainingSettings
+
 # %% ../../nbs/papers/arora.ipynb #c003-1
 from ..core import CLASSES, clip_ids, frozen_eval, lus_home, real_data, seed_all
 from ..data.augment import AroraAugment
 from ..data.fan import add_fans, fan_crop, fan_masks, frame_masks
-from ..data.folds import patient_folds
+from ..data.folds import Folds, patient_folds
 from ..data.loaders import TensorFrame, frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore, store_rows
@@ -46,7 +49,6 @@ from lus_fastai.papers.experiment import (
     convex_phantom,
     data_folder,
     protocol_text,
-    proved_folds,
     sampled_store,
     score_columns,
     settings_folder,
@@ -85,8 +87,8 @@ class Net:
     crop: bool = True  # trained once more on frames cut down to the fan
 
 # %% ../../nbs/papers/arora.ipynb #c006
-@dataclass(frozen=True)
-class AroraSettings:
+@dataclass(frozen=True, repr=False)
+class AroraSettings(Settings):
     "Sizes of one run of the reproduction; the defaults are what two cores finish in a few hours."
 
     nets: tuple = (Net('vgg16', 64, 6), Net('resnet18', 112, 12), Net('tf_efficientnet_lite0', 112, 12))
@@ -154,30 +156,30 @@ def pocovid_folds(
     frames: pd.DataFrame,  # frame table with columns path, kind, label
     n: int = 5,  # folds
     seed: int = 1234,  # of where the leftovers go
-) -> pd.Series:  # fold per row, same index
+) -> Folds:
     "POCOVID-Net's folds: sorted file names of a class and kind in n equal blocks; leftovers at random."
     names = frames['path'].map(lambda p: Path(p).name.split('.')[0])
     still, rng = frames['kind'] == 'image', random.Random(seed)
-    folds = pd.Series(-1, index=frames.index, name='fold')
+    number = pd.Series(-1, index=frames.index)
     for _, group in names.groupby([frames['label'], still]):
         unique = sorted(set(group))
         block = len(unique) // n
         fold = {u: i // block if block and i < block * n else rng.randrange(n) for i, u in enumerate(unique)}
-        folds[group.index] = group.map(fold)
-    return folds
+        number[group.index] = group.map(fold)
+    return Folds(frames, number)
 
 # %% ../../nbs/papers/arora.ipynb #c011
 def protocol_folds(
     frames: pd.DataFrame,  # frame table
     protocol: str,  # a name from PROTOCOLS
     settings: AroraSettings = DEFAULT,  # number of folds, seed
-) -> pd.Series:  # fold per row
+) -> Folds:
     "The folds of a protocol; those of 'patient' are proved to be disjoint."
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {list(PROTOCOLS)}, not {protocol!r}")
     if protocol == 'file':
         return pocovid_folds(frames, settings.folds, settings.seed)
-    return proved_folds(frames, settings.folds, settings.seed)
+    return patient_folds(frames, settings.folds, settings.seed)
 
 # %% ../../nbs/papers/arora.ipynb #c015-1
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
@@ -217,9 +219,9 @@ def classify(
     frames, s = store.frames if frames is None else frames, settings
     build, data = partial(learner, net=net), partial(augmented_dls, store=store, classes=classes, bs=s.bs)
     watch = 'train_loss' if protocol == 'patient' else 'valid_loss'
-    rate = dict(lr=s.lr, factor=0.95, patience=4, watch=watch)
-    options = dict(collect=ClassProbs(), epochs=net.epochs, path=path, seed=s.seed, **rate)
-    return cross_validate(build, frames, protocol_folds(frames, protocol, s), data=data, **options)
+    training = TrainingSettings(net.epochs, s.lr, factor=0.95, patience=4, watch=watch, seed=s.seed)
+    folds = protocol_folds(frames, protocol, s)
+    return cross_validate(build, folds, training, data=data, collect=ClassProbs(), path=path)
 
 # %% ../../nbs/papers/arora.ipynb #c015
 def run_folder(
@@ -460,7 +462,7 @@ def train_stage(
     oof = run.oofs[net, name] = classify(store, net, path, protocol, e.settings, **kwargs)
     run.paths[net, name] = path
     e.trained.append(path)
-    e.protocol(name, RUNS[name], oof, oof.fold, **{f'weights of {net.name}': start(net)})
+    e.protocol(name, RUNS[name], Folds(oof, oof.fold), **{f'weights of {net.name}': start(net)})
     e.add(score_cells(oof, net, name))
 
 # %% ../../nbs/papers/arora.ipynb #c046-10
@@ -473,7 +475,7 @@ def external_stage(
     if external is None:
         return
     clips = external.assign(clip=clip_ids(external))
-    e.protocol('external', RUNS['external'], clips, pd.Series(0, external.index))
+    e.protocol('external', RUNS['external'], Folds(clips, [0] * len(clips)))
     fewer = replace(s, max_frames=s.external_frames)
     for net in s.nets:
         store = frame_store(external, net.size, fewer, run.cache)
@@ -561,7 +563,7 @@ def shortcut_stage(
     patients = store.frames.groupby('source')['patient'].transform('nunique')
     frames = store.frames[patients >= s.folds]
     if frames['source'].nunique() > 1:
-        e.protocol('source', RUNS['source'], frames, patient_folds(frames, s.folds, s.seed))
+        e.protocol('source', RUNS['source'], patient_folds(frames, s.folds, s.seed))
         found = predict_source(store, ('source',), **options).loc['source']
         e.add(shortcut_cells('source, from the whole frame', found, 'source'))
 

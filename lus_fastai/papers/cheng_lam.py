@@ -22,11 +22,16 @@ import pandas as pd
 from ..core import MaskSet, lus_home, real_data
 from ..data.augment import ChengAugment
 from ..data.despeckling import despeckle
+from ..data.folds import Folds, patient_folds
+from ..data.loaders import mask_dls
 from ..data.mask_sets import busi_set
 from ..data.sources import index
 from ..models.backbones import create_backbone
 from ..models.transfer import copy_encoder, copy_weights, freeze
 from ..models.unet import keras_init, vunet, xunet
+from ..runs import Settings
+from ..train.callbacks import TrainingSettings
+from ..train.segmentation import fit_in_folder, mask_learner
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c003b
 from lus_fastai.papers.experiment import (
@@ -36,7 +41,6 @@ from lus_fastai.papers.experiment import (
     data_folder,
     interval_grid,
     protocol_text,
-    proved_folds,
     settings_folder,
     settings_hash,
     without,
@@ -47,13 +51,12 @@ from ..stats.figures import plot_comparison
 from ..stats.segmentation import evaluate_masks, mask_scores
 from ..synth.radiographs import rib_masks
 from ..synth.shapes import salient_shapes
-from ..train.callbacks import PlateauLR
 from ..train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
-from ..train.segmentation import fit_masks, predict_masks
+from ..train.segmentation import predict_masks
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c006
-@dataclass(frozen=True)
-class ChengSettings:
+@dataclass(frozen=True, repr=False)
+class ChengSettings(Settings):
     "Sizes of one run of the reproduction; the defaults are what two cores finish in about an hour."
 
     size: int = 64  # height and width of the images
@@ -184,23 +187,23 @@ def protocol_folds(
     images: MaskSet,  # from recipe_set
     protocol: str,  # a name from PROTOCOLS
     settings: ChengSettings = DEFAULT,  # number of folds, seed
-) -> pd.Series:  # fold per row
+) -> Folds:
     "The folds of a protocol; those of 'patient' are proved to be disjoint."
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {list(PROTOCOLS)}, not {protocol!r}")
     t = images.table
     if protocol == 'patient':
-        return proved_folds(t, settings.folds, settings.seed)
+        return patient_folds(t, settings.folds, settings.seed)
     order = np.random.default_rng(settings.seed).permutation(len(t))
-    return pd.Series(order % settings.folds, t.index, name='fold')
+    return Folds(t, order % settings.folds)
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c014
 def copies_across(
     images: MaskSet,  # from recipe_set
-    folds: pd.Series,  # from protocol_folds
+    folds: Folds,  # from protocol_folds
 ) -> float:  # share, 0..1
     "How many images have their own mirrored copy in another fold, that is in training when they are tested."
-    spread = folds.groupby(images.table['clip']).transform('nunique')
+    spread = folds.fold.groupby(images.table['clip']).transform('nunique')
     return float((spread > 1).mean())
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-1
@@ -239,9 +242,13 @@ def pretrain(
         return folder / 'model.safetensors'
     shapes = salient_shapes(s.shapes, s.size, seed=s.seed)
     valid = np.arange(len(shapes)) % 5 == 0
-    how = dict(bs=s.bs, batch_tfms=[ChengAugment()], seed=s.seed)
-    epochs, loss = _epochs(recipe, s)[0], LOSSES[s.loss]()
-    fit_masks(lambda: new_network(recipe, s), shapes, ~valid, valid, folder, epochs, s.lrs[0], loss, **how)
+    dls = mask_dls(shapes, ~valid, valid, s.bs, 3, [ChengAugment()])
+    training = TrainingSettings(_epochs(recipe, s)[0], s.lrs[0], 'constant', seed=s.seed)
+
+    def build(dls):
+        return mask_learner(dls, new_network(recipe, s), LOSSES[s.loss]())
+
+    fit_in_folder(build, dls, training, folder)
     return folder / 'model.safetensors'
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-4
@@ -256,11 +263,6 @@ def vunet_start(
         vgg = create_backbone('vgg16', channels=3, weights='imagenet')
     return (vgg, 'ImageNet') if vgg.pretrained else (pretrain(recipe, path, settings), 'salient shapes')
 
-# %% ../../nbs/papers/cheng_lam.ipynb #c018-6x0
-def _train_loss(learn):
-    "What the adaptive learning rate watches."
-    return learn.loss_log.history[-1]['train_loss']
-
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-6x1
 def _started(recipe, s, weights, copy, policy):
     "A network with weights copied into it (None: as it is made), and a part of it frozen."
@@ -271,24 +273,23 @@ def _started(recipe, s, weights, copy, policy):
     return model
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-6x2
-def _fit_fold(recipe, images, folds, protocol, s, k, build, folder, epochs, lr):
+def _fit_fold(recipe, images, folds, protocol, s, k, network, folder, epochs, lr):
     "Train on all folds but k, with the test fold as validation set."
-    return fit_masks(
-        build,
-        images,
-        folds != k,
-        folds == k,
-        folder / f'fold{k}',
+    test = (folds.fold == k).to_numpy()
+    dls = mask_dls(images, ~test, test, s.bs, 3, [ChengAugment()], notes=False)
+    training = TrainingSettings(
         epochs,
         lr,
-        LOSSES[s.loss](),
+        schedule='plateau' if recipe.adaptive else 'constant',
+        patience=1,
         select='last' if protocol == 'patient' else 'best',
-        batch_tfms=[ChengAugment()],
-        bs=s.bs,
-        cbs=(lambda: [PlateauLR(_train_loss, patience=1)]) if recipe.adaptive else None,
         seed=1000 * s.seed + int(k),
-        notes=False,
-    )[0]
+    )
+
+    def build(dls):
+        return mask_learner(dls, network(), LOSSES[s.loss]())
+
+    return fit_in_folder(build, dls, training, folder / f'fold{k}')[0]
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-6x3
 def _train_vunet(fit, recipe, s, start, k, decoder, folder):
@@ -313,24 +314,25 @@ def _recipe_folders(recipe, path, protocol):
 def run_recipe(
     recipe: Recipe,  # what to train
     images: MaskSet,  # from recipe_set
-    folds: pd.Series,  # from protocol_folds
+    folds: Folds,  # from protocol_folds
     path,  # from run_folder
     start=None,  # weights to start from, as from pretrain or vunet_start; default: none
     protocol: str = 'patient',  # a name from PROTOCOLS
     settings: ChengSettings = DEFAULT,  # sizes
 ) -> tuple:  # out-of-fold probabilities (n, 1, h, w), and the folder with fold0, fold1, ...
     "Train a recipe on every fold but one and predict that one, for each fold."
-    s, folds = settings, np.asarray(folds)
+    s = settings
     prob = np.empty(images.masks.shape, np.float16)  # (n, 1, h, w)
     folder, decoder = _recipe_folders(recipe, path, protocol)
     fit = partial(_fit_fold, recipe, images, folds, protocol, s)
-    for k in sorted(set(folds)):
+    for k in folds.numbers:
         if recipe.net == 'xunet':
-            build = partial(_started, recipe, s, start, copy_weights, recipe.frozen)
-            model = fit(k, build, folder, _epochs(recipe, s)[2], s.lrs[2])
+            network = partial(_started, recipe, s, start, copy_weights, recipe.frozen)
+            model = fit(k, network, folder, _epochs(recipe, s)[2], s.lrs[2])
         else:
             model = _train_vunet(fit, recipe, s, start, k, decoder, folder)
-        prob[folds == k] = predict_masks(model, images.images[folds == k], s.bs)
+        test = (folds.fold == k).to_numpy()
+        prob[test] = predict_masks(model, images.images[test], s.bs)
     return prob, decoder if recipe.frozen == 'encoder frozen' else folder
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c026-1
@@ -348,12 +350,12 @@ def score_cells(
     name: str,  # of the recipe
     prob,  # out-of-fold probabilities
     images: MaskSet,  # what they are of
-    folds: pd.Series,  # and their folds
+    folds: Folds,  # and their folds
     protocol: str,  # a name from PROTOCOLS
 ) -> list:  # of cells
     "Their Dice, averaged over folds, and every score per image with its interval."
-    numbers = np.asarray(folds)
-    soft = [batch_dice(prob[numbers == k], images[numbers == k]) for k in sorted(set(numbers))]
+    tests = [(folds.fold == k).to_numpy() for k in folds.numbers]
+    soft = [batch_dice(prob[test], images[test]) for test in tests]
     spread, known = (min(soft), max(soft)), THEIRS.get(name)
     column = 'soft Dice of a batch'
     theirs = cell('folds', name, column, np.mean(soft), spread, theirs=known, protocol=protocol)
@@ -381,7 +383,7 @@ def _describe_protocols(run, images):
     "Both protocols, with the split of 200 images and their copies."
     both = mirrored(images[:200])
     for name, text in PROTOCOLS.items():
-        run.protocol(name, text, both.table, protocol_folds(both, name, run.settings))
+        run.protocol(name, text, protocol_folds(both, name, run.settings))
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c028x1
 def _start(run, recipe, protocol, shapes):

@@ -24,13 +24,15 @@ from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 from ..core import CLASSES, DENSE, DENSE_TO_SPARSE, SPARSE, frozen_eval, lus_home, real_data
 from ..data.audit import nearest_frame
 from ..data.augment import GareAugment, expand_variants, gare_variant
-from ..data.folds import leaky_folds
+from ..data.folds import Folds, leaky_folds, patient_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore
 from ..models.classifiers import seg_to_cls
 from ..models.transfer import copy_weights
 from ..models.unet import unet
+from ..runs import Settings
+from ..train.callbacks import TrainingSettings
 
 # %% ../../nbs/papers/gare.ipynb #c004b
 from lus_fastai.papers.experiment import (
@@ -38,7 +40,6 @@ from lus_fastai.papers.experiment import (
     cells_of,
     find_cell,
     protocol_text,
-    proved_folds,
     score_columns,
     settings_folder,
 )
@@ -55,8 +56,8 @@ from ..train.fold_models import best_fold, load_fold
 from ..train.losses import DiceCELoss, class_weights, code_counts
 
 # %% ../../nbs/papers/gare.ipynb #c008
-@dataclass(frozen=True)
-class GareSettings:
+@dataclass(frozen=True, repr=False)
+class GareSettings(Settings):
     "Sizes of one run of the reproduction; the defaults are what two cores finish in about an hour."
 
     size: tuple = (128, 128)  # height and width of the frames
@@ -196,31 +197,30 @@ def protocol_folds(
     frames: pd.DataFrame,  # frame table
     protocol: str,  # a name from PROTOCOLS
     settings: GareSettings = DEFAULT,  # number of folds, seed
-) -> pd.Series:  # fold per row
+) -> Folds:
     "The folds of a protocol; those of 'patient' are proved to be disjoint."
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {list(PROTOCOLS)}, not {protocol!r}")
     if protocol == 'patient':
-        return proved_folds(frames, settings.folds, settings.seed)
+        return patient_folds(frames, settings.folds, settings.seed)
     return leaky_folds(frames, settings.folds, by=protocol, seed=settings.seed)
 
 # %% ../../nbs/papers/gare.ipynb #c019-1
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
 # %% ../../nbs/papers/gare.ipynb #c019-2
-def _cross_validate(build, frames, protocol, settings, **how):
-    "What segmentation and classification share."
-    select = 'last' if protocol == 'patient' else 'best'
-    return cross_validate(
-        build,
-        frames,
-        protocol_folds(frames, protocol, settings),
-        lr=settings.lr,
-        schedule=settings.schedule,
-        precision=settings.precision,
-        select=select,
+def _training(protocol, settings, epochs, patience):
+    "The training of a protocol; a leaky one steers and picks by the test fold, as the paper does."
+    honest = protocol == 'patient'
+    return TrainingSettings(
+        epochs,
+        settings.lr,
+        settings.schedule,
+        patience,
+        watch='train_loss' if honest else 'score',
+        select='last' if honest else 'best',
         seed=settings.seed,
-        **how,
+        precision=settings.precision,
     )
 
 # %% ../../nbs/papers/gare.ipynb #c019
@@ -244,14 +244,15 @@ def segment(
     s, copies, n = settings, protocol == 'variant', len(DENSE if labels == 'dense' else SPARSE)
     frames = expand_variants(store.frames) if copies else store.frames
     augment = dict(variants=gare_variant) if copies else dict(batch_tfms=[GareAugment()])
-    how = dict(
+    epochs = max(1, s.seg_epochs // 6) if copies else s.seg_epochs
+    return cross_validate(
+        lambda dls: _segmenter(dls, n, s),
+        protocol_folds(frames, protocol, s),
+        _training(protocol, s, epochs, s.seg_patience),
         data=lambda train, valid: frame_dls(store, train, valid, labels, bs=s.bs, **augment),
         collect=PixelCounts(n),
-        epochs=max(1, s.seg_epochs // 6) if copies else s.seg_epochs,
         path=path,
-        patience=s.seg_patience,
     )
-    return _cross_validate(lambda dls: _segmenter(dls, n, s), frames, protocol, s, **how)
 
 # %% ../../nbs/papers/gare.ipynb #c019b2
 def classes_of(
@@ -287,8 +288,11 @@ def classify(
     def build(dls):
         return _classifier(dls, start, n_codes, len(classes), s)
 
-    how = dict(collect=ClassProbs(), epochs=s.cls_epochs, path=path, patience=s.cls_patience)
-    return _cross_validate(build, store.frames, protocol, s, data=data, **how)
+    folds, training = (
+        protocol_folds(store.frames, protocol, s),
+        _training(protocol, s, s.cls_epochs, s.cls_patience),
+    )
+    return cross_validate(build, folds, training, data=data, collect=ClassProbs(), path=path)
 
 # %% ../../nbs/papers/gare.ipynb #c024
 THEIRS_SEGMENTATION = pd.DataFrame(
@@ -375,7 +379,7 @@ def _new_run(kind, quick, out, cache, settings, stages):
 # %% ../../nbs/papers/gare.ipynb #c030-2
 def _add(run, task, protocol, oof, path, cells):
     "Add what a training gave, and count its hours."
-    run.protocol(f'{task} by {protocol}', describe(protocol, run.settings), oof, oof.fold)
+    run.protocol(f'{task} by {protocol}', describe(protocol, run.settings), Folds(oof, oof.fold))
     run.trained.append(path)
     run.add(cells)
 
@@ -408,7 +412,9 @@ def _all_classification_cells(run, clips, oof, row, protocol, path):
         last = last_epoch(clips.frames, oof.fold, path)
         cells += classification_cells(last, row, name, 'classification, last epoch')
     if row == 'dense':  # once for each protocol
-        cells += classification_cells(nearest_frame(clips, oof.fold), 'most similar frame', name, 'look-up')
+        cells += classification_cells(
+            nearest_frame(clips, Folds(clips.frames, oof.fold)), 'most similar frame', name, 'look-up'
+        )
     if run.data == 'own':
         cells = [{**c, 'theirs': None} for c in cells]  # the paper's clips are not these
     return cells

@@ -28,6 +28,12 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
+from ..data.folds import Folds
+from ..data.loaders import mask_dls
+from ..runs import Settings
+from ..train.callbacks import TrainingSettings
+from ..train.segmentation import mask_learner
+
 # %% ../../nbs/papers/merand.ipynb #c003-1
 from ..core import MaskSet, assert_disjoint, atomic_path, real_data, seed_all
 from ..data.augment import MerandAugment
@@ -63,7 +69,7 @@ from ..stats.segmentation import mask_confusions
 from ..synth.radiographs import CATEGORIES, chest_box_set, chest_labels, chest_phantom
 from ..train.contrastive import SimCLR, pretrain
 from ..train.losses import soft_dice
-from ..train.segmentation import adam, fit_in_folder, fit_masks, fit_rotation, predict_masks
+from ..train.segmentation import fit_in_folder, fit_rotation, predict_masks
 
 # %% ../../nbs/papers/merand.ipynb #c006
 PRETRAININGS = {  # name in our tables -> (first step, then boxes?)
@@ -80,8 +86,8 @@ TABLE3 = 'none', 'classifier, boxes', 'autoencoder, boxes', 'classifier', 'boxes
 _BACKBONES = 'resnet50', 'resnext50', 'vgg16'  # the paper's
 
 # %% ../../nbs/papers/merand.ipynb #c006-1
-@dataclass(frozen=True)
-class MerandSettings:
+@dataclass(frozen=True, repr=False)
+class MerandSettings(Settings):
     "Sizes of one run of the reproduction; the defaults are what one thread finishes in about five hours."
 
     backbones: tuple = (*_BACKBONES, 'tf_efficientnet_lite0')  # U-Net, encoder moved; the last is ours
@@ -390,22 +396,23 @@ def first_dls(
     return DataLoaders(train, one(1), device=default_device())
 
 # %% ../../nbs/papers/merand.ipynb #c019-8
+def _training(settings, epochs, seed):
+    "The training of every step: a constant rate, and the epoch with the lowest validation loss."
+    return TrainingSettings(epochs, settings.lr, 'constant', select='best', seed=seed)
+
+
 def _learn_targets(variant, images, labels, share, folder, settings):
     "A classifier of the labels, or an autoencoder where there are none."
-    s, augment = settings, MerandAugment(swap=())
+    s = settings
 
-    def build():
+    def build(dls):
         if labels is not None:
-            return BackboneClassifier(_backbone(variant), labels.shape[1])
-        return autoencoder(variant.backbone, weights='imagenet' if variant.start == 'imagenet' else None)
+            return mask_learner(dls, BackboneClassifier(_backbone(variant), labels.shape[1]), LabelLoss())
+        weights = 'imagenet' if variant.start == 'imagenet' else None
+        return mask_learner(dls, autoencoder(variant.backbone, weights=weights), ImageLoss())
 
-    def data(channels):
-        return first_dls(images, labels, share, s.bs, augment)
-
-    loss = ImageLoss() if labels is None else LabelLoss()
-    claim = dict(n=len(images), bs=s.bs, augment=repr(augment))
-    training = s.first_epochs, s.lr, loss, 'best', s.patience, 'constant', None, adam, s.seed, 'auto'
-    fit_in_folder(build, data, folder, *training, claim)
+    dls = first_dls(images, labels, share, s.bs, MerandAugment(swap=()))
+    fit_in_folder(build, dls, _training(s, s.first_epochs, s.seed), folder, stop_after=s.patience)
 
 # %% ../../nbs/papers/merand.ipynb #c019-9
 def first_step(
@@ -492,11 +499,13 @@ def box_step(
         first_step(variant, parts, path, s)
     if not (folder / 'history.csv').exists():
         share = patient_shares(parts.boxes.table, seed=s.seed)
-        build = partial(started, variant, path, len(BOXES))
-        options = dict(batch_tfms=[MerandAugment(swap=())], bs=s.bs, patience=s.patience, seed=s.seed)
-        sets = parts.boxes, share == 0, share > 0
-        sizes = s.boxes_epochs, s.lr, BoxLoss()
-        fit_masks(build, *sets, folder, *sizes, select='best', notes=False, **options)
+        augment = [MerandAugment(swap=())]
+        dls = mask_dls(parts.boxes, share == 0, share > 0, s.bs, 3, augment, notes=False)
+
+        def build(dls):
+            return mask_learner(dls, started(variant, path, len(BOXES)), BoxLoss())
+
+        fit_in_folder(build, dls, _training(s, s.boxes_epochs, s.seed), folder, stop_after=s.patience)
     return folder / 'model.safetensors'
 
 # %% ../../nbs/papers/merand.ipynb #c022
@@ -542,17 +551,21 @@ class SaveLast(Callback):
 # %% ../../nbs/papers/merand.ipynb #c025
 def _train_target(variant, seed, target, path, folder, settings, disjoint):
     "Rotation, or as many steps validated by other patients; the weights file of each protocol."
-    s, build = settings, partial(before_target, variant, path, len(target.names))
-    common = dict(batch_tfms=[MerandAugment()], bs=s.bs, seed=seed)
-    if disjoint:
-        valid, runs = holdout(target, len(target) // 5, s.seed), s.parts - 1
-        common.update(select='best', patience=s.patience * runs, notes=False)
-        fit_masks(build, target, ~valid, valid, folder, s.epochs * runs, s.lr, **common)
-        return dict(disjoint=folder / 'model.safetensors')
-    last = folder / 'last.safetensors'
-    common.update(parts=s.parts, patience=s.patience, cbs=lambda: [SaveLast(last)])
-    fit_rotation(build, target, folder, s.epochs, s.lr, **common)
-    return dict(rotation=folder / 'model.safetensors', last=last)
+    s, last = settings, folder / 'last.safetensors'
+    data = partial(mask_dls, target, bs=s.bs, batch_tfms=[MerandAugment()], notes=False)
+
+    def build(dls):
+        model = before_target(variant, path, len(target.names))
+        return mask_learner(dls, model, cbs=[] if disjoint else [SaveLast(last)])
+
+    if not disjoint:
+        training = _training(s, s.epochs, seed)
+        fit_rotation(build, target, training, data=data, path=folder, parts=s.parts, stop_after=s.patience)
+        return dict(rotation=folder / 'model.safetensors', last=last)
+    valid, runs = holdout(target, len(target) // 5, s.seed), s.parts - 1
+    training = _training(s, s.epochs * runs, seed)
+    fit_in_folder(build, data(~valid, valid), training, folder, stop_after=s.patience * runs)
+    return dict(disjoint=folder / 'model.safetensors')
 
 
 def _predict(variant, file, parts, bs):
@@ -779,7 +792,7 @@ def save_stage(
     rows = pd.concat([t.assign(clip=c) for t, c in zip(tables, clips)], ignore_index=True)
     for name, description in PROTOCOLS.items():
         if name != 'disjoint' or any(disjoint for _, disjoint in run.done):
-            e.protocol(name, description, rows, np.repeat(range(4), [len(s) for s in sets]))
+            e.protocol(name, description, Folds(rows, np.repeat(range(4), [len(s) for s in sets])))
     e.seeds = sorted({seed for seeds, _ in run.done.values() for seed in seeds})
     e.cells[:] = sum([c for _, c in run.done.values()], sum(run.steps.values(), []))
     return e.save()

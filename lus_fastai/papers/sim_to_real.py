@@ -16,7 +16,6 @@ import io
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ..data.loaders import mask_dls
+from ..runs import Settings
 from ..stats.bootstrap import auc, patient_interval, spearman
+from ..train.callbacks import TrainingSettings
+from ..train.segmentation import fit_in_folder, mask_learner
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c003a
 import torch
@@ -47,7 +50,7 @@ from torchvision.transforms import Normalize
 # %% ../../nbs/papers/sim_to_real.ipynb #c003b
 from ..core import MaskSet, atomic_path, progress
 from ..data.fan import Fan, common_fan, phantom_fan, to_polar
-from ..data.folds import patient_folds
+from ..data.folds import Folds, patient_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..explain.embeddings import features
@@ -68,7 +71,7 @@ from ..synth.phantom import Patient, draw_patient, phantom_clip
 from ..train.callbacks import ClassProbs
 from ..train.cross_validation import cross_validate
 from ..train.losses import SoftDiceLoss
-from ..train.segmentation import adam, fit_masks, predict_masks
+from ..train.segmentation import adam, predict_masks
 from ..video import ClipError, sample_clip
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c008x0
@@ -476,8 +479,8 @@ def tuning_patients(
     return pd.Series(np.where(table['patient'].isin(chosen), 'tuning', 'test'), table.index)
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-1
-@dataclass(frozen=True)
-class SimSettings:
+@dataclass(frozen=True, repr=False)
+class SimSettings(Settings):
     "Sizes of one run; the defaults are what made the published numbers."
 
     size: tuple = (96, 32)  # depths and beams of an unrolled frame
@@ -527,13 +530,13 @@ def fit_lines(
     "Train on roughened simulated frames; one patient in ten is kept for the validation loss."
     s, clip = settings, pd.factorize(set.table['patient'])[0]
     valid = clip % 10 == 9
-    how = dict(bs=s.bs, batch_tfms=[DomainRandomization()], seed=s.seed, notes=False)
+    dls = mask_dls(set, ~valid, valid, s.bs, 3, [DomainRandomization()], notes=False)
 
-    def rates():
-        return [ParamScheduler({'lr': combined_cos(0.25, s.lr / 10, s.lr, s.lr / 1000)})]
+    def build(dls):
+        rates = ParamScheduler({'lr': combined_cos(0.25, s.lr / 10, s.lr, s.lr / 1000)})
+        return mask_learner(dls, LineNet(s.width), LineLoss(), cbs=[rates])
 
-    build = partial(LineNet, s.width)
-    return fit_masks(build, set, ~valid, valid, path, s.epochs, s.lr, LineLoss(), cbs=rates, **how)
+    return fit_in_folder(build, dls, TrainingSettings(s.epochs, s.lr, 'constant', seed=s.seed), path)
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-4x0
 @dataclass
@@ -613,8 +616,7 @@ def _part_cells(run, part, scores, table):
     run.protocol(
         part,
         PATIENT_GROUPS[part],
-        table,
-        table['part'],
+        Folds(table, table['part']),
         clips=len(table),
         patients=table['patient'].nunique(),
     )
@@ -785,9 +787,11 @@ def fine_tuned_scores(
     def build(dls):
         return Learner(dls, LineClassifier(lines), loss_func=CrossEntropyLossFlat(), opt_func=adam)
 
-    how = dict(collect=ClassProbs(), epochs=epochs, path=path, lr=lr, schedule='cosine', seed=seed)
-    split = patient_folds(store.table, folds, seed=seed)
-    out = cross_validate(build, store.table, split, data=data, **how)
+    split, training = (
+        patient_folds(store.table, folds, seed=seed),
+        TrainingSettings(epochs, lr, 'cosine', seed=seed),
+    )
+    out = cross_validate(build, split, training, data=data, collect=ClassProbs(), path=path)
     return out.groupby('clip')['p_yes'].mean().reindex(range(len(table))).to_numpy()
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c039-1
@@ -826,7 +830,7 @@ def linear_probe_scores(
     known = np.flatnonzero(table[finding].notna())
     t, x, out = table.iloc[known].reset_index(drop=True), x[known], np.full(len(table), np.nan)
     yes = (t[finding] > 0).to_numpy()
-    fold = patient_folds(t.assign(label=np.where(yes, 'yes', 'no')), folds, seed=seed).to_numpy()
+    fold = patient_folds(t.assign(label=np.where(yes, 'yes', 'no')), folds, seed=seed).fold.to_numpy()
     for k in range(folds):
         seen = fold != k
         out[known[~seen]] = _probe(x[seen], yes[seen], x[~seen])

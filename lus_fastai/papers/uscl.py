@@ -24,7 +24,7 @@ from fastai.vision.all import RandTransform, TensorImage, retain_type
 
 from ..core import CLASSES, assert_disjoint, lus_home, real_data, seed_all
 from ..data.fan import add_fans, fan_masks
-from ..data.folds import patient_folds
+from ..data.folds import Folds, patient_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index
 from ..data.store import FrameStore
@@ -32,6 +32,8 @@ from ..explain.embeddings import features
 from ..models.backbones import create_backbone
 from ..models.classifiers import BackboneClassifier
 from ..models.transfer import save_weights
+from ..runs import Settings
+from ..train.callbacks import TrainingSettings
 
 # %% ../../nbs/papers/uscl.ipynb #c003-1
 from lus_fastai.papers.experiment import (
@@ -76,8 +78,8 @@ ABLATED = 'SimCLR', 'negative assignment', 'mixing', 'both', 'USCL'
 DETECTED = 'random', 'supervised', 'SimCLR', 'USCL'  # starts of the detectors
 
 # %% ../../nbs/papers/uscl.ipynb #c006-1
-@dataclass(frozen=True)
-class UsclSettings:
+@dataclass(frozen=True, repr=False)
+class UsclSettings(Settings):
     "Sizes of one run of the reproduction; the defaults are what two cores finish in a few hours."
 
     backbone: str = 'resnet18'  # as for create_backbone
@@ -149,24 +151,19 @@ def frame_store(
 def downstream_folds(
     frames: pd.DataFrame,  # frame table with the column downstream
     settings: UsclSettings = DEFAULT,  # number of folds, seed
-) -> pd.Series:  # fold per row; -1 for clips from elsewhere
+) -> Folds:  # of the downstream clips' frames alone
     "Folds of the downstream clips by patient."
-    own = frames[frames['downstream']]
-    return (
-        patient_folds(own, settings.folds, seed=settings.seed)
-        .reindex(frames.index, fill_value=-1)
-        .rename('fold')
-    )
+    return patient_folds(frames[frames['downstream']], settings.folds, seed=settings.seed)
 
 # %% ../../nbs/papers/uscl.ipynb #c008
 def outside_fold(
     frames: pd.DataFrame,  # frame table
-    folds: pd.Series,  # from downstream_folds
+    folds: Folds,  # from downstream_folds
     fold: int,  # the test fold
 ) -> pd.DataFrame:  # the rows that may be pretrained on; labels only where downstream
     "Everything but the test fold's patients, wherever else they turn up; proved."
-    held_out = frames[folds == fold]
-    rest = frames[(folds != fold) & ~frames['patient'].isin(held_out['patient'])]
+    held_out = folds.test(fold)
+    rest = frames[~frames['patient'].isin(held_out['patient'])]
     assert_disjoint(rest, held_out)
     return rest.assign(label=rest['label'].where(rest['downstream'], None))
 
@@ -214,7 +211,7 @@ def method_folder(
 def pretrain_fold(
     method: str,  # a name in METHODS
     store: FrameStore,  # all frames
-    folds: pd.Series,  # from downstream_folds
+    folds: Folds,  # from downstream_folds
     fold: int,  # the test fold, which is not seen
     path,  # from run_folder
     settings: UsclSettings = DEFAULT,  # sizes
@@ -277,26 +274,25 @@ def tuned_folder(
 def tune(
     start: str,  # as for weights_of
     store: FrameStore,  # all frames
-    folds: pd.Series,  # from downstream_folds
+    folds: Folds,  # from downstream_folds
     path,  # from run_folder
     settings: UsclSettings = DEFAULT,  # sizes
 ) -> dict:  # 'last' and 'best' -> out-of-fold table: the last epoch, and the best on the test fold
     "Fine-tune a start on every fold but one, predict that one, for each fold (Chen 2021, section 4)."
-    s, own = settings, store.frames[store.frames['downstream']]
-    folds, folder = folds[own.index], tuned_folder(start, path, s)
+    s, folder = settings, tuned_folder(start, path, settings)
     layers, lr = ('all', s.tune_lr / 10) if start == 'random, all layers' else ('last 3', s.tune_lr)
 
     def data(train, valid):
         dls = frame_dls(store, train, valid, bs=s.bs, batch_tfms=[CropFlip()])
-        dls.fold = int(folds[valid.index[0]])
+        dls.fold = int(folds.fold[valid.index[0]])
         return dls
 
     def build(dls):
         return fine_tune_learner(dls, weights_of(start, dls.fold, path, s), layers)
 
-    options = dict(epochs=s.tune_epochs, path=folder, lr=lr, select='best', schedule='cosine', seed=s.seed)
-    best = cross_validate(build, own, folds, data=data, collect=ClassProbs(), **options)
-    return dict(last=last_epoch(own, folds, folder), best=best)
+    training = TrainingSettings(s.tune_epochs, lr, 'cosine', select='best', seed=s.seed)
+    best = cross_validate(build, folds, training, data=data, collect=ClassProbs(), path=folder)
+    return dict(last=last_epoch(folds, folder), best=best)
 
 # %% ../../nbs/papers/uscl.ipynb #c022-1
 def downstream_fans(
@@ -325,7 +321,7 @@ def tuned_model(
 def tuned_attention(
     start: str,  # as for weights_of
     store: FrameStore,  # all frames
-    folds: pd.Series,  # from downstream_folds
+    folds: Folds,  # from downstream_folds
     fans: dict,  # from downstream_fans; frames of other clips are left out
     path,  # from run_folder
     settings: UsclSettings = DEFAULT,  # sizes
@@ -336,7 +332,7 @@ def tuned_attention(
     def load(fold):
         return tuned_model(start, fold, path, settings)
 
-    return attention(load, store, own.assign(fold=folds[own.index]), fans)
+    return attention(load, store, own.assign(fold=folds.of(own).fold), fans)
 
 # %% ../../nbs/papers/uscl.ipynb #c025-1
 def detect_items(
@@ -409,7 +405,7 @@ def score_cells(
 # %% ../../nbs/papers/uscl.ipynb #c028-2
 def label_curve(
     store: FrameStore,  # all frames
-    folds: pd.Series,  # from downstream_folds
+    folds: Folds,  # from downstream_folds
     path,  # from run_folder
     settings: UsclSettings = DEFAULT,  # sizes
 ) -> dict:  # label rate -> what tune gives
@@ -478,7 +474,7 @@ class UsclRun:
     cache: Path  # where clips are kept
     table: pd.DataFrame  # clip table
     store: FrameStore  # all frames
-    folds: pd.Series  # from downstream_folds
+    folds: Folds  # from downstream_folds
 
     @property
     def frames(self):
@@ -506,7 +502,7 @@ def uscl_run(
     e = Experiment('uscl', 'Chen et al. 2021', data, s, folder, out=out, quick=quick)
     run = UsclRun(e, cache, table, store, downstream_folds(store.frames, s))
     for name, description in PROTOCOLS.items():
-        e.protocol(name, description, run.frames, run.folds[run.frames.index])
+        e.protocol(name, description, run.folds.of(run.frames))
     return run
 
 # %% ../../nbs/papers/uscl.ipynb #c029-5
@@ -586,11 +582,10 @@ def detection_stage(
     "A detector from each start; a third of the patients for the test."
     e, s = run.experiment, run.experiment.settings
     items, cells = detect_items(e.data, s, run.cache), []
-    test = (patient_folds(items.table, 3, seed=s.seed) == 0).to_numpy()
-    assert_disjoint(items.table[~test], items.table[test])
+    test = (patient_folds(items.table, 3, seed=s.seed).fold == 0).to_numpy()
     description = 'Mask R-CNN from each start, last epoch, a third of the patients for the test'
     rows = items.table.assign(clip=items.table.index.astype(str))
-    e.protocol('detection', description, rows, pd.Series(test.astype(int), items.table.index))
+    e.protocol('detection', description, Folds(rows, test.astype(int)))
     for start in s.detected:
         e.stage(f'detection: {start}')
         cells += precision_cells(detect(start, items, test, e.data, e.folder, s), start, e.data)

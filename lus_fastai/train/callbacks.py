@@ -6,7 +6,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/callbacks.html.md"""
 
 # %% auto #0
 __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'EpochLosses', 'PlateauLR', 'CosineLR', 'OneCycleLR',
-           'EpochSeed', 'Checkpoint', 'FiniteLoss', 'fit_resumable', 'ClassProbs', 'PixelCounts', 'predict_table']
+           'TrainingSettings', 'schedule_callbacks', 'EpochSeed', 'Checkpoint', 'FiniteLoss', 'fit_resumable',
+           'ClassProbs', 'PixelCounts', 'predict_table']
 
 # %% ../../nbs/train/callbacks.ipynb #imports
 import io
@@ -14,6 +15,7 @@ import math
 import random
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from fastai.vision.all import Callback, L, combined_cos
 from fastcore.basics import patch
 
 from ..core import atomic_path, folder_lock, frozen_eval, seed_all
+from ..runs import Settings
 from ..stats.classification import confusion_columns, mean_iou, pred_classes, predicted
 
 # %% ../../nbs/train/callbacks.ipynb #has-bf16
@@ -207,6 +210,44 @@ class OneCycleLR(Callback):
         part = (self.epoch + self.iter / self.n_iter) / self.n_epoch  # 0 before the first batch of the fit
         self.opt.set_hypers(lr=self.rates(part).tolist(), mom=self.momentum(part))
 
+# %% ../../nbs/train/callbacks.ipynb #training-settings
+@dataclass(frozen=True, repr=False)
+class TrainingSettings(Settings):
+    "What a training is decided by, apart from network and data."
+
+    epochs: int  # at least 1
+    lr: float = 1e-3  # at the start, of one cycle the peak; or a list with one for each parameter group
+    schedule: str = 'plateau'  # of the learning rate: 'constant', 'plateau', 'cosine' or 'one-cycle'
+    patience: int = 5  # epochs on a plateau before the learning rate is lowered
+    factor: float = 0.5  # what it is multiplied by then
+    watch: str = 'train_loss'  # what a plateau is one of: 'train_loss', 'valid_loss' or 'score'
+    select: str = 'last'  # the epoch that counts: 'last', 'best' by the held-out data, 'inner' by others
+    seed: int = 0  # of weights, batches and augmentation
+    precision: str = 'auto'  # see AutoPrecision
+
+    def __post_init__(self):
+        _one_of('schedule', self.schedule, 'constant', 'plateau', 'cosine', 'one-cycle')
+        _one_of('watch', self.watch, 'train_loss', 'valid_loss', 'score')
+        _one_of('select', self.select, 'last', 'inner', 'best')
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+
+def _one_of(name, value, *known):
+    "ValueError for a value of a setting that is not known."
+    if value not in known:
+        raise ValueError(f"{name} is {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, not {value!r}")
+
+# %% ../../nbs/train/callbacks.ipynb #schedule
+def schedule_callbacks(
+    settings: TrainingSettings,  # with a schedule
+    watched,  # function of the learner: the value that a plateau is one of, to be lowered
+) -> list:  # of callbacks, none for a constant rate
+    "The callbacks of a schedule."
+    if settings.schedule == 'plateau':
+        return [PlateauLR(watched, settings.factor, settings.patience)]
+    return dict(constant=[], cosine=[CosineLR()], **{'one-cycle': [OneCycleLR()]})[settings.schedule]
+
 # %% ../../nbs/train/callbacks.ipynb #epoch-seed
 class EpochSeed(Callback):
     "Seed every generator, and the order of the training batches, from (seed, epoch) before each epoch."
@@ -375,11 +416,12 @@ def fit_resumable(
     lr: float,  # learning rate at the start
     path,  # the checkpoint file
     seed: int = 0,  # of the run
-    cbs=(),  # further callbacks; those with a state_dict are saved and restored
+    cbs=(),  # further callbacks; those with a state_dict, also of the Learner's own, are saved and restored
 ):
     "`learn.fit` with a checkpoint after each epoch; called again, it goes on to the same result."
     path = Path(path)
-    checkpoint = Checkpoint(path, [cb for cb in cbs if hasattr(cb, 'state_dict')])
+    stateful = [cb for cb in [*learn.cbs, *cbs] if hasattr(type(cb), 'state_dict')]
+    checkpoint = Checkpoint(path, stateful)
     with folder_lock(path.parent) if _first_process() else nullcontext():  # one fit at a time in its folder
         cbs = [EpochSeed(seed), FiniteLoss(path.parent), *cbs, checkpoint]
         learn.fit(epochs, lr, cbs=cbs, start_epoch=min(checkpoint.epochs_done(), epochs))
