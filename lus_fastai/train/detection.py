@@ -926,7 +926,7 @@ def _bind(path, model, rows, run, kwargs, names):
         settings=str(sorted(kwargs.items())),
         names=names,
     )
-    claim_folder(path, of_run, names=names)
+    claim_folder(path, of_run)
 
 # %% ../../nbs/train/detection.ipynb #c042-3
 def train_detector(

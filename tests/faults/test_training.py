@@ -29,9 +29,9 @@ from lus_fastai.data.augment import GareAugment
 from lus_fastai.models.unet import unet
 from lus_fastai.models.classifiers import seg_to_cls, BackboneClassifier
 from lus_fastai.models.backbones import create_backbone
-from lus_fastai.data.folds import patient_folds
+from lus_fastai.data.folds import Folds, patient_folds
 from lus_fastai.train.callbacks import AutoPrecision, EpochEnd, PlateauLR, CosineLR, OneCycleLR, EpochSeed
-from lus_fastai.train.callbacks import Checkpoint, fit_resumable, ClassProbs
+from lus_fastai.train.callbacks import Checkpoint, fit_resumable, ClassProbs, TrainingSettings
 from lus_fastai.train.cross_validation import cross_validate, last_epoch, fold_history
 from lus_fastai.train.fine_tuning import fine_tune_learner, fine_tune
 from lus_fastai.models.transfer import copy_weights, load_weights, discriminative_lrs, stages
@@ -46,6 +46,11 @@ def setup(folder):
         adam = partial(OptimWrapper, opt=torch.optim.Adam)
         return Learner(dls, seg_to_cls(unet(4, width=2)), loss_func=CrossEntropyLossFlat(), opt_func=adam)
     return store.frames, folds, data, build
+
+def cv(build, folds, data, path, epochs=1, **settings):
+    "A small cross-validation."
+    settings = TrainingSettings(epochs, **settings)
+    return cross_validate(build, folds, settings, data=data, collect=ClassProbs(), path=path)
 
 def kill_in(learn, frames, batch):
     "Kill this process in a training batch of a Learner that validates on these frames."
@@ -106,38 +111,22 @@ def run(folder, code, **env):
 
 def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp_path):
     frames, folds, data, build = setup(made)
-    whole = cross_validate(
-        build,
-        frames,
-        folds,
-        data=data,
-        collect=ClassProbs(),
-        epochs=3,
-        path=tmp_path / 'whole',
-        select='best',
-        patience=1,
+    whole = cv(
+        build, folds, data, epochs=3, path=tmp_path / 'whole', select='best', watch='score', patience=1
     )
     code = f'''
         frames, folds, data, build = setup(folder)
-        def killed(dls): return kill_in(build(dls), frames[folds == 1], len(dls.train) + 3)
-        how = dict(epochs=3, path={str(tmp_path / 'broken')!r}, select='best', patience=1)
-        cross_validate(killed, frames, folds, data=data, collect=ClassProbs(), **how)
+        def killed(dls): return kill_in(build(dls), folds.test(1), len(dls.train) + 3)
+        how = dict(epochs=3, path={str(tmp_path / 'broken')!r}, select='best', watch='score', patience=1)
+        cv(killed, folds, data, **how)
     '''
     assert run(made, code).returncode == -signal.SIGKILL
     assert (tmp_path / 'broken/fold0/predictions.pt').exists() and not (
         tmp_path / 'broken/fold1/predictions.pt'
     ).exists()
     assert Checkpoint(tmp_path / 'broken/fold1/checkpoint.pt').epochs_done() == 1
-    resumed = cross_validate(
-        build,
-        frames,
-        folds,
-        data=data,
-        collect=ClassProbs(),
-        epochs=3,
-        path=tmp_path / 'broken',
-        select='best',
-        patience=1,
+    resumed = cv(
+        build, folds, data, epochs=3, path=tmp_path / 'broken', select='best', watch='score', patience=1
     )
     pd.testing.assert_frame_equal(whole, resumed, check_exact=True)
     pd.testing.assert_frame_equal(
@@ -150,17 +139,8 @@ def test_a_kill_in_the_second_fold_then_resumed_equals_an_unbroken_run(made, tmp
 def test_cut_off_between_the_last_checkpoint_and_the_predictions(made, tmp_path, select, monkeypatch):
     frames, folds, data, build = setup(made)
 
-    def cv(name):
-        return cross_validate(
-            build,
-            frames,
-            folds,
-            data=data,
-            collect=ClassProbs(),
-            epochs=2,
-            path=tmp_path / name,
-            select=select,
-        )
+    def run(name):
+        return cv(build, folds, data, epochs=2, path=tmp_path / name, select=select)
 
     def stop(*args):
         raise KeyboardInterrupt
@@ -168,16 +148,14 @@ def test_cut_off_between_the_last_checkpoint_and_the_predictions(made, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(training, '_check_history', stop)
         with pytest.raises(KeyboardInterrupt):
-            cv('cut')
+            run('cut')
     assert (
         Checkpoint(tmp_path / 'cut/fold0/checkpoint.pt').epochs_done() == 2
         and not (tmp_path / 'cut/fold0/predictions.pt').exists()
     )
-    pd.testing.assert_frame_equal(cv('cut'), cv('whole'), check_exact=True)
+    pd.testing.assert_frame_equal(run('cut'), run('whole'), check_exact=True)
     pd.testing.assert_frame_equal(
-        last_epoch(frames, folds, tmp_path / 'cut'),
-        last_epoch(frames, folds, tmp_path / 'whole'),
-        check_exact=True,
+        last_epoch(folds, tmp_path / 'cut'), last_epoch(folds, tmp_path / 'whole'), check_exact=True
     )
     pd.testing.assert_frame_equal(
         *(fold_history(tmp_path / n).drop(columns='seconds') for n in ('cut', 'whole')), check_exact=True
@@ -188,7 +166,7 @@ def test_a_fit_without_an_epoch_left_gives_the_trained_weights(made, tmp_path):
     frames, folds, data, build = setup(made)
 
     def fit():
-        learn = build(data(frames[folds != 0], frames[folds == 0]))
+        learn = build(data(folds.train(0), folds.test(0)))
         with learn.no_bar(), learn.no_logging():
             fit_resumable(learn, 1, 1e-3, tmp_path / 'c.pt')
         return learn.model.state_dict()
@@ -209,7 +187,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(mad
                 if self.epoch == 2:
                     limits = path.stat().st_size // 2, resource.RLIM_INFINITY
                     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        learn = build(data(frames[folds != 0], frames[folds == 0]))
+        learn = build(data(folds.train(0), folds.test(0)))
         with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 4, 1e-3, path, cbs=[Fill()])
     '''
     done = run(made, code)
@@ -225,7 +203,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_one_whole(mad
 def test_a_checkpoint_that_is_cut_short_is_named(made, tmp_path):
     frames, folds, data, build = setup(made)
     (tmp_path / 'c.pt').write_bytes(b'PK\x03\x04 cut')
-    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn = build(data(folds.train(0), folds.test(0)))
     with pytest.raises(ValueError, match='c.pt is no checkpoint'):
         fit_resumable(learn, 1, 1e-3, tmp_path / 'c.pt')
 
@@ -236,7 +214,7 @@ def test_fastais_own_optimiser_resumes_too(made, tmp_path):
     def fit(path, epochs):
         seed_all(0)
         learn = Learner(
-            data(frames[folds != 0], frames[folds == 0]),
+            data(folds.train(0), folds.test(0)),
             seg_to_cls(unet(4, width=2)),
             loss_func=CrossEntropyLossFlat(),
         )
@@ -257,7 +235,7 @@ def test_an_interrupt_and_a_second_fit_leave_no_hooks(made):
         def after_pred(self):
             raise KeyboardInterrupt
 
-    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn = build(data(folds.train(0), folds.test(0)))
     learn.add_cb(AutoPrecision())
     with learn.no_bar(), learn.no_logging():
         with pytest.raises(KeyboardInterrupt):
@@ -269,7 +247,7 @@ def test_an_interrupt_and_a_second_fit_leave_no_hooks(made):
 
 def test_callbacks_survive_lr_find_get_preds_validate_and_summary(made, tmp_path):
     frames, folds, data, build = setup(made)
-    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn = build(data(folds.train(0), folds.test(0)))
     learn.path = tmp_path  # lr_find writes there
     plateau, cosine = PlateauLR(lambda l: 1.0, patience=0), CosineLR()
     checkpoint = Checkpoint(tmp_path / 'c.pt', [plateau])
@@ -280,23 +258,23 @@ def test_callbacks_survive_lr_find_get_preds_validate_and_summary(made, tmp_path
         learn.summary()
         learn.validate()
         preds, targs = learn.get_preds()
-        assert preds.shape == (int((folds == 0).sum()), 3) and not (tmp_path / 'c.pt').exists()
+        assert preds.shape == (len(folds.test(0)), 3) and not (tmp_path / 'c.pt').exists()
         learn.fit(1)
     assert checkpoint.epochs_done() == 1
 
 
 def test_an_exported_learner_predicts_the_same_in_a_fresh_process(made, tmp_path):
     frames, folds, data, build = setup(made)
-    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn = build(data(folds.train(0), folds.test(0)))
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, cbs=AutoPrecision('fp32'))
-        here = learn.get_preds(dl=learn.dls.test_dl(frames[folds == 0].drop(columns='label')))[0]
+        here = learn.get_preds(dl=learn.dls.test_dl(folds.test(0).drop(columns='label')))[0]
     learn.export(tmp_path / 'learner.pkl')
     code = f'''
         from fastai.vision.all import load_learner
         learn = load_learner({str(tmp_path / 'learner.pkl')!r})
         frames, folds, *_ = setup(folder)
-        held_out = learn.dls.test_dl(frames[folds == 0].drop(columns='label'))
+        held_out = learn.dls.test_dl(folds.test(0).drop(columns='label'))
         with learn.no_bar(): preds = learn.get_preds(dl=held_out)[0]
         print(preds.tolist())
     '''
@@ -308,9 +286,7 @@ def test_an_exported_learner_predicts_the_same_in_a_fresh_process(made, tmp_path
 def test_same_seed_same_result_and_another_seed_another(made, tmp_path):
     frames, folds, data, build = setup(made)
     one, two, other = (
-        cross_validate(
-            build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path / name, seed=s
-        )
+        cv(build, folds, data, epochs=1, path=tmp_path / name, seed=s)
         for name, s in (('a', 3), ('b', 3), ('c', 4))
     )
     pd.testing.assert_frame_equal(one, two, check_exact=True)
@@ -325,19 +301,10 @@ def test_the_inner_choice_never_sees_the_held_out_patients(made, tmp_path):
         seen.append((set(train.patient), set(valid.patient)))
         return data(train, valid)
 
-    cross_validate(
-        build,
-        frames,
-        folds,
-        data=watched,
-        collect=ClassProbs(),
-        epochs=1,
-        path=tmp_path / 'inner',
-        select='inner',
-    )
+    cv(build, folds, watched, epochs=1, path=tmp_path / 'inner', select='inner')
     assert len(seen) == 4  # the first fold's also for the claim
     for k, (train, valid) in zip([0, 0, 1, 2], seen):
-        held_out = set(frames[folds == k].patient)
+        held_out = set(folds.test(k).patient)
         assert train and valid and not train & valid and not (train | valid) & held_out
 
 
@@ -346,20 +313,16 @@ def test_the_inner_choice_never_sees_the_held_out_patients(made, tmp_path):
     [
         (dict(select='test'), "select is 'last'"),
         (dict(epochs=0), 'at least 1'),
-        (dict(schedule='step'), "schedule is 'plateau', 'cosine' or 'one-cycle'"),
+        (dict(schedule='step'), "schedule is 'constant', 'plateau', 'cosine' or 'one-cycle'"),
+        (dict(watch='f1'), "watch is 'train_loss', 'valid_loss' or 'score'"),
     ],
 )
 def test_wrong_arguments_are_named(made, tmp_path, change, message):
     frames, folds, data, build = setup(made)
     with pytest.raises(ValueError, match=message):
-        cross_validate(
-            build,
-            frames,
-            folds,
-            **{**dict(data=data, collect=ClassProbs(), epochs=1, path=tmp_path), **change},
-        )
+        cv(build, folds, data, path=tmp_path, **change)
     with pytest.raises(ValueError, match='at least two folds'):
-        cross_validate(build, frames, folds * 0, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+        cv(build, Folds(folds.table, [0] * len(folds.table)), data, path=tmp_path)
 
 
 # never the wrong run
@@ -394,18 +357,14 @@ CHANGES = {
 def finished(made, tmp_path_factory):
     frames, folds, data, build = setup(made)
     folder = tmp_path_factory.mktemp('finished')
-    return folder, cross_validate(
-        build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=folder
-    )
+    return folder, cv(build, folds, data, epochs=1, path=folder)
 
 
 @pytest.mark.parametrize('what', CHANGES)
 def test_another_network_optimiser_or_loss_is_not_answered_by_a_finished_run(made, finished, what):
     frames, folds, data, _ = setup(made)
     with pytest.raises(ValueError, match=f'holds another run \\(.*{what}'):
-        cross_validate(
-            CHANGES[what], frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0]
-        )
+        cv(CHANGES[what], folds, data, epochs=1, path=finished[0])
 
 
 def test_other_batches_labels_or_pixels_are_not_answered_by_a_finished_run(made, finished, tmp_path):
@@ -413,9 +372,7 @@ def test_other_batches_labels_or_pixels_are_not_answered_by_a_finished_run(made,
     store = FrameStore(made / 'store')
 
     def run(data, frames=frames):
-        return cross_validate(
-            build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=finished[0]
-        )
+        return cv(build, Folds(frames, folds.fold), data, path=finished[0])
 
     with pytest.raises(ValueError, match='bs 4 -> 3'):
         run(lambda a, b: frame_dls(store, a, b, bs=3, batch_tfms=[GareAugment()]))
@@ -445,7 +402,7 @@ def test_the_same_code_in_another_process_makes_the_same_claim(made, finished):
         frames, folds, data, build = setup(folder)
         torch.manual_seed(5)
         path = {str(finished[0])!r}
-        oof = cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=path)
+        oof = cv(build, folds, data, epochs=1, path=path)
         print(oof.p_covid.sum())
     '''
     done = run(made, code, PYTHONHASHSEED='7')
@@ -463,7 +420,7 @@ def test_other_weights_at_the_start_are_another_run_and_drawn_ones_are_not(made,
             learn.model.load_state_dict({k: v for k, v in weights.items() if 'bottleneck' in k}, strict=False)
             return learn
 
-        return cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path)
+        return cv(build, folds, data, epochs=1, path=tmp_path)
 
     first = run(start)
     pd.testing.assert_frame_equal(run(start), first, check_exact=True)
@@ -482,7 +439,7 @@ def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made,
         import lus_fastai.train.cross_validation as T
         T.AutoPrecision = lambda precision: Slow()
         path = {str(tmp_path / 'run')!r}
-        cross_validate(build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=path)
+        cv(build, folds, data, epochs=1, path=path)
     '''
     first = subprocess.Popen(
         [
@@ -499,9 +456,7 @@ def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made,
         frames, folds, data, build = setup(made)
 
         def here():
-            return cross_validate(
-                build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path / 'run'
-            )
+            return cv(build, folds, data, epochs=1, path=tmp_path / 'run')
 
         with pytest.raises(BlockingIOError, match='another process works in .*run: wait until it is done'):
             here()
@@ -509,9 +464,7 @@ def test_two_processes_on_one_folder_and_a_lock_that_ends_with_its_process(made,
     finally:
         first.kill()
         first.wait()
-    whole = cross_validate(
-        build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path / 'whole'
-    )
+    whole = cv(build, folds, data, epochs=1, path=tmp_path / 'whole')
     pd.testing.assert_frame_equal(here(), whole, check_exact=True)
 
 
@@ -519,7 +472,7 @@ def test_a_checkpoint_of_another_epoch_is_never_skipped_in_silence(made, tmp_pat
     frames, folds, data, build = setup(made)
 
     def learner():
-        return build(data(frames[folds != 0], frames[folds == 0]))
+        return build(data(folds.train(0), folds.test(0)))
 
     def fit(learn, epochs):
         with learn.no_bar(), learn.no_logging():
@@ -540,7 +493,7 @@ def test_a_checkpoint_of_another_epoch_is_never_skipped_in_silence(made, tmp_pat
 
 def test_predictions_after_a_fit_leave_the_weights_alone(made, tmp_path):
     frames, folds, data, build = setup(made)
-    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn = build(data(folds.train(0), folds.test(0)))
     learn.add_cb(Checkpoint(tmp_path / 'c.pt'))
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
@@ -555,15 +508,13 @@ def test_a_history_with_a_gap_is_not_read(made, finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / 'run')
     (tmp_path / 'run/fold1/history.csv').write_text('fold,epoch\n')
     for read in (
-        lambda: cross_validate(
-            build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path / 'run'
-        ),
-        lambda: last_epoch(frames, folds, tmp_path / 'run'),
+        lambda: cv(build, folds, data, epochs=1, path=tmp_path / 'run'),
+        lambda: last_epoch(folds, tmp_path / 'run'),
     ):
         with pytest.raises(ValueError, match=r'fold1 has a history of the epochs \[\], not of all 1'):
             read()
     with pytest.raises(ValueError, match='other frames or folds'):
-        last_epoch(frames, (folds + 1) % 3, finished[0])
+        last_epoch(Folds(folds.table, (folds.fold + 1) % 3), finished[0])
 
 
 @pytest.mark.parametrize('part', ['training', 'validation', 'logits'])
@@ -593,9 +544,7 @@ def test_an_epoch_that_is_no_number_names_fold_and_epoch_and_leaves_the_one_befo
     )
     for _again in range(2):
         with pytest.raises(ValueError, match=message):
-            cross_validate(
-                broken, frames, folds, data=data, collect=ClassProbs(), epochs=4, path=tmp_path, select='best'
-            )
+            cv(broken, folds, data, epochs=4, path=tmp_path, select='best')
         assert (
             Checkpoint(tmp_path / 'fold0/checkpoint.pt').epochs_done() == 2
             and not (tmp_path / 'fold0/predictions.pt').exists()
@@ -647,7 +596,7 @@ def test_the_cosine_bends_each_groups_own_rate_and_a_resumed_fit_is_on_the_right
                 rates.append([h['lr'] for h in self.opt.hypers])
 
         learn = Learner(
-            data(frames[folds != 0], frames[folds == 0]),
+            data(folds.train(0), folds.test(0)),
             net,
             loss_func=CrossEntropyLossFlat(),
             opt_func=partial(OptimWrapper, opt=torch.optim.Adam),
@@ -687,7 +636,7 @@ def test_one_cycle_resumed_in_the_middle_of_an_epoch_equals_an_unbroken_fit_and_
 
     def fit(path, *cbs):
         seed_all(0)
-        learn = build(data(frames[folds != 0], frames[folds == 0]))
+        learn = build(data(folds.train(0), folds.test(0)))
         with learn.no_bar(), learn.no_logging():
             fit_resumable(learn, 4, 0.01, path, cbs=[OneCycleLR(), *cbs])
         return learn.model.state_dict()
@@ -697,7 +646,7 @@ def test_one_cycle_resumed_in_the_middle_of_an_epoch_equals_an_unbroken_fit_and_
         fit(tmp_path / 'parts.pt', Stop())
     resumed = fit(tmp_path / 'parts.pt')
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    learn = build(data(frames[folds != 0], frames[folds == 0]))
+    learn = build(data(folds.train(0), folds.test(0)))
     learn.path = tmp_path  # lr_find writes there
     learn.add_cb(OneCycleLR())
     with learn.no_bar(), learn.no_logging():
@@ -705,29 +654,9 @@ def test_one_cycle_resumed_in_the_middle_of_an_epoch_equals_an_unbroken_fit_and_
     assert np.all(np.diff(learn.recorder.lrs) > 0)
 
 
-def test_folders_of_before_there_was_a_schedule_are_accepted_as_plateau_and_refused_as_cosine(made, tmp_path):
-    frames, folds, data, build = setup(made)
-
-    def run(**more):
-        return cross_validate(
-            build, frames, folds, data=data, collect=ClassProbs(), epochs=1, path=tmp_path, **more
-        )
-
-    first, claim = run(), json.loads((tmp_path / 'run.json').read_text())
-    assert claim.pop('schedule') == 'plateau'
-    (tmp_path / 'run.json').write_text(json.dumps(claim))  # as the version before wrote it
-    when = (tmp_path / 'fold0/model.safetensors').stat().st_mtime_ns
-    pd.testing.assert_frame_equal(run(), first, check_exact=True)
-    assert (tmp_path / 'fold0/model.safetensors').stat().st_mtime_ns == when and json.loads(
-        (tmp_path / 'run.json').read_text()
-    ) == claim
-    with pytest.raises(ValueError, match='schedule plateau -> cosine'):
-        run(schedule='cosine')
-
-
 # fine-tuning
 
-TUNE = dict(epochs=1, bs=8)
+TUNE = TrainingSettings(1, lr=0.01, schedule='cosine')
 
 
 def halves(store):
@@ -743,9 +672,7 @@ def backbone():
 @pytest.fixture(scope='module')
 def tuned(phantom_store, backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp('tuned')
-    return folder, fine_tune(
-        backbone, phantom_store, last=3, folds=halves(phantom_store), path=folder, **TUNE
-    )
+    return folder, fine_tune(backbone, phantom_store, TUNE, folds=halves(phantom_store), path=folder, bs=8)
 
 
 def test_fine_tune_predicts_every_frame_by_a_network_that_has_not_seen_the_patient(phantom_store, tuned):
@@ -791,20 +718,19 @@ def test_a_killed_fine_tune_resumes_to_the_same_result(phantom_store, backbone, 
         made = training.fine_tune_learner
         store = FrameStore({str(phantom_store.folder)!r})
         folds = patient_folds(store.frames, 2)
-        def killed(*args, **kwargs): return kill_in(made(*args, **kwargs), store.frames[folds == 1], 2)
+        def killed(*args, **kwargs): return kill_in(made(*args, **kwargs), folds.test(1), 2)
         training.fine_tune_learner = killed
         backbone = create_backbone('resnet18', weights={str(tmp_path / 'backbone.pt')!r})
         path = {str(tmp_path / 'run')!r}
-        fine_tune(backbone, store, last=3, folds=folds, path=path, epochs=1, bs=8)
+        tune = TrainingSettings(1, lr=0.01, schedule='cosine')
+        fine_tune(backbone, store, tune, folds=folds, path=path, bs=8)
     '''
     done = run(tmp_path, code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / 'run/folds/fold0/predictions.pt').exists() and not (
         tmp_path / 'run/folds/fold1/predictions.pt'
     ).exists()
-    again = fine_tune(
-        backbone, phantom_store, last=3, folds=halves(phantom_store), path=tmp_path / 'run', **TUNE
-    )
+    again = fine_tune(backbone, phantom_store, TUNE, folds=halves(phantom_store), path=tmp_path / 'run', bs=8)
     pd.testing.assert_frame_equal(
         again, tuned[1], check_exact=True
     )  # equal to the unbroken run in another folder, so deterministic too
@@ -829,13 +755,11 @@ class Tiny(torch.nn.Module):
         return new
 
 
-def test_fine_tune_takes_a_clip_table_with_folds_by_clip_and_needs_no_folder(phantom_table):
-    folds, seen = patient_folds(phantom_table, 2), []
-    oof = fine_tune(
-        Tiny(seen), phantom_table, 'head', folds=folds, size=(32, 48), max_frames=2, epochs=1, factor=0.5
-    )
-    by_path = dict(zip(phantom_table.path.map(str), folds))
-    assert len(oof) == 2 * len(phantom_table) and oof.fold.tolist() == [by_path[p] for p in oof.path]
+def test_fine_tune_gives_the_backbone_its_channels_scaled_and_needs_no_folder(phantom_table, tmp_path):
+    seen = []
+    store = FrameStore.build(phantom_table, tmp_path / 'store', size=(32, 48), max_frames=2)
+    oof = fine_tune(Tiny(seen), store, TUNE, last='head', folds=halves(store), factor=0.5)
+    assert len(oof) == 2 * len(phantom_table) and oof.fold.tolist() == halves(store).fold.tolist()
     shapes, low, high = zip(*seen)
     assert set(shapes) == {(3, 32, 48)} and min(low) == -2 and 0 < max(high) <= 2  # frames of 0..1, scaled
 
@@ -843,32 +767,33 @@ def test_fine_tune_takes_a_clip_table_with_folds_by_clip_and_needs_no_folder(pha
 def test_another_backbone_or_policy_is_not_mixed_into_a_folder(phantom_store, backbone, tuned):
     folder, oof = tuned
     with pytest.raises(ValueError, match='policy last 3 -> head'):
-        fine_tune(backbone, phantom_store, 'head', folds=halves(phantom_store), path=folder, **TUNE)
+        fine_tune(backbone, phantom_store, TUNE, last='head', folds=halves(phantom_store), path=folder, bs=8)
     other = copy.deepcopy(backbone)
     with torch.no_grad():
         other.layer1[0].conv1.weight[0] += 1
     with pytest.raises(ValueError, match='backbone .* -> '):
-        fine_tune(other, phantom_store, folds=halves(phantom_store), path=folder, **TUNE)
+        fine_tune(other, phantom_store, TUNE, folds=halves(phantom_store), path=folder, bs=8)
     pd.testing.assert_frame_equal(
-        fine_tune(backbone, phantom_store, folds=halves(phantom_store), path=folder, **TUNE),
+        fine_tune(backbone, phantom_store, TUNE, folds=halves(phantom_store), path=folder, bs=8),
         oof,
         check_exact=True,
     )  # finished: only read
 
 
-def test_bad_input_to_fine_tune_is_named_before_anything_is_decoded(phantom_store, backbone, tmp_path):
-    missing = pd.DataFrame([dict(path='none.mp4')])
+def test_bad_input_to_fine_tune_is_named_before_anything_is_trained(phantom_store, backbone, tmp_path):
+    frames = phantom_store.frames
+    elsewhere = Folds(frames.set_axis(range(1000, 1000 + len(frames))), np.arange(len(frames)) % 2)
     for change, message in (
         (dict(backbone=torch.nn.Flatten()), 'no n_features'),
         (dict(last=0), 'n is 1 to 21'),
         (dict(last=22), 'has 21 weight layers'),
         (dict(last='some'), 'policy is one of'),
         (dict(factor=2.0), 'factor must be'),
-        (dict(table=phantom_store.frames), 'give its FrameStore'),
-        (dict(folds=pd.Series([0, 1])), 'same index'),
+        (dict(store=frames), 'FrameStore.build, not a DataFrame'),
+        (dict(folds=elsewhere), 'not of the store'),
     ):
         with pytest.raises(ValueError, match=message):
-            fine_tune(**{**dict(backbone=backbone, table=missing, path=tmp_path / 'x'), **change})
+            fine_tune(**{**dict(backbone=backbone, store=phantom_store, path=tmp_path / 'x'), **change})
     assert not (tmp_path / 'x').exists()
 
 
@@ -877,12 +802,10 @@ def test_the_same_on_a_gpu(made, tmp_path):
     frames, folds, _, build = setup(made)
     store = FrameStore(made / 'store')
     cpu, gpu = (
-        cross_validate(
+        cv(
             build,
-            frames,
             folds,
-            data=lambda t, v, d=d: frame_dls(store, t, v, bs=4, device=d),
-            collect=ClassProbs(),
+            lambda t, v, d=d: frame_dls(store, t, v, bs=4, device=d),
             epochs=2,
             path=tmp_path / d,
             precision='fp32',
@@ -890,12 +813,10 @@ def test_the_same_on_a_gpu(made, tmp_path):
         for d in ('cpu', 'cuda')
     )
     np.testing.assert_allclose(cpu.p_covid, gpu.p_covid, atol=1e-3)
-    auto = cross_validate(
+    auto = cv(
         build,
-        frames,
         folds,
-        data=lambda t, v: frame_dls(store, t, v, bs=4, device='cuda'),
-        collect=ClassProbs(),
+        lambda t, v: frame_dls(store, t, v, bs=4, device='cuda'),
         epochs=2,
         path=tmp_path / 'auto',
     )

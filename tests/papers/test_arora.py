@@ -147,7 +147,7 @@ def test_pocovid_folds_deal_blocks_of_sorted_names(count):
         .reset_index(drop=True)
     )
     expected = slow_folds([n.split('.')[0] for n in names], 5, random.Random(7))
-    assert pocovid_folds(frames, 5, 7).tolist() == [expected[p.split('.')[0]] for p in frames.path]
+    assert pocovid_folds(frames, 5, 7).fold.tolist() == [expected[p.split('.')[0]] for p in frames.path]
 
 
 def test_stills_and_classes_are_dealt_apart():
@@ -161,7 +161,9 @@ def test_stills_and_classes_are_dealt_apart():
             for i in range(5)
         ]
     )
-    assert (frames.assign(fold=pocovid_folds(frames)).groupby(['label', 'kind']).fold.nunique() == 5).all()
+    assert (
+        frames.assign(fold=pocovid_folds(frames).fold).groupby(['label', 'kind']).fold.nunique() == 5
+    ).all()
 
 
 def test_reproduction_end_to_end_and_again(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lus_fastai.core import LeakError, MaskSet, assert_disjoint
+from lus_fastai.core import LeakError, MaskSet
+from lus_fastai.data.folds import Folds
 from lus_fastai.models.transfer import load_weights
 from lus_fastai.papers import cheng_lam
 from lus_fastai.runs import read_results, results_table
@@ -61,16 +62,16 @@ def test_mirrored_copies_are_mirrored_and_named_after_their_image():
 
 def test_copies_across_by_hand():
     both = cheng_lam.mirrored(squares(4))
-    assert cheng_lam.copies_across(both, pd.Series([0, 0, 1, 1] * 2)) == 0
-    assert cheng_lam.copies_across(both, pd.Series([0, 0, 1, 1, 1, 0, 1, 1])) == 0.25
+    assert cheng_lam.copies_across(both, Folds(both.table, [0, 0, 1, 1] * 2)) == 0
+    assert cheng_lam.copies_across(both, Folds(both.table, [0, 0, 1, 1, 1, 0, 1, 1])) == 0.25
 
 
 def test_folds_by_patient_are_disjoint_and_random_ones_are_not():
     both = cheng_lam.mirrored(squares())
     honest, random = (cheng_lam.protocol_folds(both, p, TINY) for p in ('patient', 'image'))
-    assert_disjoint(both.table[honest == 0], both.table[honest == 1])
+    honest.prove()
     with pytest.raises(LeakError):
-        assert_disjoint(both.table[random == 0], both.table[random == 1])
+        random.prove()
     assert cheng_lam.copies_across(both, honest) == 0 < cheng_lam.copies_across(both, random)
     with pytest.raises(ValueError, match='sun'):
         cheng_lam.protocol_folds(both, 'sun', TINY)

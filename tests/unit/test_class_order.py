@@ -11,7 +11,7 @@ from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 from torch import nn
 
 from lus_fastai.core import CLASSES, SPARSE, TableError
-from lus_fastai.data.folds import patient_folds
+from lus_fastai.data.folds import Folds, patient_folds
 from lus_fastai.data.loaders import frame_dls
 from lus_fastai.explain.attribution import saliency, seg_target
 from lus_fastai.explain.feature_visualization import maximise_class, show_class_images
@@ -26,7 +26,7 @@ from lus_fastai.stats import classification as M
 from lus_fastai.stats.curves import pr_curve, roc
 from lus_fastai.stats.figures import plot_confusion
 from lus_fastai.toys import toy_predictions
-from lus_fastai.train.callbacks import ClassProbs, PixelCounts, predict_table
+from lus_fastai.train.callbacks import ClassProbs, PixelCounts, TrainingSettings, predict_table
 from lus_fastai.train.cross_validation import cross_validate, last_epoch
 from lus_fastai.train.fine_tuning import fine_tune, fine_tune_learner
 from lus_fastai.widgets import Explainer
@@ -60,12 +60,14 @@ def always(name):
     return build
 
 
-def run(store, path, classes, collect=None, name='regular', **more):
+def run(store, path, classes, collect=None, name='regular'):
     def data(a, b):
         return frame_dls(store, a, b, classes=classes, bs=8)
 
-    options = dict(data=data, collect=collect or ClassProbs(), epochs=1, path=path, lr=1e-9)
-    return cross_validate(always(name), store.frames, patient_folds(store.frames, 2), **{**options, **more})
+    settings, folds = TrainingSettings(1, lr=1e-9), patient_folds(store.frames, 2)
+    return cross_validate(
+        always(name), folds, settings, data=data, collect=collect or ClassProbs(), path=path
+    )
 
 
 # --- training
@@ -75,7 +77,7 @@ def test_a_network_that_answers_regular_says_so_under_any_order(phantom_store, t
     for i, classes in enumerate((CLASSES, SWAPPED)):
         oof = run(phantom_store, tmp_path / str(i), classes)
         assert (oof.p_regular > 0.99).all() and (M.predicted(oof) == 'regular').all()
-        assert (last_epoch(phantom_store.frames, oof.fold, tmp_path / str(i)).p_regular > 0.99).all()
+        assert (last_epoch(Folds(phantom_store.frames, oof.fold), tmp_path / str(i)).p_regular > 0.99).all()
         weights = load_weights(tmp_path / str(i) / 'fold0' / 'model.safetensors')
         assert weights.classes == classes and weights['conv.bias'].argmax() == classes.index('regular')
 
@@ -105,11 +107,10 @@ def test_a_label_without_a_name_is_refused_before_anything_is_trained(phantom_st
         with pytest.raises(TableError, match=r"\['normal'\]"):
             cross_validate(
                 always('regular'),
-                frames,
                 patient_folds(frames, 2),
+                TrainingSettings(1),
                 data=data,
                 collect=ClassProbs(),
-                epochs=1,
                 path=tmp_path / 'x',
             )
     assert not (tmp_path / 'x').exists()
@@ -133,11 +134,10 @@ def test_codes_and_outputs_must_be_as_many_as_are_counted(phantom_store, tmp_pat
 
         return cross_validate(
             build,
-            frames,
             patient_folds(frames, 2),
+            TrainingSettings(1),
             data=lambda a, b: frame_dls(phantom_store, a, b, target, bs=8),
             collect=PixelCounts(n),
-            epochs=1,
             path=tmp_path / 's',
         )
 
@@ -150,7 +150,7 @@ def test_codes_and_outputs_must_be_as_many_as_are_counted(phantom_store, tmp_pat
     assert not list(tmp_path.rglob('checkpoint.pt')) and not list(tmp_path.rglob('predictions.pt'))
 
 
-def test_fine_tune_under_both_orders_gives_columns_by_name(phantom_store, phantom_table, tmp_path):
+def test_fine_tune_under_both_orders_gives_columns_by_name(phantom_store, tmp_path):
     torch.manual_seed(0)
     backbone = create_backbone('resnet18')
     learn = fine_tune_learner(
@@ -161,10 +161,11 @@ def test_fine_tune_under_both_orders_gives_columns_by_name(phantom_store, phanto
     other = copy.deepcopy(backbone)
     other.normalize = [0.4], [0.2]
     assert fine_tune_learner(learn.dls, other).model[0].std == [0.2]
-    normal = phantom_table.assign(label=phantom_table.label.replace('regular', 'normal'))
-    with pytest.raises(TableError, match=r"label\(s\) \['normal'\]"):
-        fine_tune(backbone, normal, path=tmp_path / 'f')
-    assert not (tmp_path / 'f' / 'frames').exists()
+    frames = phantom_store.frames
+    normal = Folds(frames.assign(label=frames.label.replace('regular', 'normal')), np.arange(len(frames)) % 2)
+    with pytest.raises(TableError, match=r"\['normal'\]"):
+        fine_tune(backbone, phantom_store, folds=normal, path=tmp_path / 'f')
+    assert not (tmp_path / 'f' / 'folds').exists()
 
 
 # --- weights

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lus_fastai.core import LeakError, TableError, assert_disjoint, check_table
 from lus_fastai.data.audit import audit, frame_hash, hamming, near_duplicates
-from lus_fastai.data.folds import leaky_folds, patient_folds, split_hash
+from lus_fastai.data.folds import Folds, leaky_folds, patient_folds
 
 
 def clips(patients, seed=0, classes='abc', most=5, p=None):
@@ -58,11 +58,11 @@ def test_folds_keep_patients_whole_and_do_not_depend_on_order(patients, seed, n,
         return
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        f = patient_folds(t, n, seed)
+        f = patient_folds(t, n, seed).fold
         mixed = t.sample(frac=1, random_state=seed % 1000).set_axis(
             np.random.default_rng(seed).integers(0, 3, len(t)), axis=0
         )  # index with repeats
-        g = patient_folds(mixed, n, seed)
+        g = patient_folds(mixed, n, seed).fold
     assert f.index.equals(t.index) and f.name == 'fold' and f.dtype.kind == 'i'
     assert set(f) == set(range(n))  # no fold is empty
     assert (f.groupby(t.patient).nunique() == 1).all()
@@ -93,7 +93,7 @@ def test_balance_is_no_worse_than_sklearn():
                 StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(t, t.label, t.patient)
             ):
                 ref[i] = k
-            ours.append(imbalance(t, patient_folds(t, n, seed), n))
+            ours.append(imbalance(t, patient_folds(t, n, seed).fold, n))
             theirs.append(imbalance(t, ref, n))
     assert np.mean(ours) <= np.mean(theirs)
     assert np.mean(ours) < 0.08
@@ -103,7 +103,7 @@ def test_frame_table_weighs_by_frames():
     t = clips(12, most=1, classes='ab')
     many = t.index.repeat([60 if p in ('p0', 'p2') else 6 for p in t.patient])
     big = t.assign(label='a').loc[many].reset_index(drop=True)
-    f = patient_folds(big, 2)
+    f = patient_folds(big, 2).fold
     assert (
         f[big.patient == 'p0'].iloc[0] != f[big.patient == 'p2'].iloc[0]
     )  # the two heavy patients stand apart
@@ -113,24 +113,24 @@ def test_frame_table_weighs_by_frames():
 def test_patient_with_two_labels_is_one_group():
     t = clips(20)
     t.loc[t.patient == 'p3', 'label'] = ['a', 'b', 'c', 'a', 'b'][: (t.patient == 'p3').sum()]
-    assert patient_folds(t).groupby(t.patient).nunique().max() == 1
+    assert patient_folds(t).fold.groupby(t.patient).nunique().max() == 1
 
 
 def test_seed_matters_and_repeats():
     t = clips(30)
-    assert patient_folds(t, seed=3).equals(patient_folds(t, seed=3))
-    assert len({tuple(patient_folds(t, seed=s)) for s in range(5)}) > 1
+    assert patient_folds(t, seed=3).fold.equals(patient_folds(t, seed=3).fold)
+    assert len({tuple(patient_folds(t, seed=s).fold) for s in range(5)}) > 1
 
 
 def test_by_source_and_integer_or_padded_patients():
     t = clips(12)
-    assert patient_folds(t, 3, by='source').groupby(t.source).nunique().max() == 1
+    assert patient_folds(t, 3, by='source').fold.groupby(t.source).nunique().max() == 1
     t = clips(12).assign(patient=lambda d: d.patient.str[1:])
     whole, padded = (
         t.assign(patient=t.patient.astype(int)),
         t.assign(patient=[p + ' ' * (i % 2) for i, p in enumerate(t.patient)]),
     )
-    assert list(patient_folds(whole)) == list(patient_folds(t)) == list(patient_folds(padded))
+    assert list(patient_folds(whole).fold) == list(patient_folds(t).fold) == list(patient_folds(padded).fold)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_bad_tables(change, message):
 def test_fewer_patients_than_folds_and_too_few_folds():
     with pytest.raises(ValueError, match=r'4 patient\(s\) cannot fill 5 folds'):
         patient_folds(clips(4), 5)
-    for f in (patient_folds, lambda t, n: leaky_folds(t, n, by='clip')):
+    for f in (patient_folds, lambda t, n: leaky_folds(t, n, by='clip').fold):
         with pytest.raises(ValueError, match='at least 2 folds'):
             f(clips(4), 1)
 
@@ -177,13 +177,13 @@ def test_class_that_a_fold_lacks_is_named():
 def test_leaky_units_are_whole_and_counts_are_true(capsys):
     t = frames(clips(8, most=3), n=5, variants=3)
     for by, key in (('clip', ['clip']), ('frame', ['clip', 'frame'])):
-        f = leaky_folds(t, by=by)
+        f = leaky_folds(t, by=by).fold
         assert f.groupby([t[k] for k in key]).nunique().max() == 1
         sizes = f.groupby([t[k] for k in key]).first().value_counts()
         assert sizes.max() - sizes.min() <= 1
         spread = sum(len(set(f[t.patient == p])) > 1 for p in t.patient.unique())
         assert f'{spread} of {t.patient.nunique()} patients' in capsys.readouterr().out
-    f = leaky_folds(t, by='variant')
+    f = leaky_folds(t, by='variant').fold
     cut = sum(len(set(g)) > 1 for _, g in f.groupby([t['clip'], t['frame']]))
     assert (
         cut > 0 and f"{cut} of {len(t.drop_duplicates(['clip', 'frame']))} frames" in capsys.readouterr().out
@@ -192,7 +192,7 @@ def test_leaky_units_are_whole_and_counts_are_true(capsys):
 
 def test_leaky_by_clip_is_stratified():
     t = clips(40, most=4)
-    c = pd.crosstab(leaky_folds(t, by='clip'), t.label)
+    c = pd.crosstab(leaky_folds(t, by='clip').fold, t.label)
     assert (c.max() - c.min()).max() <= 1
 
 
@@ -200,9 +200,9 @@ def test_leaky_folds_do_not_depend_on_order():
     t = frames(clips(6), 4)
     m = t.sample(frac=1, random_state=0).reset_index(drop=True)
     for by in ('clip', 'frame'):
-        f, g = leaky_folds(t, by=by, seed=2), leaky_folds(m, by=by, seed=2)
+        f, g = leaky_folds(t, by=by, seed=2).fold, leaky_folds(m, by=by, seed=2).fold
         assert dict(zip(zip(t['clip'], t['frame']), f)) == dict(zip(zip(m['clip'], m['frame']), g))
-    assert not leaky_folds(t, seed=0).equals(leaky_folds(t, seed=1))
+    assert not leaky_folds(t, seed=0).fold.equals(leaky_folds(t, seed=1).fold)
 
 
 def test_leaky_bad_input():
@@ -234,22 +234,44 @@ def test_assert_disjoint_names_patients():
         assert_disjoint(t, pd.DataFrame(dict(patient=['x', None])))
 
 
-def test_split_hash_sees_the_split_and_nothing_else():
+def test_the_hash_sees_the_split_and_nothing_else():
     t = frames(clips(9), 3)
-    f = patient_folds(t)
-    h = split_hash(t, f)
+    folds = patient_folds(t)
+    h, f = folds.hash, folds.fold
     m = t.sample(frac=1, random_state=0)
-    assert len(h) == 16 and split_hash(m, f) == h  # aligned by index
-    assert split_hash(t.reset_index(drop=True), f.to_numpy()) == h
-    assert split_hash(t.drop(columns='clip').assign(path=t.path.str.replace('/d/', '/elsewhere/x/')), f) == h
+    assert len(h) == 16 and folds.of(m).hash == h  # aligned by index
+    assert Folds(t.reset_index(drop=True), f.to_numpy()).hash == h
+    moved = t.drop(columns='clip').assign(path=t.path.str.replace('/d/', '/elsewhere/x/'))
+    assert Folds(moved, f).hash == h
     one = f.copy()
     one.iloc[0] = (one.iloc[0] + 1) % 3
-    assert split_hash(t, one) != h and split_hash(t[1:], f[1:]) != h
-    assert split_hash(t.assign(variant=0), f) != split_hash(t.assign(variant=1), f)
+    assert Folds(t, one).hash != h and folds.of(t[1:]).hash != h
+    assert Folds(t.assign(variant=0), f).hash != Folds(t.assign(variant=1), f).hash
     with pytest.raises(ValueError, match='2 folds for'):
-        split_hash(t, [0, 1])
+        Folds(t, [0, 1])
     with pytest.raises(ValueError, match='index does not fit'):
-        split_hash(t, f[1:])
+        Folds(t, f[1:])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(10, 40), st.integers(0, 10**6), st.integers(2, 5))
+def test_training_test_and_inner_rows_share_no_patient_and_leave_none_out(patients, seed, n):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        folds = patient_folds(clips(patients, seed), n, seed)
+        assert folds.prove() is folds and folds.numbers == list(range(n))
+        for k in folds.numbers:
+            train, test, inner = folds.train(k), folds.test(k), folds.inner(k, 2)
+            assert sorted([*train.index, *test.index]) == list(range(len(folds.table)))
+            assert not set(train.patient) & set(test.patient)
+            assert inner.prove().table.index.equals(train.index)
+
+
+def test_a_cut_patient_is_named_by_the_proof():
+    t = clips(6, most=1)
+    torn = pd.concat([t, t[t.patient == 'p2'].assign(path='/d/again.mp4')], ignore_index=True)
+    with pytest.raises(LeakError, match='p2'):
+        Folds(torn, [0, 0, 0, 1, 1, 1, 1]).prove()
 
 
 # ---- pictures
@@ -362,8 +384,8 @@ def test_audit_says_which_clips_the_store_lacks(store):
 
 def test_audit_counts_against_a_loop():
     t = frames(clips(12), 3, variants=2)
-    f = leaky_folds(t, by='variant')
-    a = audit(t, f)
+    f = leaky_folds(t, by='variant').fold
+    a = audit(t, Folds(t, f))
     for (label, source, probe), row in a.counts.iterrows():
         g = t[(t.label == label) & (t.source == source) & (t.probe == probe)]
         assert tuple(row) == (g.patient.nunique(), g['clip'].nunique(), len(set(zip(g['clip'], g['frame']))))
@@ -408,8 +430,8 @@ def test_audit_names_pure_sources_and_conflicts():
 
 
 def test_audit_report_reads(store):
-    f = leaky_folds(store.frames, by='frame')
-    a = audit(store.frames, f, store)
+    f = leaky_folds(store.frames, by='frame').fold
+    a = audit(store.frames, Folds(store.frames, f), store)
     for text in (str(a), a._repr_html_()):
         for word in (
             'Counts',

@@ -20,12 +20,17 @@ SETUP = '''
 import os, signal, sys
 import numpy as np, pandas as pd, torch
 from fastai.vision.all import Callback
+from dataclasses import replace
+from functools import partial
 from lus_fastai.data.augment import MerandAugment
+from lus_fastai.data.folds import Folds
+from lus_fastai.data.loaders import mask_dls
+from lus_fastai.train.callbacks import TrainingSettings
 from lus_fastai.core import MaskSet, seed_all
 from lus_fastai.models.unet import unet
 from lus_fastai.train.losses import SoftDiceLoss
 from lus_fastai.train.segmentation import rotation_parts, Rotation, fit_rotation
-from lus_fastai.train.segmentation import fit_masks, predict_masks, kfold_masks
+from lus_fastai.train.segmentation import fit_in_folder, mask_learner, predict_masks, kfold_masks
 torch.set_num_threads(1)
 
 def made(n=9, size=32):
@@ -36,12 +41,18 @@ def made(n=9, size=32):
     table = pd.DataFrame(dict(patient=[f'p{i // 2}' for i in range(n)]))
     return MaskSet(images.astype(np.uint8), masks, ('disc', 'band'), table)
 
-def tiny():
-    return unet(2, c_in=3, width=4)
+ONE = TrainingSettings(1, lr=3e-3, schedule='constant')
 
-def rotate(path, **kwargs):
-    how = dict(epochs=2, lr=3e-3, parts=3, bs=3, batch_tfms=[MerandAugment()], device='cpu')
-    return fit_rotation(tiny, made(), path, **how, **kwargs)
+def tiny(dls, loss=None, cbs=None):
+    return mask_learner(dls, unet(2, c_in=3, width=4), loss, cbs=cbs)
+
+def loaders(set):
+    return partial(mask_dls, set, bs=3, notes=False, device='cpu')
+
+def rotate(path, build=tiny):
+    set, settings = made(), replace(ONE, epochs=2, select='best')
+    data = partial(mask_dls, set, bs=3, batch_tfms=[MerandAugment()], notes=False, device='cpu')
+    return fit_rotation(build, set, settings, data=data, path=path, parts=3)
 '''
 exec(SETUP)
 
@@ -99,17 +110,18 @@ class Seen(Callback):
 @pytest.mark.slow
 def test_a_kill_in_the_second_epoch_then_resumed_is_an_unbroken_run_bit_for_bit(tmp_path):
     seen = Seen()
-    whole, history = rotate(tmp_path / 'whole', cbs=lambda: [seen])
+    whole, history = rotate(tmp_path / 'whole', lambda dls: tiny(dls, cbs=[seen]))
     assert list(history[['epoch', 'run']].itertuples(index=False, name=None)) == [
         (e, r) for e in (0, 1) for r in (0, 1, 2)
     ]
     for run, (train, valid) in enumerate(seen.runs):
         assert [list(r) for r in Rotation(None, 9, 3).rows(run)] == [train, valid]
     code = f'''
-        class Kill(Callback):
+        class Seen(Callback):
             def before_batch(self):
                 if self.training and self.epoch == 4 and self.iter == 1: os.kill(os.getpid(), signal.SIGKILL)
-        rotate({str(tmp_path / 'broken')!r}, cbs=lambda: [Kill()])
+        Seen.__module__ = 'two'
+        rotate({str(tmp_path / 'broken')!r}, lambda dls: tiny(dls, cbs=[Seen()]))
     '''
     done = subprocess.run(
         [sys.executable, '-c', SETUP + textwrap.dedent(code)],
@@ -121,7 +133,7 @@ def test_a_kill_in_the_second_epoch_then_resumed_is_an_unbroken_run_bit_for_bit(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / 'broken/history.csv').exists()
     again = Seen()
-    resumed, history2 = rotate(tmp_path / 'broken', cbs=lambda: [again])
+    resumed, history2 = rotate(tmp_path / 'broken', lambda dls: tiny(dls, cbs=[again]))
     assert again.runs == seen.runs[4:]  # four runs were behind it
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
     pd.testing.assert_frame_equal(
@@ -163,19 +175,15 @@ def test_early_stopping_looks_at_the_mean_of_the_runs_and_keeps_the_best_epoch(t
     means = [5, 4, 4.5, 3, 3.2, 3.1, 0, 0]  # patience 2: stops after epoch 5, best is epoch 3
     for select, kept in (('best', 3), ('last', 5)):
         weights = Weights()
+        loss = PresetLoss([m + d for m in means for d in (-2, 2)])
         model, history = fit_rotation(
-            tiny,
-            made(6),
-            tmp_path / select,
-            epochs=8,
-            lr=1e-3,
-            loss=PresetLoss([m + d for m in means for d in (-2, 2)]),
+            partial(tiny, loss=loss, cbs=[weights]),
+            set := made(6),
+            replace(ONE, epochs=8, select=select),
+            data=loaders(set),
+            path=tmp_path / select,
             parts=2,
-            bs=3,
-            patience=2,
-            select=select,
-            cbs=lambda weights=weights: [weights],
-            device='cpu',
+            stop_after=2,
         )
         assert len(history) == 12 and history.groupby('epoch').valid_loss.mean().tolist() == pytest.approx(
             means[:6]
@@ -192,130 +200,103 @@ def test_cut_off_after_the_checkpoint_that_stops_it_no_further_epoch_is_trained(
             if self.epoch == 3:
                 raise KeyboardInterrupt
 
-    s = made(6)
+    dls = loaders(made(6))(range(3), range(3, 6))
 
-    def fit(values, cbs, path='early', patience=2):
-        return fit_masks(
-            tiny,
-            s,
-            range(3),
-            range(3, 6),
-            tmp_path / path,
-            4 if patience is None else 9,
-            1e-3,
-            PresetLoss(values),
-            patience=patience,
-            bs=3,
-            cbs=cbs,
-            device='cpu',
-        )
+    def fit(values, path='early', stop_after=2):
+        build, epochs = partial(tiny, loss=PresetLoss(values), cbs=[Cut()]), 4 if stop_after is None else 9
+        return fit_in_folder(build, dls, replace(ONE, epochs=epochs), tmp_path / path, stop_after=stop_after)
 
     with pytest.raises(KeyboardInterrupt):
-        fit([2, 1, 1.5, 1.5, 0], lambda: [Cut()])
-    assert fit([], None)[1].valid_loss.tolist() == [2, 1, 1.5, 1.5]
+        fit([2, 1, 1.5, 1.5, 0])
+    assert fit([])[1].valid_loss.tolist() == [2, 1, 1.5, 1.5]
     with pytest.raises(KeyboardInterrupt):
-        fit([4, 3, 2, 1], lambda: [Cut()], 'end', None)  # the last epoch of all
-    assert fit([], None, 'end', None)[1].valid_loss.tolist() == [4, 3, 2, 1]
+        fit([4, 3, 2, 1], 'end', None)  # the last epoch of all
+    assert fit([], 'end', None)[1].valid_loss.tolist() == [4, 3, 2, 1]
 
 
 def test_folds_start_from_equal_weights_and_predict_what_they_have_not_seen(tmp_path):
-    s, numbers = made(), []
+    s = made()
     folds = np.arange(9) // 2 % 3
 
-    def build(k):
-        numbers.append(k)
-        return tiny()
+    def fit():
+        settings = replace(ONE, epochs=2)
+        return kfold_masks(tiny, s, Folds(s.table, folds), settings, data=loaders(s), path=tmp_path / 'k')
 
-    p = kfold_masks(build, s, folds, tmp_path / 'k', epochs=2, lr=3e-3, bs=3, device='cpu')
-    assert p.shape == s.masks.shape and p.dtype == np.float16 and numbers == [0, 1, 2]
+    p = fit()
+    assert p.shape == s.masks.shape and p.dtype == np.float16
     runs = [json.loads((tmp_path / f'k/fold{k}/run.json').read_text()) for k in range(3)]
     assert len({r['start'] for r in runs}) == 1 and [r['seed'] for r in runs] == [0, 1, 2]
     for k in range(3):
-        model = tiny()
+        model = unet(2, c_in=3, width=4)
         model.load_state_dict(load_weights(tmp_path / f'k/fold{k}/model.safetensors'))
         np.testing.assert_array_equal(predict_masks(model, s.images[folds == k]), p[folds == k])
-    np.testing.assert_array_equal(
-        kfold_masks(build, s, folds, tmp_path / 'k', epochs=2, lr=3e-3, bs=3, device='cpu'), p
-    )  # read, not trained again
+    np.testing.assert_array_equal(fit(), p)  # read, not trained again
 
 
 def test_same_seed_same_network_another_seed_another(tmp_path):
-    s = made()
+    dls = loaders(made())(range(6), range(6, 9), batch_tfms=[MerandAugment()])
     a, b, c = (
-        fit_masks(
-            tiny,
-            s,
-            range(6),
-            range(6, 9),
-            tmp_path / name,
-            1,
-            3e-3,
-            bs=3,
-            seed=seed,
-            batch_tfms=[MerandAugment()],
-            device='cpu',
-        )[0].state_dict()
+        fit_in_folder(tiny, dls, replace(ONE, seed=seed), tmp_path / name)[0].state_dict()
         for name, seed in (('a', 1), ('b', 1), ('c', 2))
     )
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
 
 def test_frozen_layers_stay_and_only_the_rest_is_trained(tmp_path):
-    def build():
-        model = tiny()
-        for p in list(model.parameters())[:4]:
+    def build(dls):
+        learn = tiny(dls)
+        for p in list(learn.model.parameters())[:4]:
             p.requires_grad_(False)
-        return model
+        return learn
 
+    dls = loaders(made())(range(6), range(6, 9))
     seed_all(0)
-    start = [p.detach().clone() for p in build().parameters()]
-    model, _ = fit_masks(build, made(), range(6), range(6, 9), tmp_path / 'f', 1, 3e-3, bs=3, device='cpu')
+    start = [p.detach().clone() for p in build(dls).model.parameters()]
+    model, _ = fit_in_folder(build, dls, ONE, tmp_path / 'f')
     same = [torch.equal(a, b) for a, b in zip(start, model.parameters())]
     assert all(same[:4]) and not any(same[4:])
 
 
 def test_a_folder_belongs_to_one_run_and_bad_arguments_are_named(tmp_path):
     s = made()
+    data = loaders(s)
 
-    def fit(**kw):
-        return fit_masks(
-            tiny, s, range(6), range(6, 9), tmp_path / 'x', **{**dict(epochs=1, bs=3, device='cpu'), **kw}
-        )
+    def fit(loss=None, rows=range(6, 9), batch_tfms=(), **change):
+        dls = data(range(6), rows, batch_tfms=batch_tfms)
+        return fit_in_folder(partial(tiny, loss=loss), dls, replace(ONE, **change), tmp_path / 'x')
 
     fit()
-    for kw in (dict(lr=1e-3), dict(seed=1), dict(loss=SoftDiceLoss()), dict(batch_tfms=[MerandAugment()])):
+    for change in (
+        dict(lr=1e-4),
+        dict(seed=1),
+        dict(loss=SoftDiceLoss()),
+        dict(batch_tfms=[MerandAugment()]),
+        dict(rows=range(5, 8)),
+    ):
         with pytest.raises(ValueError, match='holds another run'):
-            fit(**kw)
-    for kw, message in (
+            fit(**change)
+    for change, message in (
         (dict(select='inner'), "'last' or 'best'"),
-        (dict(schedule='step'), "'constant', 'plateau' or 'cosine'"),
-        (dict(epochs=0), 'at least 1'),
+        (dict(watch='score'), "'train_loss' or 'valid_loss'"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit(**kw)
-    with pytest.raises(ValueError, match='one number per image, 9'):
-        kfold_masks(lambda k: tiny(), s, [0, 1], tmp_path / 'k')
+            fit(**change)
+    how = dict(data=data, path=tmp_path / 'k')
+    with pytest.raises(ValueError, match='not of this set of 9 images'):
+        kfold_masks(tiny, s, Folds(s.table[:2], [0, 1]), ONE, **how)
     with pytest.raises(ValueError, match='at least two folds'):
-        kfold_masks(lambda k: tiny(), s, [1] * 9, tmp_path / 'k')
+        kfold_masks(tiny, s, Folds(s.table, [1] * 9), ONE, **how)
     with pytest.raises(ValueError, match='parts is 2..9'):
-        fit_rotation(tiny, s, tmp_path / 'r', parts=10)
+        fit_rotation(tiny, s, ONE, **how, parts=10)
     with pytest.raises(ValueError, match='epoch 0 is nan'):
-        fit_masks(
-            tiny,
-            s,
-            range(6),
-            range(6, 9),
-            tmp_path / 'n',
-            2,
-            loss=PresetLoss([float('nan')]),
-            bs=3,
-            device='cpu',
-        )
+        build = partial(tiny, loss=PresetLoss([float('nan')]))
+        fit_in_folder(build, data(range(6), range(6, 9)), ONE, tmp_path / 'n')
 
 
 def test_a_class_that_a_fold_lacks_is_named_with_the_fold(tmp_path):
     s = made()
     s.masks[3:, 1] = False
+    folds = Folds(s.table, np.arange(9) // 3 % 2)
     with pytest.warns(UserWarning) as said:
-        kfold_masks(lambda k: tiny(), s, np.arange(9) // 3 % 2, tmp_path / 'k', epochs=1, bs=3, device='cpu')
+        kfold_masks(tiny, s, folds, ONE, data=loaders(s), path=tmp_path / 'k')
     assert "no pixel of 'band' in the held-out images of fold 1" in [str(w.message) for w in said]

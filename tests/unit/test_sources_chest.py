@@ -156,7 +156,7 @@ def test_ccxs_joins_patients_and_pastes_crops(tmp_path, capsys):
     x = np.asarray(Image.open(table['path'][0]).convert('L'))
     assert np.abs(s.images[0].astype(int) - x).max() <= 1
     folds = patient_folds(s.table, 3, seed=0)
-    assert (s.table.assign(fold=folds).groupby('patient')['fold'].nunique() == 1).all()
+    assert (s.table.assign(fold=folds.fold).groupby('patient')['fold'].nunique() == 1).all()
 
 
 def test_a_thin_tube_survives_shrinking(tmp_path, capsys):
