@@ -787,10 +787,8 @@ def fine_tuned_scores(
     def build(dls):
         return Learner(dls, LineClassifier(lines), loss_func=CrossEntropyLossFlat(), opt_func=adam)
 
-    split, training = (
-        patient_folds(store.table, folds, seed=seed),
-        TrainingSettings(epochs, lr, 'cosine', seed=seed),
-    )
+    split = patient_folds(store.table, folds, seed=seed)
+    training = TrainingSettings(epochs, lr, 'cosine', seed=seed)
     out = cross_validate(build, split, training, data=data, collect=ClassProbs(), path=path)
     return out.groupby('clip')['p_yes'].mean().reindex(range(len(table))).to_numpy()
 
