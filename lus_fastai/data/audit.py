@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import TableError, check_columns
-from .folds import Folds, sampling_units
+from .folds import Folds, check_folds, sampling_units
 from .store import store_rows
 
 # %% ../../nbs/data/audit.ipynb #c026-1
@@ -260,7 +260,7 @@ def _prepared(table, folds, store):
     "The table with its clips, folds and number of frames."
     t = table.assign(clip=sampling_units(table, 'clip')['clip'])
     if folds is not None:
-        t['fold'] = folds.of(table).fold.to_numpy()
+        t['fold'] = check_folds(folds).of(table).fold.to_numpy()
     if 'frame' in t:
         t['frames'] = 1
     elif store is not None:

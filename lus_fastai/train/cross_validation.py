@@ -23,7 +23,7 @@ from fastcore.basics import patch, store_attr
 
 # %% ../../nbs/train/cross_validation.ipynb #imports-ours
 from ..core import TableError, atomic_path, folder_lock, frozen_eval, progress, seed_all
-from ..data.folds import Folds
+from ..data.folds import Folds, check_folds
 from ..data.loaders import RowReader
 from ..models.transfer import name_outputs, save_weights
 from ..runs import claim_folder, short_hash, stable_repr, structure_text, tensor_bytes
@@ -306,7 +306,7 @@ def cross_validate(
     path,  # folder for checkpoints, predictions and weights
 ) -> pd.DataFrame:  # the frame table with a column fold and the collector's columns
     "Train on all folds but one and predict that one, for each fold; resumes where it was stopped."
-    path, numbers = Path(path), folds.numbers
+    path, numbers = Path(path), check_folds(folds).numbers
     if len(numbers) < 2:
         raise ValueError(f"cross-validation needs at least two folds, got {len(numbers)}")
     start = partial(_fold_learner, build, data, folds, settings)

@@ -22,7 +22,7 @@ from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper, get_c
 from torch import nn
 
 from ..core import CLASSES
-from ..data.folds import Folds, patient_folds
+from ..data.folds import Folds, check_folds, patient_folds
 from ..data.loaders import frame_dls
 from ..data.store import FrameStore
 from ..models.backbones import input_channels, scale_for
@@ -72,7 +72,7 @@ def _folds_of(store, folds):
         raise ValueError(f"the frames are a FrameStore, see FrameStore.build, not a {type(store).__name__}")
     if folds is None:
         return patient_folds(store.frames, 3)
-    if not folds.table.index.isin(store.frames.index).all():
+    if not check_folds(folds).table.index.isin(store.frames.index).all():
         raise ValueError("folds has rows that are not of the store: make the folds from its frame table")
     return folds
 

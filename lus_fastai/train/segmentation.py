@@ -23,7 +23,7 @@ from fastcore.basics import patch, store_attr
 from torch import nn
 
 from ..core import MaskSet, atomic_path, frozen_eval, progress, seed_all
-from ..data.folds import Folds
+from ..data.folds import Folds, check_folds
 from ..data.loaders import absent_classes
 from ..models.backbones import input_channels
 from ..models.transfer import load_weights, save_weights
@@ -274,7 +274,7 @@ def predict_masks(
 # %% ../../nbs/train/segmentation.ipynb #kfold-folds
 def _check_folds(set, folds):
     "ValueError where folds are not of this set, or where there are fewer than two."
-    if not folds.table.index.equals(set.table.index):
+    if not check_folds(folds).table.index.equals(set.table.index):
         raise ValueError(f"the folds are not of this set of {len(set)} images: make them from its table")
     if len(folds.numbers) < 2:
         raise ValueError(f"cross-validation needs at least two folds, got {len(folds.numbers)}")

@@ -360,12 +360,15 @@ def test_audit_finds_the_planted_twin_and_no_blank(store):
 def test_audit_looks_across_folds_for_clip_and_frame_tables(store):
     apart = pd.Series(np.where(store.table.patient == 'p7', 1, 0), index=store.table.index)
     together = apart * 0 + (store.table.patient == 'p5')
-    by_clip = audit(store.table, apart, store)
+    by_clip = audit(store.table, Folds(store.table, apart), store)
     assert set(by_clip.duplicates.patient) == {'p2', 'p7'} and set(by_clip.duplicates.fold) == {0, 1}
     assert by_clip.counts.frames.sum() == len(store.frames)
-    assert not len(audit(store.table, together, store).duplicates)
+    assert not len(audit(store.table, Folds(store.table, together), store).duplicates)
     parts = np.where(store.frames.patient == 'p7', 'test', 'train')
-    assert set(audit(store.frames, parts, store).duplicates.twin_fold) == {'train', 'test'}
+    assert set(audit(store.frames, Folds(store.frames, parts), store).duplicates.twin_fold) == {
+        'train',
+        'test',
+    }
     half = store.frames[store.frames.patient.isin(['p2', 'p3'])]
     assert not len(audit(half, store=store).duplicates)  # only the table's own frames are compared
 
@@ -450,7 +453,7 @@ def test_audit_bad_input(store):
         audit(store.table.drop(columns='source'))
     with pytest.raises(TableError, match='empty'):
         audit(store.table[:0])
-    with pytest.raises(ValueError, match='folds for'):
+    with pytest.raises(TypeError, match='got a list'):
         audit(store.table, [0])
 
 

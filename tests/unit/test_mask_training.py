@@ -193,11 +193,14 @@ def test_early_stopping_looks_at_the_mean_of_the_runs_and_keeps_the_best_epoch(t
 
 
 def test_cut_off_after_the_checkpoint_that_stops_it_no_further_epoch_is_trained(tmp_path):
+    armed = []
+
     class Cut(Callback):
         order = 81
 
         def after_epoch(self):
-            if self.epoch == 3:
+            if self.epoch == 3 and armed:
+                armed.clear()
                 raise KeyboardInterrupt
 
     dls = loaders(made(6))(range(3), range(3, 6))
@@ -206,9 +209,11 @@ def test_cut_off_after_the_checkpoint_that_stops_it_no_further_epoch_is_trained(
         build, epochs = partial(tiny, loss=PresetLoss(values), cbs=[Cut()]), 4 if stop_after is None else 9
         return fit_in_folder(build, dls, replace(ONE, epochs=epochs), tmp_path / path, stop_after=stop_after)
 
+    armed.append('once')
     with pytest.raises(KeyboardInterrupt):
         fit([2, 1, 1.5, 1.5, 0])
     assert fit([])[1].valid_loss.tolist() == [2, 1, 1.5, 1.5]
+    armed.append('again')
     with pytest.raises(KeyboardInterrupt):
         fit([4, 3, 2, 1], 'end', None)  # the last epoch of all
     assert fit([], 'end', None)[1].valid_loss.tolist() == [4, 3, 2, 1]
