@@ -409,7 +409,7 @@ def _all_classification_cells(run, clips, oof, row, protocol, path):
     name = f'classification by {protocol}'
     cells = classification_cells(oof, row, name)
     if protocol != 'patient':
-        last = last_epoch(clips.frames, oof.fold, path)
+        last = last_epoch(Folds(clips.frames, oof.fold), path)
         cells += classification_cells(last, row, name, 'classification, last epoch')
     if row == 'dense':  # once for each protocol
         cells += classification_cells(
