@@ -210,6 +210,12 @@ class OneCycleLR(Callback):
         part = (self.epoch + self.iter / self.n_iter) / self.n_epoch  # 0 before the first batch of the fit
         self.opt.set_hypers(lr=self.rates(part).tolist(), mom=self.momentum(part))
 
+# %% ../../nbs/train/callbacks.ipynb #one-of
+def _one_of(name, value, *known):
+    "ValueError for a value of a setting that is not known."
+    if value not in known:
+        raise ValueError(f"{name} is {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, not {value!r}")
+
 # %% ../../nbs/train/callbacks.ipynb #training-settings
 @dataclass(frozen=True, repr=False)
 class TrainingSettings(Settings):
@@ -231,12 +237,6 @@ class TrainingSettings(Settings):
         _one_of('select', self.select, 'last', 'inner', 'best')
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-
-
-def _one_of(name, value, *known):
-    "ValueError for a value of a setting that is not known."
-    if value not in known:
-        raise ValueError(f"{name} is {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, not {value!r}")
 
 # %% ../../nbs/train/callbacks.ipynb #schedule
 def schedule_callbacks(

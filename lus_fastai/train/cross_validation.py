@@ -155,7 +155,7 @@ def content_hash(
                 h.update(tensor_bytes(reader.take(keys[k : k + 64])))
     return h.hexdigest()[:12]
 
-# %% ../../nbs/train/cross_validation.ipynb #made-of
+# %% ../../nbs/train/cross_validation.ipynb #made-steps
 def _count(parameters, text):
     "A number of parameters with a hash of what else is known of them."
     return f'{sum(p.numel() for p in parameters):,} parameters ({short_hash(text)})'
@@ -165,7 +165,7 @@ def _steps(transform):
     "The steps of a pipeline, or the one function that stands in its place."
     return list(getattr(transform, 'fs', [transform]))
 
-
+# %% ../../nbs/train/cross_validation.ipynb #made-of
 def learner_facts(
     learn,  # a fastai Learner
 ) -> dict:  # of texts and numbers, the same in every process

@@ -83,10 +83,10 @@ def _rates(backbone, n_classes, policy, lr, factor):
     freeze(model, policy)
     return lr if factor is None else [g['lr'] for g in discriminative_lrs(model, lr, factor)]
 
-# %% ../../nbs/train/fine_tuning.ipynb #fine-tune
+# %% ../../nbs/train/fine_tuning.ipynb #tuning
 TUNING = TrainingSettings(100, lr=0.01, schedule='cosine')  # Chen 2021, section 4
 
-
+# %% ../../nbs/train/fine_tuning.ipynb #fine-tune
 def fine_tune(
     backbone: nn.Module,  # as for fine_tune_learner; 1 or 3 channels, as its first convolution takes
     store: FrameStore,  # labelled frames

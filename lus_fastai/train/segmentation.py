@@ -293,7 +293,7 @@ def _warn_of_folds(set, folds):
         train, test = f'the_training_images_of_fold_{k}', f'the_held-out_images_of_fold_{k}'
         _warn_of_absent_classes(set, **{train: ~held_out, test: held_out})
 
-# %% ../../nbs/train/segmentation.ipynb #c021
+# %% ../../nbs/train/segmentation.ipynb #kfold-seeded
 def _seeded(build, seed):
     "A builder whose networks are drawn from the same seed every time."
 
@@ -303,7 +303,7 @@ def _seeded(build, seed):
 
     return start
 
-
+# %% ../../nbs/train/segmentation.ipynb #c021
 def kfold_masks(
     build,  # function (dls) -> Learner, called with generators seeded by the settings, whatever the fold
     set: MaskSet,  # images and masks
