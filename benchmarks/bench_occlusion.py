@@ -13,7 +13,7 @@ from lus_fastai.synth.phantom import draw_patient, phantom_clip
 
 args = argparse.ArgumentParser(description=__doc__)
 args.add_argument('--frames', type=int, default=1, help='of one clip')
-args.add_argument('--bs', type=int, default=32, help='covered pictures in one pass')
+args.add_argument('--bs', type=int, default=32, help='covered images in one pass')
 args.add_argument('--repeats', type=int, default=3)
 args.add_argument('--models', nargs='+', default=['vgg16', 'resnet18'])
 args = args.parse_args()

@@ -1,4 +1,4 @@
-"""Four commands: a demo, a paper's reproduction, a look for leaks, and data
+"""Four commands: a demo, a paper's reproduction, an audit, and data
 
 Docs: https://lus-fastai.github.io/lus_fastai/cli.html.md"""
 
@@ -21,7 +21,7 @@ from fastcore.script import call_parse, is_cli
 
 # %% ../nbs/cli.ipynb #c006-1
 def _mistake(e):
-    "The message for an error that a user can put right; None for one of ours."
+    "The message for an error that a user can put right; None for one of the package."
     if isinstance(e, OSError) and e.strerror:
         return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
     ours = not isinstance(e, (ValueError, OSError)) and type(e).__name__ != 'FetchError'
@@ -168,7 +168,7 @@ def _table_of(name, label, patient):
     "A clip table by the name of a source, of a folder, or of a CSV file."
     from lus_fastai.core import read_table, real_data
     from lus_fastai.data.folders import read_folder
-    from lus_fastai.data.sources import SOURCES, index
+    from lus_fastai.data.sources import SOURCES, index_source
 
     if name not in SOURCES and Path(name).is_dir():
         return read_folder(name, label, patient)
@@ -180,7 +180,7 @@ def _table_of(name, label, patient):
         raise ValueError(
             f"set LUS_DATA to the folder that holds {name}/, or name a folder of clips or a CSV file"
         )
-    return index(name, real_data())
+    return index_source(name, real_data())
 
 # %% ../nbs/cli.ipynb #audit
 @call_parse
@@ -190,7 +190,7 @@ def lus_audit(
     label: str = None,  # a folder's: 'folder', a pattern, a .csv file; default: clips.csv, or 'folder'
     patient: str = None,  # a folder's: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
 ):
-    "Who is in a folder or table, by label, source and probe, and what gives a label away."
+    "Who is in a folder or table, by label, source and probe, and what predicts a label."
     with _command(lambda: 'nothing was changed.'):
         from lus_fastai.data.audit import audit
         from lus_fastai.data.folds import patient_folds
@@ -206,7 +206,7 @@ def lus_data(
 ):
     "List the registered data sets, or fetch one: resumed, verified, file by file."
     with _command(lambda: 'what has come is kept. The same command fetches the rest.'):
-        from lus_fastai.data.sources import SOURCES, fetch, index
+        from lus_fastai.data.sources import SOURCES, fetch_source, index_source
 
         if name is None:
             for s in SOURCES.values():
@@ -214,5 +214,5 @@ def lus_data(
             return
         if name not in SOURCES:
             raise ValueError(f"no source named {name!r}; there is: {', '.join(SOURCES)}")
-        where = fetch(name, folder)
-        print(f"{len(index(name, where))} clips and stills in {where}")
+        where = fetch_source(name, folder)
+        print(f"{len(index_source(name, where))} clips and stills in {where}")

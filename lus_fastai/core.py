@@ -8,7 +8,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS', 'dense_to_sparse',
            'file_keys', 'TableError', 'and_more', 'check_columns', 'check_table', 'LeakError', 'assert_disjoint',
            'clip_ids', 'write_table', 'read_table', 'MaskSet', 'Frames', 'atomic_path', 'write_json', 'folder_lock',
-           'seed_all', 'frozen_eval', 'lus_home', 'shipped', 'real_data', 'progress', 'duration', 'StageLog']
+           'seed_all', 'frozen_eval', 'lus_home', 'shipped_folder', 'real_data', 'progress', 'duration', 'StageLog']
 
 # %% ../nbs/core.ipynb #c003
 import contextlib
@@ -313,7 +313,7 @@ class MaskSet:
     images: np.ndarray  # (n, h, w) uint8, grey
     masks: np.ndarray  # (n, k, h, w) bool, or whole numbers 0 and 1; classes may overlap
     names: tuple  # of the k classes
-    table: pd.DataFrame  # n rows, with a column patient; numbered anew from 0
+    table: pd.DataFrame  # n rows, with a column patient; numbered again from 0
 
     def __post_init__(self):
         self.names, self.masks = tuple(self.names), np.asarray(self.masks)
@@ -444,7 +444,7 @@ def lus_home() -> Path:  # the folder, which may not exist yet
     return Path(os.environ.get('LUS_HOME') or Path.home() / '.cache' / 'lus_fastai').expanduser()
 
 
-def shipped(
+def shipped_folder(
     folder: str,  # 'data' or 'results'
 ) -> Path:  # inside an installed package, beside it in a clone
     "The folder of what ships with the package: `data` or `results`."
@@ -472,7 +472,7 @@ def _in_notebook():
 
 
 def _watched():
-    "Whether somebody looks on: a notebook or a terminal, not a file."
+    "Whether the output is seen as it is written: a notebook or a terminal, not a file."
     return _in_notebook() or sys.stderr.isatty() and sys.stdout.isatty()
 
 # %% ../nbs/core.ipynb #c043

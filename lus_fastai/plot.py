@@ -111,7 +111,7 @@ def mask_rgb(
     mask,  # integer codes, any shape; 255 means "no label" and is drawn grey
     colors: np.ndarray = None,  # (n, 3) uint8, a colour per code; default: DENSE_COLORS
 ) -> np.ndarray:  # mask.shape + (3,) uint8
-    "Paint integer codes with their colours."
+    "Integer codes as an image of their colours."
     colors = DENSE_COLORS if colors is None else colors
     table = np.full((256, 3), 128, np.uint8)
     table[: len(colors)] = colors
@@ -181,7 +181,7 @@ def _masks_height(shape, n_rows, legend_rows, titled):
 # %% ../nbs/plot.ipynb #plot-masks
 def plot_masks(
     frames,  # (n, h, w) uint8 grey; n is the number of columns, 3 to 6 look best
-    truth=None,  # (n, h, w) codes, or None when nobody knows
+    truth=None,  # (n, h, w) codes, or None if unknown
     pred=None,  # (n, h, w) codes, or None
     colors: np.ndarray = None,  # (k, 3) uint8, the last code is background; default: DENSE_COLORS
     names=DENSE,  # k names

@@ -1,4 +1,4 @@
-"""A report that is a single HTML file, and a card that says what a file of weights is
+"""A report as a single HTML file, and a card that describes a file of weights
 
 Docs: https://lus-fastai.github.io/lus_fastai/report.html.md"""
 
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DENSE, atomic_path, shipped
+from .core import DENSE, atomic_path, shipped_folder
 from .plot import INK, PAPERS, interval_text, save_figure
 from .runs import plain_json, results_table, versions, without_folders
 
@@ -33,7 +33,7 @@ def _templates():
     "The templates that ship with the package; text that goes into HTML is escaped."
     import jinja2
 
-    folder = jinja2.FileSystemLoader(shipped('data') / 'templates')
+    folder = jinja2.FileSystemLoader(shipped_folder('data') / 'templates')
     return jinja2.Environment(loader=folder, autoescape=jinja2.select_autoescape(['html']), trim_blocks=True)
 
 # %% ../nbs/report.ipynb #report
@@ -296,7 +296,7 @@ def summary(
 def limits_note(
     data: str,  # of the results: 'phantom', or a name of real data
 ) -> str:  # two sentences
-    "What no result of this package means."
+    "What no result of this package shows."
     simulated = 'The images are simulated, so nothing here says how such a network does on patients.'
     few = 'These are few patients from few sources, so nothing here says how such a network does elsewhere.'
     return f"{simulated if data == 'phantom' else few} No number is fit for a diagnosis."
@@ -484,7 +484,7 @@ def _check_card(path, **texts):
         raise ValueError(f"path: a model card is a Markdown file, named .md, not {path.name!r}")
     empty = [k for k, v in texts.items() if not isinstance(v, str) or not v.strip()]
     if empty:
-        raise ValueError(f"{empty} must be text: a card without it helps nobody")
+        raise ValueError(f"{empty} must be text: a card needs it")
 
 
 def _fence(code):

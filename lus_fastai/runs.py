@@ -32,7 +32,7 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
-from .core import shipped, write_json
+from .core import shipped_folder, write_json
 
 # %% ../nbs/runs.ipynb #short-hash
 def short_hash(
@@ -72,33 +72,33 @@ def _name(x):
     return f"{getattr(x, '__module__', '')}.{name};".encode()
 
 
-def _all(values, home, seen):
+def _all(values, module, seen):
     "The content of several values, one after the other."
-    return b''.join(_content(v, home, seen) for v in values)
+    return b''.join(_content(v, module, seen) for v in values)
 
 # %% ../nbs/runs.ipynb #fk-content
-def _content(x, home, seen):
-    "Bytes that differ when what `x` holds or does differs; what is not of the module `home` counts by name."
+def _content(x, module, seen):
+    "Bytes that differ when what `x` holds or does differs; what is of another module counts by name."
     if isinstance(x, _PLAIN):
         return f'{type(x).__name__} {x!r};'.encode()
     if isinstance(x, (tuple, list)):
-        return b'(' + _all(x, home, seen) + b')'
+        return b'(' + _all(x, module, seen) + b')'
     if isinstance(x, dict):
-        return b'{' + _all(x.items(), home, seen) + b'}'
+        return b'{' + _all(x.items(), module, seen) + b'}'
     if isinstance(x, (set, frozenset)):
-        return b'<' + b''.join(sorted(_all([v], home, seen) for v in x)) + b'>'
+        return b'<' + b''.join(sorted(_all([v], module, seen) for v in x)) + b'>'
     if isinstance(x, (np.ndarray, np.generic)) and x.dtype != object:
         return f'{x.dtype} {x.shape};'.encode() + tensor_bytes(x)
     if isinstance(x, types.ModuleType):
         return _name(x) + x.__name__.encode()
     if isinstance(x, types.CodeType):
-        return repr([getattr(x, a) for a in _PARTS]).encode() + _all(x.co_consts, home, seen)
+        return repr([getattr(x, a) for a in _PARTS]).encode() + _all(x.co_consts, module, seen)
     if id(x) in seen:
         return b'again ' + _name(x)
     seen[id(x)] = x  # kept, so that its number stays its own
     if isinstance(x, type):
-        return _class(x, home, seen)
-    return _callable(x, home, seen) or _state(x, home, seen)
+        return _class(x, module, seen)
+    return _callable(x, module, seen) or _state(x, module, seen)
 
 # %% ../nbs/runs.ipynb #fk-globals
 def _globals(code):
@@ -107,50 +107,50 @@ def _globals(code):
     return here.union(*(_globals(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
-def _used(x, home, seen):
+def _used(x, module, seen):
     "A global that a function uses: of its own module by content, else by name."
-    foreign = isinstance(x, (type, types.FunctionType)) and x.__module__ != home
-    return _name(x) if foreign else _content(x, home, seen)
+    foreign = isinstance(x, (type, types.FunctionType)) and x.__module__ != module
+    return _name(x) if foreign else _content(x, module, seen)
 
 # %% ../nbs/runs.ipynb #fk-function
 def _function(f, seen):
     "A function by its code, by what it was made with, and by the globals that it uses."
-    home = f.__module__
+    module = f.__module__
     cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
     made = [f.__code__, f.__defaults__, f.__kwdefaults__, cells, f.__dict__]
-    out = b'function' + _all(made, home, seen)
+    out = b'function' + _all(made, module, seen)
     for name in sorted(_globals(f.__code__)):
         if name in f.__globals__:
-            out += f'{name}='.encode() + _used(f.__globals__[name], home, seen)
+            out += f'{name}='.encode() + _used(f.__globals__[name], module, seen)
     return out
 
 # %% ../nbs/runs.ipynb #fk-callable
-def _callable(x, home, seen):
+def _callable(x, module, seen):
     "Content of a function, method or partial; None for anything else."
     if isinstance(x, functools.partial):
-        return b'partial' + _all([x.func, x.args, x.keywords], home, seen)
+        return b'partial' + _all([x.func, x.args, x.keywords], module, seen)
     if isinstance(x, types.MethodType):
-        return b'method' + _all([x.__func__, x.__self__], home, seen)
+        return b'method' + _all([x.__func__, x.__self__], module, seen)
     if isinstance(x, (staticmethod, classmethod)):
-        return _name(x) + _content(x.__func__, home, seen)
+        return _name(x) + _content(x.__func__, module, seen)
     if isinstance(x, property):
-        return b'property' + _all([x.fget, x.fset], home, seen)
+        return b'property' + _all([x.fget, x.fset], module, seen)
     if isinstance(x, types.FunctionType):
         return _function(x, seen)
-    return _content(x.__wrapped__, home, seen) if hasattr(x, '__wrapped__') else None
+    return _content(x.__wrapped__, module, seen) if hasattr(x, '__wrapped__') else None
 
 # %% ../nbs/runs.ipynb #fk-class
-def _class(x, home, seen):
-    "A class of the module `home` by its functions and plain values, and its bases; any other by name."
-    if x.__module__ != home:
+def _class(x, module, seen):
+    "A class of `module` by its functions and plain values, and its bases; any other by name."
+    if x.__module__ != module:
         return _name(x)
     known = (*_PLAIN, tuple, list, dict, np.ndarray, types.FunctionType, staticmethod, classmethod, property)
     mine = {k: v for k, v in vars(x).items() if isinstance(v, known)}
     mine = {k: v for k, v in mine.items() if callable(v) or not k.startswith('__')}
-    return _name(x) + _all([sorted(mine), [mine[k] for k in sorted(mine)], x.__bases__], home, seen)
+    return _name(x) + _all([sorted(mine), [mine[k] for k in sorted(mine)], x.__bases__], module, seen)
 
 # %% ../nbs/runs.ipynb #fk-state
-def _state(x, home, seen):
+def _state(x, module, seen):
     "An object as `copy` would take it apart: its class and its state."
     try:
         how = x.__reduce_ex__(2)
@@ -162,15 +162,15 @@ def _state(x, home, seen):
     if isinstance(how, str):
         return _name(x) + how.encode()
     make, args, state, *more = *how, None
-    return _name(make) + _all([type(x), args, state, [list(m) for m in more if m is not None]], home, seen)
+    return _name(make) + _all([type(x), args, state, [list(m) for m in more if m is not None]], module, seen)
 
 # %% ../nbs/runs.ipynb #function-key
 def function_key(
     f,  # function, lambda, method, functools.partial, or an object that can be called
 ) -> str:  # 40 hexadecimal digits
     "SHA-1 of what a callable does; TypeError where it holds something that cannot be compared."
-    home = getattr(f, '__module__', None) or type(f).__module__
-    return hashlib.sha1(_content(f, home, {})).hexdigest()
+    module = getattr(f, '__module__', None) or type(f).__module__
+    return hashlib.sha1(_content(f, module, {})).hexdigest()
 
 # %% ../nbs/runs.ipynb #function-name
 def function_name(
@@ -324,7 +324,7 @@ def versions() -> dict:  # name -> version, and the platform
 def device_name(
     device=None,  # torch device or its name; None is the GPU if there is one
 ) -> str:  # such as 'cuda: NVIDIA H200' or 'cpu: x86_64, 2 threads'
-    "What computed."
+    "The device that computed."
     device = torch.device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cuda':
         return f'cuda: {torch.cuda.get_device_name(device)}'
@@ -472,7 +472,7 @@ def results_json(
 # %% ../nbs/runs.ipynb #shipped-results
 def _shipped_results(name):
     "The results file of that name in the package; FileNotFoundError with the names that there are."
-    there = {f.stem: f for f in sorted(shipped('results').glob('*.json'))}
+    there = {f.stem: f for f in sorted(shipped_folder('results').glob('*.json'))}
     if name not in there:
         raise FileNotFoundError(
             f"no results named {name!r} ship with the package; there is: {', '.join(there)}"

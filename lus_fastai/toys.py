@@ -1,4 +1,4 @@
-"""What demonstrations and tests share, small enough to read at a glance
+"""Small data and a small network that demonstrations and tests share
 
 Docs: https://lus-fastai.github.io/lus_fastai/toys.html.md"""
 
@@ -135,16 +135,16 @@ def toy_predictions(
 def toy_forecasts(
     patients: int = 60,  # one clip each
     frames: int = 20,  # of each patient
-    too_sure: float = 2.0,  # factor on the right logits; 1 is calibrated
+    overconfidence: float = 2.0,  # factor on the right logits; 1 is calibrated
     seed: int = 0,  # decides everything that is drawn
 ) -> pd.DataFrame:  # a row per frame, with p_covid, p_pneumonia and p_regular
-    "Predictions that are calibrated, or too sure by a known factor; a patient's frames share half the noise."
+    "Predictions that are calibrated or overconfident by a factor; a patient's frames share half the noise."
     rng, mu = np.random.default_rng(seed), 1.4
     who, code = np.repeat(np.arange(patients), frames), np.repeat(np.arange(patients) % 3, frames)
     of_patient = 0.5**0.5 * rng.normal(size=(patients, 3))
     of_frame = 0.5**0.5 * rng.normal(size=(len(who), 3))
     x = mu * np.eye(3)[code] + of_patient[who] + of_frame  # (frames, 3)
-    p = np.exp(too_sure * mu * x)
+    p = np.exp(overconfidence * mu * x)
     p /= p.sum(1, keepdims=True)
     rows = dict(clip=[f'c{i:02d}' for i in who], frame=np.tile(np.arange(frames), patients))
     rows |= dict(patient=[f'p{i:02d}' for i in who], label=np.array(CLASSES)[code])

@@ -1,4 +1,4 @@
-"""Browse clips, ask a network where it looks, and correct a fan by hand: three small panels for the notebook
+"""Browse clips, explain a network, and correct a fan by hand: three small panels for the notebook
 
 Docs: https://lus-fastai.github.io/lus_fastai/widgets.html.md"""
 
@@ -107,9 +107,9 @@ def _opacity(value, **kw):
     return _labelled('FloatSlider', 'opacity', value, min=0, max=1, step=0.05, readout_format='.2f', **kw)
 
 
-def _grid(*parts, least):
-    "A row of controls that becomes several where there is no room; `least` is a control's width."
-    w, columns = _ipywidgets(), f'repeat(auto-fit, minmax(min(100%, {least}), 1fr))'
+def _grid(*parts, min_width):
+    "A row of controls that becomes several where there is no room; `min_width` is a control's width."
+    w, columns = _ipywidgets(), f'repeat(auto-fit, minmax(min(100%, {min_width}), 1fr))'
     return w.Box(parts, layout=w.Layout(display='grid', grid_template_columns=columns, width='100%'))
 
 # %% ../nbs/widgets.ipynb #c008
@@ -148,7 +148,7 @@ def _stack(self: _Panel, *parts):
     "The whole panel: pickers, player, the parts of its own, messages."
     w = self._w
     self.status.layout = self.caption.layout = w.Layout(margin='2px', min_height='24px')
-    pickers = _grid(self.source, self.label, self.patient, self.clip, least='300px')
+    pickers = _grid(self.source, self.label, self.patient, self.clip, min_width='300px')
     player = self._row(self.play, self.frame, self.where)
     layout = w.Layout(width='100%', max_width='880px', padding='4px', overflow='hidden')
     self.box = w.VBox((pickers, player, *parts, self.status), layout=layout)
@@ -166,7 +166,7 @@ def _ipython_display_(self: _Panel):
 @patch
 @contextlib.contextmanager
 def _quiet(self: _Panel):
-    "Controls may be set inside the block without being answered."
+    "Controls may be set inside the block without starting their callbacks."
     self._still = True
     try:
         yield
@@ -401,7 +401,7 @@ def _class_names(model, classes):
 
 # %% ../nbs/widgets.ipynb #c019
 class Explainer(_Panel):
-    "Ask a classifier where it looks: a frame beside its map, and the probabilities over the clip."
+    "Explain a classifier: a frame beside its map, and the probabilities over the clip."
 
     def __init__(
         self,
@@ -426,7 +426,7 @@ class Explainer(_Panel):
 # %% ../nbs/widgets.ipynb #layout
 @patch
 def _layout(self: Explainer):
-    "The controls, and where they stand."
+    "The controls, and where they are placed."
     w = self._w
     self.method = _labelled('Dropdown', 'method', options=list(self.methods))
     classes = [('the predicted class', -1), *((name, i) for i, name in enumerate(self.classes))]
@@ -442,13 +442,13 @@ def _layout(self: Explainer):
     half = dict(flex='1 1 260px', max_width='420px', margin='2px')
     left = w.VBox((self.image, self.verdict), layout=w.Layout(**half))
     right = w.VBox((self.map_image, self.scale), layout=w.Layout(**half))
-    controls = _grid(self.method, self.target, self.opacity, least='260px')
+    controls = _grid(self.method, self.target, self.opacity, min_width='260px')
     self._stack(controls, self._row(left, right, align_items='flex-start'), self.curve_image)
 
 # %% ../nbs/widgets.ipynb #c019-m1
 @patch
 def _read(self: Explainer, row):
-    "The frames as the model gets them, from the store or sampled anew."
+    "The frames as the model gets them, from the store or sampled again."
     if self.store is None:
         clip = sample_clip(row['path'], size=self.size)
         frames, times = clip.frames, clip.times
@@ -483,7 +483,7 @@ def _probabilities(self: Explainer):
     "Probabilities (n, classes) of the clip that is open, computed once, and their curves."
     i, frames = self.clip.value, self.shown.frames
     if i not in self._probs:
-        self._say('asking the network about every frame', 'busy')
+        self._say('computing the probabilities of every frame', 'busy')
         with frozen_eval(self.model), torch.no_grad():
             out = torch.cat([self.model(self._input(frames[k : k + 16])) for k in range(0, len(frames), 16)])
         p = _checked_logits(out, self.classes).float().softmax(1).cpu().numpy()
@@ -512,7 +512,7 @@ def _verdict_html(label, classes, p):
     shares = [f'{html.escape(c)} {x:.2f}' for c, x in zip(classes, p)]
     shares[said] = f'<b>{shares[said]}</b>'
     label, shares = html.escape(str(label)), ' · '.join(shares)
-    return f'<div style="line-height:1.5">labelled <b>{label}</b>; the network says<br>{shares}</div>'
+    return f'<div style="line-height:1.5">labelled <b>{label}</b>; the network predicts<br>{shares}</div>'
 
 
 def _scale_html(method, name, limit, heat):
@@ -529,7 +529,7 @@ def _scale_html(method, name, limit, heat):
 # %% ../nbs/widgets.ipynb #explain-draw
 @patch
 def _show_map(self: Explainer, k, target, fan):
-    "The map of a frame over it, its scale, and the share of it that lies inside the fan."
+    "The map of a frame over it, its scale, and the share of it that is inside the fan."
     frame, m = self.shown.frames[k], self._map(k, target, fan)
     key = self.clip.value, self.method.value, target
     self._limits[key] = limit = max(self._limits.get(key, 0.0), float(np.abs(m).max()))
@@ -570,7 +570,7 @@ def _draw(self: Explainer):
 # %% ../nbs/widgets.ipynb #explain-draw-3
 @patch
 def _explain(self: Explainer, s, k):
-    "Ask the model about frame `k`, and show what it says."
+    "Run the model on frame `k`, and show its prediction and its map."
     row = self.table.loc[self.clip.value]
     fan = _fan(row)
     if fan is not None:
@@ -758,7 +758,7 @@ def _look(self: FanEditor):
 
 # %% ../nbs/widgets.ipynb #c028-3-m2
 def _set_slider(slider, title, value, limits, step, form):
-    "Give a slider another meaning; its range grows where the value lies outside."
+    "Give a slider another meaning; its range grows where the value is outside."
     low, high = limits
     slider.description, slider.step, slider.readout_format = title, step, form
     slider.min, slider.max = min(low, value, slider.min), max(high, value)
@@ -805,7 +805,7 @@ def _revert(self: FanEditor, button=None):
 
 @patch
 def _find(self: FanEditor, button=None):
-    "Find the fan anew."
+    "Find the fan again."
     if self.shown:
         self._show(*self._look())
 

@@ -196,7 +196,7 @@ def derive(
     (nbs / 'notebooks.qmd').write_text(notebooks_page(root), encoding='utf-8')
     toml = root / 'pyproject.toml'
     if not toml.is_file() or toml.read_text(encoding='utf-8') != pyproject(cfg):
-        toml.write_text(pyproject(cfg), encoding='utf-8')  # make installs anew when it is touched
+        toml.write_text(pyproject(cfg), encoding='utf-8')  # make installs again when it is touched
 
 
 _link = re.compile(r'(\]\()([^)\s]+)((?:\s+"[^"]*")?\))')
@@ -317,7 +317,7 @@ def check(
                         )
     made_readme = readme(root)
     if 'data:image' in made_readme:
-        faults.append('README.md would embed a picture: save it under nbs/images and link to it')
+        faults.append('README.md would embed an image: save it under nbs/images and link to it')
     if not (root / 'README.md').is_file() or (root / 'README.md').read_text(encoding='utf-8') != made_readme:
         faults.append('README.md is not what nbs/index.ipynb gives: run `make docs`')
     return faults
@@ -354,9 +354,9 @@ def process(
         for p in (root / 'nbs').rglob('*.ipynb')
         if not any(part[0] in '._' for part in p.relative_to(root).parts)
     ):
-        nb, told = read_nb(p), io.StringIO()
+        nb, printed = read_nb(p), io.StringIO()
         try:
-            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 FilterDefaults()(nb)
             front = (
                 yaml.safe_load(nb.cells[0].source.strip().strip('-'))

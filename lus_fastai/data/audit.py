@@ -1,4 +1,4 @@
-"""What a table and a split give away: counts, shortcuts, shared patients and near-duplicate frames
+"""Leaks and shortcuts of a table and its split: counts, shortcuts, shared patients and near-duplicate frames
 
 Docs: https://lus-fastai.github.io/lus_fastai/data/audit.html.md"""
 
@@ -87,7 +87,7 @@ def near_duplicates(
 # %% ../../nbs/data/audit.ipynb #c032-1
 @dataclass
 class Audit:
-    "What a table, and a split of it, give away; parts that were not asked for are None."
+    "Leaks and shortcuts of a table and a split of it; parts that were not asked for are None."
 
     counts: pd.DataFrame  # patients, clips (and frames) by label, source and probe
     conflicts: pd.DataFrame  # patients with more than one label
@@ -102,7 +102,7 @@ class Audit:
 # %% ../../nbs/data/audit.ipynb #a032-1
 @patch
 def _duplicates_text(self: Audit):
-    "How many frames have a twin, and which frames were not compared."
+    "How many frames have a near-duplicate, and which frames were not compared."
     n = self.duplicates.attrs
     twins = f"{len(self.duplicates)} of {n['frames']} frames have a twin in another {n['side']}"
     absent = f", {n['absent']} clips are not in the store" if n['absent'] else ''
@@ -273,7 +273,7 @@ def audit(
     folds: Folds = None,  # of the table; None: the table alone
     store=None,  # a FrameStore that holds the table's frames, to look for near-duplicates
 ) -> Audit:  # its DataFrames are attributes; prints as a report
-    "Count, and look for whatever lets a model score without medicine."
+    "Count, and look for whatever predicts the label without the lung."
     check_columns(table, ('patient', 'label', 'source', 'probe'))
     t = _prepared(table, folds, store)
     clips = t.drop_duplicates('clip')

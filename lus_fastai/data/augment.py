@@ -124,7 +124,7 @@ def _exchanged(n, pairs, device):
 
 # %% ../../nbs/data/augment.ipynb #c024-1
 class MaskAugment(RandTransform):
-    "Moves image and mask together, blurs and brightens the image; drawn anew for each image of a batch."
+    "Moves image and mask together, blurs and brightens the image; drawn for each image of a batch."
 
     order = 20
 

@@ -105,7 +105,7 @@ def pixels(
 # %% ../../nbs/data/fan.ipynb #c006-p4
 @patch
 def mask(self: Fan):  # (h, w) bool
-    "Pixels whose centre lies inside."
+    "Pixels whose centre is inside."
     (h, w) = self.size
     d, b = self.coordinates(np.arange(w) + 0.5, np.arange(h)[:, None] + 0.5)
     return (d >= 0) & (d <= 1) & (b >= 0) & (b <= 1)
@@ -115,7 +115,7 @@ def mask(self: Fan):  # (h, w) bool
 def outline(
     self: Fan,
     n: int = 50,  # points along each of the four sides
-):  # (4n, 2) columns and rows, in turn around the fan; they may lie outside the image
+):  # (4n, 2) columns and rows, in turn around the fan; they may be outside the image
     "The fan's edge, for drawing."
     t, o = np.linspace(0, 1, n), np.ones(n)
     return np.stack(self.pixels(np.r_[0 * o, t, o, t[::-1]], np.r_[t, o, t[::-1], 0 * o]), 1)
@@ -123,11 +123,11 @@ def outline(
 # %% ../../nbs/data/fan.ipynb #c006-p5
 @patch
 def box(self: Fan):  # top, bottom, left, right: rows top..bottom-1 and columns left..right-1 of the image
-    "The smallest box around the mask; raises `FanError` if the fan lies outside the image."
+    "The smallest box around the mask; raises `FanError` if the fan is outside the image."
     m = self.mask()
     if not m.any():
         h, w = self.size
-        raise FanError(f"the fan lies outside its image of {w}x{h} pixels: {self}")
+        raise FanError(f"the fan is outside its image of {w}x{h} pixels: {self}")
     rows, cols = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
     return int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
 
@@ -222,35 +222,35 @@ def add_overlays(
     return np.where(ink > 0, np.maximum(frames, ink), frames), ink > 0
 
 # %% ../../nbs/data/fan.ipynb #c013-1
-def _moves(most, least):
-    "Whether the clip shows motion: without it, standing still says nothing."
-    lit = most > most.min() + 8
-    return bool(lit.any() and np.median((most - least)[lit]) > 4)
+def _moves(brightest, darkest):
+    "Whether the clip shows motion: without it, a pixel that does not change says nothing."
+    lit = brightest > brightest.min() + 8
+    return bool(lit.any() and np.median((brightest - darkest)[lit]) > 4)
 
 # %% ../../nbs/data/fan.ipynb #c013
-def _dark_around(label, n, core, least):
+def _dark_around(label, n, core, darkest):
     "Of every component: pixels in the ring around it, how many of them are dark, and its brightest level."
     from scipy import ndimage as ndi
 
-    level, owner = ndi.maximum(least, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
+    level, owner = ndi.maximum(darkest, label, np.arange(n + 1)), ndi.maximum_filter(label, 9)
     ring = (owner > 0) & ~ndi.binary_dilation(core, np.ones((3, 3)), 2)
     around = np.bincount(owner[ring], minlength=n + 1)
-    dark = np.bincount(owner[ring], least[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
+    dark = np.bincount(owner[ring], darkest[ring] < 0.65 * level[owner[ring]], minlength=n + 1)
     return around, dark, level
 
 # %% ../../nbs/data/fan.ipynb #c013-s
-def _strokes(most, least, moving, dots=False):
+def _strokes(brightest, darkest, moving, dots=False):
     "(h, w) bool: thin bright strokes (single pixels if `dots`) on dark, still if anything moves."
     from scipy import ndimage as ndi
 
-    long = max(least.shape)
-    core = ndi.white_tophat(least, size=2 * max(3, round(long / 60)) + 1) > 40
+    long = max(darkest.shape)
+    core = ndi.white_tophat(darkest, size=2 * max(3, round(long / 60)) + 1) > 40
     if moving:
-        core &= most - least <= 6
+        core &= brightest - darkest <= 6
     label, n = ndi.label(core, np.ones((3, 3)))  # connected components
     if not n:
         return core
-    around, dark, level = _dark_around(label, n, core, least)
+    around, dark, level = _dark_around(label, n, core, darkest)
     longest = np.array([0] + [max(s.stop - s.start for s in box) for box in ndi.find_objects(label)])
     good = (longest <= max(12, 0.22 * long)) & (around > 0)
     good &= (dark >= (0.85 if moving else 0.9) * around) & (level > (90 if moving else 150))
@@ -416,10 +416,10 @@ def _few_frames(frames):
     return frames
 
 # %% ../../nbs/data/fan.ipynb #c016-s
-def _strokes_in_cells(most, least, moving, f):
+def _strokes_in_cells(brightest, darkest, moving, f):
     "Which cells of f x f pixels hold strokes, looked for on a finer grid: they are a few pixels wide."
-    (h, w), k = most.shape, max(1, f // 2)
-    ink = _strokes(most[::k, ::k], least[::k, ::k], moving)
+    (h, w), k = brightest.shape, max(1, f // 2)
+    ink = _strokes(brightest[::k, ::k], darkest[::k, ::k], moving)
     ink = np.pad(np.repeat(np.repeat(ink, k, 0), k, 1), ((0, f), (0, f)))[:h, :w]
     return _blocks(ink, f) > 0
 
@@ -462,10 +462,10 @@ def find_fan(
     "Find the fan of a clip; raises `FanError` where there is none, as in frames of a single colour."
     frames = _gray(frames)
     (n, *size), frames = frames.shape, _few_frames(frames)
-    most, least, f = frames.max(0), frames.min(0), -(-max(size) // _LONG)  # f: side of a cell
-    top, change = _blocks(most, f), _blocks(most - least, f)
-    moving, found = n > 2 and _moves(most, least), None
-    ink, black = _strokes_in_cells(most, least, moving, f), float(np.quantile(top, 0.02))
+    brightest, darkest, f = frames.max(0), frames.min(0), -(-max(size) // _LONG)  # f: side of a cell
+    top, change = _blocks(brightest, f), _blocks(brightest - darkest, f)
+    moving, found = n > 2 and _moves(brightest, darkest), None
+    ink, black = _strokes_in_cells(brightest, darkest, moving, f), float(np.quantile(top, 0.02))
     for above in ((0.5,) if black == 0 else ()) + (2.5, 6, 12):
         gain = _evidence(top, change, ink, black + above, moving)
         if gain is None or not (gain > 0).any():
@@ -479,7 +479,7 @@ def find_fan(
         if fan.kind == 'convex' or (gain > 0).mean() < 0.93:
             break
     if found is None:
-        raise FanError("nothing stands out from the background")
+        raise FanError("nothing differs from the background")
     return found
 
 # %% ../../nbs/data/fan.ipynb #c022
@@ -524,7 +524,7 @@ def crop_to_fan(
     fan: Fan,  # of images of this size
     outside=0,  # value outside the fan; 6 for dense codes
 ):  # (..., box height, box width), same type; fan.cropped() is its fan
-    "Cut to the fan's box and overwrite what lies outside the fan; raises `FanError` when the sizes differ."
+    "Cut to the fan's box and overwrite what is outside the fan; raises `FanError` when the sizes differ."
     tensor = torch.is_tensor(images)
     if not tensor:
         images = np.asarray(images)
@@ -659,7 +659,7 @@ def to_polar(
     fan: Fan,  # of images of this size
     size: tuple = None,  # numbers of depths and beams; None: pixels on the longest beam and arc
     nearest: bool = False,  # take the nearest value rather than interpolate: for masks
-    outside=0,  # value of samples that lie outside the image; 6 for dense codes
+    outside=0,  # value of samples that are outside the image; 6 for dense codes
 ):  # (..., depths, beams), same type
     "Unroll the fan: a row for each depth, a column for each beam. Raises `FanError` when the sizes differ."
     _check_fits(fan, images.shape)
@@ -704,16 +704,17 @@ def find_overlays(
     from scipy import ndimage as ndi
 
     frames = _gray(frames)
-    most, least = frames.max(0), frames.min(0)
-    moving = len(frames) > 2 and _moves(most, least)
+    brightest, darkest = frames.max(0), frames.min(0)
+    moving = len(frames) > 2 and _moves(brightest, darkest)
     ink = _strokes(
-        most, least, moving, dots=moving
-    )  # a dotted line, if it stands still; in a still, a dot may be a grain of speckle
+        brightest, darkest, moving, dots=moving
+    )  # a dotted line, if it does not change; in a still, a dot may be a grain of speckle
     if fan is not None:
         _check_fits(fan, ink.shape)
         inside = fan.mask()
         label, n = ndi.label(
-            least > least[~inside].min() + 40 if not inside.all() else np.zeros_like(inside), np.ones((3, 3))
+            darkest > darkest[~inside].min() + 40 if not inside.all() else np.zeros_like(inside),
+            np.ones((3, 3)),
         )
         touching = np.unique(label[ndi.binary_dilation(inside, iterations=2)])
         ink |= (label > 0) & ~np.isin(label, touching)

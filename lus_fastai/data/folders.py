@@ -141,9 +141,9 @@ def _column(name, given, files, folder):
     values = ['' if pd.isna(v) else str(v).strip() for v in values]
     none = [f for f, v in zip(files, values) if not v]
     if none:
-        way = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
+        rule = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
         many = f"no {name} for {len(none)} of {len(files)} clips"
-        raise TableError(f"{many} below {folder} by {way}: {_named(none)}")
+        raise TableError(f"{many} below {folder} by {rule}: {_named(none)}")
     return values
 
 # %% ../../nbs/data/folders.ipynb #look
@@ -179,7 +179,7 @@ def index_folder(
     folder,  # where the clips are, at any depth
     *,
     label,  # what each clip shows, in one of the ways above
-    patient,  # whose lung it is, in one of the ways above
+    patient,  # which patient it is of, in one of the ways above
     source='unknown',  # where it was recorded: in one of these ways, or a word for all
     probe='unknown',  # in one of these ways, or a word for all, such as 'convex'
 ) -> pd.DataFrame:  # a clip table, checked, sorted by path

@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/data/loaders.html.md"""
 # %% auto #0
 __all__ = ['TensorFrame', 'TensorDense', 'TensorSparse', 'RowReader', 'as_frame', 'StoreReader', 'ReadFrame', 'ReadMask',
            'ReadLabel', 'FrameDL', 'FrameBlock', 'DenseBlock', 'LabelBlock', 'frame_dls', 'class_color', 'TensorMasks',
-           'ReadMasks', 'rows_of', 'absent_classes', 'mask_dls']
+           'ReadMasks', 'checked_rows', 'absent_classes', 'mask_dls']
 
 # %% ../../nbs/data/loaders.ipynb #c003
 import random
@@ -50,7 +50,7 @@ from lus_fastai.core import (
 )
 from .store import FrameStore, open_store, store_rows
 from ..plot import mask_rgb
-from ..video import ClipError, resized, sample_clip, to_grey
+from ..video import ClipError, resize_frame, sample_clip, to_grey
 
 # %% ../../nbs/data/loaders.ipynb #c006-1
 class TensorFrame(TensorImageBW):
@@ -261,7 +261,7 @@ class ReadFrame(StoreReader):
     def encodes(self, item: np.ndarray | torch.Tensor | str | Path | Image.Image):
         size = self.size_for(item)
         x = as_frame(item)
-        x = x if x.shape == size else np.array(resized(x, size))
+        x = x if x.shape == size else np.array(resize_frame(x, size))
         return self._finish(x[None], np.zeros(1, np.int64))[0]
 
 # %% ../../nbs/data/loaders.ipynb #rf-finish
@@ -468,7 +468,7 @@ def class_color(
 
 # %% ../../nbs/data/loaders.ipynb #mk-tint
 def _tint(on):
-    "Red, green, blue and opacity (h, w, 4) of masks (k, h, w) that lie over each other."
+    "Red, green, blue and opacity (h, w, 4) of masks (k, h, w) that overlap."
     tint, alpha = np.zeros((*on.shape[1:], 4)), 0.3
     for i in np.flatnonzero(on.any((1, 2))):
         below = tint[on[i], 3:] * (1 - alpha)  # (pixels, 1), what shines through
@@ -541,7 +541,7 @@ class ReadMasks(RowReader):
         return TensorMasks(torch.from_numpy(masks), names=self.set.names)
 
 # %% ../../nbs/data/loaders.ipynb #c029-2
-def rows_of(
+def checked_rows(
     set: MaskSet,  # whose rows
     rows,  # integers, or a bool per row
     name: str = 'rows',  # what the message calls them
@@ -568,7 +568,7 @@ def absent_classes(
     "Which classes have no pixel in which part of a set."
     there, notes = set.masks.any((2, 3)), []  # (n, k)
     for part, rows in parts.items():
-        seen = there[rows_of(set, rows, part)].any(0)  # (k,)
+        seen = there[checked_rows(set, rows, part)].any(0)  # (k,)
         absent = [repr(c) for c, is_there in zip(set.names, seen) if not is_there]
         if absent:
             notes.append(f"no pixel of {', '.join(absent)} in {part.replace('_', ' ')}")
@@ -598,7 +598,7 @@ def mask_dls(
 ) -> DataLoaders:  # batches (b, channels, h, w) and (b, k, h, w), both floats 0..1
     "DataLoaders of a `MaskSet`; a last training batch of one image is left out."
     _check_size(set)
-    train, valid = rows_of(set, train, 'train'), rows_of(set, valid, 'valid')
+    train, valid = checked_rows(set, train, 'train'), checked_rows(set, valid, 'valid')
     if notes:
         for note in absent_classes(set, the_training_images=train, the_validation_images=valid):
             warnings.warn(note, stacklevel=2)

@@ -119,7 +119,7 @@ def _pasted(row, shape, size, names):
 
 # %% ../../nbs/data/mask_sets.ipynb #c028-5
 def ccxs_set(
-    table: pd.DataFrame,  # from index('ccxs')
+    table: pd.DataFrame,  # from index_source('ccxs')
     size=128,  # pixels: a side of squares, or (height, width); at least 16
 ) -> MaskSet:  # the 13 classes of CHEST
     "Radiographs of CCXS with their masks, each pasted where it belongs."
@@ -133,7 +133,7 @@ def _salient_object(row, shape, size):
 
 
 def xpie_set(
-    table: pd.DataFrame,  # from index('xpie')
+    table: pd.DataFrame,  # from index_source('xpie')
     size=128,  # pixels: a side of squares, or (height, width); at least 16
 ) -> MaskSet:  # one class, 'object'
     "Photographs of XPIE, grey, with their salient objects."
@@ -149,7 +149,7 @@ def _all_lesions(row, shape, size):
 
 
 def busi_set(
-    table: pd.DataFrame,  # from index('busi')
+    table: pd.DataFrame,  # from index_source('busi')
     size=128,  # pixels: a side of squares, or (height, width); at least 16
 ) -> MaskSet:  # one class, 'lesion': all lesions of an image together; empty for normal ones
     "Ultrasound stills of BUSI with their lesions."
@@ -174,7 +174,7 @@ def _filled_boxes(row, shape, size):
 
 # %% ../../nbs/data/mask_sets.ipynb #c028
 def siim_set(
-    table: pd.DataFrame,  # from index('siim')
+    table: pd.DataFrame,  # from index_source('siim')
     size=128,  # pixels: a side of squares, or (height, width); at least 16
 ) -> MaskSet:  # 'typical', 'indeterminate', 'atypical'; no mask for a negative image. Table with category
     "Radiographs of SIIM-FISABIO-RSNA, their boxes filled with the category of the study."

@@ -195,7 +195,7 @@ def label_budget(
     classes=CLASSES,  # labels that count
     seed: int = 0,  # decides which
 ) -> list:  # ids of the clips that keep their label, in the table's order
-    "Choose ceil(rate * clips) labelled clips, one of each class first; smaller budgets lie in larger ones."
+    "Choose ceil(rate * clips) labelled clips, one of each class first; larger budgets include smaller ones."
     if not 0 <= rate <= 1:
         raise ValueError(f"label_rate is a share from 0 to 1, not {rate}")
     if 'clip' not in frames:
@@ -457,7 +457,7 @@ def pair_dls(
     per_epoch: int = None,  # items an epoch, drawn without replacement; default all
     classes=CLASSES,  # label names in order; other labels, and missing ones, count as no label
     label_rate: float = 1.0,  # share of the labelled clips that keep their label, see label_budget
-    augment=_AUGMENT,  # drawn anew for each view; None for none
+    augment=_AUGMENT,  # drawn again for each view; None for none
     augment2=None,  # another one for the second view
     channels: int = 1,  # 1, or 3 copies
     seed: int = 0,  # of order, draws and label budget

@@ -96,7 +96,7 @@ def _still(path, label, patient, source, probe, **more):
 # %% ../../nbs/data/readers.ipynb #c006-2
 def pocus_name(
     path: str,  # path of a POCUS file inside its folder, such as 'pocus_videos/convex/Reg_pat1Image.mpeg'
-) -> dict:  # kind, label, probe, patient; None for what the name does not tell
+) -> dict:  # kind, label, probe, patient; None for what is not in the name
     "What the folder and the name of a POCUS file say."
     parts = [p.lower() for p in PurePosixPath(path).parts]
     northumbria = re.search(r'northumbria_(\d+)_set(\d+)', parts[-1])
@@ -312,7 +312,7 @@ def _busi_patients(table, images):
     if len(cross):
         many = f'{len(cross)} image(s) in {cross.patient.nunique()} group(s) of duplicates'
         names = and_more([Path(p).name for p in cross.path])
-        remarks.append(f'{many} that stand under two classes, dropped: {names}')
+        remarks.append(f'{many} that are in two classes, dropped: {names}')
     if len(kept):
         many = f'{len(kept)} image(s) have a duplicate, or nearly one, in their class'
         remarks.append(f'{many}: {kept.patient.nunique()} group(s), each counted as one patient')
@@ -370,7 +370,7 @@ _CCXS_PATIENTS = (
 # %% ../../nbs/data/readers.ipynb #c017-1
 def ccxs_patient(
     name: str,  # name of an image, such as 'pneumococcal-pneumonia-day7.jpg'
-) -> str:  # of its patient, as far as the name tells
+) -> str:  # of its patient, as far as the name says
     "Patient of an image: its name without day, hours, view or sub-figure."
     stem = PurePosixPath(name).stem.lower()
     for whole in _CCXS_PATIENTS:
@@ -384,7 +384,7 @@ def ccxs_patient(
 def mask_paths(
     value,  # an entry of the column masks: 'class|path|left|top' joined by ';', or empty (also None or NaN)
 ) -> list:  # of (class, path, left, top)
-    "The masks of one row: what each shows, its file, and where its upper left corner lies, in pixels."
+    "The masks of one row: what each shows, its file, and its upper left corner, in pixels."
     parts = [p.rsplit('|', 3) for p in value.split(';') if p] if isinstance(value, str) else []
     return [(name, path, int(left), int(top)) for name, path, left, top in parts]
 
@@ -416,7 +416,7 @@ def _ccxs_patients(table, images):
         table['patient'] = table['patient'].replace(dict.fromkeys(rows['patient'], first))
     many = table['patient'].value_counts()
     several = f"{(many > 1).sum()} have several images, {many[many > 1].sum()} in all"
-    remark = f"patients as file names tell, images that look alike joined: {several}"
+    remark = f"patients from file names, images that look alike joined: {several}"
     return table.sort_values('path', ignore_index=True), [remark, _ccxs_classes(table)]
 
 # %% ../../nbs/data/readers.ipynb #c017
@@ -452,7 +452,7 @@ def _xpie_key(path):
 
 
 def _is_xpie_mask(path):
-    "Whether a file lies in a folder of masks."
+    "Whether a file is in a folder of masks."
     pattern = r'(^|[^a-z])(gt|gts)([^a-z]|$)|mask|truth|annot'
     return bool(re.search(pattern, str(PurePosixPath(path).parent), re.I))
 
@@ -498,7 +498,7 @@ def _chexpert_part(root, part):
 def read_chexpert(
     root: Path,  # folder of the data set
 ) -> tuple:  # clip table with the columns part, view and CHEXPERT, list of remarks
-    "The radiographs of CheXpert with their 14 observations as they stand in its sheets."
+    "The radiographs of CheXpert with their 14 observations as its sheets give them."
     parts = [p for p in ('train', 'valid') if (root / f'{p}.csv').is_file()]
     table = pd.concat([_chexpert_part(root, p) for p in parts], ignore_index=True)
     here = np.array([os.path.isfile(p) for p in table['path']], bool)
@@ -520,7 +520,7 @@ def chexpert_labels(
     table: pd.DataFrame,  # with the columns CHEXPERT: 1, 0, -1 uncertain, NaN not mentioned
     policy=UNCERTAIN_POSITIVE,  # observations present where uncertain (Merand 2021); others count as absent
 ) -> pd.DataFrame:  # the same rows and index, (n, 14) of 0 and 1
-    "CheXpert's observations without doubt."
+    "CheXpert's observations as 0 or 1, the uncertain ones by a policy."
     unknown = set(policy) - set(CHEXPERT)
     if unknown:
         names = f"policy names {sorted(unknown)}, which are no observations of CheXpert"
@@ -584,7 +584,7 @@ def _siim_sizes(root):
 
 # %% ../../nbs/data/readers.ipynb #r025
 def _siim_row(path, study, category, boxes, size):
-    "A row of the clip table for one image; `size` is (height, width), or None where the header tells."
+    "A row of the clip table for one image; `size` is (height, width), or None where the header says."
     who, *shape = _header(path) if path.suffix == '.dcm' else (None, None, None)
     height, width = size or shape
     return _still(
@@ -640,21 +640,21 @@ def read_siim(
     return _siim_table(rows, lost, unsure, odd)
 
 # %% ../../nbs/data/readers.ipynb #c030-1
-def _us4_step(frames, fps, n=3.0, least=5):
+def _us4_step(frames, fps, n=3.0, min_frames=5):
     "Frames from one sampled frame to the next: fps/n, or less where that gives too few."
-    return max(min(fps / n, frames / max(least, 1)), 1.0)
+    return max(min(fps / n, frames / max(min_frames, 1)), 1.0)
 
 # %% ../../nbs/data/readers.ipynb #c030
 def us4_rows(
     frames: int,  # frames of the clip
     fps: float,  # frames a second of the clip
     n: float = 3.0,  # frames a second to take
-    least: int = 5,  # but at least so many, as long as the clip has them
+    min_frames: int = 5,  # but at least so many, as long as the clip has them
 ) -> np.ndarray:  # (m,) int: numbers of the frames to take, increasing; the first is 0
     "The sampling rule of US-4 (Chen 2021, section 2): one frame in every fps/n, and at least some."
     if frames < 1 or not (np.isfinite(fps) and fps > 0 and np.isfinite(n) and n > 0):
         raise ValueError(f"frames, fps and n must be above 0, got {frames}, {fps} and {n}")
-    step = _us4_step(frames, fps, n, least)
+    step = _us4_step(frames, fps, n, min_frames)
     rows = np.floor(np.arange(np.ceil(frames / step)) * step + 1e-6).astype(int)
     return np.unique(rows.clip(max=frames - 1))
 
@@ -768,7 +768,7 @@ def _clust_row(root, folder, name, fps, length):
 
 # %% ../../nbs/data/readers.ipynb #r030
 def _clust_sequences(root, rates):
-    "Rows and packing jobs of all sequences; folders that are none; sequences whose frame rate is a guess."
+    "Rows and packing jobs of all sequences; folders that are none; sequences whose frame rate is not known."
     rows, jobs, odd, guessed = [], [], [], []
     for folder in _clust_folders(root):
         name, files = clust_name(folder.name), _frames_in(folder / 'Data')
@@ -803,7 +803,7 @@ def read_clust(
 
 # %% ../../nbs/data/readers.ipynb #c039
 def _butterfly_label(prefix, words):
-    "Label of a clip: its prefix says it, or else whether its topic and title speak of a normal lung."
+    "Label of a clip: its prefix says it, or else whether its topic and title name a normal lung."
     if prefix:
         return _LABELS[prefix[:3].lower()]
     return 'regular' if re.search(r'normal|\ba[- _]?lines?\b', words, re.I) else 'covid'

@@ -41,7 +41,7 @@ from lus_fastai.core import (
     write_json,
 )
 from ..runs import function_key, function_name
-from ..video import ClipError, check_sampling, decoded, rate_rule, read_frames, resized
+from ..video import ClipError, check_sampling, decode_frames, rate_rule, read_frames, resize_frame
 
 # %% ../../nbs/data/store.ipynb #masks-check
 def _check_codes(x, k, path, shape):
@@ -62,9 +62,9 @@ def read_masks(
 ) -> np.ndarray:  # (n, *size) uint8 dense codes
     "Masks of some frames of a clip; raises `ClipError` when they do not fit the clip."
     path, wanted, out = os.fspath(path), set(map(int, index)), []
-    for k, _t, x in decoded(path, lambda k, t: k in wanted, codes=True):
+    for k, _t, x in decode_frames(path, lambda k, t: k in wanted, codes=True):
         _check_codes(x, k, path, shape)
-        out.append(resized(x.astype(np.uint8), size, nearest=True))
+        out.append(resize_frame(x.astype(np.uint8), size, nearest=True))
         if len(out) == len(wanted):
             return np.stack(out)
     raise ClipError(path, f'it ends before frame {sorted(wanted)[len(out)]} of the clip')
@@ -95,7 +95,7 @@ def _key(path, mask, settings, prepared, row):
 def _prepared(x, row, size, prepare, codes):
     "Frames or masks of a clip, prepared at their own size, then resized."
     x = prepare(x, row, outside=len(DENSE) - 1 if codes else 0)
-    return np.stack([resized(frame, size, nearest=codes) for frame in x])
+    return np.stack([resize_frame(frame, size, nearest=codes) for frame in x])
 
 # %% ../../nbs/data/store.ipynb #c040-3
 def _make_part(part, path, mask, settings, prepare, row):
@@ -145,7 +145,7 @@ def _pool(workers):
 
 # %% ../../nbs/data/store.ipynb #c042-3
 def _alone(job):
-    "Make a part in a process of its own, which its clip may kill."
+    "Make a part in a process of its own, which the clip may crash."
     with _pool(1) as pool:
         try:
             return pool.submit(_make_part, *job).result()
@@ -154,7 +154,7 @@ def _alone(job):
 
 # %% ../../nbs/data/store.ipynb #pooled
 def _pooled(jobs, pool, workers, running):
-    "Yield jobs with their reasons from a pool; `running` has those that are in the air, two a worker."
+    "Yield jobs with their reasons from a pool; `running` has those in progress, two a worker."
     while jobs or running:
         while jobs and len(running) < 2 * workers:
             running[pool.submit(_make_part, *jobs[0])] = jobs[0]
@@ -278,7 +278,7 @@ def __getitem__(
 def holds(
     self: FrameStore,
     id,  # of a store: an entry of the column store
-) -> bool:  # whichever folder it lies in
+) -> bool:  # whichever folder it is in
     "Whether an id names this store's content."
     return Path(id).name == Path(self.id).name
 
@@ -361,7 +361,7 @@ def store_rows(
 def open_store(
     id,  # of a store: an entry of the column store
 ) -> FrameStore:  # the store in that folder
-    "The store that rows name; TableError where it is gone or was built anew since."
+    "The store that rows name; TableError where it is gone or was rebuilt since."
     folder = Path(id).parent
     try:
         store = FrameStore(folder)
@@ -370,7 +370,7 @@ def open_store(
     if not store.holds(id):
         raise TableError(
             f"rows are of the store {folder} before it was built again: "
-            f"take them anew from FrameStore(folder).frames"
+            f"take them again from FrameStore(folder).frames"
         )
     return store
 

@@ -1,4 +1,4 @@
-"""Images that a network makes up: what it takes for a class, and what a layer still knows of a frame
+"""Images made by a network: what raises the score of a class, and what a layer keeps of a frame
 
 Docs: https://lus-fastai.github.io/lus_fastai/explain/feature_visualization.html.md"""
 
@@ -102,7 +102,7 @@ def maximise_class(
     gray: bool = True,  # the grayscale rule; without it each channel has its own gradient
     seed: int = 0,  # of noise and jitter, which are the same for all targets
 ) -> tuple:  # (image (channels, h, w), scores (steps + 1,)), for several targets with a first axis more
-    "Make up the image that raises a class's score, as Arora 2020 intended it; the last score is its own."
+    "Find an image that raises a class's score, as Arora 2020 intended it; the last score is its own."
     if channels not in (1, 3):
         raise ValueError(f"channels is 1 or 3, not {channels}")
     if steps < 1 or jitter < 0 or blur < 0 or every < 1:
@@ -285,12 +285,12 @@ def show_inversions(
     x,  # (b, c, h, w) float images
     layers,  # names of layers, from shallow to deep
     **kwargs,  # options of invert_features
-) -> list:  # a dict per layer: layer, feature_error and pixel_error (means, relative), pictures (b, c, h, w)
-    "Draw the images that are found again from each of several layers."
+) -> list:  # a dict per layer: layer, feature_error and pixel_error (means, relative), images (b, c, h, w)
+    "Draw the images that are reconstructed from each of several layers."
     rows = []
     for layer in layers:
         found, error = invert_features(model, x, layer, **kwargs)
         pixel = float((_norms(found - x) / _norms(x).clamp_min(1e-12)).mean())
-        rows.append(dict(layer=layer, feature_error=float(error.mean()), pixel_error=pixel, pictures=found))
-    _draw_columns([x, *(r['pictures'] for r in rows)], ['frame', *(r['layer'] or 'output' for r in rows)])
+        rows.append(dict(layer=layer, feature_error=float(error.mean()), pixel_error=pixel, images=found))
+    _draw_columns([x, *(r['images'] for r in rows)], ['frame', *(r['layer'] or 'output' for r in rows)])
     return rows

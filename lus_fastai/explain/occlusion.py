@@ -23,7 +23,7 @@ from lus_fastai.explain.attribution import (
     checked_images,
     checked_logits,
     class_codes,
-    explaining,
+    explain_mode,
     grad_cam,
     integrated_gradients,
     map_rgb,
@@ -132,7 +132,7 @@ def _window_changes(model, x, score, before, spans, at, fill, bs):
 
     cache = cached_model(model, x, spans, fill, at, full)
     group = max(1, math.ceil(bs * b / max(1, len(at))))  # so many images have windows for one batch
-    with cache.climb() if cache else contextlib.nullcontext():
+    with cache.hooked() if cache else contextlib.nullcontext():
         for g in range(0, b, group):
             some = at[(at[:, 0] >= g) & (at[:, 0] < g + group)]
             if cache and len(some):
@@ -155,7 +155,7 @@ def occlusion(
     fan=None,  # bool (h, w) or (b, h, w), or a Fan: windows wholly outside are skipped
     bs: int = 64,  # covered images in one pass
 ):  # (b, h, w) float32: P(target | covered) - P(target), or the change of a target function's score
-    "What covering a window does to the probability: negative where the image speaks for it (Arora 2020)."
+    "Change of the probability when a window is covered: negative where it is evidence for it (Arora 2020)."
     x = checked_images(x).contiguous(memory_format=torch.channels_last)
     target, shape = class_codes(model, target), x.shape[-2:]
     size, stride = _window_options(*shape, size, stride, value)
@@ -163,7 +163,7 @@ def occlusion(
     spans = [_spans(n, size, stride, value) for n in shape]
     kept = _inside(_fan_mask(fan, x), spans, len(x))  # (b, rows of windows, columns of windows)
     at = torch.from_numpy(np.argwhere(kept)).to(x.device)
-    with explaining(model), torch.no_grad():
+    with explain_mode(model), torch.no_grad():
         score, before = _likelihood(model, x, target)
         changes = _window_changes(model, x, score, before, spans, at, fill, bs)
     values = np.zeros(kept.shape)

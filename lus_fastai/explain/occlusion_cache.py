@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .attribution import explaining
+from .attribution import explain_mode
 
 # %% ../../nbs/explain/occlusion_cache.ipynb #c027-1
 def _powers(n):
@@ -136,7 +136,7 @@ def _gates(model, x):
 
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-2
 class _Enough(Exception):
-    "Nothing more to learn from this pass."
+    "Raised when this pass has shown enough."
 
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-3
 def _plant(maps):
@@ -233,7 +233,7 @@ def _plan(model, x, spans):
 
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-4
 class OcclusionCache:
-    "Runs a model on covered images: its first stages (`rungs`) on crops, its wide convolutions faster."
+    "Runs a model on covered images: its first stages (`stages`) on crops, its wide convolutions faster."
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class OcclusionCache:
     ):
         self.model, self.known, self.now = model, [], None
         self.convs = [(m, _Winograd(m)) for m in _wide(model, x)]
-        self.rungs, levels = _plan(model, x, spans)
+        self.stages, levels = _plan(model, x, spans)
 
         def put(k):
             return torch.as_tensor(k, device=x.device)
@@ -281,7 +281,7 @@ def set_into(self: OcclusionCache, level, near):
 
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-15
 @patch
-def rung_hook(self: OcclusionCache, level):
+def stage_hook(self: OcclusionCache, level):
     "A forward hook that remembers a stage's map, or sets the part near the window into the known one."
 
     def look(module, args, out):
@@ -295,11 +295,11 @@ def rung_hook(self: OcclusionCache, level):
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-16
 @patch
 @contextlib.contextmanager
-def climb(self: OcclusionCache):
+def hooked(self: OcclusionCache):
     "Hooks and faster convolutions in place while the block runs."
     with contextlib.ExitStack() as hooks:
-        for k, m in enumerate(self.rungs, 1):
-            hooks.callback(m.register_forward_hook(self.rung_hook(k)).remove)
+        for k, m in enumerate(self.stages, 1):
+            hooks.callback(m.register_forward_hook(self.stage_hook(k)).remove)
         for m, fast in self.convs:
             m.forward = fast
             hooks.callback(delattr, m, 'forward')
@@ -308,7 +308,7 @@ def climb(self: OcclusionCache):
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-17
 @patch
 def remember(self: OcclusionCache, x):
-    "Keep the maps of untouched images."
+    "Keep the maps of unchanged images."
     self.now, self.known = None, [x.permute(0, 2, 3, 1).contiguous()]
     self.model(x)
 
@@ -322,7 +322,7 @@ def run(self: OcclusionCache, rows, at, fill):
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030
 def cached_model(
     model: nn.Module,  # being explained
-    x,  # (b, c, h, w) untouched images
+    x,  # (b, c, h, w) unchanged images
     spans,  # first and last+1 row, and column, of each window
     fill,  # (1, c, 1, 1) that covers
     at,  # (n, 3) image, window row and window column of each pass
@@ -348,8 +348,8 @@ def _probed(model, x, spans, fill, a):
     "An `OcclusionCache` and what it gives for the windows `a`; None and None where it would save nothing."
     with torch.enable_grad():
         cache = OcclusionCache(model, x[:1], spans)
-    if not cache.rungs and not cache.convs:
+    if not cache.stages and not cache.convs:
         return None, None
-    with cache.climb():
+    with cache.hooked():
         cache.remember(x[a[:1, 0]])
         return cache, cache.run(torch.zeros_like(a[:, 0]), (a[:, 1], a[:, 2]), fill)

@@ -240,7 +240,7 @@ def heat_in_fan(
     fans,  # bool (h, w) or (b, h, w), or a Fan, or a list of them
     positive: bool = False,  # count positive values only, not the absolute ones
 ) -> np.ndarray:  # (b,) 0..1; NaN for a map without heat
-    "Share of a map's heat that lies inside the fan."
+    "Share of a map's heat that is inside the fan."
     maps = _finite_maps(maps)
     heat = np.clip(maps, 0, None) if positive else np.abs(maps)
     inside = _fan_masks(fans, len(maps), maps.shape[1:])
@@ -435,7 +435,7 @@ def only_outside(
     fan,  # bool (h, w) or (n, h, w), or a Fan, or a list of them
     fill=0,  # value of the blanked pixels
 ):  # like frames, the inside of the fan blanked; of a store a view that reads so
-    "Cover up the patient: what is left is outside the fan."
+    "Blank the inside of the fan: only what is outside is left."
     return _keep(frames, fan, fill, False)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c036
@@ -444,7 +444,7 @@ def only_inside(
     fan,  # as for only_outside
     fill=0,  # value of the blanked pixels
 ):  # like frames, the outside of the fan blanked
-    "Cover up everything but the patient."
+    "Blank everything outside of the fan."
     return _keep(frames, fan, fill, True)
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-1
@@ -456,7 +456,7 @@ def _strided(i, o):
 def small_learner(
     dls,  # DataLoaders of one-channel frames with labels, from frame_dls
 ) -> Learner:  # of a network with some 27,000 parameters at three classes
-    "A small network that can see where things are: four strided convolutions, 4x4 cells, one linear layer."
+    "A small network that keeps positions: four strided convolutions, 4x4 cells, one linear layer."
     net = nn.Sequential(
         *(_strided(i, o) for i, o in ((1, 8), (8, 16), (16, 32), (32, 64))),
         nn.AdaptiveAvgPool2d(4),
@@ -538,7 +538,7 @@ def outside_fan_check(
     lr: float = 1e-3,  # learning rate
     seed: int = 0,  # of folds and training
 ) -> pd.DataFrame:  # a row per view: accuracy with low and high, majority, balanced_accuracy, chance, ...
-    "How well the label can be predicted by a network that sees only what is outside the fan."
+    "How well a network predicts the label from what is outside the fan."
     wrong = [s for s in sees if s not in ('outside', 'inside', 'all')]
     if wrong:
         raise ValueError(f"sees holds 'outside', 'inside' or 'all', got {wrong}")
@@ -555,13 +555,13 @@ def outside_fan_check(
     return pd.DataFrame(rows).T.rename_axis('sees').convert_dtypes()
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-7
-def _frequent(frames, column, least):
-    "A column as text, which rows have a value with at least `least` patients, and a note on the others."
+def _frequent(frames, column, min_patients):
+    "A column as text, the rows whose value has `min_patients` patients, and a note on the others."
     value = frames[column].fillna('').astype(str).str.strip()
     patients = frames.groupby(value)['patient'].nunique()
-    few = [v for v in patients.index if patients[v] < least or not v]
+    few = [v for v in patients.index if patients[v] < min_patients or not v]
     names = ', '.join(v or '(empty)' for v in few)
-    return value, ~value.isin(few), f'fewer than {least} patients: {names}' if few else ''
+    return value, ~value.isin(few), f'fewer than {min_patients} patients: {names}' if few else ''
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c039-8
 def _column_row(store, column, path, training):

@@ -1,4 +1,4 @@
-"""Networks without their classifier from torchvision and timm, ImageNet weights, and what becomes of three colours
+"""Networks without their classifier from torchvision and timm, ImageNet weights, and grey frames in networks for three colours
 
 Docs: https://lus-fastai.github.io/lus_fastai/models/backbones.html.md"""
 
@@ -235,7 +235,7 @@ def _weights_or_warning(net, name, weights):
         if weights != 'imagenet':
             raise
         warnings.warn(
-            f"ImageNet weights of {name} could not be had ({e}): it starts from scratch, "
+            f"ImageNet weights of {name} could not be loaded ({e}): it starts from scratch, "
             f"and all of it trains. Name a file with weights=...",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The U-Net of Gare 2021, and X-Unet and V-Unet of Cheng & Lam 2021, with every parameter accounted for
+"""The U-Net of Gare 2021, and X-Unet and V-Unet of Cheng & Lam 2021, with every parameter counted
 
 Docs: https://lus-fastai.github.io/lus_fastai/models/unet.html.md"""
 

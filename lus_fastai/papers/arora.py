@@ -35,7 +35,7 @@ from ..data.augment import AroraAugment
 from ..data.fan import add_fans, fan_crop, fan_masks, frame_masks
 from ..data.folds import Folds, patient_folds
 from ..data.loaders import TensorFrame, frame_dls
-from ..data.sources import index
+from ..data.sources import index_source
 from ..data.store import FrameStore, store_rows
 from ..explain.sanity_checks import outside_fan_check, predict_source
 from ..models.classifiers import covidnet
@@ -130,7 +130,7 @@ def clip_table(
     folder = data_folder(data, 'pocus', 'the real clips', folder=folder)
     if folder is None:
         return phantom_table(settings, cache)
-    table = index('pocus', folder)
+    table = index_source('pocus', folder)
     return table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
 
 # %% ../../nbs/papers/arora.ipynb #c008
@@ -281,7 +281,7 @@ def external_table(
     if data == 'phantom':
         patients = max(6, settings.patients // 3)
         return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=patients), cache)
-    return index('blues', real_data()) if (real_data() / 'blues').is_dir() else None
+    return index_source('blues', real_data()) if (real_data() / 'blues').is_dir() else None
 
 # %% ../../nbs/papers/arora.ipynb #c028
 def uncertainty(

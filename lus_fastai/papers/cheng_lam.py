@@ -25,7 +25,7 @@ from ..data.despeckling import despeckle
 from ..data.folds import Folds, patient_folds
 from ..data.loaders import mask_dls
 from ..data.mask_sets import busi_set
-from ..data.sources import index
+from ..data.sources import index_source
 from ..models.backbones import create_backbone
 from ..models.transfer import copy_encoder, copy_weights, freeze
 from ..models.unet import keras_init, vunet, xunet
@@ -145,7 +145,7 @@ def target_set(
     if data_folder(data, 'real', 'the images of BUSI', ['busi']) is None:
         whole = rib_masks(300, s.size, seed=s.seed)
     else:
-        whole = busi_set(index('busi', real_data()), s.size)
+        whole = busi_set(index_source('busi', real_data()), s.size)
     return whole[np.random.default_rng(s.seed).permutation(len(whole))[:300]]
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c010-2

@@ -26,7 +26,7 @@ from ..data.audit import nearest_frame
 from ..data.augment import GareAugment, expand_variants, gare_variant
 from ..data.folds import Folds, leaky_folds, patient_folds
 from ..data.loaders import frame_dls
-from ..data.sources import index
+from ..data.sources import index_source
 from ..data.store import FrameStore
 from ..models.classifiers import seg_to_cls
 from ..models.transfer import copy_weights
@@ -149,7 +149,7 @@ def _pocus_table(folder):
             "data='pocus' needs the real clips: set LUS_DATA to their folder, "
             "or see `lus_data pocus` for how to get them"
         )
-    table = index('pocus', folder)
+    table = index_source('pocus', folder)
     return table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
 
 # %% ../../nbs/papers/gare.ipynb #c010a

@@ -41,7 +41,7 @@ from ..data.folds import holdout, patient_shares
 from ..data.loaders import absent_classes
 from ..data.mask_sets import ccxs_set, read_mask_set, siim_set
 from ..data.readers import chexpert_labels
-from ..data.sources import index
+from ..data.sources import index_source
 from ..models.backbones import create_backbone
 from ..models.classifiers import BackboneClassifier
 from ..models.segmenters import autoencoder, segmenter
@@ -180,7 +180,7 @@ def first_images(
     def no_masks(row, shape, size):
         return np.zeros((0, *size), bool)
 
-    first = read_mask_set(index('chexpert', real_data()), settings.size, (), no_masks)
+    first = read_mask_set(index_source('chexpert', real_data()), settings.size, (), no_masks)
     return first, chexpert_labels(first.table)
 
 # %% ../../nbs/papers/merand.ipynb #c011-1
@@ -191,7 +191,7 @@ def box_images(
 ) -> tuple:  # (images with filled boxes, what is left of the target)
     "SIIM where it is, else boxes of the phantom, or of CCXS patients that leave the target."
     if _here(data, 'siim'):
-        return siim_set(index('siim', real_data()), settings.size), target
+        return siim_set(index_source('siim', real_data()), settings.size), target
     if data == 'phantom':
         return chest_box_set(_phantom(settings, settings.boxes_n, 2)), target
     given = holdout(target, settings.boxes_n, settings.seed)
@@ -203,9 +203,11 @@ def learning_parts(
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> Parts:  # four sets, no patient in two
     "The images of all steps; raises ValueError where data is neither name, or LUS_DATA is not set."
-    s, _ = settings, data_folder(data, 'real', 'the real radiographs', ['ccxs'])
+    s = settings
+    data_folder(data, 'real', 'the real radiographs', ['ccxs'])  # complains if there is none
     first, labels = first_images(data, s)
-    target = ccxs_set(index('ccxs', real_data()), s.size) if data == 'real' else _phantom(s, s.target_n, 3)
+    real = data == 'real'
+    target = ccxs_set(index_source('ccxs', real_data()), s.size) if real else _phantom(s, s.target_n, 3)
     test = holdout(target, s.test_n, s.seed)
     boxes, rest = box_images(data, s, target[~test])
     return Parts(first, np.asarray(labels, np.float32), box_targets(boxes), rest, target[test])

@@ -52,7 +52,7 @@ from ..core import MaskSet, atomic_path, progress
 from ..data.fan import Fan, common_fan, phantom_fan, to_polar
 from ..data.folds import Folds, patient_folds
 from ..data.loaders import frame_dls
-from ..data.sources import index
+from ..data.sources import index_source
 from ..explain.embeddings import features
 from ..models.backbones import create_backbone
 from ..models.unet import unet
@@ -565,7 +565,7 @@ def _phantom_clips(s):
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-4x2
 def _real_clips(s, folder, test):
     "COVID-BLUES: patients for tuning and, with test, those kept for the end."
-    table = index('blues', folder).assign(clip=lambda t: [Path(p).stem for p in t['path']])
+    table = index_source('blues', folder).assign(clip=lambda t: [Path(p).stem for p in t['path']])
     table = table.assign(part=tuning_patients(table, s.tuning, s.seed))
     fan = common_fan(table[table['part'] == 'tuning'].drop_duplicates('patient'))
     if not test:

@@ -26,7 +26,7 @@ from ..core import CLASSES, assert_disjoint, lus_home, real_data, seed_all
 from ..data.fan import add_fans, fan_masks
 from ..data.folds import Folds, patient_folds
 from ..data.loaders import frame_dls
-from ..data.sources import index
+from ..data.sources import index_source
 from ..data.store import FrameStore
 from ..explain.embeddings import features
 from ..models.backbones import create_backbone
@@ -133,7 +133,7 @@ def clip_table(
     "Labelled clips of the downstream task, and clips without label from elsewhere."
     if data_folder(data, 'real', 'the real clips', ('pocus', 'blues')) is None:
         return phantom_table(settings, cache)
-    pocus, blues = index('pocus', real_data()), index('blues', real_data())
+    pocus, blues = index_source('pocus', real_data()), index_source('blues', real_data())
     pocus = pocus[pocus.probe == 'convex']
     both = [pocus.assign(downstream=pocus.label.isin(CLASSES)), blues.assign(downstream=False)]
     return pd.concat(both, ignore_index=True)
@@ -342,7 +342,7 @@ def detect_items(
 ) -> DetectItems:  # images and objects
     "Lesions of BUSI, or B-lines and consolidations of phantom clips that no backbone was pretrained on."
     if data == 'real':
-        return busi_items(index('busi', real_data()))
+        return busi_items(index_source('busi', real_data()))
     patients, seed = 3 * settings.patients, settings.seed + 2
     folder = Path(cache or lus_home()) / 'phantom' / f'uscl-detect-{patients}x3-s{seed}'
     size = dict(clips=1, n=3, size=(96, 96))

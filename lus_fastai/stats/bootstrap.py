@@ -1,4 +1,4 @@
-"""How far a score would move had we met other patients: the patient bootstrap, in one place
+"""How far a score would move with other patients: the patient bootstrap
 
 Docs: https://lus-fastai.github.io/lus_fastai/stats/bootstrap.html.md"""
 

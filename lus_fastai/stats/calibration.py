@@ -1,4 +1,4 @@
-"""How far a probability can be believed, one number that repairs most of it, and when a network should not answer
+"""Whether probabilities are calibrated, a temperature that corrects them, and when a network should abstain
 
 Docs: https://lus-fastai.github.io/lus_fastai/stats/calibration.html.md"""
 
@@ -70,7 +70,7 @@ def reliability(
 def ece(
     preds: pd.DataFrame,  # prediction table of frames, or what vote returns
     bins: int = 10,  # number of bins of equal width over 0..1
-) -> float:  # 0 (promises kept) to 1
+) -> float:  # 0 (calibrated) to 1
     "Expected calibration error: mean distance of confidence and accuracy, weighted by the rows of a bin."
     n, conf, right = _bin_sums(preds, bins).sum(0).T
     return float(np.abs(conf - right).sum() / n.sum())
@@ -295,7 +295,7 @@ def _confidence_of(preds, by):
 
 
 def _accuracy_at(coverage, right, ends, weights):
-    "Accuracy of the surest rows, up to each coverage; `ends` are the last rows of each confidence."
+    "Accuracy of the most confident rows, up to each coverage; `ends` are the last rows of each confidence."
     n, hits = (np.r_[0, np.cumsum(w)[ends]] / weights.sum() for w in (weights, weights * right))
     return np.interp(coverage, n, hits) / coverage
 
@@ -312,7 +312,7 @@ def abstention(
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of the resampling
 ) -> tuple:  # (curve, areas): of coverage accuracy low high random, and of name value low high patients
-    "Accuracy of the surest rows at each coverage, and its mean and gain over random, with intervals."
+    "Accuracy of the most confident rows at each coverage, and its mean and gain over random, with intervals."
     sure, right, group = _hits(preds)
     sure = sure if by is None else _confidence_of(preds, by)
     order = np.argsort(-sure, kind='stable')

@@ -1,4 +1,4 @@
-"""Scores of masks that may overlap: Dice and IoU, boundaries, connected components, and why Dice and the eye disagree
+"""Scores of masks that may overlap: Dice and IoU, boundaries, connected components, and why Dice and visual impression disagree
 
 Docs: https://lus-fastai.github.io/lus_fastai/stats/segmentation.html.md"""
 
@@ -145,11 +145,11 @@ def hd95(
 def boundary_f1(
     pred,  # (n, k, h, w) masks or probabilities 0..1
     target,  # (n, k, h, w) true masks
-    within: float = 2.0,  # how far an edge pixel may lie from the other outline, in units of spacing
+    within: float = 2.0,  # how far an edge pixel may be from the other outline, in units of spacing
     spacing: tuple = (1.0, 1.0),  # height and width of a pixel
     threshold: float = 0.5,  # probabilities above it are 1
 ) -> np.ndarray:  # (n, k) 0..1; NaN where both masks are empty, 0 where one is
-    "F1 of edge pixels that lie near the other outline."
+    "F1 of edge pixels that are near the other outline."
 
     def one(a, b):
         return _boundary_f1(_distances(a, b, spacing), a, b, within)
@@ -177,7 +177,7 @@ def connected_components(
     return _each(_components, mask, against).astype(int)
 
 # %% ../../nbs/stats/segmentation.ipynb #c023-a
-_SCORES = ['dice', 'iou', 'hd95', 'boundary_f1', 'false_positive_area', 'islands', 'missed']
+_SCORES = ['dice', 'iou', 'hd95', 'boundary_f1', 'false_positive_area', 'components', 'missed']
 
 
 def _pair_scores(pred, true, spacing, within):
@@ -192,7 +192,7 @@ def _pair_scores(pred, true, spacing, within):
         hd95=_hd95(near, pred, true, spacing),
         boundary_f1=_boundary_f1(near, pred, true, within),
         false_positive_area=(p - both) / pred.size,
-        islands=_components(pred, true),
+        components=_components(pred, true),
         missed=_components(true, pred),
     )
 
@@ -308,7 +308,7 @@ def worst_cases(
     set,  # MaskSet
     prob,  # (n, k, h, w) probabilities 0..1 or masks of its images
     scores: pd.DataFrame,  # of mask_scores of these, or some of its rows (one class, one source)
-    by: str = 'dice',  # which score; of hd95, false_positive_area, islands and missed the largest are worst
+    by: str = 'dice',  # which score; of dice, iou and boundary_f1 the smallest is worst, else the largest
     n: int = 4,  # how many to draw
     threshold: float = 0.5,  # probabilities above it are 1
     axs=None,  # n matplotlib axes; new ones when None

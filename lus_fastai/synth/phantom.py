@@ -47,7 +47,7 @@ _DEVICES = {
 # %% ../../nbs/synth/phantom.ipynb #c008
 @dataclass(frozen=True)
 class Patient:
-    "A simulated patient with the machine that looks at them; `dataclasses.replace` changes one thing."
+    "A simulated patient and their machine; `dataclasses.replace` changes one thing."
 
     seed: int  # everything random in this patient's clips starts here
     label: str  # 'covid', 'pneumonia' or 'regular'
@@ -199,10 +199,10 @@ def _machine(source, probe, rng):
     return {k: float(v) for k, v in d.items()}
 
 # %% ../../nbs/synth/phantom.ipynb #c010-3
-def _natural(name, x, least=0):
-    "`x` as an int; ValueError that names the argument unless it is a whole number of at least `least`."
-    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {x!r}")
+def _natural(name, x, minimum=0):
+    "`x` as an int; ValueError that names the argument unless it is a whole number of at least `minimum`."
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {x!r}")
     return int(x)
 
 # %% ../../nbs/synth/phantom.ipynb #c010-f
@@ -297,12 +297,12 @@ def _look_up(self: BeamGrid, depth, beam):
 
 # %% ../../nbs/synth/phantom.ipynb #c015
 @patch
-def picture(
+def scan_convert(
     self: BeamGrid,
     x: np.ndarray,  # (nz, nb) samples: floats are interpolated, integers taken from the nearest sample
     outside=0,  # value outside the fan
 ) -> np.ndarray:  # size, type of x
-    "Scan conversion."
+    "Scan conversion: samples by depth and beam as an image."
     out, floats = np.full(self.size, outside, x.dtype), np.issubdtype(x.dtype, np.floating)
     out.ravel()[self._at] = self._grey @ x.ravel() if floats else x.ravel()[self._code]
     return out
@@ -474,7 +474,7 @@ class PhantomScene:
     sources: list = None  # of _BLine
     ill: np.ndarray = None  # 1 where the lung is not healthy
     edge: object = None  # _LowerEdge or None
-    organ: np.ndarray = None  # (nz, nx) echo of what lies beside the lung
+    organ: np.ndarray = None  # (nz, nx) echo of what is beside the lung
 
     def beams(self, mm):
         return self.g.beams(mm, self.p.pleura)  # a lateral length at the pleura as a number of beams
@@ -555,7 +555,7 @@ def _layers(s, rng, z):
 
 # %% ../../nbs/synth/phantom.ipynb #c026-c
 def _ringing(s, rng, z):
-    "What the probe hears of itself, below the skin."
+    "The ringing of the probe itself, below the skin."
     u = s.u
     waves = np.exp(-z / (2 * u)) * (1 + 0.8 * np.cos(2 * np.pi * z / (1.3 * u)))
     ring = waves * (1 + 0.15 * _smooth(rng, s.nx, s.beams(6)))
@@ -654,7 +654,7 @@ def _plateau(s, center, half, soft):
 
 
 def _near_middle(s, rng, share):
-    "A column that lies up to a share of the strip from its middle."
+    "A column up to a share of the strip from its middle."
     return s.nx / 2 + rng.uniform(-share, share) * s.nx
 
 
@@ -771,7 +771,7 @@ class _LowerEdge:
 
 
 def _lower_edge(s, rng):
-    "Liver or spleen beside the lung, under the diaphragm; breathing draws the lung over it like a curtain."
+    "Liver or spleen beside the lung, under the diaphragm; breathing moves the lung over it."
     side = rng.choice([-1, 1])  # drawn also where it is not seen
     if not s.has.curtain:
         return
@@ -833,7 +833,7 @@ class _ALine:
     at: np.ndarray  # depth, mm
     width: float  # mm
     amplitude: np.ndarray
-    seen: np.ndarray  # where it stands out of haze and noise
+    seen: np.ndarray  # where it is brighter than haze and noise
     phase: float  # of its echo
 
 # %% ../../nbs/synth/phantom.ipynb #c033-f
@@ -865,7 +865,7 @@ class PhantomFrame:
     # places
     aerated: np.ndarray = None  # bool: air right below the pleura
     beam: np.ndarray = None  # number of each beam
-    row: int = None  # nothing of the lung lies above this row; (rows, nb) start there
+    row: int = None  # nothing of the lung is above this row; (rows, nb) start there
     z: np.ndarray = None  # (rows, 1) depth
     below: np.ndarray = None  # (rows, nb) bool: in air
     solid_at: np.ndarray = None  # (rows, nb) bool
@@ -875,7 +875,7 @@ class PhantomFrame:
     hidden: np.ndarray = None  # bool: no contact, or beyond the edge
     # artefacts
     rays: list = None  # of _Ray
-    veil: np.ndarray = None  # how far B-lines cover what lies behind
+    veil: np.ndarray = None  # how far B-lines cover what is behind
     alines: list = None  # of _ALine
 
     def lung(self, x):
@@ -899,7 +899,7 @@ def _surfaces(s, f):
 
 
 def _rays(s, f):
-    "The B-lines in view, and how far they cover what lies behind."
+    "The B-lines in view, and how far they cover what is behind."
     f.rays, f.veil = [], np.zeros(f.nb, np.float32)
     for b in s.sources:
         x, width = b.x - f.at, np.hypot(b.half, 0.6 * s.lateral).astype(np.float32)
@@ -1152,7 +1152,7 @@ def _frames(s, rng, n):
             grey = np.float32(p.persistence) * last + np.float32(1 - p.persistence) * grey
         last = grey
         frames.append(_to_pixels(p, s.g, grey))
-        codes.append(s.g.picture(_codes(s, f), 6))
+        codes.append(s.g.scan_convert(_codes(s, f), 6))
         seen.append(_count(s, f))
     return np.stack(frames), np.stack(codes), seen
 

@@ -112,7 +112,7 @@ def _draw_body(rng):
 def _lung(body, side):
     "Outline of a lung: apex, side wall, costophrenic angle, diaphragm, inner border; side -1 is the right."
     s, low = side, body.base + (0.03 if side < 0 else 0.07) - body.lift[int(side > 0)]
-    notch = 0.17 if side > 0 else 0.06  # the heart lies in the left lung's inner border
+    notch = 0.17 if side > 0 else 0.06  # the heart is in the left lung's inner border
     points = [
         (s * 0.24, -0.74),
         (s * 0.37, -0.70),
@@ -332,7 +332,7 @@ def _nasogastric_tube(rng):
 
 
 def _tubing(rng):
-    "One or two tubes that lie across the chest from one edge to another."
+    "One or two tubes that run across the chest from one edge to another."
     parts = []
     for _ in range(rng.integers(1, 3)):
         edge = rng.choice([-1, 1]) * 1.05

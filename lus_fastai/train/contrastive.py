@@ -102,7 +102,7 @@ def nt_xent(
     z1: torch.Tensor,  # (b, d) projections of the first views, any floating type
     z2: torch.Tensor,  # (b, d) of the second views
     temperature: float = 0.5,  # above 0
-    groups: torch.Tensor = None,  # (b,) pairs of one group are no negatives of each other; -1 is nobody's
+    groups: torch.Tensor = None,  # (b,) pairs of one group are no negatives of each other; -1 has no group
 ) -> torch.Tensor:  # scalar in float32: the mean over the 2b views of this process
     "Normalised temperature-scaled cross-entropy: each view against its partner and all negatives."
     _positive(temperature)
@@ -496,7 +496,7 @@ def embed_clips(
 def measure_pairs(
     net: nn.Module,  # a ContrastiveNet
     train: PairItems,  # clips that are neighbours
-    valid: PairItems = None,  # clips that are asked; default: the training clips, each without its patient
+    valid: PairItems = None,  # clips to score; default: the training clips, each without its patient
     limit: int = 512,  # at most so many clips of each
     precision: str = 'fp32',  # see autocast_for
 ) -> dict:  # alignment and uniformity of the projections, kNN accuracy of the features

@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/detection.html.md"""
 # %% auto #0
 __all__ = ['FEW_OBJECTS', 'boxes_from_masks', 'DetectItems', 'busi_items', 'phantom_items', 'show_detections', 'flip_target',
            'DetectDL', 'detect_dls', 'chen_split', 'GreyTransform', 'TimmPyramid', 'fit_anchors', 'mask_rcnn',
-           'detection_losses', 'Detection', 'detection_ap', 'WarmSteps', 'detect_learner', 'predict_detections',
+           'detection_losses', 'Detection', 'detection_ap', 'WarmupStepLR', 'detect_learner', 'predict_detections',
            'DetectLog', 'train_detector', 'load_detections']
 
 # %% ../../nbs/train/detection.ipynb #c003
@@ -127,7 +127,7 @@ def _add_boxes(self: DetectItems, i):
 # %% ../../nbs/train/detection.ipynb #c009-2
 @patch
 def __getitem__(self: DetectItems, i):
-    "Image i as (1, h, w) float 0..1, and its target as torchvision wants it."
+    "Image i as (1, h, w) float 0..1, and its target as torchvision expects it."
     return torch.from_numpy(self.images[i])[None] / 255.0, dict(
         boxes=torch.from_numpy(self.boxes[i]),
         labels=torch.as_tensor(np.asarray(self.labels[i], np.int64)),
@@ -168,7 +168,7 @@ def _read_lesions(path, lesions):
 
 # %% ../../nbs/train/detection.ipynb #c011
 def busi_items(
-    table: pd.DataFrame,  # of index('busi', folder): lesions is the list of an image's mask files
+    table: pd.DataFrame,  # of index_source('busi', folder): lesions is the list of an image's mask files
 ) -> DetectItems:  # an unreadable image, or one with a mask of another size, is in skipped
     "Images with lesions drawn file by file: one class, benign and malignant alike (Chen 2021)."
     if 'lesions' not in table:
@@ -351,7 +351,7 @@ def chen_split(
     n: int,  # images
     test: int = 50,  # how many of them test
 ) -> tuple:  # numbers of the training images, and of the test images
-    "The split of the authors' code, which knows no patients: the last 50 of a permutation with seed 1."
+    "The split of the authors' code, which ignores patients: the last 50 of a permutation with seed 1."
     if not 0 < test < n:
         raise ValueError(f"{test} of {n} images cannot test: choose between 1 and {n - 1}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).numpy()
@@ -490,7 +490,7 @@ def _check_detector(trainable, channels, anchors):
 
 # %% ../../nbs/train/detection.ipynb #c025-8b
 def _backbone_of(backbone, channels, imagenet):
-    "The network that a name or a module stands for; ValueError for one without features at four scales."
+    "The network of a name or a module; ValueError for one without features at four scales."
     if isinstance(backbone, str):
         net = create_backbone(backbone, channels or 3, 'imagenet' if imagenet else None)
     elif imagenet:
@@ -777,7 +777,7 @@ def detection_ap(
     return _ap_table(truth, found, tuple(names), patients, n_boot, seed)
 
 # %% ../../nbs/train/detection.ipynb #c039-1
-class WarmSteps(Callback):
+class WarmupStepLR(Callback):
     "Learning rate: a linear rise within the first epoch, then times `factor` every `every` epochs."
 
     order = 60
@@ -836,7 +836,7 @@ def detect_learner(
         ValueMetric(partial(step.average_precision, level), f'{level}_AP') for level in ('box', 'mask')
     ]
     settings = dict(opt_func=opt_func, wd=wd, wd_bn_bias=True, lr=lr, moms=(0.9, 0.9, 0.9))
-    cbs = [step, WarmSteps(every), *limit, *cbs]
+    cbs = [step, WarmupStepLR(every), *limit, *cbs]
     loss = dict(loss_func=step.total, metrics=metrics)
     return Learner(dls, model, splitter=trainable_params, cbs=cbs, **loss, **settings)
 

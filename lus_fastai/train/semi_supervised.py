@@ -67,7 +67,7 @@ class SemiSup(PairMethod):
 # %% ../../nbs/train/semi_supervised.ipynb #c014-3
 @patch
 def before_fit(self: SemiSup):
-    "Start from nothing; remember the state before a learning rate search."
+    "Start from an empty state; keep the state before a learning rate search."
     PairMethod.before_fit(self)
     self.fresh, self.kept = True, self.state_dict() if hasattr(self.learn, 'lr_finder') else None
 
@@ -135,7 +135,7 @@ def _weight(weight):
 
 # %% ../../nbs/train/semi_supervised.ipynb #c014
 class PiModel(SemiSup):
-    "Both views of an item get the same answer (Laine and Aila 2017)."
+    "Both views of an item get the same prediction (Laine and Aila 2017)."
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class PiModel(SemiSup):
 # %% ../../nbs/train/semi_supervised.ipynb #c018-1
 def unbiased(
     ensemble: torch.Tensor,  # (n, n_classes) averages that started from zero
-    seen: torch.Tensor,  # (n,) answers in each
+    seen: torch.Tensor,  # (n,) predictions in each
     alpha: float,  # the share that stayed at each
 ) -> torch.Tensor:  # (n, n_classes) probabilities; zeros where nothing was seen
     "Divide an exponential moving average by 1 - alpha^seen."
@@ -158,7 +158,7 @@ def unbiased(
 
 # %% ../../nbs/train/semi_supervised.ipynb #c018
 class TemporalEnsembling(SemiSup):
-    "An item gets the answer that it got on average in earlier epochs (Laine and Aila 2017)."
+    "An item's target is its mean prediction in earlier epochs (Laine and Aila 2017)."
 
     ensemble, seen = None, None
 
@@ -166,7 +166,7 @@ class TemporalEnsembling(SemiSup):
         self,
         weight: float = 30.0,  # of the squared difference, when the ramp is over
         ramp: float = 80 / 300,  # share of the epochs until then
-        alpha: float = 0.6,  # share of the average that stays at each answer
+        alpha: float = 0.6,  # share of the average that stays at each prediction
     ):
         self.weight, self.ramp = _weight(weight), _share('ramp', ramp)
         self.alpha = _share('alpha', alpha, top=False)
@@ -181,7 +181,7 @@ class TemporalEnsembling(SemiSup):
 # %% ../../nbs/train/semi_supervised.ipynb #c018-2
 @patch
 def term(self: TemporalEnsembling, logits, ids):
-    "Disagreement with the ensemble, which then takes in these answers."
+    "Disagreement with the ensemble, which is then updated by these predictions."
     if self.ensemble is None:
         n = len(self.dls.train.dataset)
         self.ensemble = logits.new_zeros(n, logits.shape[-1], dtype=torch.float32)  # (items, classes)
@@ -216,7 +216,7 @@ def load_state_dict(self: TemporalEnsembling, state):
 # %% ../../nbs/train/semi_supervised.ipynb #c022-1
 def pseudo_labels(
     logits: torch.Tensor,  # (b, n_classes) of the weak views
-    threshold: float = 0.95,  # probability from which an answer is accepted
+    threshold: float = 0.95,  # probability from which a prediction is accepted
 ) -> tuple:  # class numbers (b,), accepted (b,) bool; without gradient
     "The most probable class, and whether it is probable enough (Sohn 2020)."
     p, label = logits.detach().float().softmax(-1).max(-1)
@@ -224,12 +224,12 @@ def pseudo_labels(
 
 # %% ../../nbs/train/semi_supervised.ipynb #c022
 class FixMatch(SemiSup):
-    "The strong view learns the class of the weak one, where that is sure (Sohn 2020)."
+    "The strong view learns the class of the weak one, where that is probable enough (Sohn 2020)."
 
     def __init__(
         self,
         weight: float = 1.0,  # of the cross-entropy with pseudo-labels
-        threshold: float = 0.95,  # probability from which an answer is accepted, above 0
+        threshold: float = 0.95,  # probability from which a prediction is accepted, above 0
     ):
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold is a probability above 0 and up to 1, not {threshold}")

@@ -247,7 +247,5 @@ def test_audit_and_data_list(tmp_path):
     from lus_fastai.synth.phantom import phantom_dataset
 
     phantom_dataset(tmp_path / 'phantom', patients=6, clips=2, n=4, size=(48, 48), workers=1)
-    told = command(tmp_path, 'lus_audit', str(tmp_path / 'phantom/clips.csv'), '--folds', '2')
-    assert told.returncode == 0 and 'Patients in more than one fold: none' in told.stdout, (
-        told.stdout + told.stderr
-    )
+    p = command(tmp_path, 'lus_audit', str(tmp_path / 'phantom/clips.csv'), '--folds', '2')
+    assert p.returncode == 0 and 'Patients in more than one fold: none' in p.stdout, p.stdout + p.stderr

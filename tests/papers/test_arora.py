@@ -64,7 +64,7 @@ def test_imagenet_weights_come_over_the_network_and_freeze_the_backbone(hub):
 def test_a_cut_download_is_refused_and_told(hub, capsys):
     hub[0].write_bytes(hub[0].read_bytes()[:100_000])
     with pytest.warns(
-        UserWarning, match='resnet18 could not be had .*starts from scratch, and all of it trains'
+        UserWarning, match='resnet18 could not be loaded .*starts from scratch, and all of it trains'
     ):
         net = covidnet('resnet18')
     assert param_count(net) == dict(trainable=RESNET['total'], frozen=0, total=RESNET['total'])

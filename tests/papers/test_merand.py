@@ -11,7 +11,7 @@ from lus_fastai.papers.merand import Variant
 from lus_fastai.runs import read_results
 from lus_fastai.train.segmentation import LossLog
 
-pytestmark = pytest.mark.filterwarnings('ignore:no pixel of')  # so few pictures lack classes
+pytestmark = pytest.mark.filterwarnings('ignore:no pixel of')  # so few images lack classes
 TINY = merand.MerandSettings(
     backbones=('test_resnet',),
     matrix=('test_resnet',),

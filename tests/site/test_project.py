@@ -79,7 +79,7 @@ def imported_from(notebook):
 def test_a_notebook_imports_only_from_notebooks_before_it(name):
     before = reading_order()[: reading_order().index(name)]
     later = imported_from(name.replace('.', '/') + '.ipynb') - set(before)
-    assert not later, f'{name} stands before {sorted(later)} in the sidebar of _quarto.yml'
+    assert not later, f'{name} comes before {sorted(later)} in the sidebar of _quarto.yml'
 
 
 @pytest.mark.parametrize('name', LIGHT)

@@ -394,13 +394,13 @@ def test_impossible_and_missing_fans(phantom_table, broken, tmp_path):
     e.kind.value = 'linear'
     assert not (tmp_path / 'c.fans.csv').exists()
     e.clip.value = 1
-    good, picture = e.fan, e.image.value
+    good, before = e.fan, e.image.value
     e.geometry['near'].value = e.geometry['near'].max
     if e.geometry['near'].max < good.far:
         e.geometry['far'].value = e.geometry['far'].min
     assert 'near &lt; far' in e.status.value and e.save.disabled
     e.revert.click()
-    assert e.fan == good and e.image.value == picture and not e.save.disabled
+    assert e.fan == good and e.image.value == before and not e.save.disabled
     Image.fromarray(np.full((64, 64), 9, np.uint8)).save(tmp_path / 'flat.png')
     row = dict(
         kind='image', label='covid', patient='p', source='s', probe='linear', path=str(tmp_path / 'flat.png')
@@ -417,14 +417,14 @@ def test_impossible_and_missing_fans(phantom_table, broken, tmp_path):
 
 def test_rounding_by_the_browser_is_no_edit(phantom_table, tmp_path):
     e = W.FanEditor(phantom_table, tmp_path / 'c.csv')
-    found, picture = e.fan, e.image.value
+    found, before = e.fan, e.image.value
     for slider in e.geometry.values():
         slider.value = round(slider.value / slider.step) * slider.step
     assert e.fan == found and 'not saved' in e.status.value and 'edited' not in e.status.value
     e.geometry['near'].value = e.geometry['near'].max
     e.geometry['far'].value = e.geometry['far'].min
     e.revert.click()
-    assert e.fan == found and e.image.value == picture
+    assert e.fan == found and e.image.value == before
 
 
 def test_unwritable_folder_is_a_message(phantom_table, tmp_path):
@@ -567,7 +567,7 @@ def drawn(img):
 
 
 def changes(page, img, act):
-    "What the picture shows after `act`, waited for until it is another than before."
+    "What the image shows after `act`, waited for until it is another than before."
     before = drawn(img)
     src = img.get_attribute('src')
     act()
@@ -577,7 +577,7 @@ def changes(page, img, act):
         timeout=PATIENCE,
     )
     after = drawn(img)
-    assert after.shape != before.shape or (after != before).any(), 'the picture is the same'
+    assert after.shape != before.shape or (after != before).any(), 'the image is the same'
     return after
 
 
@@ -632,16 +632,16 @@ def test_panels_in_a_browser(page, site):
     image.wait_for()
     # explainer: another method, another class
     panel = page.locator('.lus-explainer')
-    picture = panel.locator('img').nth(1)
-    saliency = drawn(picture)
-    cam = changes(page, picture, lambda: panel.get_by_label('method').select_option('grad-cam'))
+    shown = panel.locator('img').nth(1)
+    saliency = drawn(shown)
+    cam = changes(page, shown, lambda: panel.get_by_label('method').select_option('grad-cam'))
     panel.get_by_text('grad-cam for').wait_for()
     assert (cam != saliency).mean() > 0.05
-    changes(page, picture, lambda: panel.get_by_label('explain').select_option('covid'))
+    changes(page, shown, lambda: panel.get_by_label('explain').select_option('covid'))
     panel.get_by_label('clip').select_option(label='broken.mp4')
     panel.get_by_text('cannot be shown').wait_for()
     panel.get_by_label('clip').select_option(index=0)
-    picture.wait_for()
+    shown.wait_for()
     # fan editor: the outline moves, the file is there
     panel = page.locator('.lus-faneditor')
     panel.get_by_text('found by image analysis, not saved').wait_for()

@@ -221,7 +221,7 @@ def test_the_papers_values():
     assert scale.min() > 0.9499 and scale.max() < 1.0501 and (scale[:, 0] - scale[:, 1]).abs().max() > 0.05
     assert (
         0.8 < g.theta[:, 1, 0].abs().max() / (np.deg2rad(0.15 + 0.05) / 2) < 1.05
-    )  # turned and sheared, on a picture twice as high as wide
+    )  # turned and sheared, on an image twice as high as wide
     m = MerandAugment()
     assert (m.flip, tuple(m.swap), m.shift, m.zoom) == (0.5, ((0, 1),), 0, 0) and m.turn > 0 and m.blur > 0
     assert ChengAugment(turn=8, blur=1).turn == 8 and '0x' not in repr([ChengAugment(), MerandAugment()])

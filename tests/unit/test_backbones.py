@@ -24,7 +24,7 @@ LITE = (0.5,) * 3, (0.5,) * 3
 
 @pytest.fixture
 def imagenet(monkeypatch):
-    "Random numbers stand for ImageNet's weights; the scaling is chosen."
+    "Random numbers in place of ImageNet's weights; the scaling is chosen."
 
     def put(scaling):
         def weights(name, names):

@@ -21,7 +21,7 @@ from lus_fastai.toys import toy_forecasts
 COLS = ['p_' + c for c in CLASSES]
 
 
-table = partial(toy_forecasts, patients=12, frames=8, too_sure=1.0)
+table = partial(toy_forecasts, patients=12, frames=8, overconfidence=1.0)
 
 
 def codes(t):
@@ -50,7 +50,7 @@ def test_bins_are_the_loop(bins):
 
 
 def test_one_bin_is_the_distance_of_the_means():
-    t = table(too_sure=3.0)
+    t = table(overconfidence=3.0)
     assert np.isclose(C.ece(t, 1), abs(t[COLS].max(axis=1).mean() - (M.predicted(t) == t.label).mean()))
 
 
@@ -103,7 +103,7 @@ def test_scores_against_scikit_learn_and_a_loop():
 
 
 def test_votes_and_row_order():
-    t = table(too_sure=2.0)
+    t = table(overconfidence=2.0)
     assert (
         C.ece(M.vote(t, 'patient')) >= 0
         and C.reliability(M.vote(t, 'clip'), n_boot=5).n.sum() == t['clip'].nunique()
@@ -153,7 +153,7 @@ def test_no_temperature_is_better(z, y):
 def test_fit_is_what_scipy_finds():
     from scipy.optimize import minimize_scalar
 
-    t = table(patients=30, too_sure=2.5)
+    t = table(patients=30, overconfidence=2.5)
     z, y = np.log(t[COLS].to_numpy()), codes(t)
     found = minimize_scalar(lambda log_t: nll(z, y, float(np.exp(log_t))), bracket=(-1, 1), tol=1e-10)
     assert np.isclose(C.fit_temperature(z, y), np.exp(found.x), rtol=1e-5)
@@ -205,7 +205,7 @@ def test_bad_logits_and_labels_are_named(z, y, words):
 
 
 def test_each_fold_has_the_temperature_of_the_others():
-    t = table(patients=24, too_sure=2.0)
+    t = table(patients=24, overconfidence=2.0)
     out, temps = C.calibrate(t)
     assert (
         list(temps.index) == [0, 1, 2]
@@ -222,7 +222,7 @@ def test_each_fold_has_the_temperature_of_the_others():
 
 
 def test_labels_of_a_fold_never_reach_its_own_probabilities():
-    t = table(patients=24, too_sure=2.0)
+    t = table(patients=24, overconfidence=2.0)
     for k in range(3):
         held = t.fold == k
         other = t.assign(label=t.label.where(~held, 'covid'))
@@ -235,7 +235,7 @@ def test_labels_of_a_fold_never_reach_its_own_probabilities():
 
 
 def test_calibration_mends_on_new_patients():
-    t = table(patients=150, too_sure=2.5)
+    t = table(patients=150, overconfidence=2.5)
     out, temps = C.calibrate(t)
     before, after = (C.calibration_scores(x, n_boot=10).set_index('metric').value for x in (t, out))
     assert (
@@ -248,7 +248,7 @@ def test_calibration_mends_on_new_patients():
 
 
 def test_calibrate_leaves_its_table_alone_and_takes_votes_and_odd_folds():
-    t = table(too_sure=2.0)
+    t = table(overconfidence=2.0)
     was = t.copy()
     C.calibrate(t)
     pd.testing.assert_frame_equal(t, was)

@@ -1,4 +1,4 @@
-"Speckle filters: against PyWavelets and scikit-image, and on pictures that no filter may harm."
+"Speckle filters: against PyWavelets and scikit-image, and on images that no filter may harm."
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def frames():
 
 
 def by_loop(x, rule, levels):
-    "One picture (h, w) float64, by PyWavelets, with everything spelled out."
+    "One image (h, w) float64, by PyWavelets, with everything spelled out."
     coeffs = pywt.wavedec2(np.log1p(x), 'db4', 'symmetric', levels)
     size = np.sort(abs(coeffs[-1][2]).ravel())
     size = size[size > 1e-6]
@@ -93,7 +93,7 @@ def test_what_goes_in_comes_out(frames, method):
     for i in range(3):
         assert np.array_equal(
             despeckle(frames[i], method), many[i]
-        )  # a picture does not depend on its neighbours
+        )  # an image does not depend on its neighbours
     floats = despeckle((frames / 255).astype(np.float32), method)
     assert (
         floats.dtype == np.float32

@@ -20,7 +20,7 @@ from lus_fastai.train.detection import (
     FEW_OBJECTS,
     DetectItems,
     DetectLog,
-    WarmSteps,
+    WarmupStepLR,
     _coco,
     boxes_from_masks,
     busi_items,
@@ -71,7 +71,7 @@ def made(n=6, size=48, empty=(), seed=0):
     )
 
 
-def picture(boxes, scores=None, size=40, labels=None):
+def one_image(boxes, scores=None, size=40, labels=None):
     masks = np.zeros((len(boxes), size, size), bool)
     for m, (x0, y0, x1, y1) in zip(masks, boxes):
         m[y0:y1, x0:x1] = True
@@ -161,7 +161,7 @@ def test_busi_items_from_files(tmp_path):
     a, b, black = np.zeros((3, 20, 30), np.uint8)
     a[2:6, 3:9] = 255
     b[10:15, 20:25] = 255
-    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    (tmp_path / 'broken.png').write_bytes(b'no image')
     rows = [
         ('one.png', [write('a.png', a), write('b.png', b)]),
         ('two.png', [write('black.png', black)]),
@@ -317,21 +317,21 @@ def test_bad_arguments(args, says):
 
 
 def test_ap_by_hand():
-    truth = [picture([(0, 0, 10, 10), (20, 20, 30, 30)])]
+    truth = [one_image([(0, 0, 10, 10), (20, 20, 30, 30)])]
     for scores, precision in (([0.9, 0.4], 1.0), ([0.4, 0.9], 0.5)):
-        ap = detection_ap(truth, [picture([(1, 0, 11, 10), (0, 25, 10, 35)], scores)], n_boot=0)
+        ap = detection_ap(truth, [one_image([(1, 0, 11, 10), (0, 25, 10, 35)], scores)], n_boot=0)
         for level in ('box', 'mask'):
             np.testing.assert_allclose(
                 [value(ap, level, m) for m in ('AP', 'AP50', 'AP75')],
                 np.array([0.7, 1, 1]) * precision * 51 / 101,
                 atol=1e-12,
             )
-    perfect, none = picture([(0, 0, 10, 10), (20, 20, 30, 30)], [0.3, 0.2]), picture([], [])
+    perfect, none = one_image([(0, 0, 10, 10), (20, 20, 30, 30)], [0.3, 0.2]), one_image([], [])
     assert (
         np.allclose(detection_ap(truth, [perfect], n_boot=0)['value'], 1)
         and (detection_ap(truth, [none], n_boot=0)['value'] == 0).all()
     )
-    assert detection_ap([picture([])], [perfect], n_boot=0)['value'].isna().all()
+    assert detection_ap([one_image([])], [perfect], n_boot=0)['value'].isna().all()
 
 
 def direct(truth, found, iou):
@@ -386,12 +386,12 @@ def random_pictures(seed, n=12):
         at = rng.integers(0, 25, (k, 2))
         wh = rng.integers(5, 14, (k, 2))
         boxes = np.concatenate([at, at + wh], 1)
-        truth.append(picture(boxes.tolist(), labels=rng.integers(1, 3, k)))
+        truth.append(one_image(boxes.tolist(), labels=rng.integers(1, 3, k)))
         near = np.clip(boxes[rng.random(k) < 0.8] + rng.integers(-2, 3, (1, 4)), 0, 40)
         noise = rng.integers(0, 25, (2, 2))
         noise = np.concatenate([noise, noise + 8], 1)
         both = [b for b in [*near.tolist(), *noise.tolist()] if b[2] > b[0] and b[3] > b[1]]
-        found.append(picture(both, rng.random(len(both)).round(1), labels=rng.integers(1, 3, len(both))))
+        found.append(one_image(both, rng.random(len(both)).round(1), labels=rng.integers(1, 3, len(both))))
     return truth, found
 
 
@@ -420,7 +420,7 @@ def test_interval_resamples_patients():
     )
     draws = np.random.default_rng(0).multinomial(
         4, [0.25] * 4, size=3
-    )  # one draw, taken literally: pictures repeated
+    )  # one draw, taken literally: images repeated
     from lus_fastai.train.detection import _matches, _weighted_ap
 
     truth, found = (
@@ -442,10 +442,10 @@ def test_interval_resamples_patients():
 
 
 def test_what_average_precision_refuses():
-    a = picture([(0, 0, 5, 5)], [0.5])
+    a = one_image([(0, 0, 5, 5)], [0.5])
     for args, says in (
         (([a], []), '1 targets and findings of 0'),
-        (([a], [picture([(0, 0, 5, 5)])]), 'need scores'),
+        (([a], [one_image([(0, 0, 5, 5)])]), 'need scores'),
         (([a], [a], ('x',), ['p', 'q']), '2 patients for 1'),
         (([a], [dict(a, labels=np.array([]))]), '1 boxes, 0 labels'),
     ):
@@ -516,7 +516,7 @@ def test_it_learns_and_a_picture_without_lesion_takes_part():
 
 @pytest.mark.slow
 def test_it_finds_discs_and_bars_in_pictures_it_has_not_seen(tmp_path):
-    rng, (y, x), pictures = np.random.default_rng(0), np.mgrid[:96, :96], []
+    rng, (y, x), drawn = np.random.default_rng(0), np.mgrid[:96, :96], []
     for _ in range(60):
         image, masks, labels = rng.normal(60, 15, (96, 96)), [], []
         for _ in range(rng.integers(1, 3)):
@@ -530,10 +530,10 @@ def test_it_finds_discs_and_bars_in_pictures_it_has_not_seen(tmp_path):
                 image[m] = rng.normal(190, 15, m.sum())
                 masks.append(m)
                 labels.append(label)
-        pictures.append((image.clip(0, 255).astype(np.uint8), np.stack(masks), labels))
+        drawn.append((image.clip(0, 255).astype(np.uint8), np.stack(masks), labels))
     items = DetectItems(
         pd.DataFrame(dict(label='shapes', patient=[str(i) for i in range(60)])),
-        *map(list, zip(*pictures)),
+        *map(list, zip(*drawn)),
         ('disc', 'bar'),
     )
     ap = train_detector(
@@ -579,7 +579,7 @@ def test_the_optimiser_is_torchs_sgd_and_the_rate_warms_and_steps():
         DataLoaders(DataLoader(data, bs=2, num_workers=0), DataLoader(data, bs=2, num_workers=0)),
         torch.nn.Linear(2, 1),
         torch.nn.functional.mse_loss,
-        cbs=[WarmSteps(2), Rates()],
+        cbs=[WarmupStepLR(2), Rates()],
     )
     quiet(small).fit(5, 0.005)
     np.testing.assert_allclose(rates, [5e-6] + [0.005] * 3 + [0.0005] * 4 + [5e-5] * 2)

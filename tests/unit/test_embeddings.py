@@ -19,7 +19,7 @@ from lus_fastai.explain.embeddings import (
     _cells,
     features,
     pca_map,
-    place,
+    place_points,
     plot_embedding,
     plot_purity,
     plot_thumbnails,
@@ -326,7 +326,7 @@ def test_damaged_cache_is_made_again(phantom_store, tmp_path, damage):
 
 @pytest.mark.slow
 def test_a_process_killed_while_it_saves_leaves_the_old_file_or_none(phantom_store, tmp_path):
-    "Half of the archive is written when the process is killed: it is not used, the next call makes it anew."
+    "Half of the archive is written when the process is killed: it is not used, the next call makes it again."
     code = f"""
 import os, sys, numpy as np
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -466,15 +466,15 @@ def test_placing_is_repeatable_separate_and_right(clouds, cloud_map):
     x, which = clouds
     new = x[:12] + np.random.default_rng(2).normal(size=(12, 16)) * 0.1
     points = cloud_map.points.copy()
-    at = place(cloud_map, new)
-    assert np.array_equal(cloud_map.points, points) and np.array_equal(place(cloud_map, new), at)
+    at = place_points(cloud_map, new)
+    assert np.array_equal(cloud_map.points, points) and np.array_equal(place_points(cloud_map, new), at)
     np.testing.assert_allclose(
-        np.concatenate([place(cloud_map, new[i : i + 1]) for i in range(3)]), at[:3], atol=1e-6
+        np.concatenate([place_points(cloud_map, new[i : i + 1]) for i in range(3)]), at[:3], atol=1e-6
     )
     nearest = which[((at[:, None] - points) ** 2).sum(-1).argmin(1)]
     assert np.array_equal(nearest, which[:12])
     assert (
-        np.median(np.linalg.norm(place(cloud_map, x) - points, axis=1)) < np.ptp(points) / 50
+        np.median(np.linalg.norm(place_points(cloud_map, x) - points, axis=1)) < np.ptp(points) / 50
     )  # in the map's own frame of reference
 
 
@@ -483,7 +483,7 @@ def test_pca_is_scikit_learns(clouds):
     m = pca_map(x)
     u, s, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
     np.testing.assert_allclose(np.abs(m.points), np.abs(u[:, :2] * s[:2]), atol=1e-8)
-    np.testing.assert_allclose(place(m, x[:5]), m.points[:5], atol=1e-8)
+    np.testing.assert_allclose(place_points(m, x[:5]), m.points[:5], atol=1e-8)
     np.testing.assert_allclose(m.fitted.explained_variance_ratio_, s[:2] ** 2 / (s**2).sum())
 
 
@@ -493,7 +493,7 @@ def test_too_few_points(n, perplexity, most):
     with pytest.raises(ValueError, match=f'{n} points are too few .* at most {most}$'):
         tsne_map(x, perplexity)
     assert np.isfinite(tsne_map(x, most).points).all()  # and the number that is named works
-    assert np.isfinite(place(tsne_map(x, most), x[:2])).all()
+    assert np.isfinite(place_points(tsne_map(x, most), x[:2])).all()
 
 
 def test_bad_points():
@@ -503,7 +503,7 @@ def test_bad_points():
     for f in (
         lambda x: tsne_map(x, 5),
         pca_map,
-        lambda x: place(pca_map(np.eye(3)), x),
+        lambda x: place_points(pca_map(np.eye(3)), x),
         lambda x: purity(x, pd.DataFrame(dict(patient=range(40))), by='patient'),
     ):
         with pytest.raises(ValueError, match=r'row\(s\) 3, 8'):
@@ -517,7 +517,7 @@ def test_bad_points():
     with pytest.raises(ValueError, match='above 0'):
         tsne_map(x, 0)
     with pytest.raises(ValueError, match='made of 3'):
-        place(pca_map(x), x[:, :2])
+        place_points(pca_map(x), x[:, :2])
     for shape in ((40,), (40, 1), (4, 3, 2)):
         with pytest.raises(ValueError, match=r'\(N, d\)'):
             tsne_map(np.zeros(shape), 5)
@@ -528,7 +528,7 @@ def test_many_equal_points_are_mapped():
     assert np.isfinite(tsne_map(x, 10).points).all()
 
 
-# pictures
+# figures
 
 
 def test_scatter_has_a_panel_and_a_colour_for_each(clouds):

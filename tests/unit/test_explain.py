@@ -512,18 +512,18 @@ def both_ways(m, x, spans):
         torch.tensor(0.185).reshape(1, 1, 1, 1),
         torch.tensor([[0, i, j] for i in range(len(spans[0])) for j in range(len(spans[1]))]),
     )
-    with E.explaining(m), torch.no_grad():
+    with E.explain_mode(m), torch.no_grad():
         with torch.enable_grad():
             cache = C.OcclusionCache(m, x, spans)
         full = m(
             O._covered(x, at[:, 0], *(torch.from_numpy(s)[at[:, k]] for k, s in enumerate(spans, 1)), fill)
         )
-        with cache.climb():
+        with cache.hooked():
             cache.remember(x)
             return (
-                cache.run(at[:, 0], (at[:, 1], at[:, 2]), fill) if cache.rungs else full,
+                cache.run(at[:, 0], (at[:, 1], at[:, 2]), fill) if cache.stages else full,
                 full,
-                len(cache.rungs),
+                len(cache.stages),
             )
 
 
@@ -549,7 +549,7 @@ def test_crops_are_exact(h, w, size, value, layers):
         )
         c = 4
     m = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    fast, full, rungs = both_ways(
+    fast, full, stages = both_ways(
         m, torch.rand(1, 1, h, w), [O._spans(n, size, max(1, size - 1), value) for n in (h, w)]
     )
     assert torch.allclose(fast, full, atol=1e-6)
@@ -561,16 +561,16 @@ def test_crops_are_used_and_never_forced(net):
     def spans(n):
         return [O._spans(n, 12, 6, 'mean')] * 2
 
-    fast, full, rungs = both_ways(net, torch.rand(1, 3, 96, 96), spans(96))
-    assert rungs >= 3 and torch.allclose(fast, full, rtol=0, atol=1e-6) and full.std(0).max() > 3e-4
+    fast, full, stages = both_ways(net, torch.rand(1, 3, 96, 96), spans(96))
+    assert stages >= 3 and torch.allclose(fast, full, rtol=0, atol=1e-6) and full.std(0).max() > 3e-4
     import timm
 
-    fast, full, rungs = both_ways(
+    fast, full, stages = both_ways(
         timm.create_model('resnet10t', num_classes=3),
         torch.rand(1, 3, 128, 96),
         [O._spans(n, 12, 12, 'mean') for n in (128, 96)],
     )
-    assert rungs >= 3 and torch.allclose(fast, full, atol=1e-5)
+    assert stages >= 3 and torch.allclose(fast, full, atol=1e-5)
     for m in (
         unet(3, width=2),
         seg_to_cls(unet(3, width=2)),

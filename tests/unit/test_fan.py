@@ -222,7 +222,7 @@ def test_crop_of_tensors_and_stacks():
         torch.equal(crop_to_fan(x, fan), x[:, :, 2:12, 5:25])
         and (crop_to_fan(x.numpy(), fan) == x[:, :, 2:12, 5:25].numpy()).all()
     )
-    with pytest.raises(FanError, match='lies outside its image'):
+    with pytest.raises(FanError, match='is outside its image'):
         Fan('linear', (20, 30), 40, 50, 5, 25).box()
 
 

@@ -209,7 +209,7 @@ def test_panels():
     out = show_class_images(net(1), (16, 16), 'abc', channels=1, steps=3, clamp=None)
     assert set(out) == {True} and len(plt.gcf().axes) == 3
     rows = show_inversions(net(), torch.rand(2, 3, 16, 16), ['0', '6', ''], steps=3)
-    assert [r['layer'] for r in rows] == ['0', '6', ''] and rows[0]['pictures'].shape == (2, 3, 16, 16)
+    assert [r['layer'] for r in rows] == ['0', '6', ''] and rows[0]['images'].shape == (2, 3, 16, 16)
     plt.close('all')
 
 

@@ -94,8 +94,8 @@ def test_rows_are_read_from_their_own_store(twins):
     mixed = pd.concat([b.frames[4:5], a.frames[:1], b.frames[:1]])
     x, y = dls.test_dl(mixed, with_labels=True).one_batch()
     assert (255 * x[:, 0, 0, 0]).round().tolist() == [150, 10, 110] and y[:, 0, 0].tolist() == [4, 0, 0]
-    by_hand = b.frames[:3].drop(columns='store')  # without the column, rows count in the own store
-    assert first(dls.test_dl(by_hand)) == [10, 20, 30]
+    by_row = b.frames[:3].drop(columns='store')  # without the column, rows count in the own store
+    assert first(dls.test_dl(by_row)) == [10, 20, 30]
     assert first(dls.test_dl(b.frames[1:2].iloc[[0]])) == [120]
 
 

@@ -138,7 +138,7 @@ def test_scan_conversion_agrees_with_a_direct_look_up(probe):
     p = plain(probe=probe)
     g = BeamGrid(p, (100, 120))
     ramp = np.broadcast_to(g.z[:, None], (g.nz, g.nb)).copy()
-    depth = g.picture(ramp)
+    depth = g.scan_convert(ramp)
     i, j = np.array([70, 50, 90]), np.array([60, 40, 75])
     if probe == 'linear':
         expect = (i + 0.5) * p.depth / 100
@@ -146,7 +146,7 @@ def test_scan_conversion_agrees_with_a_direct_look_up(probe):
         mm = p.depth / 100  # crop=1: row 0 touches the middle of the probe
         expect = np.hypot((j + 0.5 - 60) * mm, p.radius + (i + 0.5) * mm) - p.radius
     assert np.allclose(depth[i, j], expect, atol=g.dz)
-    assert set(np.unique(g.picture((ramp > 30).astype(np.uint8), 7))) <= {0, 1, 7}
+    assert set(np.unique(g.scan_convert((ramp > 30).astype(np.uint8), 7))) <= {0, 1, 7}
 
 
 def bright_row(frames, columns, low, high):

@@ -302,9 +302,9 @@ def test_outside_and_source(phantom_store, tmp_path):
     outside_fan_check(phantom_store, ~fan, **{**options, 'sees': ('outside',)})
     assert len(built) == 16  # other fans are another run
     few = phantom_store.frames.groupby('source')['patient'].nunique()
-    told = predict_source(phantom_store, ['label', 'source'], path=tmp_path / 'b', epochs=1, folds=2)
-    assert told.loc['label', 'left_out'] == '' and all(
-        s in told.loc['source', 'left_out'] for s in few.index[few < 2]
+    found = predict_source(phantom_store, ['label', 'source'], path=tmp_path / 'b', epochs=1, folds=2)
+    assert found.loc['label', 'left_out'] == '' and all(
+        s in found.loc['source', 'left_out'] for s in few.index[few < 2]
     )
 
 

@@ -87,7 +87,7 @@ def test_pixels_by_counting(pair):
         hd95=hd95,
         boundary_f1=boundary_f1,
         false_positive_area=false_positive_area,
-        islands=connected_components,
+        components=connected_components,
     ).items():
         assert np.allclose(table[name], score(p, t)[0], equal_nan=True), name
     assert np.array_equal(table['missed'], connected_components(t, p)[0])
@@ -95,7 +95,7 @@ def test_pixels_by_counting(pair):
 
 @settings(max_examples=40, deadline=None)
 @given(arrays(bool, (1, 1, 8, 8)), arrays(bool, (1, 1, 8, 8)))
-def test_islands_by_flooding(m, other):
+def test_components_by_flooding(m, other):
     left, found = {*map(tuple, np.argwhere(m[0, 0]))}, []
     while left:
         todo, island = [left.pop()], []
@@ -123,7 +123,7 @@ def test_empty_and_full_in_every_score():
     ):
         row = mask_scores(p, t, pd.DataFrame({'patient': ['x']}), ['a'])
         got = row[
-            ['dice', 'iou', 'hd95', 'boundary_f1', 'false_positive_area', 'islands', 'missed']
+            ['dice', 'iou', 'hd95', 'boundary_f1', 'false_positive_area', 'components', 'missed']
         ].to_numpy(float)[0]
         assert np.allclose(got, want, equal_nan=True), (p.all(), t.all(), got)
         n = 2 * (p & t).sum()
@@ -265,7 +265,7 @@ def test_summary_is_that_of_metrics(scores):
             value.loc['pixel', c, 'iou'][['value', 'low', 'high']].astype(float), [v, low, high]
         )
         assert np.isclose(value.loc['image', c, 'dice']['value'], rows['dice'].mean()) and np.isclose(
-            value.loc['image', c, 'islands']['value'], rows['islands'].mean()
+            value.loc['image', c, 'components']['value'], rows['components'].mean()
         )
     assert value.loc['pixel', 'three', 'iou']['value'] == 0 and value.loc['image', 'three', 'hd95']['n'] == 0
     for level, metric in (

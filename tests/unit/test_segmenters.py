@@ -13,7 +13,7 @@ from torch import nn
 from lus_fastai.core import frozen_eval, seed_all
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.models.classifiers import BackboneClassifier
-from lus_fastai.models.segmenters import LoneBatchNorm, autoencoder, segmenter
+from lus_fastai.models.segmenters import SingleValueBatchNorm, autoencoder, segmenter
 from lus_fastai.models.transfer import (
     GradualUnfreeze,
     copy_decoder,
@@ -213,7 +213,7 @@ def test_same_seed_same_network_and_every_loss_trains_it(name):
 def test_deeplab_trains_on_a_batch_of_one(backbone):
     net = segmenter('deeplabv3', backbone, 2, 1).train()
     net(torch.rand(1, 1, 48, 48)).sum().backward()
-    lone = next(m for m in net.modules() if isinstance(m, LoneBatchNorm))
+    lone = next(m for m in net.modules() if isinstance(m, SingleValueBatchNorm))
     assert lone.num_batches_tracked == 0 and lone.running_mean.abs().sum() == 0  # one value has no statistics
     net(torch.rand(2, 1, 48, 48))
     assert lone.num_batches_tracked == 1

@@ -20,9 +20,17 @@ import pytest
 from lus_fastai import core
 from lus_fastai.core import CLIP_COLUMNS, TableError
 from lus_fastai.data import fetching
-from lus_fastai.data.fetching import FetchError, extract
+from lus_fastai.data.fetching import FetchError, extract_archive
 from lus_fastai.data.readers import blues_name, pocus_name
-from lus_fastai.data.sources import SOURCES, Source, fetch, index, manifest, sources_table, verify
+from lus_fastai.data.sources import (
+    SOURCES,
+    Source,
+    fetch_source,
+    index_source,
+    manifest,
+    sources_table,
+    verify_source,
+)
 
 CONTENT = {
     'clips/a.mp4': os.urandom(300_000),
@@ -108,7 +116,7 @@ def mine(tmp_path, monkeypatch, server):
             'Made up',
             'any',
             'nobody',
-            dict(home='http://h', raw=server.url, archive='http://h/all.zip'),
+            dict(homepage='http://h', raw=server.url, archive='http://h/all.zip'),
             ('clips',),
             'clips/*.mp4',
             None,
@@ -126,17 +134,17 @@ def whole(folder):
 
 
 def test_fetch_everything_then_nothing(mine, server, capsys):
-    assert fetch('mine', mine) == mine and whole(mine) == CONTENT
+    assert fetch_source('mine', mine) == mine and whole(mine) == CONTENT
     n = len(server.log)
-    fetch('mine', mine)
+    fetch_source('mine', mine)
     assert len(server.log) == n and '0 file(s) fetched' in capsys.readouterr().out
-    assert set(verify('mine', mine)) == {'right'}
+    assert set(verify_source('mine', mine)) == {'right'}
 
 
 @pytest.mark.parametrize('cuts', [1, 3])
 def test_broken_connection_is_resumed(mine, server, cuts):
     server.mode, server.cuts = 'cut', cuts
-    fetch('mine', mine, wait=0.01)
+    fetch_source('mine', mine, wait=0.01)
     assert whole(mine) == CONTENT
     assert server.log[:2] == [('clips/a.mp4', 0), ('clips/a.mp4', 150_000)]
 
@@ -144,9 +152,9 @@ def test_broken_connection_is_resumed(mine, server, cuts):
 def test_interrupted_fetch_goes_on_later(mine, server):
     server.mode, server.cuts = 'cut', 1
     with pytest.raises(FetchError, match='closed after 150000 of 300000 bytes.*(?s:.*)go on from there'):
-        fetch('mine', mine, tries=1)
+        fetch_source('mine', mine, attempts=1)
     assert [p.name for p in (mine / 'clips').iterdir()] == ['a.mp4.part']
-    fetch('mine', mine)
+    fetch_source('mine', mine)
     assert ('clips/a.mp4', 150_000) in server.log and whole(mine) == CONTENT
 
 
@@ -155,21 +163,21 @@ def test_server_that_ignores_or_shifts_ranges(mine, server, mode):
     (mine / 'clips').mkdir(parents=True)
     (mine / 'clips/a.mp4.part').write_bytes(CONTENT['clips/a.mp4'][:1000])
     server.mode = mode
-    fetch('mine', mine, wait=0.01)
+    fetch_source('mine', mine, wait=0.01)
     assert whole(mine) == CONTENT
 
 
 def test_server_that_ignores_ranges_and_breaks_does_not_loop_for_ever(mine, server):
     server.mode, server.cuts = 'norange', 10**6
     with pytest.raises(FetchError, match='closed after'):
-        fetch('mine', mine, tries=3, wait=0.001)
+        fetch_source('mine', mine, attempts=3, wait=0.001)
     assert len(server.log) <= 6
 
 
 def test_stale_part_of_another_version_is_dropped(mine, server):
     (mine / 'clips').mkdir(parents=True)
     (mine / 'clips/a.mp4.part').write_bytes(b'old version')
-    fetch('mine', mine)
+    fetch_source('mine', mine)
     assert whole(mine) == CONTENT and server.log[:2] == [('clips/a.mp4', 11), ('clips/a.mp4', 0)]
 
 
@@ -177,7 +185,7 @@ def test_part_that_is_whole_or_too_long(mine, server):
     (mine / 'clips').mkdir(parents=True)
     (mine / 'clips/a.mp4.part').write_bytes(CONTENT['clips/a.mp4'])
     (mine / 'meta.csv.part').write_bytes(b'much longer than the file is')
-    fetch('mine', mine)
+    fetch_source('mine', mine)
     assert whole(mine) == CONTENT and ('clips/a.mp4', 0) not in server.log
 
 
@@ -185,7 +193,7 @@ def test_part_that_is_whole_or_too_long(mine, server):
 def test_wrong_bytes_are_named_and_deleted(mine, server, mode):
     server.mode = mode
     with pytest.raises(FetchError) as e:
-        fetch('mine', mine, files='clips/a.mp4')
+        fetch_source('mine', mine, files='clips/a.mp4')
     assert (
         'a.mp4' in str(e.value) and git(CONTENT['clips/a.mp4']) in str(e.value) and 'deleted' in str(e.value)
     )
@@ -199,10 +207,10 @@ def test_wrong_file_on_disk_is_replaced_only_by_a_right_one(mine, server, capsys
     (mine / 'clips/a.mp4').write_bytes(b'cut')
     server.mode = 'wrong'
     with pytest.raises(FetchError):
-        fetch('mine', mine)
+        fetch_source('mine', mine)
     assert whole(mine) == {'clips/a.mp4': b'cut'}
     server.mode = 'good'
-    fetch('mine', mine)
+    fetch_source('mine', mine)
     assert whole(mine) == CONTENT and '1 of them in place of a wrong one' in capsys.readouterr().out
 
 
@@ -211,28 +219,28 @@ def test_unknown_sizes(mine, server, tmp_path):
     m['bytes'] = pd.array([None] * 4, 'Int64')
     m.to_csv(tmp_path / 'mine.csv', index=False)
     server.mode, server.cuts = 'cut', 1
-    fetch('mine', mine, wait=0.01)
+    fetch_source('mine', mine, wait=0.01)
     assert whole(mine) == CONTENT
     shutil.rmtree(mine)
     server.mode = 'chunked'
-    fetch('mine', mine)
+    fetch_source('mine', mine)
     assert whole(mine) == CONTENT
-    assert set(verify('mine', mine)) == {'right'}
+    assert set(verify_source('mine', mine)) == {'right'}
     (mine / 'meta.csv').rename(mine / 'meta.csv.part')  # whole, but nobody knows: the server says 416
     server.mode = 'good'
-    fetch('mine', mine)
+    fetch_source('mine', mine)
     assert whole(mine) == CONTENT
 
 
 def test_busy_server_is_retried_missing_file_is_not(mine, server):
     server.mode, server.cuts = 'busy', 2
-    fetch('mine', mine, wait=0.01)
+    fetch_source('mine', mine, wait=0.01)
     assert whole(mine) == CONTENT
     shutil.rmtree(mine)
     server.mode = 'gone'
     n = len(server.log)
     with pytest.raises(FetchError, match='404'):
-        fetch('mine', mine)
+        fetch_source('mine', mine)
     assert len(server.log) == n + 1
 
 
@@ -240,7 +248,7 @@ def test_offline_says_where_to_put_the_files(mine, server, monkeypatch):
     server.shutdown()
     server.server_close()
     with pytest.raises(FetchError) as e:
-        fetch('mine', mine, tries=2, wait=0.01)
+        fetch_source('mine', mine, attempts=2, wait=0.01)
     for word in ('by hand', 'http://h/all.zip', str(mine), 'clips/*.mp4', 'extract'):
         assert word in str(e.value)
     calls = []
@@ -251,15 +259,15 @@ def test_offline_says_where_to_put_the_files(mine, server, monkeypatch):
 
     monkeypatch.setattr(socket, 'getaddrinfo', no_name)
     with pytest.raises(FetchError, match='name resolution.*(?s:.*)by hand'):
-        fetch('pocus', mine, wait=100)  # no waiting without a network
+        fetch_source('pocus', mine, wait=100)  # no waiting without a network
     assert len(calls) == 1
 
 
 def test_selected_files(mine, server):
-    fetch('mine', mine, files=['clips/*', 'meta.csv'])
+    fetch_source('mine', mine, files=['clips/*', 'meta.csv'])
     assert set(whole(mine)) == {'clips/a.mp4', 'clips/b (1)+2.mp4', 'meta.csv'}
     with pytest.raises(ValueError, match='not in the manifest of mine: nothing.mp4'):
-        fetch('mine', mine, files=['nothing.mp4'])
+        fetch_source('mine', mine, files=['nothing.mp4'])
 
 
 @pytest.mark.parametrize(
@@ -272,13 +280,13 @@ def test_hostile_manifest(mine, server, tmp_path, name):
         tmp_path / 'mine.csv', index=False
     )
     with pytest.raises(FetchError, match='outside'):
-        fetch('mine', mine)
+        fetch_source('mine', mine)
     assert not server.log
 
 
 def test_addresses_other_than_http_are_refused(mine):
     with pytest.raises(ValueError, match='http'):
-        fetch('mine', mine, base_url='file:///etc')
+        fetch_source('mine', mine, base_url='file:///etc')
 
 
 def test_fetch_from_a_mirror_keeps_the_upstream_prefix(mine, server, monkeypatch, tmp_path):
@@ -292,7 +300,7 @@ def test_fetch_from_a_mirror_keeps_the_upstream_prefix(mine, server, monkeypatch
     pd.DataFrame([dict(path='a.mp4', bytes=len(b), git_blob_sha1=git(b))]).to_csv(
         tmp_path / 'mine.csv', index=False
     )
-    fetch('mine', mine, base_url=server.url.rstrip('/'))
+    fetch_source('mine', mine, base_url=server.url.rstrip('/'))
     assert whole(mine) == {'a.mp4': b}
 
 
@@ -302,7 +310,7 @@ def test_full_disk_is_not_taken_for_a_broken_connection(mine, server, monkeypatc
 
     monkeypatch.setattr(fetching.os, 'fsync', full)
     with pytest.raises(OSError, match='No space left'):
-        fetch('mine', mine)
+        fetch_source('mine', mine)
     assert len(server.log) == 1 and not (mine / 'clips/a.mp4').exists()
 
 
@@ -353,11 +361,15 @@ def test_extract_good_archives(tmp_path):
     )
     for archive in (a, b):
         out = tmp_path / ('out' + archive.suffix)
-        assert whole(extract(archive, out)) == {'top/x.csv': b'1', 'top/deep/y.mp4': b'22', 'run.sh': b'3'}
+        assert whole(extract_archive(archive, out)) == {
+            'top/x.csv': b'1',
+            'top/deep/y.mp4': b'22',
+            'run.sh': b'3',
+        }
         assert not (out / 'run.sh').stat().st_mode & 0o7111  # nothing becomes executable
     (out / 'mine.txt').write_bytes(b'kept')
     (out / 'top/x.csv').write_bytes(b'old')
-    assert whole(extract(a, out)) == {
+    assert whole(extract_archive(a, out)) == {
         'top/x.csv': b'1',
         'top/deep/y.mp4': b'22',
         'run.sh': b'3',
@@ -388,7 +400,7 @@ def test_hostile_archives_write_nothing(tmp_path, kind, members):
     box.mkdir()
     a = (zip_with if kind == 'zip' else tar_with)(tmp_path / f'a.{kind}', *members)
     with pytest.raises(FetchError, match='refused'):
-        extract(a, box / 'out')
+        extract_archive(a, box / 'out')
     assert not list(box.iterdir()) and {p.name for p in tmp_path.iterdir()} == {'box', a.name}
 
 
@@ -397,20 +409,20 @@ def test_extract_does_not_follow_a_link_that_is_there(tmp_path):
     (tmp_path / 'out/link').symlink_to(tmp_path / 'elsewhere')
     (tmp_path / 'elsewhere').mkdir()
     with pytest.raises(FetchError, match='outside'):
-        extract(zip_with(tmp_path / 'a.zip', ('link/evil', FILE, b'x')), tmp_path / 'out')
+        extract_archive(zip_with(tmp_path / 'a.zip', ('link/evil', FILE, b'x')), tmp_path / 'out')
     assert not list((tmp_path / 'elsewhere').iterdir())
 
 
 def test_bombs_and_lies(tmp_path):
     a = zip_with(tmp_path / 'a.zip', ('zeros', FILE, bytes(5_000_000)))
     with pytest.raises(FetchError, match='more than the limit'):
-        extract(a, tmp_path / 'out', limit=1_000_000)
+        extract_archive(a, tmp_path / 'out', limit=1_000_000)
     raw = bytearray(a.read_bytes())
     at = raw.rfind(b'PK\1\2')
     raw[at + 24 : at + 28] = (1000).to_bytes(4, 'little')  # the directory says 1000 bytes
     a.write_bytes(raw)
     with pytest.raises(FetchError):
-        extract(a, tmp_path / 'out', limit=1_000_000)
+        extract_archive(a, tmp_path / 'out', limit=1_000_000)
     assert not (tmp_path / 'out').exists()
 
 
@@ -430,10 +442,10 @@ def test_damaged_archives_leave_nothing(tmp_path):
     ):
         (tmp_path / name).write_bytes(body)
         with pytest.raises(FetchError, match=name):
-            extract(tmp_path / name, tmp_path / 'out')
+            extract_archive(tmp_path / name, tmp_path / 'out')
         assert not (tmp_path / 'out').exists() and not list(tmp_path.glob('.out*'))
     with pytest.raises(FetchError, match='does not exist'):
-        extract(tmp_path / 'no.zip', tmp_path / 'out')
+        extract_archive(tmp_path / 'no.zip', tmp_path / 'out')
 
 
 # ---- index
@@ -485,7 +497,7 @@ def test_pocus_matching_and_reports(tmp_path, capsys):
             ('Cov_gone', 'COVID-19', 2, 3, 0),
         ],
     )
-    t = named(index('pocus', root))
+    t = named(index_source('pocus', root))
     out = capsys.readouterr().out
     assert tuple(t.columns[:6]) == CLIP_COLUMNS and len(t) == 10 and list(t.path) == sorted(t.path)
     assert t.loc[
@@ -522,9 +534,9 @@ def test_index_finds_nested_layouts(tmp_path):
         [('Cov_a', 'COVID-19', 2, 1, 0)],
     )
     assert (
-        len(index('pocus', tmp_path))
-        == len(index('pocus', tmp_path / 'covid19_ultrasound-9e254a'))
-        == len(index('pocus', tmp_path / 'covid19_ultrasound-9e254a/data'))
+        len(index_source('pocus', tmp_path))
+        == len(index_source('pocus', tmp_path / 'covid19_ultrasound-9e254a'))
+        == len(index_source('pocus', tmp_path / 'covid19_ultrasound-9e254a/data'))
         == 1
     )
 
@@ -532,30 +544,30 @@ def test_index_finds_nested_layouts(tmp_path):
 def test_index_by_environment(tmp_path, monkeypatch):
     pocus(tmp_path / 'pocus', ['pocus_videos/convex/Cov_a.mp4'], [('Cov_a', 'COVID-19', 2, 1, 0)])
     monkeypatch.setenv('LUS_DATA', str(tmp_path))
-    assert len(index('pocus')) == 1
+    assert len(index_source('pocus')) == 1
     monkeypatch.delenv('LUS_DATA')
     monkeypatch.setenv('LUS_HOME', str(tmp_path / 'home'))
     with pytest.raises(FileNotFoundError, match='home/data/pocus'):
-        index('pocus')
+        index_source('pocus')
 
 
 def test_wrong_folders_say_what_was_expected(tmp_path):
     for name, word in (('pocus', 'dataset_metadata.csv'), ('blues', 'severity.csv')):
         with pytest.raises(FileNotFoundError, match=f'is no folder with {name}.*{word}') as e:
-            index(name, tmp_path / 'nowhere')
+            index_source(name, tmp_path / 'nowhere')
         assert 'by hand' in str(e.value)
         with pytest.raises(FileNotFoundError, match=f'does not hold {name}'):
-            index(name, tmp_path)
+            index_source(name, tmp_path)
     with pytest.raises(TableError, match='has no clip of pocus'):
-        index('pocus', pocus(tmp_path / 'p', [], [('Cov_a', 'COVID-19', 2, 1, 0)]))
+        index_source('pocus', pocus(tmp_path / 'p', [], [('Cov_a', 'COVID-19', 2, 1, 0)]))
     (tmp_path / 'p/dataset_metadata.csv').write_text('a,b\n1,2\n')
     with pytest.raises(TableError, match="dataset_metadata.csv lacks the column.*'Filename'"):
-        index('pocus', tmp_path / 'p')
+        index_source('pocus', tmp_path / 'p')
     (tmp_path / 'p/dataset_metadata.csv').write_text('')
     with pytest.raises(TableError, match='cannot be read as CSV'):
-        index('pocus', tmp_path / 'p')
+        index_source('pocus', tmp_path / 'p')
     with pytest.raises(ValueError, match="unknown source 'x'"):
-        index('x')
+        index_source('x')
 
 
 def test_blues(tmp_path, capsys):
@@ -573,7 +585,7 @@ def test_blues(tmp_path, capsys):
         ],
         columns=['video_file', 'Severity Score', 'A-lines', 'B-lines'],
     ).to_csv(tmp_path / 'severity.csv', index=False)
-    t = named(index('blues', tmp_path))
+    t = named(index_source('blues', tmp_path))
     out = capsys.readouterr().out
     assert t.loc[
         'patient_1_L1.mp4', ['label', 'patient', 'source', 'probe', 'point', 'severity', 'a_lines', 'b_lines']
@@ -613,16 +625,16 @@ def test_manifests(name, files, clips):
         and m.kind.notna().sum() == clips
     )
     for r in m[m.kind.notna()].itertuples():  # what is listed agrees with what the names say
-        told = (pocus_name if name == 'pocus' else blues_name)(r.path)
+        parts = (pocus_name if name == 'pocus' else blues_name)(r.path)
         assert (
-            r.kind == told['kind']
-            and r.probe == told['probe']
-            and (told['patient'] is None or told['patient'] == r.patient)
-            and r.label == told.get('label', r.label)
+            r.kind == parts['kind']
+            and r.probe == parts['probe']
+            and (parts['patient'] is None or parts['patient'] == r.patient)
+            and r.label == parts.get('label', r.label)
             or pd.isna(r.label)
         )
     assert all(
-        s.licence and s.citation and s.urls['home'] and s.urls.get('raw', '/').endswith('/')
+        s.licence and s.citation and s.urls['homepage'] and s.urls.get('raw', '/').endswith('/')
         for s in SOURCES.values()
     )
     assert list(sources_table().index) == list(SOURCES)
@@ -644,7 +656,7 @@ real = pytest.mark.skipif(not os.environ.get('LUS_DATA'), reason='LUS_DATA is no
 
 @real
 def test_real_pocus(capsys):
-    t = index('pocus')
+    t = index_source('pocus')
     n = named(t)
     assert len(t) == 129 and t.label.value_counts().to_dict() == dict(
         regular=56, pneumonia=39, covid=28, viral=5, uncertain=1
@@ -674,7 +686,7 @@ def test_real_pocus(capsys):
 
 @real
 def test_real_blues():
-    t = index('blues')
+    t = index_source('blues')
     assert (
         len(t) == 241
         and t.patient.nunique() == 42
@@ -693,5 +705,5 @@ def test_real_blues():
 @real
 @pytest.mark.parametrize('name', ['pocus', 'blues'])
 def test_real_clips_are_those_of_the_manifest(name):
-    state = verify(name)[manifest(name).set_index('path').kind.notna()]
+    state = verify_source(name)[manifest(name).set_index('path').kind.notna()]
     assert (state == 'right').sum() == dict(pocus=129, blues=241)[name] and 'wrong' not in set(state)

@@ -9,13 +9,21 @@ from lus_fastai.core import TableError
 from lus_fastai.data.folds import patient_folds
 from lus_fastai.data.mask_sets import busi_set, ccxs_set, read_mask, siim_set, xpie_set
 from lus_fastai.data.readers import ccxs_patient, chexpert_labels, mask_paths, siim_boxes
-from lus_fastai.data.sources import SOURCES, by_hand, fetch, index, manifest, sources_table, verify
+from lus_fastai.data.sources import (
+    SOURCES,
+    fetch_source,
+    index_source,
+    manifest,
+    manual_steps,
+    sources_table,
+    verify_source,
+)
 from lus_fastai.stats.classification import exact_match
 from lus_fastai.synth.radiographs import CHEST, CHEXPERT
 from lus_fastai.video import ClipError
 
 
-def picture(seed, shape=(60, 80)):
+def grey_image(seed, shape=(60, 80)):
     return np.asarray(
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8), dtype=np.uint8)).resize(
             shape[::-1], Image.NEAREST
@@ -119,7 +127,7 @@ def make_ccxs(root):
     box, thin = np.ones((20, 10), bool), np.zeros((40, 20), bool)
     thin[:, 7] = True
     for i, name in enumerate(('case-day0', 'case-day4', 'covid-19-pneumonia-7-PA', 'other')):
-        save(root / f'images/{name}.{"png" if i == 2 else "jpg"}', picture(i))
+        save(root / f'images/{name}.{"png" if i == 2 else "jpg"}', grey_image(i))
         add(name, 'Right Lung', 10, 20, box, 10 * i)
         add(name, 'Ground Glass Opacities', 12, 25, box, 10 * i + 1)
     add('case-day0', 'Right Lung', 50, 0, box, 3)
@@ -132,7 +140,7 @@ def make_ccxs(root):
 
 
 def test_ccxs_joins_patients_and_pastes_crops(tmp_path, capsys):
-    table = index('ccxs', make_ccxs(tmp_path / 'ccxs'))
+    table = index_source('ccxs', make_ccxs(tmp_path / 'ccxs'))
     said = capsys.readouterr().out
     assert (
         len(table) == 4
@@ -160,7 +168,7 @@ def test_ccxs_joins_patients_and_pastes_crops(tmp_path, capsys):
 
 
 def test_a_thin_tube_survives_shrinking(tmp_path, capsys):
-    table = index('ccxs', make_ccxs(tmp_path / 'ccxs'))
+    table = index_source('ccxs', make_ccxs(tmp_path / 'ccxs'))
     s = ccxs_set(table[table['path'].str.contains('other')], (16, 20))
     tube = s.masks[0, CHEST.index('nasogastric tube')]
     assert 5 <= tube.sum() <= 14 and set(np.flatnonzero(tube.any(0))) == {16}
@@ -172,7 +180,7 @@ def test_ccxs_with_holes_says_so(tmp_path, capsys):
     (root / 'images/case-day4.jpg').unlink()
     (root / 'masks/other_33.png').unlink()
     (root / 'images/covid-19-pneumonia-7-PA.png').write_bytes(b'no image')
-    table = index('ccxs', root)
+    table = index_source('ccxs', root)
     said = capsys.readouterr().out
     assert (
         len(table) == 1
@@ -188,7 +196,7 @@ def test_ccxs_with_holes_says_so(tmp_path, capsys):
 
 def test_a_bad_mask_skips_its_picture_only(tmp_path, capsys):
     root = make_ccxs(tmp_path / 'ccxs')
-    table = index('ccxs', root)
+    table = index_source('ccxs', root)
     save(root / 'masks/other_33.png', rgba(np.ones((50, 90), bool)))
     capsys.readouterr()
     s = ccxs_set(table, 32)
@@ -202,8 +210,8 @@ def test_a_bad_mask_skips_its_picture_only(tmp_path, capsys):
 
 def test_pictures_that_look_alike_are_one_patient(tmp_path, capsys):
     root = make_ccxs(tmp_path / 'ccxs')
-    save(root / 'images/other.jpg', picture(0))
-    table = index('ccxs', root)
+    save(root / 'images/other.jpg', grey_image(0))
+    table = index_source('ccxs', root)
     assert table['patient'].nunique() == 2 and set(
         table['patient'][table['path'].str.contains('other|case')]
     ) == {'ccxs-case'}
@@ -267,7 +275,7 @@ def test_ccxs_manifest_lists_upstream():
 
 
 def test_real_ccxs(real_data, capsys):
-    table = index('ccxs', real_data)
+    table = index_source('ccxs', real_data)
     s = ccxs_set(table, 64)
     assert len(table) == len(s) == 88 and table['patient'].nunique() == 62
     assert dict(zip(CHEST, s.masks.any((2, 3)).sum(0).tolist())) == dict(
@@ -294,14 +302,14 @@ def make_busi(root):
             ('normal/normal (1)', (lesion * 0,)),
         )
     ):
-        save(root / f'{name}.png', picture(50 + i))
+        save(root / f'{name}.png', grey_image(50 + i))
         for k, m in enumerate(masks):
             save(root / f"{name}_mask{f'_{k}' if k else ''}.png", m)
     return root
 
 
 def test_busi_set_joins_lesions_and_keeps_normal_empty(tmp_path, capsys):
-    table = index('busi', make_busi(tmp_path / 'busi'))
+    table = index_source('busi', make_busi(tmp_path / 'busi'))
     s = busi_set(table, (60, 80))
     assert (
         s.names == ('lesion',)
@@ -325,10 +333,10 @@ def test_xpie_pairs_pictures_and_masks(tmp_path, capsys, folders):
     root, m = tmp_path / 'xpie', np.zeros((60, 80), np.uint8)
     m[10:20, 10:50] = 255
     for i in range(4):
-        save(root / folders[0] / f'{i:05d}.jpg', np.dstack([picture(i)] * 3))
+        save(root / folders[0] / f'{i:05d}.jpg', np.dstack([grey_image(i)] * 3))
     for i in (0, 1, 2, 7):
         save(root / folders[1] / f'{i:05d}.png', m)
-    table = index('xpie', root)
+    table = index_source('xpie', root)
     said = capsys.readouterr().out
     assert (
         len(table) == 3 == table['patient'].nunique()
@@ -357,7 +365,7 @@ def make_chexpert(root):
     ):
         path = f'train/{patient}/{view}.jpg'
         if i != 3:
-            save(root / path, picture(i))
+            save(root / path, grey_image(i))
         rows.append(
             {
                 'Path': f'CheXpert-v1.0-small/{path}',
@@ -375,7 +383,7 @@ def make_chexpert(root):
 
 def test_chexpert_layout_and_policy(tmp_path, capsys):
     root = make_chexpert(tmp_path / 'CheXpert-v1.0-small')
-    table = index('chexpert', root)
+    table = index_source('chexpert', root)
     said = capsys.readouterr().out
     assert (
         len(table) == 3
@@ -400,17 +408,18 @@ def test_chexpert_layout_and_policy(tmp_path, capsys):
 
 def test_chexpert_found_one_folder_up_and_bad_values_named(tmp_path, capsys):
     root = make_chexpert(tmp_path / 'CheXpert-v1.0-small')
-    assert len(index('chexpert', tmp_path)) == 3
+    assert len(index_source('chexpert', tmp_path)) == 3
     t = pd.read_csv(root / 'train.csv')
     t.loc[0, 'Edema'] = 2
     t.to_csv(root / 'train.csv', index=False)
     capsys.readouterr()
     assert (
-        len(index('chexpert', root)) == 2 and 'not 1, 0, -1 or empty: patient00001' in capsys.readouterr().out
+        len(index_source('chexpert', root)) == 2
+        and 'not 1, 0, -1 or empty: patient00001' in capsys.readouterr().out
     )
     t.drop(columns='Edema').to_csv(root / 'train.csv', index=False)
     with pytest.raises(TableError, match='Edema'):
-        index('chexpert', root)
+        index_source('chexpert', root)
 
 
 def test_exact_match_is_a_whole_row():
@@ -437,7 +446,7 @@ STUDY = dict(aaa='s1', bbb='s2', ccc='s1', ddd='s2', eee='s3')
 def make_siim(root, writer):
     for name, study in STUDY.items():
         if name != 'eee':
-            writer(root / 'train' / study / 'series' / name, picture(sum(map(ord, name))))
+            writer(root / 'train' / study / 'series' / name, grey_image(sum(map(ord, name))))
     pd.DataFrame(
         [
             dict(id=f'{n}_image', boxes=None, label=BOXES.get(n, 'none 1 0 0 1 1'), StudyInstanceUID=s)
@@ -458,7 +467,7 @@ def make_siim(root, writer):
 
 
 def test_siim_png_boxes_filled_negatives_empty(tmp_path, capsys):
-    table = index('siim', make_siim(tmp_path / 'siim', lambda p, x: save(p.with_suffix('.png'), x)))
+    table = index_source('siim', make_siim(tmp_path / 'siim', lambda p, x: save(p.with_suffix('.png'), x)))
     said = capsys.readouterr().out
     assert table['category'].tolist() == ['typical', 'typical', 'negative'] and table['patient'].tolist() == [
         'siim-s1',
@@ -491,7 +500,7 @@ def test_siim_boxes_are_in_original_pixels(tmp_path, capsys):
     pd.DataFrame([(n, 120, 160) for n in STUDY], columns=['image_id', 'dim0', 'dim1']).to_csv(
         root / 'meta.csv', index=False
     )
-    s = siim_set(index('siim', root), (60, 80))
+    s = siim_set(index_source('siim', root), (60, 80))
     assert s.masks[0, 0].sum() == 450 and s.masks[0, 0, 10:25, 5:20].all()
 
 
@@ -521,7 +530,7 @@ def test_siim_dicom_knows_its_patient(tmp_path, capsys):
         ds.PixelData = x.tobytes()
         ds.save_as(path, enforce_file_format=True)
 
-    table = index('siim', make_siim(tmp_path / 'siim', write))
+    table = index_source('siim', make_siim(tmp_path / 'siim', write))
     assert set(table['patient']) == {'siim-P7'} and table['height'].tolist() == [60] * 3
     assert siim_set(table, (60, 80)).masks.sum((1, 2, 3)).tolist() == [1800, 400, 0]
 
@@ -543,12 +552,12 @@ def test_what_comes_by_hand_says_where_from(name, tmp_path):
     assert (
         s.licence
         and s.citation
-        and s.urls['home'] in by_hand(name, tmp_path)
+        and s.urls['homepage'] in manual_steps(name, tmp_path)
         and pd.isna(sources_table().loc[name, 'files'])
     )
     with pytest.raises(FileNotFoundError, match='by hand'):
-        index(name, tmp_path)
+        index_source(name, tmp_path)
     with pytest.raises(FileNotFoundError, match='by hand|cannot be fetched'):
-        fetch(name, tmp_path)
+        fetch_source(name, tmp_path)
     with pytest.raises(FileNotFoundError, match='nothing to verify'):
-        verify(name, tmp_path)
+        verify_source(name, tmp_path)

@@ -15,7 +15,14 @@ from lus_fastai.core import CLIP_COLUMNS, TableError, read_table, write_table
 from lus_fastai.data import readers
 from lus_fastai.data.folds import patient_folds
 from lus_fastai.data.readers import duplicate_groups, lesion_paths, pack_sequence, us4_rows
-from lus_fastai.data.sources import SOURCES, fetch, index, manifest, sources_table, verify
+from lus_fastai.data.sources import (
+    SOURCES,
+    fetch_source,
+    index_source,
+    manifest,
+    sources_table,
+    verify_source,
+)
 from lus_fastai.data.store import FrameStore
 from lus_fastai.video import ClipError, read_clip
 
@@ -76,7 +83,7 @@ IMAGES = [
 
 @pytest.mark.parametrize('folders', [False, True])
 def test_busi_in_both_layouts(tmp_path, capsys, folders):
-    t = index('busi', busi(tmp_path / 'busi', IMAGES, folders))
+    t = index_source('busi', busi(tmp_path / 'busi', IMAGES, folders))
     out = capsys.readouterr().out
     assert tuple(t.columns) == (*CLIP_COLUMNS, 'lesions') and list(t.path) == sorted(t.path)
     t = t.set_index(t.path.map(lambda p: Path(p).stem))
@@ -108,7 +115,7 @@ def test_busi_in_both_layouts(tmp_path, capsys, folders):
         t.lesions['normal (1)']
     )
     for line in (
-        '2 image(s) in 1 group(s) of duplicates that stand under two classes, dropped: benign (1)',
+        '2 image(s) in 1 group(s) of duplicates that are in two classes, dropped: benign (1)',
         '3 image(s) have a duplicate, or nearly one, in their class: 1 group(s)',
         'patients are not given',
     ):
@@ -118,9 +125,13 @@ def test_busi_in_both_layouts(tmp_path, capsys, folders):
 
 def test_busi_is_found_in_a_folder_of_data_sets_and_in_an_unpacked_archive(tmp_path, home):
     busi(tmp_path / 'Dataset_BUSI_with_GT', IMAGES, False)
-    assert len(index('busi', tmp_path)) == len(index('busi', tmp_path / 'Dataset_BUSI_with_GT')) == 7
+    assert (
+        len(index_source('busi', tmp_path))
+        == len(index_source('busi', tmp_path / 'Dataset_BUSI_with_GT'))
+        == 7
+    )
     with pytest.raises(FileNotFoundError, match='is no folder with busi.*(?s:.*)cite: Al-Dhabyani'):
-        index('busi')
+        index_source('busi')
 
 
 def test_busi_with_damage(tmp_path, capsys):
@@ -129,7 +140,7 @@ def test_busi_with_damage(tmp_path, capsys):
     save(root / 'malignant/malignant (3)_mask.png', lesion()[:32])  # a mask of another size
     (root / 'malignant/malignant (2)_mask.png').unlink()  # a lesion without its mask
     save(root / 'normal/normal (77)_mask.png', lesion() * 0)  # a mask without its image
-    t = index('busi', root)
+    t = index_source('busi', root)
     out = capsys.readouterr().out
     assert {Path(p).stem for p in t.path} == {
         'benign (10)',
@@ -148,16 +159,16 @@ def test_busi_with_damage(tmp_path, capsys):
     )
     shutil.rmtree(root / 'benign')
     (root / 'benign').mkdir()
-    assert set(index('busi', root).label) == {'malignant', 'normal'}  # nothing is across classes now
+    assert set(index_source('busi', root).label) == {'malignant', 'normal'}  # nothing is across classes now
     for c in ('malignant', 'normal'):
         shutil.rmtree(root / c)
         (root / c).mkdir()
     with pytest.raises(TableError, match='has no clip of busi'):
-        index('busi', root)
+        index_source('busi', root)
 
 
 def test_busi_goes_through_a_store_and_a_csv(tmp_path):
-    t = index('busi', busi(tmp_path / 'busi', IMAGES, True))
+    t = index_source('busi', busi(tmp_path / 'busi', IMAGES, True))
     store = FrameStore.build(t, tmp_path / 'store', size=(32, 40), workers=0)
     assert len(store) == len(t) and [len(lesion_paths(v)) for v in store.frames.lesions] == [
         len(lesion_paths(v)) for v in t.lesions
@@ -199,14 +210,14 @@ def test_groups_are_linked_by_a_third_and_do_not_depend_on_order():
     st.integers(1, 6),
     st.integers(0, 8),
 )
-def test_sampling_rule_against_exact_fractions(frames, fps, n, least):
-    step = max(min(fps / n, Fraction(frames, max(least, 1))), 1)
+def test_sampling_rule_against_exact_fractions(frames, fps, n, min_frames):
+    step = max(min(fps / n, Fraction(frames, max(min_frames, 1))), 1)
     theirs, k = [], 0
     while k * step < frames:
         theirs.append(int(k * step))
         k += 1
-    got = us4_rows(frames, float(fps), n, least)
-    assert got.tolist() == sorted(set(theirs)) and len(got) >= min(frames, least)
+    got = us4_rows(frames, float(fps), n, min_frames)
+    assert got.tolist() == sorted(set(theirs)) and len(got) >= min(frames, min_frames)
 
 
 def test_sampling_rule_by_hand():
@@ -245,7 +256,7 @@ def test_clust(tmp_path, home, capsys):
     pd.DataFrame(dict(sequence=['ETH-01-1', 'cil-02 '], fps=[25, 12.5])).to_csv(
         root / 'frame_rates.csv', index=False
     )
-    t = index('clust', root)
+    t = index_source('clust', root)
     out = capsys.readouterr().out
     assert tuple(t.columns) == (
         'path',
@@ -286,28 +297,34 @@ def test_clust(tmp_path, home, capsys):
         "1 sequence(s) without a row in frame_rates.csv: 20 frames a second assumed: ETH-01-2",
     ):
         assert line in out
-    store = FrameStore.build(index('clust', root), tmp_path / 'store', size=(24, 32), rate=30, workers=0)
+    store = FrameStore.build(
+        index_source('clust', root), tmp_path / 'store', size=(24, 32), rate=30, workers=0
+    )
     assert store.frames.groupby('sequence').size().to_dict() == {'ETH-01-1': 9, 'ETH-01-2': 5, 'CIL-02': 10}
     assert len(patient_folds(t.reset_index(), 2).numbers) == 2
 
 
 def test_clust_packs_once_and_names_by_content(tmp_path, home, monkeypatch):
     root = sequence(tmp_path / 'clust/ETH-01-1', 20).parent
-    first = index('clust', root)
+    first = index_source('clust', root)
     assert Path(first.path[0]).is_relative_to(home / 'packed/clust') and Path(first.path[0]).name.startswith(
         'ETH-01-1-'
     )
     monkeypatch.setattr(readers, 'write_video', lambda *a, **k: pytest.fail('packed again'))
     moved = tmp_path / 'elsewhere'
     shutil.copytree(root, moved / 'clust')
-    assert index('clust', root).path.tolist() == index('clust', moved).path.tolist() == first.path.tolist()
+    assert (
+        index_source('clust', root).path.tolist()
+        == index_source('clust', moved).path.tolist()
+        == first.path.tolist()
+    )
     monkeypatch.undo()
     monkeypatch.setenv('LUS_HOME', str(home))
     save(root / 'ETH-01-1/Data/00001.png', np.full((24, 32), 99, np.uint8))  # another frame, another clip
-    assert index('clust', root).path[0] != first.path[0]
+    assert index_source('clust', root).path[0] != first.path[0]
     (root / 'frame_rates.csv').write_text('sequence,fps\nETH-01-1,10\n')  # another rate, another clip
     assert (
-        len(set(index('clust', root).path) | set(first.path)) == 2
+        len(set(index_source('clust', root).path) | set(first.path)) == 2
         and len(list((home / 'packed/clust').iterdir())) == 3
     )
 
@@ -318,7 +335,7 @@ def test_clust_with_damage(tmp_path, home, capsys):
         sequence(root / s, 10)
     (root / 'ETH-01-1/Data/00001.png').write_bytes(b'\x89PNG no more')
     sequence(root / 'ETH-02-1', 3, size=(24, 40))
-    t = index('clust', root)
+    t = index_source('clust', root)
     out = capsys.readouterr().out
     assert (
         t.sequence.tolist() == ['ETH-03-1']
@@ -327,17 +344,18 @@ def test_clust_with_damage(tmp_path, home, capsys):
     )
     shutil.copytree(root / 'ETH-03-1', root / 'Test/2D/ETH-03-1')
     assert (
-        len(index('clust', root)) == 1 and 'ETH-03-1 (the same frames as another)' in capsys.readouterr().out
+        len(index_source('clust', root)) == 1
+        and 'ETH-03-1 (the same frames as another)' in capsys.readouterr().out
     )
     (root / 'frame_rates.csv').write_text('sequence,fps\nETH-01-1,fast\n')
     with pytest.raises(TableError, match='fps must be a number above 0, it is not for ETH-01-1'):
-        index('clust', root)
+        index_source('clust', root)
     (root / 'frame_rates.csv').write_text('name,rate\nETH-01-1,9\n')
     with pytest.raises(TableError, match='lacks the column'):
-        index('clust', root)
+        index_source('clust', root)
     (tmp_path / 'empty/x').mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match='does not hold clust'):
-        index('clust', tmp_path / 'empty')
+        index_source('clust', tmp_path / 'empty')
 
 
 def test_frames_are_ordered_by_number_and_kept_exactly(tmp_path, home):
@@ -370,7 +388,7 @@ def test_butterfly_gallery_and_names_of_pocus(tmp_path, capsys):
     ):
         (root / f).parent.mkdir(parents=True, exist_ok=True)
         (root / f).touch()
-    t = index('butterfly', root)
+    t = index_source('butterfly', root)
     out = capsys.readouterr().out
     assert (
         tuple(t.columns) == (*CLIP_COLUMNS, 'title', 'topic')
@@ -406,7 +424,7 @@ def test_butterfly_as_frames_of_us4(tmp_path, home, capsys):
             save(root / title / f'{title}_frame{k}.jpg', np.full((16, 16), 10 * k, np.uint8), quality=95)
     (root / 'Cov-Broken_mp4').mkdir()
     (root / 'Cov-Broken_mp4/Cov-Broken_mp4_frame0.jpg').write_bytes(b'\xff\xd8\xff no')
-    t = index('butterfly', root).set_index('title')
+    t = index_source('butterfly', root).set_index('title')
     out = capsys.readouterr().out
     assert (
         t.label.to_dict() == {'Cardiomyopathy': 'covid', 'Normal Lung': 'regular'}
@@ -423,37 +441,37 @@ def test_butterfly_as_frames_of_us4(tmp_path, home, capsys):
 
 @pytest.mark.parametrize('name', ['busi', 'butterfly', 'clust'])
 def test_without_an_address_every_verb_says_so(name, tmp_path, home):
-    for verb in (lambda: manifest(name), lambda: verify(name, tmp_path)):
+    for verb in (lambda: manifest(name), lambda: verify_source(name, tmp_path)):
         with pytest.raises(
-            FileNotFoundError, match=f'{name} comes by hand(?s:.*){SOURCES[name].urls["home"]}'
+            FileNotFoundError, match=f'{name} comes by hand(?s:.*){SOURCES[name].urls["homepage"]}'
         ):
             verb()
     with pytest.raises(FileNotFoundError, match=f'{name} is not in .*cannot be fetched(?s:.*)cite:') as e:
-        fetch(name, tmp_path)
+        fetch_source(name, tmp_path)
     assert SOURCES[name].layout in str(e.value) and str(tmp_path) in str(e.value)
     with pytest.raises(FileNotFoundError, match='comes by hand'):
-        fetch(name, tmp_path, base_url='http://127.0.0.1:9/')
+        fetch_source(name, tmp_path, base_url='http://127.0.0.1:9/')
     s = sources_table().loc[name]
     assert pd.isna(s.files) and pd.isna(s.megabytes) and s.licence and s.citation
 
 
 def test_fetch_finds_what_was_laid_down(tmp_path, home, capsys):
     root = busi(tmp_path / 'busi', IMAGES, False)
-    assert fetch('busi', root) == root and 'nothing to fetch' in capsys.readouterr().out
+    assert fetch_source('busi', root) == root and 'nothing to fetch' in capsys.readouterr().out
 
 
 # ---- the real thing
 
 
 def test_real_busi(real_data, capsys):
-    t = index('busi', real_data)
+    t = index_source('busi', real_data)
     out = capsys.readouterr().out
     assert (
         t.label.value_counts().to_dict() == dict(benign=214, malignant=164, normal=59)
         and t.patient.nunique() == 389
     )
     assert (
-        '11 image(s) in 5 group(s) of duplicates that stand under two classes' in out
+        '11 image(s) in 5 group(s) of duplicates that are in two classes' in out
         and '89 image(s) have a duplicate, or nearly one, in their class: 41 group(s)' in out
         and 'skipped' not in out
     )

@@ -486,7 +486,7 @@ def test_what_is_no_clip_is_a_clip_error_with_a_reason(tmp_path):
         'text.mp4': 'no video',
         'noise.mp4': 'no video',
         'noise.dcm': '.',
-        'sound.mp4': 'no picture',
+        'sound.mp4': 'no image',
         'cut-good.mp4': 'damaged',
         'cut-good.avi': 'ends early: [0-9]+ of 30|damaged',
         'cut-fast.mp4': 'ends early: [0-9]+ of 60|damaged',
@@ -1117,8 +1117,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path, count):
         tmp_path, tmp_path / 't.csv', folder, limit=15000
     )  # a part of this table has 10 kB, the images of all 36
     assert p.wait() != 0
-    told = p.stderr.read()
-    assert f'no room to write the frame store {folder}' in told and 'make room and build again' in told
+    stderr = p.stderr.read()
+    assert f'no room to write the frame store {folder}' in stderr and 'make room and build again' in stderr
     assert contents(folder) == before and len(FrameStore(folder)) == 6  # the old store, and no temporary file
     count.clear()
     FrameStore.build(table, folder, **small)
