@@ -36,6 +36,7 @@ from lus_fastai.models.classifiers import *
 from lus_fastai.train.losses import *
 from lus_fastai.train.callbacks import *
 from lus_fastai.train.cross_validation import *
+from lus_fastai.train.fold_models import *
 from lus_fastai.train.fine_tuning import *
 from lus_fastai.train.segmentation import *
 from lus_fastai.train.contrastive import *

@@ -7,16 +7,13 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/arora.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'PAPER', 'PROTOCOLS', 'adam', 'THEIR_CONFUSIONS', 'THEIR_AUCS', 'QUESTIONS', 'RUNS', 'ABSTENTION',
            'SPLITS', 'TERMS', 'Net', 'AroraSettings', 'phantom_table', 'clip_table', 'frame_store', 'pocovid_folds',
-           'protocol_folds', 'learner', 'augmented_dls', 'classify', 'run_folder', 'theirs', 'fold_model',
-           'probabilities', 'held_out', 'external_table', 'ensemble', 'against_rest', 'uncertainty', 'fan_masks',
-           'frame_masks', 'attention', 'ask', 'continue_training', 'accuracy_on', 'reported_scores', 'score_cells',
-           'external_cells', 'start', 'AroraRun', 'run_path', 'train_stage', 'external_stage', 'calibration_stage',
-           'uncertainty_stage', 'attention_cells', 'attention_stage', 'shortcut_cells', 'shortcut_options',
+           'protocol_folds', 'learner', 'augmented_dls', 'classify', 'run_folder', 'theirs', 'fold_loader',
+           'external_table', 'uncertainty', 'relabel', 'continue_training', 'accuracy_on', 'reported_scores',
+           'score_cells', 'external_cells', 'start', 'AroraRun', 'run_path', 'train_stage', 'external_stage',
+           'calibration_stage', 'uncertainty_stage', 'attention_stage', 'shortcut_cells', 'shortcut_options',
            'shortcut_stage', 'question_stage', 'arora_run', 'reproduce', 'leak_table', 'arora_report']
 
 # %% ../../nbs/papers/arora.ipynb #c003
-import hashlib
-import json
 import random
 import warnings
 from copy import deepcopy
@@ -27,30 +24,32 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 
 from ..runs import Settings
-from ..stats.bootstrap import mean_over_patients
 from ..train.callbacks import TrainingSettings
 
 # %% ../../nbs/papers/arora.ipynb #c003-1
-from ..core import CLASSES, clip_ids, frozen_eval, lus_home, progress, real_data, seed_all
+from ..core import CLASSES, clip_ids, frozen_eval, lus_home, real_data, seed_all
 from ..data.augment import AroraAugment
-from ..data.fan import Fan, add_fans, fan_crop
+from ..data.fan import add_fans, fan_crop, fan_masks, frame_masks
 from ..data.folds import Folds, patient_folds
 from ..data.loaders import TensorFrame, frame_dls
 from ..data.sources import index_source
 from ..data.store import FrameStore, store_rows
-from ..explain.attribution import grad_cam
-from ..explain.sanity_checks import heat_in_fan, only_outside, outside_fan_check, predict_source
+from ..explain.sanity_checks import outside_fan_check, predict_source
 from ..models.classifiers import covidnet
-from ..models.transfer import copy_weights, name_outputs
 from lus_fastai.papers.experiment import (
     Experiment,
+    attention,
+    attention_cells,
+    cells_in,
     cells_of,
     comparison_rows,
+    convex_phantom,
+    data_folder,
     protocol_text,
+    sampled_store,
     score_columns,
     settings_folder,
     without,
@@ -71,11 +70,11 @@ from lus_fastai.stats.figures import (
 
 # %% ../../nbs/papers/arora.ipynb #c003-3
 from ..stats.calibration import abstention, calibrate, confidence, ece, mc_dropout, reliability, tta
-from ..stats.classification import classification_report, evaluate, pred_classes, vote
+from ..stats.classification import classification_report, evaluate, one_vs_rest, pred_classes, vote
 from ..stats.curves import pr_curve, roc, roc_bands
-from ..synth.phantom import phantom_dataset
 from ..train.callbacks import AutoPrecision, ClassProbs, autocast_for
 from ..train.cross_validation import cross_validate
+from ..train.fold_models import apply_out_of_fold, ensemble, fold_numbers, frame_batches, load_fold
 
 # %% ../../nbs/papers/arora.ipynb #c006-1
 @dataclass(frozen=True)
@@ -114,34 +113,23 @@ PAPER = AroraSettings(
 # %% ../../nbs/papers/arora.ipynb #c008-1
 def phantom_table(
     settings: AroraSettings,  # number of patients, sizes, seed
-    home: Path,  # where clips are kept
+    cache=None,  # where clips are kept; default lus_home()
 ) -> pd.DataFrame:  # clip table
     "Two convex phantom clips a patient, of a size in which a fan can be found."
     s, size = settings, max(128, *(net.size for net in settings.nets))
-    folder = home / 'phantom' / f'arora-{s.patients}-{size}-s{s.seed}'
-    table = phantom_dataset(
-        folder, patients=s.patients, clips=2, size=(size, size), seed=s.seed, probe='convex'
-    )
-    return table.drop(columns='mask')
+    return convex_phantom('arora', s.patients, size, s.seed, cache).drop(columns='mask')
 
 # %% ../../nbs/papers/arora.ipynb #c008-2
 def clip_table(
     data: str = 'phantom',  # 'phantom', or 'pocus' for the convex clips under LUS_DATA
     settings: AroraSettings = DEFAULT,  # sizes
-    home=None,  # where clips are kept; default lus_home()
+    cache=None,  # where clips are kept; default lus_home()
     folder=None,  # for 'pocus': the folder of real data; default LUS_DATA
 ) -> pd.DataFrame:  # clip table
     "Convex clips and stills of three classes (Arora 2020 leaves linear probes out)."
-    if data == 'phantom':
-        return phantom_table(settings, Path(home or lus_home()))
-    if data != 'pocus':
-        raise ValueError(f"data is 'phantom' or 'pocus', not {data!r}")
-    folder = folder or real_data()
+    folder = data_folder(data, 'pocus', 'the real clips', folder=folder)
     if folder is None:
-        raise ValueError(
-            "data='pocus' needs the real clips: set LUS_DATA to their folder, "
-            "or see `lus_data pocus` for how to get them"
-        )
+        return phantom_table(settings, cache)
     table = index_source('pocus', folder)
     return table[(table.probe == 'convex') & table.label.isin(CLASSES)].reset_index(drop=True)
 
@@ -150,21 +138,16 @@ def frame_store(
     table: pd.DataFrame,  # clip table
     size: int,  # height and width of the frames, aspect ignored as in the paper
     settings: AroraSettings = DEFAULT,  # sampling
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
     prepare=None,  # as for FrameStore.build
 ) -> FrameStore:  # its frames
     "Frames at `rate` a second, at most `max_frames` of a clip."
-    s, clips = settings, hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
-    suffix = '' if prepare is None else f'-{prepare.__name__}'
-    folder = Path(home or lus_home()) / 'stores' / f'arora-{clips}-{size}-{s.rate:g}-{s.max_frames}{suffix}'
-    return FrameStore.build(
-        table, folder, size=(size, size), rate=s.rate, max_frames=s.max_frames, prepare=prepare
-    )
+    return sampled_store('arora', table, size, settings, cache, prepare)
 
 # %% ../../nbs/papers/arora.ipynb #c011-1
 PROTOCOLS = dict(
     patient='honest: folds by patient; the last epoch counts; the learning rate follows the training loss',
-    file='as in the paper: folds by file name, so clips of one patient stand on both sides; '
+    file='as in the paper: folds by file name, so clips of one patient are in training and in test; '
     'the loss on the test fold steers the learning rate; the last epoch counts',
 )
 
@@ -229,7 +212,7 @@ def classify(
     path,  # folder of the run
     protocol: str = 'patient',  # 'patient' or 'file'
     settings: AroraSettings = DEFAULT,  # sizes
-    frames: pd.DataFrame = None,  # rows of the frame table, perhaps relabelled (see ask); default: all
+    frames: pd.DataFrame = None,  # rows of the frame table, perhaps relabelled (see relabel); default: all
     classes=CLASSES,  # their labels
 ) -> pd.DataFrame:  # out-of-fold probabilities, a row per frame
     "Train and cross-validate one network on all folds (Arora 2020, section 3; the paper trained one fold)."
@@ -244,11 +227,11 @@ def classify(
 def run_folder(
     settings: AroraSettings,  # sizes
     data: str,  # 'phantom' or 'pocus'
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> Path:  # one folder per settings and data
     "Where the runs of some settings keep their checkpoints; another choice of networks shares them."
     s = replace(settings, nets=None)
-    return settings_folder('arora', without(s, 'external_frames'), data, home)
+    return settings_folder('arora', without(s, 'external_frames'), data, cache)
 
 # %% ../../nbs/papers/arora.ipynb #c018
 THEIR_CONFUSIONS = dict(
@@ -275,91 +258,30 @@ def theirs(
     )
 
 # %% ../../nbs/papers/arora.ipynb #c021-1
-def fold_model(
+def fold_loader(
     path,  # folder of a classify run
     net: Net,  # its backbone
-    fold: int,  # which fold's network
     classes=CLASSES,  # those that it was trained for, in order
-):  # the network, in evaluation mode
-    "A trained network of one fold."
-    model = covidnet(net.name, len(classes), channels=1, weights=None)
-    name_outputs(model, classes)  # weights with another order of classes are refused
-    copy_weights(Path(path) / f'fold{fold}' / 'model.safetensors', model, strict=True)
-    return model.eval()
+):  # function fold -> its network, in evaluation mode
+    "What loads the network of a fold."
 
-# %% ../../nbs/papers/arora.ipynb #c021-3
-@torch.no_grad()
-def probabilities(
-    model,  # a network
-    x: torch.Tensor,  # (b, 1, h, w)
-) -> torch.Tensor:  # (b, classes)
-    "What a network answers, computed in the precision of its training."
-    with autocast_for(x.device):
-        return model(x).float().softmax(1)
+    def load(fold):
+        model = covidnet(net.name, len(classes), channels=1, weights=None)
+        return load_fold(model, path, fold, classes)
 
-# %% ../../nbs/papers/arora.ipynb #c021-2
-def _batches(store, rows):
-    for k in range(0, len(rows), 64):
-        yield torch.from_numpy(store.images[rows[k : k + 64]])[:, None] / 255.0
-
-# %% ../../nbs/papers/arora.ipynb #c021
-def held_out(
-    function,  # function (model, x (b, 1, h, w)) -> (b, ...) array or tensor
-    path,  # folder of a classify run
-    net: Net,  # its backbone
-    store: FrameStore,  # its frames
-    oof: pd.DataFrame,  # its out-of-fold table, or some rows of it
-) -> np.ndarray:  # (rows, ...), in the order of oof
-    "Apply a function to every frame with the network that has not seen it."
-    parts, order = [], []
-    for fold, group in progress(list(oof.groupby('fold'))):
-        model = fold_model(path, net, fold, pred_classes(oof))
-        parts += [np.asarray(function(model, x)) for x in _batches(store, store_rows(group, store))]
-        order.append(oof.index.get_indexer(group.index))
-    return np.concatenate(parts)[np.argsort(np.concatenate(order), kind='stable')]
+    return load
 
 # %% ../../nbs/papers/arora.ipynb #c025-1
 def external_table(
     data: str,  # 'phantom' or 'pocus'
     settings: AroraSettings = DEFAULT,  # sizes
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ):  # clip table, or None where there is no external set
     "Patients in no fold: another phantom's, or with `LUS_DATA` COVID-BLUES, labelled covid or negative."
     if data == 'phantom':
         patients = max(6, settings.patients // 3)
-        return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=patients), home)
+        return clip_table('phantom', replace(settings, seed=settings.seed + 1, patients=patients), cache)
     return index_source('blues', real_data()) if (real_data() / 'blues').is_dir() else None
-
-# %% ../../nbs/papers/arora.ipynb #c025-3
-def ensemble(
-    path,  # folder of a classify run
-    net: Net,  # its backbone
-    store: FrameStore,  # frames of patients that are in none of its folds
-) -> dict:  # 'fold 0'..., 'mean probability' and 'majority vote' -> prediction table
-    "The fold networks one by one, their mean probability, and their majority vote."
-    columns, folders = [f'p_{c}' for c in CLASSES], sorted(Path(path).glob('fold*/model.safetensors'))
-    if not folders:
-        raise FileNotFoundError(f"no trained networks in {path}: run `classify` first")
-    tables, rows = {}, np.arange(len(store))
-    for file in progress(folders):
-        model = fold_model(path, net, int(file.parent.name[4:]))
-        parts = [probabilities(model, x).numpy() for x in _batches(store, rows)]
-        tables[file.parent.name.replace('fold', 'fold ')] = np.concatenate(parts)
-    each = np.stack(list(tables.values()))  # (networks, frames, classes)
-    mean, votes = each.mean(0), np.eye(len(CLASSES))[each.argmax(2)].mean(0)
-    tables['mean probability'] = mean
-    tables['majority vote'] = (1 - 1e-6) * votes + 1e-6 * mean  # ties: the larger mean probability
-    return {name: store.frames.assign(**dict(zip(columns, p.T))) for name, p in tables.items()}
-
-# %% ../../nbs/papers/arora.ipynb #c025
-def against_rest(
-    preds: pd.DataFrame,  # predictions, with labels that the networks may not know
-) -> pd.DataFrame:  # labels covid and other, columns p_covid and p_other
-    "COVID-19 against everything else, for data whose labels say no more than that."
-    covid = preds['p_covid']
-    return preds.drop(columns=[f'p_{c}' for c in pred_classes(preds)]).assign(
-        label=np.where(preds['label'] == 'covid', 'covid', 'other'), p_covid=covid, p_other=1 - covid
-    )
 
 # %% ../../nbs/papers/arora.ipynb #c028
 def uncertainty(
@@ -381,47 +303,8 @@ def uncertainty(
         with autocast_for('cpu'):
             return confidence(tta(model, x, turned, n) if how == 'augment' else mc_dropout(model, x, n))
 
-    return oof.assign(confidence=held_out(ask, path, net, store, oof))
-
-# %% ../../nbs/papers/arora.ipynb #c031-1
-def fan_masks(
-    table: pd.DataFrame,  # clip table with a column fan (see add_fans); clips without a fan are left out
-    size: int,  # height and width of the store's frames
-    prepare=None,  # what the store's frames went through, such as fan_crop
-) -> dict:  # clip -> (size, size) bool
-    "Each clip's fan as a mask on the store's frames."
-
-    def mask(row):
-        inside = Fan.from_dict(json.loads(row['fan'])).mask().astype(np.uint8)[None]
-        inside = inside if prepare is None else prepare(inside, row)
-        return F.interpolate(torch.from_numpy(inside)[:, None].float(), (size, size))[0, 0].numpy() > 0.5
-
-    known = table[table['fan'].fillna('') != '']
-    return {clip: mask(row) for clip, row in zip(clip_ids(table)[known.index], known.to_dict('records'))}
-
-# %% ../../nbs/papers/arora.ipynb #c031-2
-def frame_masks(
-    store: FrameStore,  # its frames
-    fans: dict,  # clip -> mask, from fan_masks
-) -> np.ndarray:  # (frames, h, w) bool; True everywhere where no fan is known
-    "The fan of every frame of a store."
-    whole = np.ones(store.size, bool)
-    return np.stack([fans.get(c, whole) for c in store.frames['clip']])
-
-# %% ../../nbs/papers/arora.ipynb #c031-3
-def attention(
-    path,  # folder of a classify run
-    net: Net,  # its backbone
-    store: FrameStore,  # its frames
-    oof: pd.DataFrame,  # its out-of-fold table
-    fans: dict,  # clip -> mask, from fan_masks; frames of other clips are left out
-) -> pd.DataFrame:  # rows of oof with heat (share of |Grad-CAM| inside the fan) and area (share of the image)
-    "Where the networks look in frames that they have not seen."
-    oof = oof[oof['clip'].isin(fans)]
-    maps = held_out(grad_cam, path, net, store, oof)  # (frames, h, w)
-    masks = np.stack([fans[c] for c in oof['clip']])  # (frames, h, w)
-    heat = heat_in_fan(torch.from_numpy(maps), torch.from_numpy(masks))
-    return oof.assign(heat=np.asarray(heat), area=masks.mean((1, 2)))
+    load = fold_loader(path, net, pred_classes(oof))
+    return oof.assign(confidence=apply_out_of_fold(ask, load, store, oof))
 
 # %% ../../nbs/papers/arora.ipynb #c039
 QUESTIONS = {
@@ -430,7 +313,7 @@ QUESTIONS = {
 }
 
 
-def ask(
+def relabel(
     frames: pd.DataFrame,  # frame table
     question: str,  # a name from QUESTIONS
 ) -> pd.DataFrame:  # the rows that the question is about, with its labels
@@ -473,7 +356,7 @@ def accuracy_on(
         pred = torch.cat(
             [
                 model(x.to(next(model.parameters()).device)).argmax(1).cpu()
-                for x in _batches(store, store_rows(frames, store))
+                for x in frame_batches(store, store_rows(frames, store))
             ]
         )
     return float((np.array(CLASSES)[pred] == frames['label'].to_numpy()).mean())
@@ -524,7 +407,7 @@ def external_cells(
     cells, known = [], set(next(iter(tables.values()))['label']) <= set(CLASSES)
     for name, preds in tables.items():
         where = dict(table='external', row=f'{net.name}, {name}', protocol='external')
-        areas = roc(vote(against_rest(preds), 'patient'))[1].rename(columns=dict(auc='value'))
+        areas = roc(vote(one_vs_rest(preds), 'patient'))[1].rename(columns=dict(auc='value'))
         cells += cells_of(areas[areas['class'] == 'covid'], ['AUC covid by patient'], **where)
         if known:
             scores = evaluate(preds, levels=('frame',))
@@ -548,7 +431,7 @@ class AroraRun:
     "What the stages of one reproduction share."
 
     experiment: Experiment  # settings, folder, protocols, cells
-    home: Path  # where stores are kept
+    cache: Path  # where stores are kept
     table: pd.DataFrame  # clip table with fans
     stores: dict  # net -> FrameStore
     paths: dict = field(default_factory=dict)  # (net, name of the run) -> folder
@@ -588,15 +471,17 @@ def external_stage(
 ):
     "The networks of the honest folds on patients who are in none of them, where there are any."
     e, s = run.experiment, run.experiment.settings
-    external = external_table(e.data, s, run.home)
+    external = external_table(e.data, s, run.cache)
     if external is None:
         return
     clips = external.assign(clip=clip_ids(external))
     e.protocol('external', RUNS['external'], Folds(clips, [0] * len(clips)))
     fewer = replace(s, max_frames=s.external_frames)
     for net in s.nets:
-        store = frame_store(external, net.size, fewer, run.home)
-        e.add(external_cells(ensemble(run.paths[net, 'patient'], net, store), net))
+        store = frame_store(external, net.size, fewer, run.cache)
+        path = run.paths[net, 'patient']
+        tables = ensemble(fold_loader(path, net), fold_numbers(path), store, CLASSES)
+        e.add(external_cells(tables, net))
 
 # %% ../../nbs/papers/arora.ipynb #c046-11
 def calibration_stage(
@@ -625,16 +510,6 @@ def uncertainty_stage(
         run.experiment.add(cells_of(areas, columns, 'uncertainty', net.name, 'patient'))
 
 # %% ../../nbs/papers/arora.ipynb #c046-13
-def attention_cells(
-    seen: pd.DataFrame,  # from attention
-    row: str,  # which network
-    protocol: str,  # name of its run
-) -> list:  # of cells
-    "Heat inside the fan and the fan's area, means with intervals over patients."
-    shares = {c: mean_over_patients(seen, c) for c in ('heat', 'area')}
-    return [cell('attention', row, c, v, ci, protocol=protocol) for c, (v, *ci) in shares.items()]
-
-
 def attention_stage(
     run: AroraRun,  # what stages share
     net: Net,  # which backbone
@@ -642,12 +517,12 @@ def attention_stage(
     "Where it looks, on whole frames and, trained once more, on frames cut down to the fan."
     s, views = run.experiment.settings, {'patient': (run.stores[net], None)}
     if net.crop:
-        cropped = frame_store(run.table, net.size, s, run.home, fan_crop)
+        cropped = frame_store(run.table, net.size, s, run.cache, fan_crop)
         train_stage(run, net, _CROPPED, cropped)
         views[_CROPPED] = cropped, fan_crop
     for name, (store, prepare) in views.items():
         fans = fan_masks(run.table, net.size, prepare)
-        seen = attention(run.paths[net, name], net, store, run.oofs[net, name], fans)
+        seen = attention(fold_loader(run.paths[net, name], net), store, run.oofs[net, name], fans)
         run.experiment.add(attention_cells(seen, net.name, name))
 
 # %% ../../nbs/papers/arora.ipynb #c046-14
@@ -699,7 +574,7 @@ def question_stage(
 ):
     "The two binary questions."
     for question in QUESTIONS:
-        frames = ask(run.stores[net].frames, question)
+        frames = relabel(run.stores[net].frames, question)
         classes = sorted(set(frames['label']))
         train_stage(run, net, question, run.stores[net], frames=frames, classes=classes)
 
@@ -709,26 +584,26 @@ def arora_run(
     settings: AroraSettings,  # sizes
     quick: bool,  # named so in the results
     out,  # folder for the JSON file and the report
-    home: Path,  # where stores and checkpoints are kept
+    cache: Path,  # where stores and checkpoints are kept
 ) -> AroraRun:  # what stages share
     "The clips and stores of a reproduction, before anything is trained."
-    s, table = settings, clip_table(data, settings, home)
-    folder = run_folder(s, data, home)
+    s, table = settings, clip_table(data, settings, cache)
+    folder = run_folder(s, data, cache)
     e = Experiment('arora', 'Arora et al. 2020', data, s, folder, out=out, quick=quick)
-    stores = {net: frame_store(table, net.size, s, home) for net in s.nets}
-    return AroraRun(e, home, add_fans(table), stores)
+    stores = {net: frame_store(table, net.size, s, cache) for net in s.nets}
+    return AroraRun(e, cache, add_fans(table), stores)
 
 # %% ../../nbs/papers/arora.ipynb #c046-19
 def reproduce(
     data: str = 'phantom',  # 'phantom' or 'pocus'
     quick: bool = False,  # small, for a demonstration
     out='results',  # folder for the JSON file and the report
-    home=None,  # where stores and checkpoints are kept; default lus_home()
+    cache=None,  # where stores and checkpoints are kept; default lus_home()
     settings: AroraSettings = None,  # default: DEFAULT or QUICK
 ) -> Path:  # the report
     "Arora 2020 end to end: each network by both protocols, and then all that one number hides."
     s = settings or (QUICK if quick else DEFAULT)
-    run = arora_run(data, s, quick, out, Path(home or lus_home()))
+    run = arora_run(data, s, quick, out, Path(cache or lus_home()))
     for net in s.nets:
         for protocol in PROTOCOLS:
             train_stage(run, net, protocol, run.stores[net], protocol)
@@ -758,11 +633,6 @@ def leak_table(
     )
 
 # %% ../../nbs/papers/arora.ipynb #c047-3
-def _is(cells, *tables):
-    "The cells of some tables."
-    return [c for c in cells if c['table'] in tables]
-
-
 def _open_report(results):
     "Title and subtitle."
     what = 'phantom clips' if results['data'] == 'phantom' else 'real POCUS clips'
@@ -869,7 +739,7 @@ def _trust_section(r, results, net, oofs):
         plot_abstention(abstention(oofs[net, 'augment'], by='confidence')[0], title=name),
         f'Accuracy of {name} when the least sure frames are left out.',
     )
-    r.cells(_is(results['cells'], 'calibration', 'uncertainty'))
+    r.cells(cells_in(results['cells'], 'calibration', 'uncertainty'))
 
 # %% ../../nbs/papers/arora.ipynb #c047-11
 def _external_section(r, results):
@@ -880,7 +750,7 @@ def _external_section(r, results):
             'Five networks came out of five folds; each alone, their mean probability and their '
             'majority vote, on patients who are in no fold.',
         )
-        r.cells(_is(results['cells'], 'external'))
+        r.cells(cells_in(results['cells'], 'external'))
 
 # %% ../../nbs/papers/arora.ipynb #c047-12
 def _attention_section(r, results, net):
@@ -890,7 +760,7 @@ def _attention_section(r, results, net):
         'Share of the absolute Grad-CAM map inside the fan, in held-out frames; beside it the share '
         'of the image that is fan, which is what an even spread would give.',
     )
-    t = results_table(_is(results['cells'], 'attention'))
+    t = results_table(cells_in(results['cells'], 'attention'))
     label = t.row + ', ' + t.protocol.replace('patient', 'whole frame')
     group = t.column.replace(dict(heat='heat inside the fan', area='area of the fan'))
     shares = t.assign(label=label, group=group, value=t.ours)
@@ -898,12 +768,12 @@ def _attention_section(r, results, net):
         plot_comparison(shares, group='group', xlabel='share inside the fan', xlim=(0, 1.02)),
         'Attention inside the fan, and the area of the fan.',
     )
-    r.cells(_is(results['cells'], 'attention'))
+    r.cells(cells_in(results['cells'], 'attention'))
     r.text(
         f'What can be read from the wrong place: {net.name} again, trained on frames whose fan is black '
         '("outside") or whose surroundings are ("inside"), and asked for the source instead of the disease.'
     )
-    r.cells(_is(results['cells'], 'shortcuts'))
+    r.cells(cells_in(results['cells'], 'shortcuts'))
 
 # %% ../../nbs/papers/arora.ipynb #c047-13
 def _question_section(r, results):

@@ -38,6 +38,7 @@ from lus_fastai.papers.experiment import (
     Experiment,
     cells_of,
     comparison_rows,
+    data_folder,
     interval_grid,
     protocol_text,
     settings_folder,
@@ -141,12 +142,8 @@ def target_set(
 ) -> MaskSet:  # 300 images (or as many as there are) of one class, in an order that mixes the patients
     "What is to be outlined."
     s = settings
-    if data == 'phantom':
+    if data_folder(data, 'real', 'the images of BUSI', ['busi']) is None:
         whole = rib_masks(300, s.size, seed=s.seed)
-    elif data != 'real':
-        raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
-    elif real_data() is None:
-        raise ValueError("data='real' needs the images of BUSI: set LUS_DATA to the folder that holds busi/")
     else:
         whole = busi_set(index_source('busi', real_data()), s.size)
     return whole[np.random.default_rng(s.seed).permutation(len(whole))[:300]]
@@ -213,10 +210,10 @@ def copies_across(
 def run_folder(
     settings: ChengSettings,  # sizes
     data: str,  # 'phantom', 'real', or 'shapes' for what both start from
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> Path:  # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
-    return settings_folder('cheng_lam', without(settings, 'recipes'), data, home)
+    return settings_folder('cheng_lam', without(settings, 'recipes'), data, cache)
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-2x0
 def new_network(
@@ -427,12 +424,12 @@ def reproduce(
     data: str = 'phantom',  # 'phantom' or 'real'
     quick: bool = False,  # small, for a demonstration
     out='results',  # folder for the JSON file and the report
-    home=None,  # where checkpoints are kept; default lus_home()
+    cache=None,  # where checkpoints are kept; default lus_home()
     settings: ChengSettings = None,  # default: DEFAULT or QUICK
 ) -> Path:  # the report
     "Cheng & Lam 2021 end to end: shapes, transfer, fine-tuning, what is frozen, how many images, the leak."
-    s, home = settings or (QUICK if quick else DEFAULT), Path(home or lus_home())
-    folder, shapes = run_folder(s, data, home), run_folder(s, 'shapes', home)
+    s, cache = settings or (QUICK if quick else DEFAULT), Path(cache or lus_home())
+    folder, shapes = run_folder(s, data, cache), run_folder(s, 'shapes', cache)
     target = target_set(data, s)
     run = Experiment('cheng_lam', 'Cheng & Lam 2021', data, s, folder, out=out, quick=quick)
     run.trained = [folder, shapes]

@@ -6,7 +6,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/experiment.html.md"""
 
 # %% auto #0
 __all__ = ['settings_hash', 'without', 'settings_folder', 'Experiment', 'score_columns', 'cells_of', 'find_cell',
-           'comparison_rows', 'interval_grid', 'protocol_text']
+           'comparison_rows', 'interval_grid', 'protocol_text', 'attention', 'attention_cells', 'data_folder',
+           'convex_phantom', 'sampled_store', 'imagenet_available', 'cells_in']
 
 # %% ../../nbs/papers/experiment.ipynb #e004
 import hashlib
@@ -44,11 +45,11 @@ def settings_folder(
     paper: str,  # its module, such as 'gare'
     key,  # the settings, or what without leaves of them
     data: str = '',  # name of the data, if each data set has its own folder
-    home=None,  # default lus_home()
-) -> Path:  # home/paper/hash, or home/paper/data-hash
+    cache=None,  # default lus_home()
+) -> Path:  # cache/paper/hash, or cache/paper/data-hash
     "The folder of the runs of some settings; it need not exist yet."
     name = settings_hash(key)
-    return Path(home or lus_home()) / paper / (f'{data}-{name}' if data else name)
+    return Path(cache or lus_home()) / paper / (f'{data}-{name}' if data else name)
 
 # %% ../../nbs/papers/experiment.ipynb #e031
 class Experiment:
@@ -197,3 +198,121 @@ def protocol_text(
     "The protocols of a run in words."
     known = results['protocols']
     return '\n\n'.join(f'{k}: {known[k]["description"]}.' for k in names or known)
+
+# %% ../../nbs/papers/experiment.ipynb #attention-imports
+import numpy as np
+import torch
+
+from ..explain.attribution import grad_cam
+from ..explain.sanity_checks import heat_in_fan
+from ..stats.bootstrap import mean_over_patients
+from ..train.fold_models import apply_out_of_fold
+
+# %% ../../nbs/papers/experiment.ipynb #attention
+def attention(
+    load,  # function fold -> its network, in evaluation mode
+    store,  # FrameStore of the frames
+    oof: pd.DataFrame,  # frame table with the column fold
+    fans: dict,  # clip -> mask, from fan_masks; frames of other clips are left out
+) -> pd.DataFrame:  # rows of oof with heat (share of |Grad-CAM| inside the fan) and area (share of the image)
+    "Where the networks look in frames that they have not seen."
+    oof = oof[oof['clip'].isin(fans)]
+    maps = apply_out_of_fold(grad_cam, load, store, oof)  # (frames, h, w)
+    masks = np.stack([fans[c] for c in oof['clip']])  # (frames, h, w)
+    heat = heat_in_fan(torch.from_numpy(maps), torch.from_numpy(masks))
+    return oof.assign(heat=np.asarray(heat), area=masks.mean((1, 2)))
+
+# %% ../../nbs/papers/experiment.ipynb #attention-cells
+def attention_cells(
+    seen: pd.DataFrame,  # from attention
+    row: str,  # which network
+    protocol: str,  # name of its run
+) -> list:  # of cells
+    "Heat inside the fan and the fan's area, means with intervals over patients."
+    shares = {c: mean_over_patients(seen, c) for c in ('heat', 'area')}
+    return [cell('attention', row, c, v, ci, protocol=protocol) for c, (v, *ci) in shares.items()]
+
+# %% ../../nbs/papers/experiment.ipynb #data-imports
+import warnings
+
+from ..core import real_data
+from ..data.store import FrameStore
+from ..models.backbones import create_backbone
+from ..synth.phantom import phantom_dataset
+
+# %% ../../nbs/papers/experiment.ipynb #data-folder
+def data_folder(
+    data: str,  # 'phantom', or the name of the real data
+    real: str,  # the only other name
+    needs: str,  # what the real data are, such as 'the real clips'
+    sources=('pocus',),  # as lus_data calls them
+    folder=None,  # of real data; default LUS_DATA
+) -> Path:  # None for the phantom
+    "The folder of real data; ValueError for a name that is not known, or where the folder is not."
+    if data not in ('phantom', real):
+        raise ValueError(f"data is 'phantom' or {real!r}, not {data!r}")
+    if data == 'phantom':
+        return None
+    folder = folder or real_data()
+    if folder is None:
+        commands = ' and '.join(f'`lus_data {s}`' for s in sources)
+        raise ValueError(
+            f'data={data!r} needs {needs}: set LUS_DATA to their folder, '
+            f'or see {commands} for how to get them'
+        )
+    return Path(folder)
+
+# %% ../../nbs/papers/experiment.ipynb #convex-phantom
+def convex_phantom(
+    paper: str,  # its module
+    patients: int,  # two clips each
+    size: int,  # height and width of the frames
+    seed: int,  # of patients and devices
+    cache=None,  # default lus_home()
+) -> pd.DataFrame:  # clip table with masks
+    "Convex phantom clips, two a patient, kept in the cache."
+    folder = Path(cache or lus_home()) / 'phantom' / f'{paper}-{patients}-{size}-s{seed}'
+    return phantom_dataset(folder, patients=patients, clips=2, size=(size, size), seed=seed, probe='convex')
+
+# %% ../../nbs/papers/experiment.ipynb #sampled-store
+def sampled_store(
+    paper: str,  # its module
+    table: pd.DataFrame,  # clip table
+    size: int,  # height and width of the frames, aspect ignored
+    settings,  # with rate and max_frames
+    cache=None,  # default lus_home()
+    prepare=None,  # as for FrameStore.build
+) -> FrameStore:  # its frames
+    "Frames at `rate` a second, at most `max_frames` of a clip."
+    s, clips = settings, hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
+    name = f'{paper}-{clips}-{size}-{s.rate:g}-{s.max_frames}'
+    name += '' if prepare is None else f'-{prepare.__name__}'
+    return FrameStore.build(
+        table,
+        Path(cache or lus_home()) / 'stores' / name,
+        size=(size, size),
+        rate=s.rate,
+        max_frames=s.max_frames,
+        prepare=prepare,
+    )
+
+# %% ../../nbs/papers/experiment.ipynb #imagenet
+def imagenet_available(
+    backbone: str,  # its name
+    channels: int = 1,  # of its input
+) -> bool:  # whether they are on this machine
+    "Look for a backbone's ImageNet weights, and say when they are not available."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        known = create_backbone(backbone, channels, weights='imagenet').pretrained
+    if not known:
+        print(*(w.message for w in caught if 'ImageNet' in str(w.message)))
+    return known
+
+# %% ../../nbs/papers/experiment.ipynb #cells-in
+def cells_in(
+    cells: list,  # of a run
+    *tables,  # names of tables
+) -> list:  # of cells
+    "The cells of some tables."
+    return [c for c in cells if c['table'] in tables]

@@ -7,8 +7,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/gare.html.md"""
 # %% auto #0
 __all__ = ['DEFAULT', 'QUICK', 'QUICK_REAL', 'PAPER', 'PROTOCOLS', 'adam', 'THEIRS_SEGMENTATION', 'THEIRS_DENSE',
            'THEIRS_CLASSIFICATION', 'GareSettings', 'labelled_frames', 'data_name', 'clips_to_classify', 'describe',
-           'protocol_folds', 'segment', 'best_fold', 'classes_of', 'classify', 'nearest_frame', 'segmentation_cells',
-           'classification_cells', 'run_folder', 'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
+           'protocol_folds', 'segment', 'classes_of', 'classify', 'segmentation_cells', 'classification_cells',
+           'run_folder', 'reproduce', 'held_out_masks', 'leak_table', 'gare_report']
 
 # %% ../../nbs/papers/gare.ipynb #c004
 import hashlib
@@ -22,13 +22,14 @@ import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
 
 from ..core import CLASSES, DENSE, DENSE_TO_SPARSE, SPARSE, frozen_eval, lus_home, real_data
+from ..data.audit import nearest_frame
 from ..data.augment import GareAugment, expand_variants, gare_variant
 from ..data.folds import Folds, leaky_folds, patient_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index_source
 from ..data.store import FrameStore
 from ..models.classifiers import seg_to_cls
-from ..models.transfer import copy_weights, name_outputs
+from ..models.transfer import copy_weights
 from ..models.unet import unet
 from ..runs import Settings
 from ..train.callbacks import TrainingSettings
@@ -50,7 +51,8 @@ from ..stats.curves import roc
 from ..stats.figures import plot_comparison, plot_confusion, plot_iou, plot_roc
 from ..synth.phantom import phantom_dataset
 from ..train.callbacks import ClassProbs, PixelCounts
-from ..train.cross_validation import cross_validate, fold_history, last_epoch
+from ..train.cross_validation import cross_validate, last_epoch
+from ..train.fold_models import best_fold, load_fold
 from ..train.losses import DiceCELoss, class_weights, code_counts
 
 # %% ../../nbs/papers/gare.ipynb #c008
@@ -103,15 +105,15 @@ PAPER = GareSettings(size=(624, 464), width=64, bn=False, seg_epochs=50, cls_epo
 # %% ../../nbs/papers/gare.ipynb #c010-1
 def labelled_frames(
     settings: GareSettings = DEFAULT,  # sizes
-    home=None,  # where clips and frames are kept; default lus_home()
+    cache=None,  # where clips and frames are kept; default lus_home()
 ) -> FrameStore:  # with dense masks
     "The phantom patients with pixel labels: stand-ins for the paper's Semantic Lung set."
-    home, s = Path(home or lus_home()), settings
+    cache, s = Path(cache or lus_home()), settings
     name = f"seg-{s.seg_patients}x{s.seg_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
     table = phantom_dataset(
-        home / 'phantom' / name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed
+        cache / 'phantom' / name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed
     )
-    return FrameStore.build(table, home / 'stores' / name, size=s.size, max_frames=s.seg_frames)
+    return FrameStore.build(table, cache / 'stores' / name, size=s.size, max_frames=s.seg_frames)
 
 # %% ../../nbs/papers/gare.ipynb #c010-2
 def data_name(
@@ -129,14 +131,14 @@ def data_name(
     return data
 
 # %% ../../nbs/papers/gare.ipynb #c010x0
-def _phantom_clips(s, home):
+def _phantom_clips(s, cache):
     "Clips of phantom patients, two of each, without their masks."
     name = f"cls-{s.cls_patients}x{s.cls_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
     table = phantom_dataset(
-        home / 'phantom' / name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed
+        cache / 'phantom' / name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed
     )
     table = table.drop(columns='mask')
-    return FrameStore.build(table, home / 'stores' / name, size=s.size, max_frames=s.cls_frames)
+    return FrameStore.build(table, cache / 'stores' / name, size=s.size, max_frames=s.cls_frames)
 
 # %% ../../nbs/papers/gare.ipynb #c010
 def _pocus_table(folder):
@@ -154,18 +156,18 @@ def _pocus_table(folder):
 def clips_to_classify(
     data='phantom',  # 'phantom', 'pocus' for the convex clips under LUS_DATA, or a clip table of your own
     settings: GareSettings = DEFAULT,  # sizes
-    home=None,  # as for labelled_frames
+    cache=None,  # as for labelled_frames
     folder=None,  # for 'pocus': the folder of real data; default LUS_DATA
 ) -> FrameStore:  # frames with one of three labels, or with those of your own clips
     "The clips that get a diagnosis: phantom patients, convex POCUS clips of three classes, or a clip table."
-    home, s, name = Path(home or lus_home()), settings, data_name(data)
+    cache, s, name = Path(cache or lus_home()), settings, data_name(data)
     if name == 'phantom':
-        return _phantom_clips(s, home)
+        return _phantom_clips(s, cache)
     if name == 'pocus':
         table, name = _pocus_table(folder), 'pocus-convex'
     else:
         table = data
-    where = home / 'stores' / f'{name}-{s.size[0]}x{s.size[1]}x{s.clip_frames}'
+    where = cache / 'stores' / f'{name}-{s.size[0]}x{s.size[1]}x{s.clip_frames}'
     return FrameStore.build(table, where, size=s.size, max_frames=s.clip_frames)
 
 # %% ../../nbs/papers/gare.ipynb #c015-1
@@ -252,14 +254,6 @@ def segment(
         path=path,
     )
 
-# %% ../../nbs/papers/gare.ipynb #c019b
-def best_fold(
-    path,  # folder of a finished segment
-) -> Path:  # the weights of one fold
-    "The weights of the fold that scored best at its selected epoch: they seed the classifier."
-    last = fold_history(path).groupby('fold').score.last()
-    return Path(path) / f'fold{last.idxmax()}' / 'model.safetensors'
-
 # %% ../../nbs/papers/gare.ipynb #c019b2
 def classes_of(
     store: FrameStore,  # clips to classify
@@ -299,21 +293,6 @@ def classify(
         _training(protocol, s, s.cls_epochs, s.cls_patience),
     )
     return cross_validate(build, folds, training, data=data, collect=ClassProbs(), path=path)
-
-# %% ../../nbs/papers/gare.ipynb #c022b
-def nearest_frame(
-    store: FrameStore,  # labelled frames
-    folds: Folds,  # of its frame table
-) -> pd.DataFrame:  # as from classify, with probabilities of 0 and 1
-    "The label of the most similar frame of the other folds; every fourth row and column are compared."
-    frames, number = store.frames, torch.tensor(folds.fold.to_numpy())
-    pixels = torch.from_numpy(store.images[frames.row.to_numpy()][:, ::4, ::4].copy()).flatten(1).float()
-    far = torch.cdist(pixels, pixels)  # (frames, frames)
-    far[number[:, None] == number] = torch.inf
-    nearest = frames.label.to_numpy()[far.argmin(1).numpy()]
-    return frames.assign(
-        fold=folds.fold, **{f'p_{c}': (nearest == c).astype(float) for c in classes_of(store)}
-    )
 
 # %% ../../nbs/papers/gare.ipynb #c024
 THEIRS_SEGMENTATION = pd.DataFrame(
@@ -376,13 +355,13 @@ def classification_cells(
 # %% ../../nbs/papers/gare.ipynb #c030-1
 def run_folder(
     settings: GareSettings,  # sizes
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> Path:  # one folder per settings
     "Where the runs of some settings keep their checkpoints."
-    return settings_folder('gare', settings, home=home)
+    return settings_folder('gare', settings, cache=cache)
 
 # %% ../../nbs/papers/gare.ipynb #c030-2x0
-def _new_run(kind, quick, out, home, settings, stages):
+def _new_run(kind, quick, out, cache, settings, stages):
     "The Experiment of some data: 'phantom', 'pocus' or 'own-...'."
     data = kind.split('-')[0]
     return Experiment(
@@ -390,7 +369,7 @@ def _new_run(kind, quick, out, home, settings, stages):
         'Gare et al. 2021',
         data,
         settings,
-        run_folder(settings, home),
+        run_folder(settings, cache),
         out=out,
         quick=quick,
         command='lus_demo --data FOLDER' if data == 'own' else None,
@@ -430,7 +409,7 @@ def _all_classification_cells(run, clips, oof, row, protocol, path):
     name = f'classification by {protocol}'
     cells = classification_cells(oof, row, name)
     if protocol != 'patient':
-        last = last_epoch(clips.frames, oof.fold, path)
+        last = last_epoch(Folds(clips.frames, oof.fold), path)
         cells += classification_cells(last, row, name, 'classification, last epoch')
     if row == 'dense':  # once for each protocol
         cells += classification_cells(
@@ -469,16 +448,16 @@ def reproduce(
     data='phantom',  # what is classified: 'phantom', 'pocus', or a clip table of your own
     quick: bool = False,  # the demo's sizes and fewer protocols
     out='results',  # folder for the JSON file and the report
-    home=None,  # where stores and checkpoints are kept; default lus_home()
+    cache=None,  # where stores and checkpoints are kept; default lus_home()
     settings: GareSettings = None,  # default: DEFAULT, or QUICK and QUICK_REAL
 ) -> Path:  # the report
     "Gare 2021 end to end: segmentation, reverse transfer, honest and leaky, ours beside theirs."
     kind, (protocols, plan) = data_name(data), _plan(quick)
     if settings is None:
         settings = DEFAULT if not quick else QUICK if kind == 'phantom' else QUICK_REAL
-    run = _new_run(kind, quick, out, home, settings, 2 + 2 * len(protocols) + len(plan))
+    run = _new_run(kind, quick, out, cache, settings, 2 + 2 * len(protocols) + len(plan))
     run.stage('clips and frames')
-    clips, labelled = clips_to_classify(data, settings, home), labelled_frames(settings, home)
+    clips, labelled = clips_to_classify(data, settings, cache), labelled_frames(settings, cache)
     segmented = _segmentation_stages(run, labelled, protocols)
     classified = _classification_stages(run, kind, clips, plan)
     run.stage('tables and figures')
@@ -497,8 +476,7 @@ def held_out_masks(
     rows = store.frames[folds == 0].groupby('patient').nth(2).sort_values('label')
     rows = rows.iloc[np.linspace(0, len(rows) - 1, min(5, len(rows))).round().astype(int)]
     model = unet(len(DENSE), width=settings.width, bn=settings.bn)
-    name_outputs(model, DENSE)  # weights with another order of codes are refused
-    copy_weights(Path(path) / 'fold0' / 'model.safetensors', model, strict=True)
+    load_fold(model, path, 0, DENSE)
     images, masks = store.images[rows.row.to_numpy()], store.masks[rows.row.to_numpy()]
     with frozen_eval(model), torch.no_grad():
         pred = model(torch.from_numpy(images)[:, None] / 255.0).argmax(1)

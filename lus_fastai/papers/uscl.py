@@ -6,16 +6,14 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/uscl.html.md"""
 
 # %% auto #0
 __all__ = ['COMPARED', 'ABLATED', 'DETECTED', 'DEFAULT', 'QUICK', 'PAPER', 'METHODS', 'THEIRS', 'PROTOCOLS', 'TERMS',
-           'UsclSettings', 'hospital', 'phantom_table', 'clip_table', 'frame_store', 'downstream_folds', 'outside_fold',
-           'pair_kinds', 'conflict_table', 'run_folder', 'method_folder', 'pretrain_fold', 'CropFlip', 'weights_of',
-           'tuned_folder', 'tune', 'downstream_fans', 'tuned_model', 'attention', 'detect_items', 'detect',
-           'precision_cells', 'score_cells', 'label_curve', 'start_scores', 'save_backbone', 'UsclRun', 'uscl_run',
-           'methods_of', 'pretrain_stage', 'starts_of', 'conflict_cells', 'tune_stage', 'label_stage',
-           'attention_stage', 'detection_stage', 'reproduce', 'best_start', 'comparison_table', 'conflict_dots',
-           'uscl_report']
+           'UsclSettings', 'phantom_table', 'clip_table', 'frame_store', 'downstream_folds', 'outside_fold',
+           'run_folder', 'method_folder', 'pretrain_fold', 'CropFlip', 'weights_of', 'tuned_folder', 'tune',
+           'downstream_fans', 'tuned_model', 'tuned_attention', 'detect_items', 'detect', 'precision_cells',
+           'score_cells', 'label_curve', 'start_scores', 'save_backbone', 'UsclRun', 'uscl_run', 'methods_of',
+           'pretrain_stage', 'starts_of', 'conflict_cells', 'tune_stage', 'label_stage', 'attention_stage',
+           'detection_stage', 'reproduce', 'best_start', 'comparison_table', 'conflict_dots', 'uscl_report']
 
 # %% ../../nbs/papers/uscl.ipynb #c003
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,30 +23,32 @@ import torch
 from fastai.vision.all import RandTransform, TensorImage, retain_type
 
 from ..core import CLASSES, assert_disjoint, lus_home, real_data, seed_all
-from ..data.fan import add_fans
+from ..data.fan import add_fans, fan_masks
 from ..data.folds import Folds, patient_folds
 from ..data.loaders import frame_dls
 from ..data.sources import index_source
-from ..data.store import FrameStore, store_rows
-from ..explain.attribution import grad_cam
+from ..data.store import FrameStore
 from ..explain.embeddings import features
-from ..explain.sanity_checks import heat_in_fan
 from ..models.backbones import create_backbone
 from ..models.classifiers import BackboneClassifier
-from ..models.transfer import copy_weights, name_outputs, save_weights
+from ..models.transfer import save_weights
 from ..runs import Settings
 from ..train.callbacks import TrainingSettings
 
 # %% ../../nbs/papers/uscl.ipynb #c003-1
-import hashlib
-
-from . import arora
 from lus_fastai.papers.experiment import (
     Experiment,
+    attention,
+    attention_cells,
+    cells_in,
     cells_of,
     comparison_rows,
+    convex_phantom,
+    data_folder,
+    imagenet_available,
     interval_grid,
     protocol_text,
+    sampled_store,
     score_columns,
     settings_folder,
     without,
@@ -63,11 +63,12 @@ from ..data.pairs import ABLATION, USCLAugment, pair_dls
 from ..stats.classification import evaluate
 from ..synth.phantom import phantom_dataset
 from ..train.callbacks import ClassProbs
-from ..train.contrastive import USCL, MoCo, SimCLR, Supervised, pretrain
+from ..train.contrastive import USCL, MoCo, SimCLR, Supervised, conflict_table, pretrain
 from ..train.cross_validation import cross_validate, last_epoch
 from ..train.detection import FEW_OBJECTS, DetectItems, busi_items, phantom_items, train_detector
 from ..train.distributed import leave_processes, main_first
 from ..train.fine_tuning import fine_tune_learner
+from ..train.fold_models import load_fold
 from ..train.semi_supervised import FixMatch, PiModel, StrongAugment, TemporalEnsembling, WeakAugment
 
 # %% ../../nbs/papers/uscl.ipynb #c006
@@ -112,25 +113,13 @@ QUICK = UsclSettings(**_small, detect_epochs=10, detect_size=64)
 PAPER = UsclSettings(**_large, detect_epochs=30, detect_size=800, detect_width=256)
 
 # %% ../../nbs/papers/uscl.ipynb #c008-1
-def hospital(
-    seed: int,  # of its patients and devices
-    settings: UsclSettings,  # number of patients, size
-    home: Path,  # where clips are kept
-) -> pd.DataFrame:  # clip table
-    "Convex phantom clips, two a patient."
-    s = settings
-    folder = home / 'phantom' / f'uscl-{s.patients}-{s.size}-s{seed}'
-    return phantom_dataset(
-        folder, patients=s.patients, clips=2, size=(s.size, s.size), seed=seed, probe='convex'
-    )
-
-
 def phantom_table(
     settings: UsclSettings,  # number of patients, size, seed
-    home: Path,  # where clips are kept
+    cache=None,  # where clips are kept; default lus_home()
 ) -> pd.DataFrame:  # clip table with a column downstream
     "The labelled clips of one phantom hospital, and those of another with other devices."
-    here, there = (hospital(settings.seed + k, settings, home) for k in (0, 1))
+    s = settings
+    here, there = (convex_phantom('uscl', s.patients, s.size, s.seed + k, cache) for k in (0, 1))
     there = there.assign(patient='elsewhere-' + there.patient.astype(str), source='elsewhere')
     both = [here.assign(downstream=True), there.assign(downstream=False)]
     return pd.concat(both, ignore_index=True).drop(columns='mask')
@@ -139,18 +128,11 @@ def phantom_table(
 def clip_table(
     data: str = 'phantom',  # 'phantom', or 'real' for POCUS and COVID-BLUES under LUS_DATA
     settings: UsclSettings = DEFAULT,  # sizes
-    home=None,  # where clips are kept; default lus_home()
+    cache=None,  # where clips are kept; default lus_home()
 ) -> pd.DataFrame:  # clip table; its column downstream is True where the clip takes part in the folds
     "Labelled clips of the downstream task, and clips without label from elsewhere."
-    if data == 'phantom':
-        return phantom_table(settings, Path(home or lus_home()))
-    if data != 'real':
-        raise ValueError(f"data is 'phantom' or 'real', not {data!r}")
-    if real_data() is None:
-        raise ValueError(
-            "data='real' needs the real clips: set LUS_DATA to their folder, "
-            "or see `lus_data pocus` and `lus_data blues` for how to get them"
-        )
+    if data_folder(data, 'real', 'the real clips', ('pocus', 'blues')) is None:
+        return phantom_table(settings, cache)
     pocus, blues = index_source('pocus', real_data()), index_source('blues', real_data())
     pocus = pocus[pocus.probe == 'convex']
     both = [pocus.assign(downstream=pocus.label.isin(CLASSES)), blues.assign(downstream=False)]
@@ -160,17 +142,10 @@ def clip_table(
 def frame_store(
     table: pd.DataFrame,  # clip table
     settings: UsclSettings = DEFAULT,  # sampling
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> FrameStore:  # its frames
     "Frames at `rate` a second, at most `max_frames` of a clip."
-    s, name = settings, hashlib.sha256(''.join(table['path'].astype(str)).encode()).hexdigest()[:8]
-    return FrameStore.build(
-        table,
-        Path(home or lus_home()) / 'stores' / f'uscl-{name}-{s.size}-{s.rate:g}-{s.max_frames}',
-        size=(s.size, s.size),
-        rate=s.rate,
-        max_frames=s.max_frames,
-    )
+    return sampled_store('uscl', table, settings.size, settings, cache)
 
 # %% ../../nbs/papers/uscl.ipynb #c008-3
 def downstream_folds(
@@ -191,45 +166,6 @@ def outside_fold(
     rest = frames[~frames['patient'].isin(held_out['patient'])]
     assert_disjoint(rest, held_out)
     return rest.assign(label=rest['label'].where(rest['downstream'], None))
-
-# %% ../../nbs/papers/uscl.ipynb #c013
-def pair_kinds(
-    frames: pd.DataFrame,  # with clip, patient, label
-    a: np.ndarray,  # rows, the first of each pair
-    b: np.ndarray,  # rows, the second
-) -> dict:  # kind -> (pairs,) bool
-    "Which pairs are of one clip, one patient, one class, or nothing of it."
-    clip, patient, label = (
-        frames[c].to_numpy()[a] == frames[c].to_numpy()[b] for c in ('clip', 'patient', 'label')
-    )
-    return {
-        'same clip': clip,
-        'same patient, another clip': patient & ~clip,
-        'same class, another patient': label & ~patient,
-        'another class and patient': ~label & ~patient,
-    }
-
-# %% ../../nbs/papers/uscl.ipynb #c013-1
-def conflict_table(
-    x: np.ndarray,  # (n, d) features
-    frames: pd.DataFrame,  # n rows with clip, patient, label
-    n_pairs: int = 200_000,  # random pairs that are looked at
-) -> pd.DataFrame:  # a row per kind of pair: mean cosine, low, high (the middle 90 % of the pairs), n
-    "Cosine of frame pairs by what they share; features are centred first."
-    if len(x) != len(frames):
-        raise ValueError(f"{len(x)} features for {len(frames)} frames")
-    x = x - x.mean(0)
-    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
-    a, b = np.random.default_rng(0).integers(0, len(x), (2, n_pairs))
-    a, b = a[a != b], b[a != b]
-    cosine = (x[a] * x[b]).sum(1)  # (pairs,)
-    rows = []
-    for kind, of_kind in pair_kinds(frames, a, b).items():
-        if of_kind.any():
-            c = cosine[of_kind]
-            low, high = np.quantile(c, 0.05), np.quantile(c, 0.95)
-            rows.append(dict(pairs=kind, cosine=c.mean(), low=low, high=high, n=len(c)))
-    return pd.DataFrame(rows)
 
 # %% ../../nbs/papers/uscl.ipynb #c017-1
 _SAME = dict(unit='clip', pair='same')
@@ -257,10 +193,10 @@ _AFTER = 'label_rates detect_epochs detect_size detect_width tune_epochs tune_lr
 def run_folder(
     settings: UsclSettings,  # sizes
     data: str,  # 'phantom' or 'real'
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> Path:  # one folder per settings and data
     "Where the runs of some settings keep their checkpoints."
-    return settings_folder('uscl', without(settings, *_AFTER.split()), data, home)
+    return settings_folder('uscl', without(settings, *_AFTER.split()), data, cache)
 
 # %% ../../nbs/papers/uscl.ipynb #c017-3
 def method_folder(
@@ -365,7 +301,7 @@ def downstream_fans(
 ) -> dict:  # clip -> (size, size) bool, True inside the fan; clips without a fan are missing
     "The fan of every downstream clip, on the store's frames."
     found = add_fans(table[table['downstream']])['fan']
-    return arora.fan_masks(table.assign(fan=found.reindex(table.index, fill_value='')), settings.size)
+    return fan_masks(table.assign(fan=found.reindex(table.index, fill_value='')), settings.size)
 
 # %% ../../nbs/papers/uscl.ipynb #c022-2
 def tuned_model(
@@ -379,13 +315,10 @@ def tuned_model(
     known = start == 'ImageNet'  # has its own stem and scaling
     backbone = weights_of(start, fold, path, s) if known else create_backbone(s.backbone)
     model = BackboneClassifier(backbone, len(CLASSES))
-    name_outputs(model, CLASSES)  # weights with another order of classes are refused
-    weights = tuned_folder(start, path, s) / f'fold{fold}' / 'model.safetensors'
-    copy_weights(weights, model, strict=True)
-    return model.eval()
+    return load_fold(model, tuned_folder(start, path, s), fold, CLASSES)
 
 # %% ../../nbs/papers/uscl.ipynb #c022
-def attention(
+def tuned_attention(
     start: str,  # as for weights_of
     store: FrameStore,  # all frames
     folds: Folds,  # from downstream_folds
@@ -394,27 +327,24 @@ def attention(
     settings: UsclSettings = DEFAULT,  # sizes
 ) -> pd.DataFrame:  # frame table with heat (share of |Grad-CAM| inside the fan) and area (of the image)
     "Grad-CAM of every held-out frame, summed up."
-    parts, own = [], store.frames[store.frames['downstream'] & store.frames['clip'].isin(fans)]
-    for fold, group in own.groupby(folds.of(own).fold):
-        model, rows = tuned_model(start, fold, path, settings), store_rows(group, store)
-        batches = [store.images[rows[k : k + 64]] for k in range(0, len(rows), 64)]
-        # (frames, h, w)
-        maps = torch.cat([grad_cam(model, torch.from_numpy(x)[:, None] / 255.0) for x in batches])
-        masks = np.stack([fans[c] for c in group['clip']])
-        parts.append(group.assign(heat=heat_in_fan(maps, masks), area=masks.mean((1, 2))))
-    return pd.concat(parts)
+    own = store.frames[store.frames['downstream']]
+
+    def load(fold):
+        return tuned_model(start, fold, path, settings)
+
+    return attention(load, store, own.assign(fold=folds.of(own).fold), fans)
 
 # %% ../../nbs/papers/uscl.ipynb #c025-1
 def detect_items(
     data: str,  # 'phantom' or 'real'
     settings: UsclSettings = DEFAULT,  # sizes
-    home=None,  # default lus_home()
+    cache=None,  # default lus_home()
 ) -> DetectItems:  # images and objects
     "Lesions of BUSI, or B-lines and consolidations of phantom clips that no backbone was pretrained on."
     if data == 'real':
         return busi_items(index_source('busi', real_data()))
     patients, seed = 3 * settings.patients, settings.seed + 2
-    folder = Path(home or lus_home()) / 'phantom' / f'uscl-detect-{patients}x3-s{seed}'
+    folder = Path(cache or lus_home()) / 'phantom' / f'uscl-detect-{patients}x3-s{seed}'
     size = dict(clips=1, n=3, size=(96, 96))
     return phantom_items(
         phantom_dataset(folder, patients=patients, seed=seed, probe='convex', **size), frames=3
@@ -541,7 +471,7 @@ class UsclRun:
     "What the stages of one reproduction share."
 
     experiment: Experiment  # settings, folder, protocols, cells
-    home: Path  # where clips are kept
+    cache: Path  # where clips are kept
     table: pd.DataFrame  # clip table
     store: FrameStore  # all frames
     folds: Folds  # from downstream_folds
@@ -562,15 +492,15 @@ def uscl_run(
     settings: UsclSettings,  # sizes
     quick: bool,  # named so in the results
     out,  # folder for the JSON file and the report
-    home: Path,  # where stores and checkpoints are kept
+    cache: Path,  # where stores and checkpoints are kept
 ) -> UsclRun:  # what stages share
     "Clips, store and folds of a reproduction, before anything is trained."
-    s, folder = settings, run_folder(settings, data, home)
+    s, folder = settings, run_folder(settings, data, cache)
     with main_first():
-        table = clip_table(data, s, home)
-        store = frame_store(table, s, home)
+        table = clip_table(data, s, cache)
+        store = frame_store(table, s, cache)
     e = Experiment('uscl', 'Chen et al. 2021', data, s, folder, out=out, quick=quick)
-    run = UsclRun(e, home, table, store, downstream_folds(store.frames, s))
+    run = UsclRun(e, cache, table, store, downstream_folds(store.frames, s))
     for name, description in PROTOCOLS.items():
         e.protocol(name, description, run.folds.of(run.frames))
     return run
@@ -598,11 +528,7 @@ def starts_of(
     settings: UsclSettings,  # which methods and backbone
 ) -> list:  # as for weights_of
     "Every start: random ones, ImageNet where its weights are available, and the pretrainings."
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        known = create_backbone(settings.backbone, weights='imagenet').pretrained
-    if not known:
-        print(*(w.message for w in caught if 'ImageNet' in str(w.message)))
+    known = imagenet_available(settings.backbone)
     imagenet = ['ImageNet'] if known else []
     return ['random', 'random, all layers', *imagenet, *methods_of(settings)]
 
@@ -646,8 +572,8 @@ def attention_stage(
     "Where the tuned networks look."
     e, fans = run.experiment, downstream_fans(run.table, run.experiment.settings)
     for start in e.settings.detected:
-        seen = attention(start, run.store, run.folds, fans, e.folder, e.settings)
-        e.add(arora.attention_cells(seen, start, 'best'))
+        seen = tuned_attention(start, run.store, run.folds, fans, e.folder, e.settings)
+        e.add(attention_cells(seen, start, 'best'))
 
 # %% ../../nbs/papers/uscl.ipynb #c029-9
 def detection_stage(
@@ -655,7 +581,7 @@ def detection_stage(
 ):
     "A detector from each start; a third of the patients for the test."
     e, s = run.experiment, run.experiment.settings
-    items, cells = detect_items(e.data, s, run.home), []
+    items, cells = detect_items(e.data, s, run.cache), []
     test = (patient_folds(items.table, 3, seed=s.seed).fold == 0).to_numpy()
     description = 'Mask R-CNN from each start, last epoch, a third of the patients for the test'
     rows = items.table.assign(clip=items.table.index.astype(str))
@@ -670,12 +596,12 @@ def reproduce(
     data: str = 'phantom',  # 'phantom' or 'real'
     quick: bool = False,  # small, for a demonstration
     out='results',  # folder for the JSON file, the report and the best backbone
-    home=None,  # where stores and checkpoints are kept; default lus_home()
+    cache=None,  # where stores and checkpoints are kept; default lus_home()
     settings: UsclSettings = None,  # default: DEFAULT or QUICK
 ) -> Path:  # the report; None in all but the main one of several processes
     "Chen 2021 end to end: pretraining, fine-tuning, ablation, labels, where it looks, detection."
     s = settings or (QUICK if quick else DEFAULT)
-    run = uscl_run(data, s, quick, out, Path(home or lus_home()))
+    run = uscl_run(data, s, quick, out, Path(cache or lus_home()))
     pretrain_stage(run)
     if not leave_processes():
         return None  # of several processes the main one does the rest
@@ -719,11 +645,6 @@ def _honest(results):
     "Frame accuracy of every start at the last epoch, by start."
     comparison = comparison_table(results)
     return comparison[comparison.group == 'last epoch'].set_index('label')
-
-
-def _is(results, table):
-    "The cells of a table."
-    return [c for c in results['cells'] if c['table'] == table]
 
 # %% ../../nbs/papers/uscl.ipynb #c030-4
 def _summary(r, results, honest, best, scratch):
@@ -834,13 +755,13 @@ def _attention_section(r, results):
         'Share of the absolute Grad-CAM map inside the fan, in held-out frames, beside the share of '
         'the image that is fan.',
     )
-    r.cells(_is(results, 'attention'))
+    r.cells(cells_in(results['cells'], 'attention'))
 
 # %% ../../nbs/papers/uscl.ipynb #c030-10
 def _detection_section(r, results):
     "Detection from each start."
     r.section('Detection', 'Mask R-CNN from each start: COCO average precision of boxes and masks.')
-    r.cells(_is(results, 'detection'))
+    r.cells(cells_in(results['cells'], 'detection'))
 
 
 TERMS = 'fan', 'start', 'fold', 'folds by patient', 'frame, clip, patient', 'last epoch, best epoch'

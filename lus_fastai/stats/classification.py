@@ -8,8 +8,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/stats/classification.html.md"""
 __all__ = ['SCORE_COLUMNS', 'confusions', 'confusion', 'iou', 'precision', 'recall', 'f1', 'overall_accuracy', 'pixel_accuracy',
            'balanced_accuracy', 'mean_iou', 'macro_precision', 'macro_recall', 'macro_f1', 'exact_match',
            'merge_confusion', 'ConfusionMetric', 'seg_metrics', 'cls_metrics', 'pred_classes', 'class_probabilities',
-           'check_predictions', 'row_columns', 'predicted', 'vote', 'cls_confusions', 'evaluate', 'total_confusion',
-           'classification_report', 'confusion_columns', 'seg_confusions', 'evaluate_seg']
+           'check_predictions', 'row_columns', 'predicted', 'vote', 'one_vs_rest', 'cls_confusions', 'evaluate',
+           'total_confusion', 'classification_report', 'confusion_columns', 'seg_confusions', 'evaluate_seg']
 
 # %% ../../nbs/stats/classification.ipynb #c005
 from functools import partial
@@ -418,6 +418,17 @@ def vote(
     known = [c for c in ('source', 'probe', 'fold') if c in preds]
     same = [c for c in known if groups[c].nunique(dropna=False).max() == 1]
     return pd.concat([groups[same].first(), groups.size().rename('votes'), pooled], axis=1).reset_index()
+
+# %% ../../nbs/stats/classification.ipynb #one-vs-rest
+def one_vs_rest(
+    preds: pd.DataFrame,  # predictions, with labels that the networks may not know
+    label: str = 'covid',  # the class that is asked for
+) -> pd.DataFrame:  # labels label and 'other', columns p_<label> and p_other
+    "One class against everything else, for data whose labels say no more than that."
+    p = preds[f'p_{label}']
+    return preds.drop(columns=[f'p_{c}' for c in pred_classes(preds)]).assign(
+        **{'label': np.where(preds['label'] == label, label, 'other'), f'p_{label}': p, 'p_other': 1 - p}
+    )
 
 # %% ../../nbs/stats/classification.ipynb #c046-1
 SCORE_COLUMNS = ['level', 'class', 'metric', 'value', 'low', 'high', 'n', 'patients']

@@ -255,7 +255,7 @@ def predict_masks(
     precision: str = 'auto',  # see AutoPrecision
 ) -> np.ndarray:  # (n, k, h, w) float16 probabilities: sigmoids of the logits
     "Probabilities of every class in every pixel; the model's mode is restored."
-    device, channels, parts = next(model.parameters()).device, input_channels(model, 3), []
+    device, channels, parts = next(model.parameters()).device, input_channels(model), []
     with frozen_eval(model), torch.no_grad():
         for i in range(0, len(images), bs):
             x = (

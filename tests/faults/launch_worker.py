@@ -52,7 +52,7 @@ def reproduce(home):
         lambda device: False,
     )  # in bfloat16 two halves of a batch differ from the whole in the third digit
     try:
-        return uscl.reproduce('phantom', out=home / 'results', home=home, settings=TINY)
+        return uscl.reproduce('phantom', out=home / 'results', cache=home, settings=TINY)
     finally:
         uscl.create_backbone, callbacks.has_bf16 = create, native
 

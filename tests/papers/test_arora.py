@@ -172,7 +172,7 @@ def test_reproduction_end_to_end_and_again(tmp_path, monkeypatch):
     tiny = arora.AroraSettings(
         nets=(arora.Net('tf_efficientnet_lite0', 48, 1),), max_frames=2, folds=2, patients=6
     )
-    report = arora.reproduce(out=tmp_path / 'out', home=tmp_path / 'home', settings=tiny)
+    report = arora.reproduce(out=tmp_path / 'out', cache=tmp_path / 'home', settings=tiny)
     results = json.loads((tmp_path / 'out/arora-phantom.json').read_text())
     assert {c['table'] for c in results['cells']} == {
         'classification',
@@ -194,6 +194,6 @@ def test_reproduction_end_to_end_and_again(tmp_path, monkeypatch):
     assert 'Covid-Net' in html and html.count('<svg') >= 6 and str(tmp_path) not in html
     monkeypatch.setattr(training, 'fit_resumable', lambda *a, **k: pytest.fail('nothing is trained twice'))
     monkeypatch.setattr(arora, 'start', lambda net: 'ImageNet')
-    arora.reproduce(out=tmp_path / 'out', home=tmp_path / 'home', settings=tiny)
+    arora.reproduce(out=tmp_path / 'out', cache=tmp_path / 'home', settings=tiny)
     again = json.loads((tmp_path / 'out/arora-phantom.json').read_text())
     assert again['cells'] == results['cells'] and again['hours'] == results['hours']

@@ -118,7 +118,7 @@ def test_vunet_trains_its_decoder_first_then_everything(tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     home = tmp_path_factory.mktemp('cheng')
-    return home, cheng_lam.reproduce('phantom', out=home / 'results', home=home, settings=TINY)
+    return home, cheng_lam.reproduce('phantom', out=home / 'results', cache=home, settings=TINY)
 
 
 def test_everything_is_in_the_results(run):
@@ -139,7 +139,7 @@ def test_everything_is_in_the_results(run):
 def test_a_second_run_trains_nothing(run):
     home, page = run
     before = {f: f.stat().st_mtime_ns for f in (home / 'cheng_lam').rglob('*') if f.is_file()}
-    again = cheng_lam.reproduce('phantom', out=home / 'again', home=home, settings=TINY)
+    again = cheng_lam.reproduce('phantom', out=home / 'again', cache=home, settings=TINY)
     assert {f: f.stat().st_mtime_ns for f in (home / 'cheng_lam').rglob('*') if f.is_file()} == before
     assert (
         read_results(again.with_suffix('.json'))['cells'] == read_results(page.with_suffix('.json'))['cells']

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from lus_fastai.core import CLASSES
+from lus_fastai.data.audit import nearest_frame
 from lus_fastai.data.folds import Folds
 from lus_fastai.papers import gare
 
@@ -118,9 +119,9 @@ def test_looking_up_never_takes_a_frame_of_its_own_fold():
         images = np.repeat(np.repeat(np.array([0, 10, 40], np.uint8)[:, None, None], 8, 1), 8, 2)
         frames = pd.DataFrame(dict(row=[0, 1, 2], label=['a', 'b', 'c']))
 
-    copied = gare.nearest_frame(Store, Folds(Store.frames, [0, 0, 1]))
+    copied = nearest_frame(Store, Folds(Store.frames, [0, 0, 1]))
     assert copied[['p_a', 'p_b', 'p_c']].to_numpy().tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 0]]
-    assert gare.nearest_frame(Store, Folds(Store.frames, [0, 1, 1]))['p_a'].tolist() == [
+    assert nearest_frame(Store, Folds(Store.frames, [0, 1, 1]))['p_a'].tolist() == [
         0,
         1,
         1,

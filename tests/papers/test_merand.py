@@ -36,7 +36,7 @@ TINY = merand.MerandSettings(
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     home = tmp_path_factory.mktemp('merand')
-    return home, merand.reproduce('phantom', out=home / 'results', home=home, settings=TINY)
+    return home, merand.reproduce('phantom', out=home / 'results', cache=home, settings=TINY)
 
 
 @pytest.fixture(scope='module')
@@ -63,7 +63,7 @@ def test_a_second_run_trains_nothing(run):
     before = {
         f: f.stat().st_mtime_ns for f in merand.run_folder(TINY, 'phantom', home).rglob('*') if f.is_file()
     }
-    again = merand.reproduce('phantom', out=home / 'again', home=home, settings=TINY)
+    again = merand.reproduce('phantom', out=home / 'again', cache=home, settings=TINY)
     assert {f: f.stat().st_mtime_ns for f in before} == before
     assert (
         read_results(again.with_suffix('.json'))['cells'] == read_results(page.with_suffix('.json'))['cells']
@@ -71,8 +71,8 @@ def test_a_second_run_trains_nothing(run):
 
 
 def test_resumed_run_equals_undisturbed_one(parts, tmp_path, monkeypatch):
-    way, runs = Variant('test_resnet'), []
-    whole = dict(np.load(merand.target_run(way, 5, parts, tmp_path / 'whole', TINY)))
+    variant, runs = Variant('test_resnet'), []
+    whole = dict(np.load(merand.target_run(variant, 5, parts, tmp_path / 'whole', TINY)))
     after = LossLog.end_epoch
 
     def stop(self):
@@ -84,8 +84,8 @@ def test_resumed_run_equals_undisturbed_one(parts, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(LossLog, 'end_epoch', stop)
         with pytest.raises(KeyboardInterrupt):
-            merand.target_run(way, 5, parts, tmp_path / 'cut', TINY)
-    cut = dict(np.load(merand.target_run(way, 5, parts, tmp_path / 'cut', TINY)))
+            merand.target_run(variant, 5, parts, tmp_path / 'cut', TINY)
+    cut = dict(np.load(merand.target_run(variant, 5, parts, tmp_path / 'cut', TINY)))
     assert runs == [0, 1] and all(np.array_equal(whole[k], cut[k]) for k in whole)
 
 
@@ -123,13 +123,13 @@ def test_what_moves(run, parts):
     )
     first = merand.load_weights(merand.first_step(both, parts, path, TINY))
     assert merand.first_step(both, parts, path, TINY) == merand.first_step(encoder, parts, path, TINY)
-    for way in (both, encoder):
+    for variant in (both, encoder):
         torch.manual_seed(0)
-        net = merand.started(way, path, 13).state_dict()
+        net = merand.started(variant, path, 13).state_dict()
         name = next(k for k in net if k.startswith('decoder') and net[k].ndim == 4)
         assert all(torch.equal(net[k], v) for k, v in first.items() if k.startswith('encoder'))
         moved = torch.equal(net[name][:, : first[name].shape[1]], first[name])
-        assert moved == (way.moved == 'both')
+        assert moved == (variant.moved == 'both')
 
 
 def test_spread_and_interval_by_hand():
@@ -167,7 +167,7 @@ def test_a_class_missing_from_the_test_or_from_training(parts, tmp_path):
 
 def test_bad_input(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="'phantom' or 'real', not 'ct'"):
-        merand.reproduce('ct', out=tmp_path, home=tmp_path, settings=TINY)
+        merand.reproduce('ct', out=tmp_path, cache=tmp_path, settings=TINY)
     monkeypatch.delenv('LUS_DATA', raising=False)
     with pytest.raises(ValueError, match='LUS_DATA'):
         merand.learning_parts('real', TINY)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lus_fastai.core import MaskSet
-from lus_fastai.data.fan import FanError
+from lus_fastai.data.fan import FanError, common_fan, phantom_fan
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.papers import sim_to_real
 from lus_fastai.papers.sim_to_real import (
@@ -19,12 +19,10 @@ from lus_fastai.papers.sim_to_real import (
     SimSettings,
     agreement,
     clip_features,
-    common_fan,
     contrast_channels,
     fine_tuned_scores,
     line_areas,
     linear_probe_scores,
-    phantom_fan,
     plain_scores,
     plot_agreement,
     polar_clips,
@@ -38,6 +36,8 @@ from lus_fastai.stats.bootstrap import auc, patient_interval, spearman
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
 from lus_fastai.train import cross_validation as training
 from lus_fastai.video import write_video
+
+TRAINED = 'network, fine-tuned', 'photographs, linear probe'  # rows that learn from the experts' answers
 
 
 @pytest.fixture(scope='module')
@@ -255,9 +255,9 @@ def test_clips_that_cannot_be_read_are_left_out(tmp_path):
 
 def test_from_end_to_end_on_the_phantom(tmp_path):
     s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, held_out=6)
-    report = reproduce('phantom', out=tmp_path / 'a', home=tmp_path / 'h', settings=s)
+    report = reproduce('phantom', out=tmp_path / 'a', cache=tmp_path / 'h', settings=s)
     first = read_results(tmp_path / 'a' / 'sim-to-real-phantom.json')
-    reproduce('phantom', out=tmp_path / 'b', home=tmp_path / 'other', settings=s)
+    reproduce('phantom', out=tmp_path / 'b', cache=tmp_path / 'other', settings=s)
     second = read_results(tmp_path / 'b' / 'sim-to-real-phantom.json')
     assert (
         first['cells'] == second['cells']
@@ -299,12 +299,12 @@ def test_from_end_to_end_on_a_folder_of_clips(tmp_path, capsys):
     pd.DataFrame(dict(patient_id=range(1, 7), cov_test=[1, 0] * 3)).to_csv(
         folder / 'blues' / 'clinical_variables.csv', index=False
     )
-    s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, tuning=2, looks=2)
+    s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, tuning=2, n_frames=2)
 
     def run(**kw):
         return read_results(
             reproduce(
-                'real', out=tmp_path / 'out', home=tmp_path / 'home', settings=s, folder=folder, **kw
+                'real', out=tmp_path / 'out', cache=tmp_path / 'home', settings=s, folder=folder, **kw
             ).with_suffix('.json')
         )
 
@@ -314,15 +314,15 @@ def test_from_end_to_end_on_a_folder_of_clips(tmp_path, capsys):
         v['clips'] for v in whole['protocols'].values()
     ) == 11
     assert (
-        {c['table'] for c in whole['cells'] if c['row'] == 'taught by experts'}
-        == {c['table'] for c in whole['cells'] if c['row'] == 'photographs, taught by experts'}
+        {c['table'] for c in whole['cells'] if c['row'] == 'network, fine-tuned'}
+        == {c['table'] for c in whole['cells'] if c['row'] == 'photographs, linear probe'}
         == {'B-lines, AUC'}
     )
     shown = run(test=False)  # while one tunes: not a word of the others
-    assert list(shown['protocols']) == ['tuning'] and not any('taught' in c['row'] for c in shown['cells'])
+    assert list(shown['protocols']) == ['tuning'] and not any(c['row'] in TRAINED for c in shown['cells'])
 
     def same(r):
-        return [c for c in r['cells'] if c['protocol'] == 'tuning' and 'taught' not in c['row']]
+        return [c for c in r['cells'] if c['protocol'] == 'tuning' and c['row'] not in TRAINED]
 
     assert same(shown) == same(whole)
 
@@ -333,7 +333,7 @@ def test_real_clips_need_a_folder(monkeypatch):
         reproduce('real')
 
 
-def test_taught_scores_come_from_networks_that_have_not_seen_the_patient(tmp_path, monkeypatch):
+def test_fine_tuned_scores_come_from_networks_that_have_not_seen_the_patient(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 90, (13, 2, 32, 16)).astype(np.uint8)
     table = pd.DataFrame(dict(patient=[f'p{i // 2}' for i in range(13)], b_lines=[0.0, 1.0] * 6 + [np.nan]))
@@ -342,7 +342,10 @@ def test_taught_scores_come_from_networks_that_have_not_seen_the_patient(tmp_pat
     monkeypatch.setattr(
         sim_to_real,
         'cross_validate',
-        lambda build, folds, settings, **kw: seen.append(folds.prove()) or real(build, folds, settings, **kw),
+        lambda build, folds, settings, **kw: (
+            seen.append(folds.prove().fold.groupby(folds.table['patient']).nunique().max())
+            or real(build, folds, settings, **kw)
+        ),
     )
     torch.manual_seed(0)
     lines = LineNet(4)
@@ -359,7 +362,7 @@ def test_taught_scores_come_from_networks_that_have_not_seen_the_patient(tmp_pat
     )  # a finished run is read, not repeated
 
 
-def test_probed_scores_come_from_a_regression_that_has_not_seen_the_patient():
+def test_linear_probe_scores_come_from_a_regression_that_has_not_seen_the_patient():
     rng = np.random.default_rng(0)
     answers, patients = rng.integers(0, 2, 60).astype(float), np.repeat([f'p{i}' for i in range(15)], 4)
     table = pd.DataFrame(dict(patient=patients, b_lines=answers))
@@ -400,9 +403,9 @@ def test_without_imagenet_weights_there_are_no_features(monkeypatch, tmp_path, c
     monkeypatch.setattr(sim_to_real, 'create_backbone', lambda *a, **kw: SimpleNamespace(pretrained=False))
     assert clip_features(np.zeros((1, 1, 32, 32), np.uint8)) is None
     out = reproduce(
-        'phantom', out=tmp_path, home=tmp_path, settings=SimSettings(clips=10, width=2, epochs=1, held_out=8)
+        'phantom', out=tmp_path, cache=tmp_path, settings=SimSettings(clips=10, width=2, epochs=1, held_out=8)
     )
     assert capsys.readouterr().out.count("pip install 'lus_fastai[imagenet]'") == 2
-    assert {c['row'] for c in read_results(out.with_suffix('.json'))['cells'] if 'taught' in c['row']} == {
-        'taught by experts'
+    assert {c['row'] for c in read_results(out.with_suffix('.json'))['cells'] if c['row'] in TRAINED} == {
+        'network, fine-tuned'
     }

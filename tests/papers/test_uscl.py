@@ -7,6 +7,7 @@ import pytest
 from lus_fastai.core import LeakError
 from lus_fastai.papers import uscl
 from lus_fastai.runs import read_results
+from lus_fastai.train.contrastive import conflict_table
 
 TINY = uscl.UsclSettings(
     max_frames=2,
@@ -28,7 +29,7 @@ TINY = uscl.UsclSettings(
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     home = tmp_path_factory.mktemp('uscl')
-    return home, uscl.reproduce('phantom', out=home / 'results', home=home, settings=TINY)
+    return home, uscl.reproduce('phantom', out=home / 'results', cache=home, settings=TINY)
 
 
 def test_everything_is_in_the_results(run):
@@ -83,7 +84,7 @@ def test_a_second_run_trains_nothing(run):
         f: f.stat().st_mtime_ns for f in uscl.run_folder(TINY, 'phantom', home).rglob('*') if f.is_file()
     }
     cells = read_results(page.with_suffix('.json'))['cells']
-    again = uscl.reproduce('phantom', out=home / 'again', home=home, settings=TINY)
+    again = uscl.reproduce('phantom', out=home / 'again', cache=home, settings=TINY)
     assert {f: f.stat().st_mtime_ns for f in before} == before
     assert read_results(again.with_suffix('.json'))['cells'] == cells
 
@@ -109,7 +110,7 @@ def test_pretraining_never_meets_the_test_fold(run):
 )
 def test_conflict_by_hand(x, kind, want):
     got = (
-        uscl.conflict_table(
+        conflict_table(
             x, pd.DataFrame(dict(clip=list('aabcd'), patient=list('aaabc'), label=list('xxxyy'))), 2000
         )
         .set_index('pairs')
