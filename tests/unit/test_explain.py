@@ -14,6 +14,7 @@ from torch import nn
 
 from lus_fastai.core import frozen_eval
 from lus_fastai.explain import attribution as E
+from lus_fastai.explain import occlusion as O
 from lus_fastai.explain import occlusion_cache as C
 from lus_fastai.explain.attribution import (
     cam,
@@ -28,7 +29,6 @@ from lus_fastai.explain.attribution import (
     smooth_grad,
 )
 from lus_fastai.explain.occlusion import EXPLAINERS, OCCLUSION_ARORA, explain_clip, occlusion, write_map_video
-from lus_fastai.explain.occlusion import occlusion as O
 from lus_fastai.models.classifiers import seg_to_cls
 from lus_fastai.models.unet import unet
 from lus_fastai.video import read_clip
