@@ -16,7 +16,6 @@ __all__ = ['PRETRAININGS', 'TABLE3', 'DEFAULT', 'QUICK', 'PAPER', 'BOXES', 'COLU
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -314,11 +313,23 @@ def theirs(
     return None, None
 
 # %% ../../nbs/papers/merand.ipynb #c019-2
-class _Stills(SimpleNamespace):
-    "Images as `pair_dls` wants to read them."
+@dataclass
+class _Stills:
+    "Images in memory as `Frames`, which `pair_dls` reads."
+
+    images: np.ndarray  # (n, h, w) uint8
+    frames: pd.DataFrame  # frame table of the n rows
+    masks = None
+
+    @property
+    def size(self):
+        return self.images.shape[1:]
 
     def __len__(self):
         return len(self.images)
+
+    def __getitem__(self, rows):
+        return self.images[rows]
 
 # %% ../../nbs/papers/merand.ipynb #c019-3
 class _LabelledImages:
@@ -375,7 +386,7 @@ def _learn_pairs(variant, images, frames, folder, settings):
     "SimCLR on the images of some rows."
     s = settings
     seed_all(s.seed)
-    stills = _Stills(images=images, size=images.shape[1:], frames=frames)
+    stills = _Stills(images, frames)
     pairs = pair_dls(stills, frames, bs=4 * s.bs, channels=3, seed=s.seed, **ABLATION['vanilla'])
     options = dict(lr=s.lr, seed=s.seed, log=0, warm=s.first_epochs // 2)
     pretrain(SimCLR(), pairs, _backbone(variant), s.first_epochs, folder, **options)

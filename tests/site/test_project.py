@@ -315,7 +315,7 @@ def test_no_file_knows_this_machine_or_its_registry():
     assert not faults, '\n'.join(faults)
 
 
-def test_pictures_and_clips_are_the_phantoms():
+def test_images_and_clips_are_the_phantoms():
     media = {
         '.png',
         '.jpg',

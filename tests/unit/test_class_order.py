@@ -287,8 +287,8 @@ def test_names_of_codes_of_frames_and_in_deletion_and_imagination():
     assert saliency(a, x, ['covid', 'regular']).sub(saliency(b, x, [0, 2])).abs().max() > 1e-6
     curves = [deletion_insertion(m, x, np.ones((2, 16, 16)), 'covid', steps=2)[0].probability for m in (a, b)]
     np.testing.assert_allclose(*curves, atol=1e-6)
-    pictures = [maximise_class(m, ['covid', 'regular'], (16, 16), 1, steps=2)[0] for m in (a, b)]
-    assert torch.allclose(*pictures, atol=1e-5)
+    images = [maximise_class(m, ['covid', 'regular'], (16, 16), 1, steps=2)[0] for m in (a, b)]
+    assert torch.allclose(*images, atol=1e-5)
     seg = unet(4, width=2)
     name_outputs(seg, SPARSE)
     assert torch.equal(saliency(seg, x, seg_target('pleura')), saliency(seg, x, 2))

@@ -74,7 +74,7 @@ def test_transform_is_inverted_and_is_pywavelets(h, w, n):
 
 
 @pytest.mark.parametrize('levels', [1, 2, 3, 5])
-def test_no_threshold_gives_the_picture_back(monkeypatch, levels):
+def test_no_threshold_gives_the_image_back(monkeypatch, levels):
     monkeypatch.setattr(module, '_noise', lambda band: torch.zeros(len(band), 1, 1))
     x = torch.rand(2, 230, 226)
     assert torch.allclose(module.wavelet_filter(x, levels=levels), x, atol=2e-5)
@@ -82,7 +82,7 @@ def test_no_threshold_gives_the_picture_back(monkeypatch, levels):
 
 @each_method
 @pytest.mark.parametrize('grey', [0, 1, 77, 255])
-def test_a_plain_picture_stays(method, grey):
+def test_a_plain_image_stays(method, grey):
     assert (despeckle(np.full((2, 30, 41), grey, np.uint8), method) == grey).all()
 
 

@@ -54,7 +54,7 @@ TINY = dict(
 
 
 def made(n=6, size=48, empty=(), seed=0):
-    "Pictures with a bright rectangle each; those in `empty` have none."
+    "Images with a bright rectangle each; those in `empty` have none."
     rng, images, masks = np.random.default_rng(seed), [], []
     for i in range(n):
         m = np.zeros((0 if i in empty else 1, size, size), bool)
@@ -379,7 +379,7 @@ def direct(truth, found, iou):
     return e.stats[:3]
 
 
-def random_pictures(seed, n=12):
+def random_images(seed, n=12):
     rng, truth, found = np.random.default_rng(seed), [], []
     for _ in range(n):
         k = rng.integers(0, 4)
@@ -397,7 +397,7 @@ def random_pictures(seed, n=12):
 
 @pytest.mark.parametrize('seed', range(4))
 def test_ap_is_that_of_pycocotools(seed):
-    truth, found = random_pictures(seed)
+    truth, found = random_images(seed)
     ap = detection_ap(truth, found, ('a', 'b'), n_boot=0)
     for level, iou in (('box', 'bbox'), ('mask', 'segm')):
         np.testing.assert_allclose(
@@ -409,7 +409,7 @@ def test_ap_is_that_of_pycocotools(seed):
 
 
 def test_interval_resamples_patients():
-    truth, found = random_pictures(5)
+    truth, found = random_images(5)
     who = np.arange(12) // 3
     a, b = detection_ap(truth, found, ('a', 'b'), who, 200), detection_ap(truth, found, ('a', 'b'), who, 200)
     pd.testing.assert_frame_equal(a, b)
@@ -499,7 +499,7 @@ def test_validation_loss_moves_nothing():
     )
 
 
-def test_it_learns_and_a_picture_without_lesion_takes_part():
+def test_it_learns_and_an_image_without_lesion_takes_part():
     learn = quiet(learner(made(8, empty=(1, 5)), valid=(5, 6, 7)))
     first = learn.validate()[0]
     learn.fit(8, 0.01)
@@ -515,7 +515,7 @@ def test_it_learns_and_a_picture_without_lesion_takes_part():
 
 
 @pytest.mark.slow
-def test_it_finds_discs_and_bars_in_pictures_it_has_not_seen(tmp_path):
+def test_it_finds_discs_and_bars_in_images_it_has_not_seen(tmp_path):
     rng, (y, x), drawn = np.random.default_rng(0), np.mgrid[:96, :96], []
     for _ in range(60):
         image, masks, labels = rng.normal(60, 15, (96, 96)), [], []
@@ -557,7 +557,7 @@ def test_it_finds_discs_and_bars_in_pictures_it_has_not_seen(tmp_path):
     assert len(ap) == 6 and ap.min() > 0.7  # boxes and masks, all, discs, bars
 
 
-def test_pictures_without_any_lesion_train_alone():
+def test_images_without_any_lesion_train_alone():
     learn = quiet(learner(made(6, empty=range(6))))
     learn.fit(1)
     assert np.isfinite(learn.recorder.values[-1][:2]).all() and np.isnan(learn.recorder.values[-1][2:]).all()
@@ -637,7 +637,7 @@ def test_resumes_bit_for_bit(tmp_path):
         train_detector(None, items, [0, 1, 2, 3], [4, 5], tmp_path / 'parts', lr=0.01, **args)
 
 
-def test_anchors_are_fitted_to_the_training_pictures_alone(tmp_path):
+def test_anchors_are_fitted_to_the_training_images_alone(tmp_path):
     items = made(6)  # rectangles of 16 x 18
     tall = DetectItems(
         items.table,

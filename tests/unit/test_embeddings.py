@@ -558,7 +558,7 @@ def test_scatter_has_a_panel_and_a_colour_for_each(clouds):
     assert plt.get_fignums() == before  # nothing is left open
 
 
-def test_bad_pictures(clouds):
+def test_bad_images(clouds):
     x, table, frames = clouds[0][:, :2], pd.DataFrame(dict(label=clouds[1])), np.zeros((240, 8, 8), np.uint8)
     with pytest.raises(TableError, match='hospital'):
         plot_embedding(x, table, 'hospital')

@@ -274,10 +274,10 @@ def test_a_cut_patient_is_named_by_the_proof():
         Folds(torn, [0, 0, 0, 1, 1, 1, 1]).prove()
 
 
-# ---- pictures
+# ---- near-duplicate images
 
 
-def pictures(n, h, w, seed=0):
+def smooth_images(n, h, w, seed=0):
     from scipy.ndimage import gaussian_filter
 
     x = gaussian_filter(np.random.default_rng(seed).random((n, h, w)), (0, h / 12, w / 12))
@@ -292,14 +292,14 @@ def imagehash_bits(x):
 
 
 def test_frame_hash_is_imagehash_where_no_resize_is_needed():
-    x = pictures(40, 32, 32)
+    x = smooth_images(40, 32, 32)
     ours = np.unpackbits(frame_hash(x).astype('>u8').view(np.uint8).reshape(-1, 8), axis=1).astype(bool)
     assert (ours == imagehash_bits(x)).all()
 
 
 @pytest.mark.parametrize('shape', [(96, 96), (150, 224), (61, 37)])
 def test_frame_hash_is_near_imagehash_after_a_resize(shape):
-    x = pictures(30, *shape)
+    x = smooth_images(30, *shape)
     ours = np.unpackbits(frame_hash(x).astype('>u8').view(np.uint8).reshape(-1, 8), axis=1).astype(bool)
     assert (ours != imagehash_bits(x)).sum(1).mean() < 3
 
@@ -341,11 +341,9 @@ def test_frame_hash_bad_shape():
 def store():
     t = clips(9, most=2)
     f = frames(t, 4)
-    x = pictures(len(f), 48, 48)
+    x = smooth_images(len(f), 48, 48)
     f['row'] = np.random.default_rng(1).permutation(len(f))  # table order is not store order
-    x[f.row[f.patient == 'p7'].iloc[0]] = x[
-        f.row[f.patient == 'p2'].iloc[0]
-    ]  # one picture under two patients
+    x[f.row[f.patient == 'p7'].iloc[0]] = x[f.row[f.patient == 'p2'].iloc[0]]  # one image under two patients
     x[f.row[f.patient == 'p4'].iloc[0]] = x[f.row[f.patient == 'p5'].iloc[0]] = 0  # two blank ones
     return SimpleNamespace(images=x, frames=f, table=t)
 

@@ -194,7 +194,7 @@ def test_ccxs_with_holes_says_so(tmp_path, capsys):
         ccxs_set(table, 32)
 
 
-def test_a_bad_mask_skips_its_picture_only(tmp_path, capsys):
+def test_a_bad_mask_skips_its_image_only(tmp_path, capsys):
     root = make_ccxs(tmp_path / 'ccxs')
     table = index_source('ccxs', root)
     save(root / 'masks/other_33.png', rgba(np.ones((50, 90), bool)))
@@ -208,7 +208,7 @@ def test_a_bad_mask_skips_its_picture_only(tmp_path, capsys):
         ccxs_set(table[:0], 32)
 
 
-def test_pictures_that_look_alike_are_one_patient(tmp_path, capsys):
+def test_images_that_look_alike_are_one_patient(tmp_path, capsys):
     root = make_ccxs(tmp_path / 'ccxs')
     save(root / 'images/other.jpg', grey_image(0))
     table = index_source('ccxs', root)
@@ -329,7 +329,7 @@ def test_busi_set_joins_lesions_and_keeps_normal_empty(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('folders', (('images', 'masks'), ('XPIE_img', 'XPIE_gt'), ('imgs', 'GroundTruth')))
-def test_xpie_pairs_pictures_and_masks(tmp_path, capsys, folders):
+def test_xpie_pairs_images_and_masks(tmp_path, capsys, folders):
     root, m = tmp_path / 'xpie', np.zeros((60, 80), np.uint8)
     m[10:20, 10:50] = 255
     for i in range(4):

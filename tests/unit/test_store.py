@@ -274,8 +274,8 @@ def test_gif_transparency_is_black_and_one_frame_is_a_clip(tmp_path):
 
 def test_content_decides_not_the_name(tmp_path):
     x = blobs(1)[0]
-    Image.fromarray(x).save(tmp_path / 'picture.mp4', format='PNG')
-    np.testing.assert_array_equal(read_clip(tmp_path / 'picture.mp4').frames, x[None])
+    Image.fromarray(x).save(tmp_path / 'image.mp4', format='PNG')
+    np.testing.assert_array_equal(read_clip(tmp_path / 'image.mp4').frames, x[None])
     write_video(tmp_path / 'a.mp4', blobs(4), 10)
     os.rename(tmp_path / 'a.mp4', tmp_path / 'a.png')
     assert len(read_clip(tmp_path / 'a.png')) == 4
@@ -696,7 +696,7 @@ def test_rows_without_a_mask_have_no_label(tmp_path):
     assert s.masks is None and len(s) == 18 and not list((tmp_path / 'store').glob('masks*'))
 
 
-def test_masks_as_pictures(tmp_path):
+def test_masks_as_images(tmp_path):
     x = blobs(1)[0]
     Image.fromarray(x).save(tmp_path / 'a.png')
     codes = Image.fromarray(x // 43).convert('P')
