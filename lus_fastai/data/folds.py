@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import TableError, and_more, assert_disjoint, check_columns, clip_ids, file_keys
+from ..core import MaskSet, TableError, and_more, assert_disjoint, check_columns, clip_ids, file_keys
 
 # %% ../../nbs/data/folds.ipynb #fold-values
 def _fold_of_rows(table, fold):
@@ -266,9 +266,6 @@ def patient_shares(
         )
     return share[who]
 
-# %% ../../nbs/data/folds.ipynb #holdout-imports
-from ..core import MaskSet
-
 # %% ../../nbs/data/folds.ipynb #holdout-draw
 def _draw_patients(size, n, rng):
     "Patients in random order while their images fit, but not all; which, and the images still missing."
@@ -288,7 +285,7 @@ def holdout(
     who, patients = pd.factorize(set.table['patient'].astype(str), sort=True)
     if not 1 <= n < len(set) or len(patients) < 2:
         raise ValueError(
-            f"{n} of {len(set)} images of {len(patients)} patient(s) cannot be kept apart: "
+            f"{n} of {len(set)} images of {len(patients)} patient(s) cannot be held out: "
             "both sides need a patient"
         )
     size, rng, best = np.bincount(who), np.random.default_rng(seed), None
@@ -300,5 +297,5 @@ def holdout(
         if side.any() and (best is None or score > best[0]):
             best = score, side[who]
     if best is None:
-        raise ValueError(f"every patient has more than {n} images: keep more apart")
+        raise ValueError(f"every patient has more than {n} images: hold out more")
     return best[1]

@@ -11,17 +11,27 @@ __all__ = ['settings_hash', 'without', 'settings_folder', 'Experiment', 'score_c
 
 # %% ../../nbs/papers/experiment.ipynb #e004
 import hashlib
+import warnings
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import patch
 
-from ..core import StageLog, lus_home
+from ..core import StageLog, lus_home, real_data
 from ..data.folds import Folds
+from ..data.store import FrameStore
+from ..explain.attribution import grad_cam
+from ..explain.sanity_checks import heat_in_fan
+from ..models.backbones import create_backbone
 from ..plot import interval_text
 from ..runs import cell, results_json, results_table
+from ..stats.bootstrap import mean_over_patients
+from ..synth.phantom import phantom_dataset
 from ..train.cross_validation import training_hours
+from ..train.fold_models import apply_out_of_fold
 
 # %% ../../nbs/papers/experiment.ipynb #e011
 def settings_hash(
@@ -199,15 +209,6 @@ def protocol_text(
     known = results['protocols']
     return '\n\n'.join(f'{k}: {known[k]["description"]}.' for k in names or known)
 
-# %% ../../nbs/papers/experiment.ipynb #attention-imports
-import numpy as np
-import torch
-
-from ..explain.attribution import grad_cam
-from ..explain.sanity_checks import heat_in_fan
-from ..stats.bootstrap import mean_over_patients
-from ..train.fold_models import apply_out_of_fold
-
 # %% ../../nbs/papers/experiment.ipynb #attention
 def attention(
     load,  # function fold -> its network, in evaluation mode
@@ -231,14 +232,6 @@ def attention_cells(
     "Heat inside the fan and the fan's area, means with intervals over patients."
     shares = {c: mean_over_patients(seen, c) for c in ('heat', 'area')}
     return [cell('attention', row, c, v, ci, protocol=protocol) for c, (v, *ci) in shares.items()]
-
-# %% ../../nbs/papers/experiment.ipynb #data-imports
-import warnings
-
-from ..core import real_data
-from ..data.store import FrameStore
-from ..models.backbones import create_backbone
-from ..synth.phantom import phantom_dataset
 
 # %% ../../nbs/papers/experiment.ipynb #data-folder
 def data_folder(

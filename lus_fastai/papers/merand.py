@@ -103,7 +103,7 @@ class MerandSettings(Settings):
     boxes_n: int = 30  # images of the second step; of the phantom, or of CCXS
     boxes_epochs: int = 8  # of the second step, at most
     target_n: int = 60  # images of the target, where it is the phantom, with those of the test
-    test_n: int = 10  # images kept apart (Merand 2021, section on data)
+    test_n: int = 10  # images held out (Merand 2021, section on data)
     parts: int = 9  # runs in an epoch of the rotation
     epochs: int = 2  # of the rotation, at most
     patience: int = 10  # epochs without a lower validation loss, after which any step stops
@@ -142,13 +142,13 @@ def box_targets(
 # %% ../../nbs/papers/merand.ipynb #c008
 @dataclass
 class Parts:
-    "The images of each step, and those kept apart; raises LeakError when a patient is in two of them."
+    "The images of each step, and those held out; raises LeakError when a patient is in two of them."
 
     first: MaskSet  # first step; its masks are not used
     labels: np.ndarray  # (n, 14) 0 and 1: its observations
     boxes: MaskSet  # second step, from box_targets
     target: MaskSet  # to train on, 13 classes
-    test: MaskSet  # kept apart until a run is over
+    test: MaskSet  # held out until a run is over
 
     def __post_init__(self):
         sets = [self.first, self.boxes, self.target, self.test]
@@ -582,7 +582,7 @@ def _train_target(variant, seed, target, path, folder, settings, disjoint):
 
 
 def _predict(variant, file, parts, bs):
-    "Probabilities of the images kept apart, by the weights in a file."
+    "Probabilities of the images held out, by the weights in a file."
     net = segmenter(variant.arch, variant.backbone, len(parts.target.names))
     net.load_state_dict(load_weights(file))
     return predict_masks(net.to(default_device()), parts.test.images, bs)
@@ -595,8 +595,8 @@ def target_run(
     path,  # from run_folder
     settings: MerandSettings = DEFAULT,  # sizes
     disjoint: bool = False,  # validate by other patients
-) -> Path:  # test.npz: for each protocol the probabilities (n, k, h, w) float16 of the images kept apart
-    "Train on the target, predict the images kept apart, and keep these; a finished run is left as it is."
+) -> Path:  # test.npz: for each protocol the probabilities (n, k, h, w) float16 of the images held out
+    "Train on the target, predict the images held out, and keep these; a finished run is left as it is."
     folder = Path(path) / 'target' / f"{variant.name}-s{seed}{'-disjoint' if disjoint else ''}"
     file = folder / 'test.npz'
     if file.exists():
@@ -693,7 +693,7 @@ def holdout_loss(
     prob: np.ndarray,  # (n, k, h, w) probabilities
     masks: np.ndarray,  # (n, k, h, w) truth
 ) -> float:  # cross-entropy minus Dice, as in training
-    "The loss on the images kept apart."
+    "The loss on the images held out."
     p, y = torch.from_numpy(prob).float().clamp(1e-6, 1 - 1e-6), torch.from_numpy(masks).float()
     return float(F.binary_cross_entropy(p, y) - soft_dice(prob.astype(np.float32), masks))
 
@@ -701,7 +701,7 @@ def holdout_loss(
 def loss_cells(
     variant: Variant,  # which cell of Table 3
     files: list,  # from target_run
-    tested: list,  # loss of each on the images kept apart
+    tested: list,  # loss of each on the images held out
     protocol: str,  # a name in PROTOCOLS
 ) -> list:  # of cells
     "The loss on the test beside the loss that the protocol watched, means over runs."
@@ -861,13 +861,13 @@ def _start_section(r, results, settings):
     images, best = 'simulated radiographs' if results['data'] == 'phantom' else 'radiographs', mean.idxmax()
     r.summary(
         f'Networks that had learned something else first, in {len(mean)} variants, learned to outline '
-        f'thirteen things in {images}, and were scored on images of patients kept apart.',
+        f'thirteen things in {images}, and were scored on images of patients held out.',
         f'After {best!r}, the best of them, the mean IoU is {mean[best]:.2f}; '
         f'after the worst {mean.min():.2f}.',
         'The best of many variants is best partly by luck. ' + limits_note(results['data']),
     )
     numbers = {
-        f'mean IoU, patients kept apart, last epoch: {row}': (
+        f'mean IoU, patients held out, last epoch: {row}': (
             f'{value:.3f}\nmean of {(main.row == row).sum()} backbone(s)'
         )
         for row, value in mean.items()
@@ -880,7 +880,7 @@ def _variant_figure(r, results, backbone, column):
     dots, title = variants_table(results, backbone, column), f'{backbone}, {column}'
     diamonds = " Open diamonds: the paper's, on its own images." if dots.theirs.notna().any() else ''
     r.figure(
-        plot_comparison(dots, group='group', xlabel='mean IoU of images kept apart', title=title),
+        plot_comparison(dots, group='group', xlabel='mean IoU of images held out', title=title),
         f'Mean IoU of {title}, over runs, with a 95 % interval over the patients of the test.{diamonds}',
     )
 
@@ -918,7 +918,7 @@ def _validation_section(r, results):
     r.section(
         "What the rotation's validation is worth",
         'The lowest validation loss, that of the last run in the same epoch (the mean also holds the '
-        "epoch's early runs, when the network was worse), and the loss on the images kept apart.",
+        "epoch's early runs, when the network was worse), and the loss on the images held out.",
     )
     r.cells(_ending(results, 'loss'))
 

@@ -1,4 +1,4 @@
-"""A cross-validation leaves a network for each fold: each frame asked of the one that has not seen it, and all of them together
+"""A cross-validation leaves a network for each fold: each frame through the one that has not seen it, and all of them as an ensemble
 
 Docs: https://lus-fastai.github.io/lus_fastai/train/fold_models.html.md"""
 
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core import progress
+from ..core import Frames, progress
 from ..data.store import store_rows
 from ..models.transfer import copy_weights, name_outputs
 from .callbacks import autocast_for
@@ -47,9 +47,9 @@ def fold_numbers(
 
 # %% ../../nbs/train/fold_models.ipynb #best-fold
 def best_fold(
-    path,  # folder of a finished segment
+    path,  # folder of a finished cross_validate
 ) -> Path:  # the weights of one fold
-    "The weights of the fold that scored best at its selected epoch: they seed the classifier."
+    "The weights of the fold with the highest score at its last epoch."
     last = fold_history(path).groupby('fold').score.last()
     return Path(path) / f'fold{last.idxmax()}' / 'model.safetensors'
 
@@ -65,7 +65,7 @@ def predict_probs(
 
 # %% ../../nbs/train/fold_models.ipynb #frame-batches
 def frame_batches(
-    store,  # what has images (n, h, w) uint8, such as a FrameStore
+    store: Frames,  # grey images
     rows: np.ndarray,  # which of them, in this order
 ):  # iterator over tensors (b, 1, h, w), 0..1
     "Frames of a store as a network takes them."
@@ -76,7 +76,7 @@ def frame_batches(
 def apply_out_of_fold(
     function,  # function (model, x (b, 1, h, w)) -> (b, ...) array or tensor
     load,  # function fold -> its network, in evaluation mode
-    store,  # FrameStore of the frames
+    store: Frames,  # of the frames
     oof: pd.DataFrame,  # frame table with the column fold, such as from cross_validate, or rows of it
 ) -> np.ndarray:  # (rows, ...), in the order of oof
     "Apply a function to every frame with the network that has not seen it."
@@ -91,7 +91,7 @@ def apply_out_of_fold(
 def ensemble(
     load,  # function fold -> its network, in evaluation mode
     folds,  # numbers, such as from fold_numbers
-    store,  # FrameStore with patients that are in none of the folds
+    store: Frames,  # with patients that are in none of the folds
     classes,  # what the networks were trained for, in order
 ) -> dict:  # 'fold 0'..., 'mean probability' and 'majority vote' -> prediction table
     "The fold networks one by one, their mean probability, and their majority vote."
