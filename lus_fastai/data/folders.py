@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from ..core import CLIP_COLUMNS, TableError, check_table, progress, read_table
+from ..core import CLIP_COLUMNS, TableError, and_more, check_table, progress, read_table
 from ..video import ClipError, sample_clip
 
 # %% ../../nbs/data/folders.ipynb #kind
@@ -32,10 +32,6 @@ def clip_kind(
     if suffix not in _SUFFIXES and suffix.strip('.0123456789'):
         raise ClipError(path, f'files named *{suffix} are not read as clips')
     return 'video' if len(sample_clip(path, rate=1000.0, max_frames=2)) > 1 else 'image'
-
-# %% ../../nbs/data/folders.ipynb #pattern-1
-def _named(files):
-    return ', '.join(files[:3]) + (f' and {len(files) - 3} more' if len(files) > 3 else '')
 
 # %% ../../nbs/data/folders.ipynb #pattern
 def _by_pattern(name, pattern, files):
@@ -64,7 +60,7 @@ def _file_of(path, files, folder):
     same = [f for f in files if PurePosixPath(f).name == text]
     if len(same) > 1:
         raise TableError(
-            f"{text} is the name of {len(same)} files below {folder} ({_named(same)}): give its path"
+            f"{text} is the name of {len(same)} files below {folder} ({and_more(same)}): give its path"
         )
     return same[0] if same else None
 
@@ -88,11 +84,12 @@ def _by_table(name, table, files, folder, where):
     lost = [str(p) for p, f in zip(table[column], found) if f is None]
     if lost:
         raise TableError(
-            f"{where}: {len(lost)} row(s) name no clip below {folder}: {_named(lost)}; correct or delete them"
+            f"{where}: {len(lost)} row(s) name no clip below {folder}: {and_more(lost)}; "
+            "correct or delete them"
         )
     twice = sorted({f for f in found if found.count(f) > 1})
     if twice:
-        raise TableError(f"{where} has several rows for {_named(twice)}: keep one of each")
+        raise TableError(f"{where} has several rows for {and_more(twice)}: keep one of each")
     entry = dict(zip(found, table[name]))
     return [entry.get(f) for f in files]
 
@@ -143,7 +140,7 @@ def _column(name, given, files, folder):
     if none:
         rule = repr(given) if isinstance(given, (str, os.PathLike)) else f'the {type(given).__name__}'
         many = f"no {name} for {len(none)} of {len(files)} clips"
-        raise TableError(f"{many} below {folder} by {rule}: {_named(none)}")
+        raise TableError(f"{many} below {folder} by {rule}: {and_more(none)}")
     return values
 
 # %% ../../nbs/data/folders.ipynb #look
@@ -159,10 +156,10 @@ def _look(folder, given):
             other[path.relative_to(folder).as_posix()] = e.reason
     said = [f'{f} ({reason})' for f, reason in other.items()]
     if not kinds:
-        raise TableError(f"{folder} holds no clip{': ' + _named(said) if said else ', and no other file'}")
+        raise TableError(f"{folder} holds no clip{': ' + and_more(said) if said else ', and no other file'}")
     if other:
         warnings.warn(
-            f"{len(other)} file(s) below {folder} are no clips and were left out: {_named(said)}",
+            f"{len(other)} file(s) below {folder} are no clips and were left out: {and_more(said)}",
             stacklevel=3,
         )
     return kinds

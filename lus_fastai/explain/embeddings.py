@@ -23,7 +23,7 @@ import torch
 from fastai.vision.all import IntToFloatTensor
 from torch import nn
 
-from ..core import TableError, atomic_path, frozen_eval, progress
+from ..core import TableError, and_more, atomic_path, frozen_eval, progress
 from ..data.loaders import ReadFrame
 from ..data.store import FrameStore, store_rows
 from .attribution import named_layer
@@ -249,8 +249,7 @@ def _checked(x, name):
         )
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad):
-        rows = ', '.join(map(str, bad[:5])) + (f' and {len(bad) - 5} more' if len(bad) > 5 else '')
-        raise ValueError(f"{name} is NaN or infinite in row(s) {rows}: leave them out")
+        raise ValueError(f"{name} is NaN or infinite in row(s) {and_more(bad)}: leave them out")
     return np.ascontiguousarray(x, np.float64)
 
 # %% ../../nbs/explain/embeddings.ipynb #c018-3

@@ -51,7 +51,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, progress, seed_all
 from ..models.backbones import create_backbone, first_conv, gray_stem
 from ..models.transfer import copy_weights, load_weights
-from ..runs import claim_folder
+from ..runs import claim_folder, weights_hash
 from .callbacks import EpochEnd, fit_resumable
 from ..video import ClipError, read_clip
 
@@ -877,15 +877,6 @@ def end_epoch(self: DetectLog):
     self.rows.append(dict(epoch=self.epoch, train_loss=train_loss, **shown, lr=lr, seconds=seconds))
 
 # %% ../../nbs/train/detection.ipynb #c042-2
-def _hash(model):
-    "A hash of all tensors of a model."
-    digest = hashlib.sha1()
-    for k, v in model.state_dict().items():
-        digest.update(k.encode())
-        digest.update(v.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _write_run(path, history, found, ap):
     "The files of a finished run; its checkpoint is removed."
     arrays = {}
@@ -911,7 +902,7 @@ def _build(start, backbone, n_classes, seed, kwargs):
 def _bind(path, model, rows, run, kwargs, names):
     "Bind a folder to a start, a split, a schedule and the classes."
     of_run = dict(
-        start=_hash(model),
+        start=weights_hash(model),
         split=hashlib.sha1(str(rows).encode()).hexdigest(),
         **run,
         settings=str(sorted(kwargs.items())),
