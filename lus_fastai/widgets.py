@@ -14,8 +14,8 @@ import io
 import json
 import os
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -298,6 +298,18 @@ class ClipBrowser(_Panel):
             control.observe(self._move, 'value')
         self._stack(self.image, self.caption, self._row(self.masks, self.opacity), self.legend)
 
+# %% ../nbs/widgets.ipynb #shown-clip
+@dataclass
+class _Shown:
+    "What a panel shows of a clip."
+
+    frames: np.ndarray  # (n, h, w) uint8
+    times: np.ndarray  # (n,) seconds
+    masks: np.ndarray = None  # (n, h, w) codes
+    shape: tuple = None  # (height, width) of the clip itself
+    note: str = ''  # a remark below the image
+    fault: str = ''  # why a mask is not shown
+
 # %% ../nbs/widgets.ipynb #c011-m1
 @patch
 def _read(self: ClipBrowser, row):
@@ -306,7 +318,7 @@ def _read(self: ClipBrowser, row):
     n, note = clip.index[-1] + 1, ''
     if n != len(clip):
         note = f'a long clip: {len(clip)} of its {n} frames, evenly spread'
-    s = SimpleNamespace(frames=clip.frames, times=clip.times, masks=None, fault='', shape=shape, note=note)
+    s = _Shown(clip.frames, clip.times, shape=shape, note=note)
     if isinstance(row.get('mask'), str) and row['mask'].strip():
         try:
             s.masks = read_masks(row['mask'], clip.index, shape, clip.frames.shape[1:])
@@ -454,7 +466,7 @@ def _read(self: Explainer, row):
     else:
         at = np.flatnonzero(self.store.frames['clip'] == row['clip'])
         frames, times = self.store[at], self.store.frames['time'].to_numpy()[at]
-    return SimpleNamespace(frames=frames, times=times, note='')
+    return _Shown(frames, times)
 
 
 @patch
@@ -740,7 +752,7 @@ def fan(self: FanEditor):
 def _read(self: FanEditor, row):
     "The frames of a clip, made to fit."
     clip, shape = _whole(row['path'], self.size)
-    return SimpleNamespace(frames=clip.frames, times=clip.times, shape=shape, note='')
+    return _Shown(clip.frames, clip.times, shape=shape)
 
 
 @patch
