@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from stills import write_still
 
 from lus_fastai.train import cross_validation as training
 
@@ -71,18 +71,8 @@ def stills(folder, patients=9, size=(32, 32)):
     rng, rows = np.random.default_rng(0), []
     for p in range(patients):
         for i in range(3):
-            path = folder / f'p{p}_{i}.png'
-            Image.fromarray((rng.random(size) * (80 + 70 * (p % 3))).astype(np.uint8)).save(path)
-            rows.append(
-                dict(
-                    path=str(path),
-                    kind='image',
-                    label=CLASSES[p % 3],
-                    patient=f'p{p}',
-                    source='made',
-                    probe='convex',
-                )
-            )
+            image = (rng.random(size) * (80 + 70 * (p % 3))).astype(np.uint8)
+            rows.append(write_still(folder / f'p{p}_{i}.png', image, CLASSES[p % 3], f'p{p}'))
     return pd.DataFrame(rows)
 
 

@@ -224,19 +224,39 @@ def test_notebook_is_readable(path):
     assert not ran or any(c['outputs'] for c in ran), 'the notebook was saved without its outputs'
 
 
-@each_notebook
-def test_all_but_the_installation_in_colab_is_run(path):
-    "The one cell that tests leave out installs the package, from where it lives, and only in Colab."
+def colab_command():
+    "What installs the package in Colab, and does nothing elsewhere."
     config = configparser.ConfigParser(delimiters=['='], interpolation=None)
     config.read(ROOT / 'settings.ini', encoding='utf-8')
+    return f"[ -e /content ] && pip install -Uqq git+{config['DEFAULT']['git_url']}"
+
+
+@each_notebook
+def test_all_but_the_installation_in_colab_is_run(path):
+    "The one cell that tests leave out installs the package; the command itself is tested below."
     left_out = [
         source(c)
         for c in load(path)['cells']
         if c['cell_type'] == 'code' and re.search(r'^#\|\s*eval:\s*false', source(c), re.M)
     ]
-    address = config['DEFAULT']['git_url']
-    command = f"# in Colab, install the package first\n! [ -e /content ] && pip install -Uqq git+{address}"
-    assert left_out == ['#| hide\n#| eval: false\n' + command]
+    comment = '# in Colab, install the package first'
+    assert left_out == [f'#| hide\n#| eval: false\n{comment}\n! {colab_command()}']
+
+
+@pytest.mark.parametrize('in_colab', [True, False])
+def test_the_command_for_colab_installs_there_and_nowhere_else(in_colab, tmp_path):
+    said, pip = tmp_path / 'said', tmp_path / 'pip'
+    pip.write_text(f'#!/bin/sh\necho "$@" > {said}\n')
+    pip.chmod(0o755)
+    here = tmp_path / 'content'
+    if in_colab:
+        here.mkdir()
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = colab_command().replace('/content', str(here))
+    subprocess.run(['bash', '-c', command], env={**os.environ, 'PATH': path})
+    assert said.exists() == in_colab
+    if in_colab:
+        assert said.read_text() == 'install -Uqq git+https://github.com/lus-fastai/lus_fastai\n'
 
 
 LONG = ROOT / 'tests/long_cells.tsv'  # cells that may have more lines, each with its reason

@@ -19,6 +19,7 @@ from fastai.vision.all import (
     SegmentationInterpretation,
 )
 from PIL import Image
+from stills import write_still
 from torch import nn
 
 from lus_fastai.core import CLASSES, DENSE, MaskSet, TableError
@@ -42,21 +43,8 @@ def twins(tmp_path_factory):
     for name, grey in (('a', 10), ('b', 110)):
         rows = []
         for i in range(6):
-            path = folder / f'{name}{i}.png'
             x = np.full((20, 24), grey + 10 * i, np.uint8)
-            Image.fromarray(x).save(path)
-            Image.fromarray(np.full_like(x, i % 7)).save(folder / f'{name}{i}_mask.png')
-            rows.append(
-                dict(
-                    path=str(path),
-                    kind='image',
-                    label=CLASSES[i % 3],
-                    patient=f'p{i}',
-                    source='s',
-                    probe='convex',
-                    mask=str(folder / f'{name}{i}_mask.png'),
-                )
-            )
+            rows.append(write_still(folder / f'{name}{i}.png', x, CLASSES[i % 3], f'p{i}', mask=i % 7))
         stores.append(FrameStore.build(pd.DataFrame(rows), folder / name, size=(20, 24), workers=0))
     return stores
 
@@ -266,7 +254,7 @@ def test_an_exported_learner_predicts_in_a_fresh_process_even_without_its_store(
         shutil.move(tmp_path / 'gone', tmp_path / 'away')
         code = f'''
             import json, sys
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            sys.path[:0] = {[str(p) for p in Path(__file__).parents[:2]]!r}
             from fastai.vision.all import load_learner
             from lus_fastai.data.store import FrameStore
             learn, b = load_learner({str(tmp_path / f'{target}.pkl')!r}), FrameStore({str(b.folder)!r})

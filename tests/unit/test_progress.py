@@ -1,11 +1,10 @@
 "Bars and stages: on a terminal, and in a log file."
 
 import os
+import pty
 import re
 import subprocess
 import sys
-
-import pytest
 
 CODE = """
 from lus_fastai.core import StageLog, progress
@@ -19,7 +18,6 @@ stage.done()
 
 def on_a_terminal(code):
     "What a program writes to a terminal."
-    pty = pytest.importorskip('pty')
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, '-c', code], stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
