@@ -6,7 +6,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/synth/phantom.html.md"""
 
 # %% auto #0
 __all__ = ['PHANTOM_LABELS', 'Patient', 'draw_patient', 'BeamGrid', 'speckle', 'log_compress', 'PhantomFindings', 'PhantomScene',
-           'trap_response', 'PhantomFrame', 'PhantomClip', 'phantom_clip', 'show_phantom', 'phantom_dataset']
+           'trap_response', 'phantom_scene', 'PhantomFrame', 'received_echo', 'PhantomClip', 'phantom_clip',
+           'show_phantom', 'phantom_dataset']
 
 # %% ../../nbs/synth/phantom.ipynb #c003
 import json
@@ -237,6 +238,13 @@ def _natural(name, x, minimum=0):
     if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {x!r}")
     return int(x)
+
+
+def _clip_size(size):
+    "Height and width as two numbers of at least 32."
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ValueError(f"size must be (height, width), got {size!r}")
+    return tuple(_natural('height and width of size', x, 32) for x in size)
 
 # %% ../../nbs/synth/phantom.ipynb #c010-f
 def _body(rng):
@@ -693,7 +701,8 @@ def _surface(s, rng):
     s.shine = s.shine.astype(np.complex64)
     s.haze = _amp(-23 + p.haze + 3 * rough + 2.5 * smooth(9) + 2.5 * smooth(2.5))
     s.fade = np.float32(rng.uniform(16, 40) * u)
-    s.mirror = (s.has.alines * p.alines * (1 - rough) ** 2).astype(np.float32)
+    whole = np.clip(0.9 + 0.35 * smooth(9), 0, 1)  # a healthy pleura is no perfect mirror everywhere
+    s.mirror = (s.has.alines * p.alines * whole * (1 - rough) ** 2).astype(np.float32)
     s.turn = rng.uniform(0, 2 * np.pi, 12)
 
 # %% ../../nbs/synth/phantom.ipynb #c030-b
@@ -803,7 +812,7 @@ def _b_line(s, rng):
     "One B-line, narrow, or a wide one in lungs that have many."
     u, nb = s.u, s.g.nb
     wide = rng.random() < 0.3 * (s.p.blines > 1)
-    x = np.clip(rng.normal(s.nx / 2, 0.2 * nb), s.margin + 2, s.nx - s.margin - 2)  # a finding is centred
+    x = np.clip(rng.normal(s.nx / 2, 0.14 * nb), s.margin + 2, s.nx - s.margin - 2)  # a finding is centred
     half = s.beams(rng.uniform(3, 8) * u if wide else rng.uniform(0.5, 1.3) * u)
     trap, beat, start = s.p.trap * np.exp(rng.normal(0, 0.25)), rng.uniform(0.5, 2), rng.uniform(0, 6)
     tone = speckle(_white(rng, s.g.nz, 1), 1.3 * s.axial, np.zeros(s.g.nz))[:, 0]
@@ -845,8 +854,18 @@ def _lower_edge(s, rng):
     s.organ = s.lung * _amp(-29 + 1.5 * grain - 25 * vessel)
 
 # %% ../../nbs/synth/phantom.ipynb #c030-6
-def _scene(p, g, rng, n):
-    "Everything about a clip that does not change from frame to frame."
+_PARTS = (_pleural_depth, _touch, _ribs, _wall, _surface, _no_air, _sources, _lower_edge)
+
+
+def phantom_scene(
+    patient: Patient,  # from draw_patient
+    seed: int = 0,  # which clip of the patient
+    n: int = 24,  # number of frames that it is for, at least 1
+    size: tuple = (256, 256),  # height and width of the image, at least 32 each
+) -> PhantomScene:
+    "Everything about a clip that does not change from frame to frame. ValueError for a bad `n` or `size`."
+    p, seed, n = patient, _natural('seed', seed), _natural('n', n, 1)
+    g, rng = BeamGrid(p, _clip_size(size)), np.random.default_rng([p.seed, seed, 5])
     s = PhantomScene(p, g, _draw_findings(p, rng), u=1.0 if p.probe == 'convex' else 0.6)
     _motion(s, rng, n)
     s.axial, s.lateral = _widths(p, g)
@@ -854,7 +873,7 @@ def _scene(p, g, rng, n):
     s.lung = speckle(_white(rng, g.nz, s.nx), s.axial, s.lateral)
     grain = speckle(_white(rng, g.nz, 2 * g.nb), 0.8 * s.axial, np.full(g.nz, 0.5))
     s.noise = grain * s.noise_level[:, None]
-    for part in (_pleural_depth, _touch, _ribs, _wall, _surface, _no_air, _sources, _lower_edge):
+    for part in _PARTS:
         part(s, rng)
     return s
 
@@ -1127,11 +1146,14 @@ _STEPS = (
 )
 
 
-def _received(s, k):
-    "Frame k and the complex field that the machine receives, (nz, nb)."
-    f, field = _moment(s, k), np.zeros((s.g.nz, s.g.nb), np.complex64)
+def received_echo(
+    scene: PhantomScene,  # from phantom_scene
+    k: int,  # which frame
+) -> tuple:  # PhantomFrame, and the complex echo (depths, beams) before noise and compression
+    "What the machine receives in one frame, and where everything is in it."
+    f, field = _moment(scene, k), np.zeros((scene.g.nz, scene.g.nb), np.complex64)
     for step in _STEPS:
-        step(s, f, field)
+        step(scene, f, field)
     return f, field
 
 # %% ../../nbs/synth/phantom.ipynb #c036-a
@@ -1199,13 +1221,6 @@ class PhantomClip:
     clean: np.ndarray = None  # grey without speckle and noise, or None
 
 # %% ../../nbs/synth/phantom.ipynb #c039-a
-def _clip_size(size):
-    "Height and width as two numbers of at least 32."
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise ValueError(f"size must be (height, width), got {size!r}")
-    return tuple(_natural('height and width of size', x, 32) for x in size)
-
-
 def _with_noise(s, field, rng):
     "Add the noise of the electronics: a window of the strip of noise, mirrored or not."
     i = rng.integers(s.g.nb)
@@ -1230,7 +1245,7 @@ def _frames(s, rng, n):
     "Grey frames, their codes, and how many A-lines and B-lines are seen in each."
     p, frames, codes, seen, last = s.p, [], [], [], None
     for k in range(n):
-        f, field = _received(s, k)
+        f, field = received_echo(s, k)
         field = _with_noise(s, field, rng)
         grey = _display(p, field.real**2 + field.imag**2, p.gain)
         if last is not None:
@@ -1246,7 +1261,7 @@ def _clean_frames(s, n):
     "The frames without speckle and noise."
     p, quiet, frames = s.p, _quiet(s), []
     for k in range(n):
-        _, field = _received(quiet, k)
+        _, field = received_echo(quiet, k)
         power = field.real**2 + field.imag**2 + s.noise_level[:, None] ** 2
         # speckle's mean grey is that of 2.5 dB less than its mean power
         frames.append(_to_pixels(p, s.g, _display(p, power, p.gain - 2.5)))
@@ -1279,13 +1294,11 @@ def phantom_clip(
     clean: bool = False,  # also the frames as they would be without speckle and noise
 ) -> PhantomClip:
     "Simulate a clip; the same arguments give the same bytes. ValueError for a bad label, `n` or `size`."
-    seed, n, size = _natural('seed', seed), _natural('n', n, 1), _clip_size(size)
     p = patient if isinstance(patient, Patient) else draw_patient(seed, patient)
-    g, rng = BeamGrid(p, size), np.random.default_rng([p.seed, seed, 5])
-    s = _scene(p, g, rng, n)
-    frames, codes, seen = _frames(s, rng, n)
+    s = phantom_scene(p, seed, n, size)
+    frames, codes, seen = _frames(s, np.random.default_rng([p.seed, seed, 6]), n)
     dense, rib, solid, fluid = codes & 7, codes >> 3 & 1, codes >> 4 & 1, codes >> 5 & 1
-    fan = np.repeat(g.fan[None].astype(np.uint8), n, 0)
+    fan = np.repeat(s.g.fan[None].astype(np.uint8), n, 0)
     clip = PhantomClip(frames, dense, rib, solid, fluid, fan, p.rate, p, findings={})
     clip.findings = _findings(s, clip, seen)
     clip.clean = _clean_frames(s, n) if clean else None
