@@ -38,11 +38,11 @@ _DEVICE_SETTINGS = (
     'floor',
 )
 _DEVICES = {
-    'phantom-A': ((3.2, 58, 32), (8.0, 44), 64, -10, 1.15, 0.60, 0.15, -85, 2),
-    'phantom-B': ((2.6, 34, 35), (6.0, 46), 56, -6, 1.30, 0.95, 0.45, -87, 5),
-    'phantom-C': ((4.0, 50, 30), (9.0, 38), 68, -14, 1.00, 0.35, 0.05, -83, 9),
-    'phantom-D': ((3.5, 18, 36), (10, 40), 60, -9, 1.05, 0.80, 0.30, -83, 0),
-    'phantom-E': ((2.2, 62, 29), (7.0, 50), 54, -5, 1.35, 0.75, 0.20, -85, 4),
+    'phantom-A': ((3.2, 58, 32), (8.0, 44), 77, -22, 1.04, 0.88, 0.15, -85, 0),
+    'phantom-B': ((2.6, 34, 35), (6.0, 46), 69, -18, 1.17, 0.98, 0.45, -87, 2),
+    'phantom-C': ((4.0, 50, 30), (9.0, 38), 81, -26, 0.90, 0.80, 0.05, -83, 5),
+    'phantom-D': ((3.5, 18, 36), (10, 40), 73, -21, 0.95, 0.94, 0.30, -83, 0),
+    'phantom-E': ((2.2, 62, 29), (7.0, 50), 67, -17, 1.21, 0.92, 0.20, -85, 1),
 }
 
 # %% ../../nbs/synth/phantom.ipynb #c008
@@ -401,11 +401,17 @@ def _amp(db):
     return np.power(np.float32(10), np.asarray(db, np.float32) / np.float32(20))
 
 
+_F_TRANSMIT, _F_RECEIVE = 3.5, 2.0  # focal length over aperture; the receiving focus follows the echo
+
+
 def _widths(p, g):
     "Standard deviations of the PSF: of the pulse in samples, and of the beam at each depth in beams."
     wave, focus = 1.54 / p.frequency, 0.5 * p.depth  # mm, at 1540 m/s
-    width = wave * np.sqrt(3.6**2 + 36 * ((g.z - focus) / focus) ** 2 * np.minimum(g.z / focus, 1))
-    return max(1.35 * wave / 2.355 / g.dz, 0.55), np.maximum(width / 2.355 / g.pitch, 0.6).astype(np.float32)
+    length = p.width or 2 * p.radius * np.radians(p.half_angle)  # of the probe
+    transmit = np.hypot(1.37 * wave * _F_TRANSMIT, 0.41 * focus / _F_TRANSMIT * (1 - g.z / focus))
+    receive = 1.37 * wave * np.maximum(_F_RECEIVE, g.z / length)
+    width = 1 / np.hypot(1 / transmit, 1 / receive) / 2.355  # full widths at half height until here
+    return max(0.87 * wave / 2.355 / g.dz, 0.55), np.maximum(width / g.pitch, 0.6).astype(np.float32)
 
 # %% ../../nbs/synth/phantom.ipynb #c021-1
 def _gains(p, g):
@@ -432,7 +438,7 @@ def _despeckle(grey, share):
     "Replace a share (0..1) of each grey by the mean of its neighbourhood, as speckle filters do."
     from scipy.ndimage import uniform_filter
 
-    return grey + np.float32(share) * (uniform_filter(grey, (5, 7)) - grey)
+    return grey + np.float32(share) * (uniform_filter(grey, (5, 3)) - grey)
 
 # %% ../../nbs/synth/phantom.ipynb #c024-1
 def _slide(x, at, n):
