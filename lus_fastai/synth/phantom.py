@@ -810,8 +810,9 @@ def trap_response(
 ):  # dB, 0 at a resonance and below it elsewhere; an array for arrays
     "How strongly a trap of fluid answers a pulse: it resonates where half waves fit between its faces."
     lowest = 1.5 / (2 * np.asarray(size, float))  # MHz, at 1500 m/s
-    tone = lowest * np.maximum(np.round(frequency / lowest), 1)  # the resonance nearest to the pulse
-    return -10 * np.log10(1 + (2 * quality * (frequency - tone) / tone) ** 2)
+    order = np.maximum(np.floor(frequency / lowest), 1)
+    off = [abs(frequency / (lowest * k) - 1) for k in (order, order + 1)]  # from the resonances on both sides
+    return -10 * np.log10(1 + (2 * quality * np.minimum(*off)) ** 2)
 
 # %% ../../nbs/synth/phantom.ipynb #c030-u
 def _b_line(s, rng):
