@@ -40,7 +40,7 @@ from .explain.sanity_checks import heat_in_fan
 from .models.backbones import input_channels
 from .models.transfer import name_outputs
 from .plot import overlay
-from .synth.phantom import phantom_dataset
+from .synth.phantom import PHANTOM_VERSION, phantom_dataset
 from .video import ClipError, sample_clip
 
 # %% ../nbs/widgets.ipynb #c006-1
@@ -270,7 +270,7 @@ def _move(self: _Panel, change=None):
 # %% ../nbs/widgets.ipynb #c011-1
 def _phantom(folder):
     "The clips of a panel that was given none: six simulated patients, made once."
-    return phantom_dataset(folder or lus_home() / 'widgets', patients=6, clips=2, n=16, size=(192, 256))
+    return phantom_dataset(folder or lus_home() / f'widgets-{PHANTOM_VERSION}', patients=6, clips=2, n=16, size=(192, 256))
 
 
 def _named(table):
@@ -688,7 +688,7 @@ class FanEditor(_Panel):
         size: tuple = (360, 480),  # frames are shown as large as fits into this height and width, pixels
     ):
         if table is None:
-            table, path = _phantom(folder), path or Path(folder or lus_home() / 'widgets') / 'clips.csv'
+            table, path = _phantom(folder), path or Path(folder or lus_home() / f'widgets-{PHANTOM_VERSION}') / 'clips.csv'
         if path is None:
             raise ValueError("path is missing: the table's CSV file, beside which the fans are saved")
         super().__init__(read_fans(_named(table), path), size)

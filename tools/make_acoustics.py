@@ -1,7 +1,7 @@
 """Reference numbers for the acoustics of the phantom, from k-Wave and PyMUST
 
     pip install k-wave-python pymust
-    OMP_NUM_THREADS=1 python make_reference.py reference.json
+    OMP_NUM_THREADS=1 python tools/make_acoustics.py data/acoustics.json
 
 Two independent simulators of other people say where the echoes of the pleura come from, how strong they are,
 and how wide a point becomes in an image. The tests compare the phantom with the numbers in the file and need
@@ -445,7 +445,7 @@ def main(out):
     "Make all numbers and write them."
     start = time.time()
     result = dict(
-        command=f'OMP_NUM_THREADS=1 python make_reference.py {out.rsplit("/", 1)[-1]}',
+        command=f'OMP_NUM_THREADS=1 python tools/make_acoustics.py {out}',
         date=str(date.today()),
         versions=dict(
             python=platform.python_version(),
