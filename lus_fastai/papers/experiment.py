@@ -29,7 +29,7 @@ from ..models.backbones import create_backbone
 from ..plot import interval_text
 from ..runs import cell, results_json, results_table
 from ..stats.bootstrap import mean_over_patients
-from ..synth.phantom import PHANTOM_VERSION, phantom_dataset
+from ..synth.phantom import PHANTOM_VERSION, phantom_dataset, phantom_folder
 from ..train.cross_validation import training_hours
 from ..train.fold_models import apply_out_of_fold
 
@@ -265,7 +265,7 @@ def convex_phantom(
     cache=None,  # default lus_home()
 ) -> pd.DataFrame:  # clip table with masks
     "Convex phantom clips, two a patient, kept in the cache."
-    folder = Path(cache or lus_home()) / f'phantom-{PHANTOM_VERSION}' / f'{paper}-{patients}-{size}-s{seed}'
+    folder = phantom_folder(f'{paper}-{patients}-{size}-s{seed}', cache)
     return phantom_dataset(folder, patients=patients, clips=2, size=(size, size), seed=seed, probe='convex')
 
 # %% ../../nbs/papers/experiment.ipynb #sampled-store

@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/synth/phantom.html.md"""
 # %% auto #0
 __all__ = ['PHANTOM_LABELS', 'PHANTOM_VERSION', 'Patient', 'draw_patient', 'BeamGrid', 'speckle', 'log_compress',
            'PhantomFindings', 'PhantomScene', 'trap_response', 'phantom_scene', 'PhantomFrame', 'received_echo',
-           'PhantomClip', 'phantom_clip', 'show_phantom', 'phantom_dataset']
+           'PhantomClip', 'phantom_clip', 'show_phantom', 'phantom_folder', 'phantom_dataset']
 
 # %% ../../nbs/synth/phantom.ipynb #c003
 import json
@@ -21,7 +21,16 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import CLASSES, DENSE_COLORS, atomic_path, progress, read_table, write_json, write_table
+from lus_fastai.core import (
+    CLASSES,
+    DENSE_COLORS,
+    atomic_path,
+    lus_home,
+    progress,
+    read_table,
+    write_json,
+    write_table,
+)
 from ..plot import overlay
 from ..video import write_video
 
@@ -181,7 +190,6 @@ _DISEASES = {
     'weak sliding': _weak_sliding,
 }
 PHANTOM_LABELS = (*CLASSES, 'pneumothorax', 'weak sliding')
-PHANTOM_VERSION = 2  # changes when the same seed gives another clip: kept clips are then made anew
 
 # %% ../../nbs/synth/phantom.ipynb #c010-d
 def _convex_probe(values, rng):
@@ -1333,6 +1341,17 @@ def show_phantom(
     axs[0].set_title(f'{clip.patient.label}, {clip.patient.probe}', fontsize=9)
     return axs
 
+# %% ../../nbs/synth/phantom.ipynb #c054v
+PHANTOM_VERSION = 2  # another one where the same seed gives another clip
+
+
+def phantom_folder(
+    name: str,  # of the data set
+    cache=None,  # default lus_home()
+) -> Path:  # it need not exist yet
+    "Where a phantom is kept: clips of another version of the simulator have another folder."
+    return Path(cache or lus_home()) / f'phantom-{PHANTOM_VERSION}' / name
+
 # %% ../../nbs/synth/phantom.ipynb #c055-a
 def _clip_files(name):
     "Where the three files of a clip are in the folder."
@@ -1418,7 +1437,9 @@ def phantom_dataset(
     "Write a folder of phantom clips; again, only what is missing. ValueError for a folder of another one."
     root, workers = Path(root), _natural('workers', workers, 1)
     counts = {k: _natural(k, x, 1) for k, x in dict(patients=patients, clips=clips, n=n).items()}
-    settings = dict(counts, size=list(size), seed=_natural('seed', seed), probe=probe, version=PHANTOM_VERSION)
+    settings = dict(
+        counts, size=list(size), seed=_natural('seed', seed), probe=probe, version=PHANTOM_VERSION
+    )
     settings['labels'] = list(labels)
     note = _claim_folder(root, settings)
     jobs = _jobs(counts['patients'], counts['clips'], seed, probe, counts['n'], size, labels)
