@@ -716,8 +716,8 @@ def _surface(s, rng):
     s.shine = s.shine.astype(np.complex64)
     s.haze = _amp(-23 + p.haze + 3 * rough + 2.5 * smooth(9) + 2.5 * smooth(2.5))
     s.fade = np.float32(rng.uniform(16, 40) * u)
-    whole = np.clip(0.9 + 0.35 * smooth(9), 0, 1)  # a healthy pleura is no perfect mirror everywhere
-    s.mirror = (s.has.alines * p.alines * whole * (1 - rough) ** 2).astype(np.float32)
+    even = np.clip(0.9 + 0.35 * smooth(9), 0, 1)  # no pleura is a perfect mirror everywhere
+    s.mirror = (s.has.alines * p.alines * even * (1 - rough) ** 2).astype(np.float32)
     s.turn = rng.uniform(0, 2 * np.pi, 12)
 
 # %% ../../nbs/synth/phantom.ipynb #c030-b
@@ -742,7 +742,7 @@ def _effusion(s, rng):
 def _lobe(s, rng):
     "Thickness of a lobar consolidation."
     deep = rng.uniform(28, 70) * s.u * _plateau(s, _near_middle(s, rng, 0.25), rng.uniform(24, 50), 5)
-    return deep * (1 + 0.15 * _along(s, rng, 5) + 0.1 * _along(s, rng, 1.5))
+    return deep * (1 + 0.15 * _along(s, rng, 7) + 0.07 * _along(s, rng, 2.5))
 
 
 def _subpleural(s, rng):
