@@ -22,15 +22,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from lus_fastai.core import (
-    DENSE,
-    DENSE_COLORS,
-    TableError,
-    atomic_path,
-    check_table,
-    clip_ids,
-    frozen_eval,
-)
+from .core import DENSE, DENSE_COLORS, TableError, atomic_path, check_table, clip_ids, frozen_eval
 from .data.fan import Fan, FanError, find_fan
 from .data.store import FrameStore, read_masks
 from .explain.attribution import map_rgb
