@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from lus_fastai.core import (
     CLASSES,
     DENSE_COLORS,
+    PHANTOM_VERSION,
     atomic_path,
     lus_home,
     progress,
