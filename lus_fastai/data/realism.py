@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import progress, shipped_folder, write_json
-from ..synth.phantom import draw_patient, phantom_clip
-from ..video import ClipError, sample_clip
 from .fan import Fan, FanError, common_fan, find_fan
 from .sources import index_source
+from ..synth.phantom import draw_patient, phantom_clip
+from ..video import ClipError, sample_clip
 
 # %% ../../nbs/data/realism.ipynb #experts
 # 15,755 B-lines that experts marked on 10,371 frames of 1,419 clips of 113 patients: BEDLUS, Lucassen et al.,
