@@ -8,9 +8,9 @@ Docs: https://lus-fastai.github.io/lus_fastai/data/realism.html.md"""
 __all__ = ['EXPERT_COUNTS', 'EXPERT_TILT', 'HEIGHT', 'WINDOW', 'GREYS', 'SPREAD', 'count_shares', 'count_distance',
            'find_b_lines', 'b_line_tilts', 'b_line_counts', 'fit_height', 'Texture', 'local_texture',
            'speckle_contrast', 'autocorrelation', 'fall_to_half', 'correlation_lengths', 'texture_statistics', 'spread',
-           'phantom_texture', 'measure_sources', 'real_texture', 'compare_spread']
+           'measure_sources', 'real_texture', 'phantom_texture', 'compare_spread']
 
-# %% ../../nbs/data/realism.ipynb #imports
+# %% ../../nbs/data/realism.ipynb #e-imports
 import json
 from dataclasses import dataclass
 
@@ -23,14 +23,14 @@ from .sources import index_source
 from ..synth.phantom import draw_patient, phantom_clip
 from ..video import ClipError, sample_clip
 
-# %% ../../nbs/data/realism.ipynb #experts
+# %% ../../nbs/data/realism.ipynb #e-experts
 # 15,755 B-lines that experts marked on 10,371 frames of 1,419 clips of 113 patients: BEDLUS, Lucassen et al.,
 # "Deep learning for detection and localization of B-lines in lung ultrasound", IEEE JBHI 27 (2023),
 # counted from the annotations in github.com/RTLucassen/B-line_detection
 EXPERT_COUNTS = (0.616, 0.272, 0.093, 0.016, 0.003)  # shares of frames with 1, 2, 3, 4 and 5 or more
 EXPERT_TILT = 5.5  # median angle between a B-line and the vertical of the image, degrees
 
-# %% ../../nbs/data/realism.ipynb #counts
+# %% ../../nbs/data/realism.ipynb #e-counts
 def count_shares(
     counts,  # B-lines of each frame, whole numbers from 0
 ) -> np.ndarray:  # (5,) shares that sum to 1
@@ -43,29 +43,27 @@ def count_shares(
         raise ValueError("no frame has a B-line")
     return np.bincount(np.minimum(n, 5), minlength=6)[1:] / len(n)
 
-# %% ../../nbs/data/realism.ipynb #distance
+# %% ../../nbs/data/realism.ipynb #e-distance
 def count_distance(
     shares,  # (5,) from count_shares
-    other=EXPERT_COUNTS,  # (5,) what to compare with
-) -> float:  # 0: equal, 1: disjoint
-    "Kolmogorov-Smirnov distance: the largest difference between the two cumulative distributions."
-    return float(np.abs(np.cumsum(shares) - np.cumsum(other)).max())
+) -> float:  # 0: the same distribution, 1: nothing in common
+    "Kolmogorov-Smirnov distance to EXPERT_COUNTS: the largest difference of the cumulative shares."
+    return float(np.abs(np.cumsum(shares) - np.cumsum(EXPERT_COUNTS)).max())
 
-# %% ../../nbs/data/realism.ipynb #blines
+# %% ../../nbs/data/realism.ipynb #e-blines
 def _axis(rows, cols):
     "Tilt in degrees of the line through the middle of each row, by least squares; 0 is vertical."
     level, where = np.unique(rows, return_inverse=True)
     middle = np.bincount(where, cols) / np.bincount(where)  # mean column of each row
     return float(np.degrees(np.arctan(np.polyfit(level - level.mean(), middle, 1)[0])))
 
-
+# %% ../../nbs/data/realism.ipynb #e-pieces
 def find_b_lines(
     dense: np.ndarray,  # (n, h, w) or (h, w) dense codes
-    least: float = 0.1,  # height below which a piece is no B-line, as a share of the image's
 ) -> (
     pd.DataFrame
 ):  # a row for each connected piece: frame, tilt in degrees (positive: down to the right), height
-    "Connected B-lines of a mask."
+    "Connected B-lines of a mask; a piece lower than a tenth of the image is none."
     from scipy.ndimage import find_objects, label
 
     dense, rows = np.asarray(dense), []
@@ -75,25 +73,26 @@ def find_b_lines(
         labels, _ = label(mask, np.ones((3, 3)))
         for i, box in enumerate(find_objects(labels), 1):
             y, x = np.nonzero(labels[box] == i)
-            if np.ptp(y) + 1 >= max(2, least * mask.shape[0]):
+            if np.ptp(y) + 1 >= max(2, 0.1 * mask.shape[0]):
                 rows.append((k, _axis(y, x), (np.ptp(y) + 1) / mask.shape[0]))
     return pd.DataFrame(rows, columns=['frame', 'tilt', 'height']).astype(dict(frame=int, tilt=float))
 
-# %% ../../nbs/data/realism.ipynb #tilts
+# %% ../../nbs/data/realism.ipynb #e-tilts
 def b_line_tilts(
     dense: np.ndarray,  # (n, h, w) or (h, w) dense codes
 ) -> np.ndarray:  # degrees from the vertical, 0..90
     "Tilt of each B-line of a mask, to either side."
     return find_b_lines(dense)['tilt'].abs().to_numpy()
 
-
+# %% ../../nbs/data/realism.ipynb #e-bcounts
 def b_line_counts(
-    dense: np.ndarray,  # (n, h, w) dense codes
+    dense: np.ndarray,  # (n, h, w) or (h, w) dense codes
 ) -> np.ndarray:  # (n,) B-lines of each frame; those that touch count as one
     "Number of separate B-lines in each frame."
-    return np.bincount(find_b_lines(dense)['frame'], minlength=len(dense))
+    n = 1 if np.ndim(dense) == 2 else len(dense)
+    return np.bincount(find_b_lines(dense)['frame'], minlength=n)
 
-# %% ../../nbs/data/realism.ipynb #scale
+# %% ../../nbs/data/realism.ipynb #e-scale
 HEIGHT = 256  # rows of the fan's box on which texture is measured
 WINDOW = 5.0  # standard deviation of the Gaussian window of local statistics, in those rows
 
@@ -104,7 +103,7 @@ def _resized(image, size):
 
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
-
+# %% ../../nbs/data/realism.ipynb #e-fit
 def fit_height(
     frames: np.ndarray,  # (n, h, w) uint8, grey
     fan,  # a Fan of images of this size, or an (h, w) mask
@@ -125,7 +124,7 @@ def fit_height(
     frames = np.stack([_resized(x, size) for x in frames]).astype(np.float32)
     return frames, _resized(mask.astype(np.uint8) * 255, size) > 250
 
-# %% ../../nbs/data/realism.ipynb #local
+# %% ../../nbs/data/realism.ipynb #e-local
 @dataclass
 class Texture:
     "Local statistics of the frames of one clip, all (n, h, w)."
@@ -135,7 +134,7 @@ class Texture:
     grain: np.ndarray  # (grey - mean) / sd: what is left without slow structure, about unit variance
     use: np.ndarray  # True where the window is inside the fan and neither dark nor saturated
 
-
+# %% ../../nbs/data/realism.ipynb #e-localt
 def local_texture(
     frames: np.ndarray,  # (n, h, w) float, greys 0..255
     mask: np.ndarray,  # (h, w) bool, the fan
@@ -153,7 +152,7 @@ def local_texture(
     use = mask & (share > 0.98) & (mean > 20) & (mean < 220)
     return Texture(mean, sd, (frames - mean) / (sd + 1), use)
 
-# %% ../../nbs/data/realism.ipynb #contrast
+# %% ../../nbs/data/realism.ipynb #e-contrast
 def speckle_contrast(
     texture: Texture,  # from local_texture
 ) -> float:  # NaN where fewer than 1 % of the pixels can be used
@@ -161,21 +160,20 @@ def speckle_contrast(
     t = texture
     return float(np.median(t.sd[t.use] / t.mean[t.use])) if t.use.mean() > 0.01 else np.nan
 
-# %% ../../nbs/data/realism.ipynb #correlation
+# %% ../../nbs/data/realism.ipynb #e-correlation
 def autocorrelation(
     texture: Texture,  # from local_texture
     axis: int,  # 1: down the image (axial), 2: across (lateral)
-    lags: int = 25,  # how many, from 0
-) -> np.ndarray:  # (lags,) 1 at lag 0
+) -> np.ndarray:  # (25,) at lags of 0 to 24 pixels; 1 at lag 0
     "Mean product of the grain with itself, shifted; pairs count where both pixels can be used."
     z, use, out = np.where(texture.use, texture.grain, 0), texture.use, []
-    for k in range(lags):
+    for k in range(25):
         first, second = (np.take(x, np.arange(x.shape[axis] - k), axis) for x in (z, use))
         far, both = (np.take(x, np.arange(k, x.shape[axis]), axis) for x in (z, use))
         out.append((first * far).sum() / max((second & both).sum(), 1))
     return np.array(out) / max(out[0], 1e-9)
 
-
+# %% ../../nbs/data/realism.ipynb #e-half
 def fall_to_half(
     r: np.ndarray,  # autocorrelation at lags 0, 1, 2, ...
 ) -> float:  # NaN if it never falls
@@ -188,7 +186,7 @@ def fall_to_half(
     a, b = np.log(r[k - 1]), np.log(max(r[k], 0.01))
     return float(np.sqrt((k - 1) ** 2 + (a - np.log(0.5)) / (a - b) * (2 * k - 1)))
 
-# %% ../../nbs/data/realism.ipynb #lengths
+# %% ../../nbs/data/realism.ipynb #e-lengths
 def correlation_lengths(
     texture: Texture,  # from local_texture
 ) -> tuple:  # axial, lateral; NaN where fewer than 1 % of the pixels can be used
@@ -199,17 +197,17 @@ def correlation_lengths(
         return np.nan, np.nan
     return tuple(100 * fall_to_half(autocorrelation(t, axis)) / t.use.shape[1] for axis in (1, 2))
 
-# %% ../../nbs/data/realism.ipynb #statistics
+# %% ../../nbs/data/realism.ipynb #e-statistics
 GREYS = 5, 25, 50, 75, 95  # percentiles of the greys
 
 
 def texture_statistics(
     frames: np.ndarray,  # (n, h, w) uint8 frames of a clip, grey
     fan,  # a Fan of images of this size, or an (h, w) mask
-    n: int = 5,  # frames to look at, spread over the clip
 ) -> dict:  # name -> number; NaN where too little can be used
-    "Greys, speckle contrast and correlation lengths of a clip; `FanError` for a fan that does not fit."
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int))
+    "Greys, speckle contrast and correlation lengths of five frames of a clip; `FanError` for a wrong fan."
+    n = min(5, len(frames))
+    chosen = np.unique(np.linspace(0, len(frames) - 1, n).round().astype(int))
     frames, mask = fit_height(np.asarray(frames)[chosen], fan)
     greys, texture = frames[:, mask], local_texture(frames, mask)
     axial, lateral = correlation_lengths(texture)
@@ -221,7 +219,7 @@ def texture_statistics(
         'lateral': lateral,
     }
 
-# %% ../../nbs/data/realism.ipynb #spread
+# %% ../../nbs/data/realism.ipynb #e-spread
 SPREAD = 0.05, 0.25, 0.5, 0.75, 0.95  # quantiles over patients
 
 
@@ -233,20 +231,7 @@ def spread(
     people = numbers.groupby(clips['patient']).median()
     return people.quantile(list(SPREAD)).T.set_axis(list(SPREAD), axis=1)
 
-# %% ../../nbs/data/realism.ipynb #phantoms
-def phantom_texture(
-    probe: str,  # 'convex' or 'linear'
-    patients=range(60),  # seeds of phantom patients
-    n: int = 5,  # frames of each
-) -> pd.DataFrame:  # a row per patient: patient, label, and columns of texture_statistics
-    "Texture of the phantom: a clip of 256 x 256 pixels of each patient."
-    rows = []
-    for seed in progress(patients, desc='phantom'):
-        c = phantom_clip(draw_patient(seed, None, probe), 0, n)
-        rows.append(dict(patient=seed, label=c.patient.label, **texture_statistics(c.frames, c.fan[0])))
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/data/realism.ipynb #measure
+# %% ../../nbs/data/realism.ipynb #e-measure
 def _measure_clips(table, fan=None):
     "Texture of real clips, and how many had no fan, another fan than their probe's, or could not be read."
     rows, left = [], dict(unreadable=0, no_fan=0, other_fan=0)
@@ -264,7 +249,7 @@ def _measure_clips(table, fan=None):
             left['no_fan'] += 1
     return pd.DataFrame(rows), left
 
-# %% ../../nbs/data/realism.ipynb #measure2
+# %% ../../nbs/data/realism.ipynb #e-measure2
 def _described(clips, left):
     "What may be shown of real clips: how many, and quantiles over patients."
     quantiles = {k: [round(float(x), 4) for x in v] for k, v in spread(clips).T.items()}
@@ -272,7 +257,7 @@ def _described(clips, left):
         clips=len(clips), patients=int(clips['patient'].nunique()), left_out=left, quantiles=quantiles
     )
 
-
+# %% ../../nbs/data/realism.ipynb #e-measure3
 def measure_sources(
     path=None,  # JSON file to write; None: data/real_texture.json of this package
     folder=None,  # folder that holds pocus and blues; LUS_DATA when None
@@ -291,7 +276,7 @@ def measure_sources(
     write_json(path or shipped_folder('data') / 'real_texture.json', out)
     return out
 
-# %% ../../nbs/data/realism.ipynb #read
+# %% ../../nbs/data/realism.ipynb #e-read
 def real_texture(
     group: str = 'convex',  # 'pocus convex', 'blues', both together ('convex'), or 'pocus linear'
 ) -> pd.DataFrame:  # a row per statistic, a column per quantile of SPREAD
@@ -301,7 +286,19 @@ def real_texture(
         raise ValueError(f"unknown group {group!r}; there are {sorted(known)}")
     return pd.DataFrame(known[group]['quantiles'], index=list(SPREAD)).T
 
-# %% ../../nbs/data/realism.ipynb #compare
+# %% ../../nbs/data/realism.ipynb #e-phantoms
+def phantom_texture(
+    probe: str,  # 'convex' or 'linear'
+    patients=range(60),  # seeds of phantom patients
+) -> pd.DataFrame:  # a row per patient: patient, label, and columns of texture_statistics
+    "Texture of the phantom: five frames of 256 x 256 pixels of each patient."
+    rows = []
+    for seed in progress(patients, desc='phantom'):
+        c = phantom_clip(draw_patient(seed, None, probe), 0, 5)
+        rows.append(dict(patient=seed, label=c.patient.label, **texture_statistics(c.frames, c.fan[0])))
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/data/realism.ipynb #e-compare
 def compare_spread(
     real: pd.DataFrame,  # from real_texture
     ours: pd.DataFrame,  # from spread
