@@ -79,16 +79,17 @@ def _machine(u):
     "Probe, depth and processing of a machine, by a uniform draw u."
     return dict(
         **dict(depth=u(70, 200), radius=u(45, 65), half_angle=u(26, 38), crop=1.0, aspect=u(0.95, 1.05)),
-        **dict(frequency=u(2.2, 5.0), dynamic_range=u(50, 75), gain=u(-12, 0), gamma=u(0.8, 1.5)),
-        **dict(smoothing=u(0.2, 1), persistence=u(0, 0.4), tgc=u(-0.8, 0.8), noise=u(-68, -58)),
-        floor=u(0, 10),
+        **dict(frequency=u(2.2, 5.0), dynamic_range=u(60, 90), gain=u(-27, -12), gamma=u(0.75, 1.4)),
+        **dict(smoothing=u(0.5, 1), persistence=u(0, 0.4), tgc=u(-0.8, 0.8), noise=u(-91, -79)),
+        floor=u(0, 6),
+        probe_echo=u(0.2, 0.6),
     )
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c008x1
 def _findings(u, rng):
     "A-lines, B-lines and pleura, none of which goes with a disease."
     return dict(
-        blines=float(rng.choice([0, 0.7, 2, 4])),
+        blines=float(rng.choice([0, 0.7, 2, 5])),
         alines=u(0.3, 1) * (u() < 0.65),
         irregular=u(0, 0.3) if u() < 0.75 else u(0.3, 1),
         haze=u(-7, 4),
@@ -105,7 +106,7 @@ def randomize_patient(
     u = rng.uniform
     label = str(rng.choice(['covid', 'pneumonia']))
     machine = _machine(u)
-    wall = dict(fat=u(2, 15), muscle=u(4, 12), ribs=0.6)
+    wall = dict(fat=u(2, 15), muscle=u(4, 12), ribs=0.6, attenuation=u(0.45, 0.75), trap=u(0.12, 0.45))
     return replace(patient, label=label, **machine, **wall, **_findings(u, rng))
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c009-1
