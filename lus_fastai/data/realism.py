@@ -19,7 +19,6 @@ import pandas as pd
 
 from ..core import progress, shipped_folder, write_json
 from .fan import Fan, FanError, common_fan, find_fan
-from .sources import index_source
 from ..synth.phantom import draw_patient, phantom_clip
 from ..video import ClipError, sample_clip
 
@@ -259,12 +258,12 @@ def _described(clips, left):
 
 # %% ../../nbs/data/realism.ipynb #e-measure3
 def measure_sources(
+    pocus: pd.DataFrame,  # clip table of POCUS
+    blues: pd.DataFrame,  # clip table of COVID-BLUES, without patients that are kept for the end
     path=None,  # JSON file to write; None: data/real_texture.json of this package
-    folder=None,  # folder that holds pocus and blues; LUS_DATA when None
 ) -> dict:  # group -> clips, patients, left_out and quantiles
     "Texture of the videos of POCUS and COVID-BLUES as quantiles over patients, no clip by name."
-    tables = {name: index_source(name, folder).query("kind == 'video'") for name in ('pocus', 'blues')}
-    pocus, blues = tables['pocus'], tables['blues']
+    pocus, blues = (t[t['kind'] == 'video'] for t in (pocus, blues))
     groups = {
         f'pocus {probe}': _measure_clips(pocus[pocus['probe'] == probe]) for probe in ('convex', 'linear')
     }

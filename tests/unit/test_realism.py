@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 from fastcore.test import test_close as check_close
 
-from lus_fastai.data import realism
 from lus_fastai.data.fan import Fan, FanError, phantom_fan
 from lus_fastai.data.realism import (
     b_line_counts,
@@ -125,7 +124,7 @@ def test_shipped_numbers_name_no_clip(root):
     assert groups['convex']['clips'] == groups['blues']['clips'] + groups['pocus convex']['clips']
 
 
-def test_sources_are_measured_and_what_has_no_fan_is_counted(tmp_path, monkeypatch):
+def test_sources_are_measured_and_what_has_no_fan_is_counted(tmp_path):
     def row(name, frames, patient, probe):
         write_video(tmp_path / name, frames, 4)
         return dict(path=str(tmp_path / name), kind='video', patient=patient, probe=probe)
@@ -142,9 +141,8 @@ def test_sources_are_measured_and_what_has_no_fan_is_counted(tmp_path, monkeypat
     (tmp_path / 'broken.mp4').write_bytes(b'no video')
     pocus += [dict(pocus[0], path=str(tmp_path / 'broken.mp4')), dict(pocus[0], kind='image')]
     blues = [row(f'b{k}.mp4', clip(7, 'convex'), f'b{k}', 'convex') for k in range(2)]
-    tables = dict(pocus=pd.DataFrame(pocus), blues=pd.DataFrame(blues))
-    monkeypatch.setattr(realism, 'index_source', lambda name, folder: tables[name])
-    out = measure_sources(tmp_path / 'out.json')
+    tables = pd.DataFrame(pocus), pd.DataFrame(blues)
+    out = measure_sources(*tables, tmp_path / 'out.json')
     assert json.loads((tmp_path / 'out.json').read_text()) == out
     assert out['pocus convex']['left_out'] == dict(unreadable=1, no_fan=1, other_fan=0)
     assert out['pocus linear']['left_out']['other_fan'] == 1
