@@ -1,20 +1,55 @@
-"Phantom frames a second on one core at 256x256, masks included."
+"Phantom frames a second on one core at 256x256, masks included, beside those of an earlier version."
 
+import importlib.util
 import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from lus_fastai.synth.phantom import draw_patient, phantom_clip
+from lus_fastai.synth import phantom
 
-rates = []
-for seed in range(9):
-    patient = draw_patient(seed)
-    start = time.perf_counter()
-    clip = phantom_clip(patient, seed=seed, n=60, size=(256, 256))
-    rates.append(len(clip.frames) / (time.perf_counter() - start))
-rates.sort()
+BEFORE = sys.argv[1] if len(sys.argv) > 1 else '677f07f'  # the revision before the law of the A-lines
+
+
+def module_at(revision):
+    "The phantom's module as it was at a revision of this repository."
+    source = subprocess.run(
+        ['git', 'show', f'{revision}:lus_fastai/synth/phantom.py'],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'phantom.py')
+        file.write_text(source)
+        spec = importlib.util.spec_from_file_location('lus_fastai.synth.phantom_before', file)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def rate(module, seed):
+    "Frames a second for one patient, set-up included."
+    patient = module.draw_patient(seed)
+    start = time.process_time()
+    clip = module.phantom_clip(patient, seed=seed, n=60, size=(256, 256))
+    return len(clip.frames) / (time.process_time() - start)
+
+
+modules = {'now': phantom, BEFORE: module_at(BEFORE)}
+rates = {name: [] for name in modules}
+for _round in range(3):
+    for seed in range(9):
+        for name, module in modules.items():  # in turns, so that both see the same machine
+            rates[name].append(rate(module, seed))
+now, before = (statistics.median(rates[name]) for name in modules)
 print(
-    f'phantom at 256x256: {rates[4]:.0f} frames/s (min {rates[0]:.0f}, max {rates[-1]:.0f}), '
-    'clips of 60 frames by 9 patients, set-up of each included'
+    f'phantom at 256x256: {now:.0f} frames/s (min {min(rates["now"]):.0f}, max {max(rates["now"]):.0f}), '
+    f'{now / before:.2f} of {before:.0f} at {BEFORE}, medians over 9 patients, three rounds'
 )

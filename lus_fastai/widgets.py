@@ -40,7 +40,7 @@ from .explain.sanity_checks import heat_in_fan
 from .models.backbones import input_channels
 from .models.transfer import name_outputs
 from .plot import overlay
-from .synth.phantom import phantom_dataset
+from .synth.phantom import phantom_dataset, phantom_folder
 from .video import ClipError, sample_clip
 
 # %% ../nbs/widgets.ipynb #c006-1
@@ -270,7 +270,9 @@ def _move(self: _Panel, change=None):
 # %% ../nbs/widgets.ipynb #c011-1
 def _phantom(folder):
     "The clips of a panel that was given none: six simulated patients, made once."
-    return phantom_dataset(folder or lus_home() / 'widgets', patients=6, clips=2, n=16, size=(192, 256))
+    return phantom_dataset(
+        folder or phantom_folder('widgets'), patients=6, clips=2, n=16, size=(192, 256)
+    )
 
 
 def _named(table):
@@ -285,7 +287,7 @@ class ClipBrowser(_Panel):
     def __init__(
         self,
         table: pd.DataFrame = None,  # clip table; None makes a small phantom
-        folder=None,  # where that phantom is kept; default lus_home()/'widgets'
+        folder=None,  # where that phantom is kept; default phantom_folder('widgets')
         size: tuple = (400, 600),  # frames are shown as large as fits into this height and width, pixels
     ):
         super().__init__(_named(_phantom(folder) if table is None else table), size)
@@ -422,7 +424,7 @@ class Explainer(_Panel):
         classes=None,  # names of the model's outputs, in order; default: model.classes
         size: tuple = (224, 224),  # height and width of the model's input; a store has its own
         methods: dict = None,  # display name -> function method(model, x, target); default EXPLAINERS
-        folder=None,  # where the phantom is kept; default lus_home()/'widgets'
+        folder=None,  # where the phantom is kept; default phantom_folder('widgets')
     ):
         self.store = clips if isinstance(clips, FrameStore) else None
         if self.store is not None:
@@ -684,11 +686,14 @@ class FanEditor(_Panel):
         self,
         table: pd.DataFrame = None,  # clip table, with or without a column fan; None makes a small phantom
         path=None,  # its CSV file, which need not exist; fans are saved to fans_file(path)
-        folder=None,  # where the phantom is kept; default lus_home()/'widgets'
+        folder=None,  # where the phantom is kept; default phantom_folder('widgets')
         size: tuple = (360, 480),  # frames are shown as large as fits into this height and width, pixels
     ):
         if table is None:
-            table, path = _phantom(folder), path or Path(folder or lus_home() / 'widgets') / 'clips.csv'
+            table, path = (
+                _phantom(folder),
+                path or Path(folder or phantom_folder('widgets')) / 'clips.csv',
+            )
         if path is None:
             raise ValueError("path is missing: the table's CSV file, beside which the fans are saved")
         super().__init__(read_fans(_named(table), path), size)

@@ -29,7 +29,7 @@ from ..models.backbones import create_backbone
 from ..plot import interval_text
 from ..runs import cell, results_json, results_table
 from ..stats.bootstrap import mean_over_patients
-from ..synth.phantom import phantom_dataset
+from ..synth.phantom import PHANTOM_VERSION, phantom_dataset, phantom_folder
 from ..train.cross_validation import training_hours
 from ..train.fold_models import apply_out_of_fold
 
@@ -58,7 +58,8 @@ def settings_folder(
     cache=None,  # default lus_home()
 ) -> Path:  # cache/paper/hash, or cache/paper/data-hash
     "The folder of the runs of some settings; it need not exist yet."
-    name = settings_hash(key)
+    content = asdict(key) if is_dataclass(key) else key
+    name = settings_hash((PHANTOM_VERSION, content))  # other clips, other runs
     return Path(cache or lus_home()) / paper / (f'{data}-{name}' if data else name)
 
 # %% ../../nbs/papers/experiment.ipynb #e031
@@ -264,7 +265,7 @@ def convex_phantom(
     cache=None,  # default lus_home()
 ) -> pd.DataFrame:  # clip table with masks
     "Convex phantom clips, two a patient, kept in the cache."
-    folder = Path(cache or lus_home()) / 'phantom' / f'{paper}-{patients}-{size}-s{seed}'
+    folder = phantom_folder(f'{paper}-{patients}-{size}-s{seed}', cache)
     return phantom_dataset(folder, patients=patients, clips=2, size=(size, size), seed=seed, probe='convex')
 
 # %% ../../nbs/papers/experiment.ipynb #sampled-store

@@ -49,7 +49,7 @@ from ..runs import results_table
 from ..stats.classification import evaluate, evaluate_seg, vote
 from ..stats.curves import roc
 from ..stats.figures import plot_comparison, plot_confusion, plot_iou, plot_roc
-from ..synth.phantom import phantom_dataset
+from ..synth.phantom import phantom_dataset, phantom_folder
 from ..train.callbacks import ClassProbs, PixelCounts
 from ..train.cross_validation import cross_validate, last_epoch
 from ..train.fold_models import best_fold, load_fold
@@ -111,9 +111,9 @@ def labelled_frames(
     cache, s = Path(cache or lus_home()), settings
     name = f"seg-{s.seg_patients}x{s.seg_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
     table = phantom_dataset(
-        cache / 'phantom' / name, patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed
+        phantom_folder(name, cache), patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed
     )
-    return FrameStore.build(table, cache / 'stores' / name, size=s.size, max_frames=s.seg_frames)
+    return FrameStore.build(table, phantom_folder('stores', cache) / name, size=s.size, max_frames=s.seg_frames)
 
 # %% ../../nbs/papers/gare.ipynb #c010-2
 def data_name(
@@ -135,10 +135,10 @@ def _phantom_clips(s, cache):
     "Clips of phantom patients, two of each, without their masks."
     name = f"cls-{s.cls_patients}x{s.cls_frames}-{s.size[0]}x{s.size[1]}-s{s.seed}"
     table = phantom_dataset(
-        cache / 'phantom' / name, patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed
+        phantom_folder(name, cache), patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed
     )
     table = table.drop(columns='mask')
-    return FrameStore.build(table, cache / 'stores' / name, size=s.size, max_frames=s.cls_frames)
+    return FrameStore.build(table, phantom_folder('stores', cache) / name, size=s.size, max_frames=s.cls_frames)
 
 # %% ../../nbs/papers/gare.ipynb #c010
 def _pocus_table(folder):

@@ -67,7 +67,7 @@ from ..plot import interval_text
 from ..report import Report, limits_note, score_text, training_card
 from ..runs import cell, read_results, results_table
 from ..stats.figures import plot_comparison
-from ..synth.phantom import Patient, draw_patient, phantom_clip
+from ..synth.phantom import PHANTOM_VERSION, Patient, draw_patient, phantom_clip
 from ..train.callbacks import ClassProbs
 from ..train.cross_validation import cross_validate
 from ..train.losses import SoftDiceLoss
@@ -504,7 +504,7 @@ FINE = 192, 192  # depths and beams for a network that knows photographs
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-2b
 def _training_set(s, folder):
     "The simulated training set, kept in a file."
-    path = Path(folder) / f'phantom-{settings_hash((s.clips, s.size, s.frames, s.seed))}.npz'
+    path = Path(folder) / f'phantom-{settings_hash((PHANTOM_VERSION, s.clips, s.size, s.frames, s.seed))}.npz'
     if not path.exists():
         made = polar_phantom(s.clips, s.size, s.frames, s.seed)
         with atomic_path(path) as tmp, open(tmp, 'wb') as f:

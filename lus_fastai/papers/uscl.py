@@ -61,7 +61,7 @@ from ..stats.figures import plot_comparison
 # %% ../../nbs/papers/uscl.ipynb #c003-2
 from ..data.pairs import ABLATION, USCLAugment, pair_dls
 from ..stats.classification import evaluate
-from ..synth.phantom import phantom_dataset
+from ..synth.phantom import phantom_dataset, phantom_folder
 from ..train.callbacks import ClassProbs
 from ..train.contrastive import USCL, MoCo, SimCLR, Supervised, conflict_table, pretrain
 from ..train.cross_validation import cross_validate, last_epoch
@@ -344,7 +344,7 @@ def detect_items(
     if data == 'real':
         return busi_items(index_source('busi', real_data()))
     patients, seed = 3 * settings.patients, settings.seed + 2
-    folder = Path(cache or lus_home()) / 'phantom' / f'uscl-detect-{patients}x3-s{seed}'
+    folder = phantom_folder(f'uscl-detect-{patients}x3-s{seed}', cache)
     size = dict(clips=1, n=3, size=(96, 96))
     return phantom_items(
         phantom_dataset(folder, patients=patients, seed=seed, probe='convex', **size), frames=3
