@@ -21,6 +21,8 @@ from lus_fastai.data.realism import (
     spread,
     texture_statistics,
 )
+from lus_fastai.data.sources import index_source
+from lus_fastai.papers.sim_to_real import tuning_patients
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
 from lus_fastai.video import write_video
 
@@ -148,3 +150,14 @@ def test_sources_are_measured_and_what_has_no_fan_is_counted(tmp_path):
     assert out['pocus linear']['left_out']['other_fan'] == 1
     assert [out[g]['clips'] for g in ('pocus convex', 'pocus linear', 'blues', 'convex')] == [2, 1, 2, 4]
     assert 'mp4' not in json.dumps(out)
+
+
+def test_real_clips_give_the_committed_numbers(real_data, root, tmp_path):
+    pocus, blues = index_source('pocus', real_data), index_source('blues', real_data)
+    videos, linear = pocus['kind'] == 'video', pocus['probe'] == 'linear'
+    few = pd.concat([pocus[videos & linear], pocus[videos & ~linear].head(2)])
+    out = measure_sources(few, blues[tuning_patients(blues) == 'tuning'].head(2), tmp_path / 'out.json')
+    kept = json.loads((root / 'data' / 'real_texture.json').read_text(encoding='utf-8'))['pocus linear']
+    assert {**out['pocus linear'], 'quantiles': None} == {**kept, 'quantiles': None}
+    for name, quantiles in kept['quantiles'].items():
+        check_close(out['pocus linear']['quantiles'][name], quantiles, eps=0.02)
