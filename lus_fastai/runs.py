@@ -32,7 +32,7 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
-from .core import shipped_folder, write_json
+from .core import PHANTOM_VERSION, shipped_folder, write_json
 
 # %% ../nbs/runs.ipynb #short-hash
 def short_hash(
@@ -308,8 +308,8 @@ def claim_folder(
     raise ValueError(f"{path} holds another run ({other}): choose another path, or delete that folder")
 
 # %% ../nbs/runs.ipynb #versions
-def versions() -> dict:  # name -> version, and the platform
-    "Versions of Python and of the packages that make the numbers; no path and no host name."
+def versions() -> dict:  # name -> version; the simulator's and the platform too
+    "Versions of Python and of what makes the numbers; no path and no host name."
     out = {'python': platform.python_version()}
     for name in ('torch', 'torchvision', 'fastai', 'lus_fastai', 'numpy'):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -318,7 +318,7 @@ def versions() -> dict:  # name -> version, and the platform
         import lus_fastai
 
         out['lus_fastai'] = lus_fastai.__version__
-    return {**out, 'platform': f'{platform.system()} {platform.machine()}'}
+    return {**out, 'phantom': str(PHANTOM_VERSION), 'platform': f'{platform.system()} {platform.machine()}'}
 
 # %% ../nbs/runs.ipynb #device-name
 def device_name(

@@ -22,16 +22,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from lus_fastai.core import (
-    DENSE,
-    DENSE_COLORS,
-    TableError,
-    atomic_path,
-    check_table,
-    clip_ids,
-    frozen_eval,
-    lus_home,
-)
+from .core import DENSE, DENSE_COLORS, TableError, atomic_path, check_table, clip_ids, frozen_eval
 from .data.fan import Fan, FanError, find_fan
 from .data.store import FrameStore, read_masks
 from .explain.attribution import map_rgb
@@ -270,9 +261,7 @@ def _move(self: _Panel, change=None):
 # %% ../nbs/widgets.ipynb #c011-1
 def _phantom(folder):
     "The clips of a panel that was given none: six simulated patients, made once."
-    return phantom_dataset(
-        folder or phantom_folder('widgets'), patients=6, clips=2, n=16, size=(192, 256)
-    )
+    return phantom_dataset(folder or phantom_folder('widgets'), patients=6, clips=2, n=16, size=(192, 256))
 
 
 def _named(table):
@@ -690,10 +679,7 @@ class FanEditor(_Panel):
         size: tuple = (360, 480),  # frames are shown as large as fits into this height and width, pixels
     ):
         if table is None:
-            table, path = (
-                _phantom(folder),
-                path or Path(folder or phantom_folder('widgets')) / 'clips.csv',
-            )
+            table, path = (_phantom(folder), path or Path(folder or phantom_folder('widgets')) / 'clips.csv')
         if path is None:
             raise ValueError("path is missing: the table's CSV file, beside which the fans are saved")
         super().__init__(read_fans(_named(table), path), size)

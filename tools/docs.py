@@ -91,7 +91,8 @@ def results_page(
         ]
         out += [
             f"`{r.get('command', '?')}`, {_cell(r.get('hours'), 1)} hours of training "
-            f"on {r.get('device', '?')}; seeds {', '.join(map(str, r.get('seeds', [])))}. From `{f.name}`.",
+            f"on {r.get('device', '?')}; seeds {', '.join(map(str, r.get('seeds', [])))}; "
+            f"phantom {r.get('versions', {}).get('phantom', '1')}. From `{f.name}`.",
             '',
         ]
         for name in dict.fromkeys(c.get('protocol', '') for c in r.get('cells', [])):

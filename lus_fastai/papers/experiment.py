@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core import StageLog, lus_home, real_data
+from ..core import PHANTOM_VERSION, StageLog, lus_home, real_data
 from ..data.folds import Folds
 from ..data.store import FrameStore
 from ..explain.attribution import grad_cam
@@ -29,7 +29,7 @@ from ..models.backbones import create_backbone
 from ..plot import interval_text
 from ..runs import cell, results_json, results_table
 from ..stats.bootstrap import mean_over_patients
-from ..synth.phantom import PHANTOM_VERSION, phantom_dataset, phantom_folder
+from ..synth.phantom import phantom_dataset, phantom_folder
 from ..train.cross_validation import training_hours
 from ..train.fold_models import apply_out_of_fold
 

@@ -113,7 +113,9 @@ def labelled_frames(
     table = phantom_dataset(
         phantom_folder(name, cache), patients=s.seg_patients, clips=1, size=s.size, seed=1000 + s.seed
     )
-    return FrameStore.build(table, phantom_folder('stores', cache) / name, size=s.size, max_frames=s.seg_frames)
+    return FrameStore.build(
+        table, phantom_folder('stores', cache) / name, size=s.size, max_frames=s.seg_frames
+    )
 
 # %% ../../nbs/papers/gare.ipynb #c010-2
 def data_name(
@@ -138,7 +140,9 @@ def _phantom_clips(s, cache):
         phantom_folder(name, cache), patients=s.cls_patients, clips=2, size=s.size, seed=2000 + s.seed
     )
     table = table.drop(columns='mask')
-    return FrameStore.build(table, phantom_folder('stores', cache) / name, size=s.size, max_frames=s.cls_frames)
+    return FrameStore.build(
+        table, phantom_folder('stores', cache) / name, size=s.size, max_frames=s.cls_frames
+    )
 
 # %% ../../nbs/papers/gare.ipynb #c010
 def _pocus_table(folder):

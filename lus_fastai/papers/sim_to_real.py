@@ -48,7 +48,7 @@ from torch import nn
 from torchvision.transforms import Normalize
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c003b
-from ..core import MaskSet, atomic_path, progress
+from ..core import PHANTOM_VERSION, MaskSet, atomic_path, progress
 from ..data.fan import Fan, common_fan, phantom_fan, to_polar
 from ..data.folds import Folds, patient_folds
 from ..data.loaders import frame_dls
@@ -67,7 +67,7 @@ from ..plot import interval_text
 from ..report import Report, limits_note, score_text, training_card
 from ..runs import cell, read_results, results_table
 from ..stats.figures import plot_comparison
-from ..synth.phantom import PHANTOM_VERSION, Patient, draw_patient, phantom_clip
+from ..synth.phantom import Patient, draw_patient, phantom_clip
 from ..train.callbacks import ClassProbs
 from ..train.cross_validation import cross_validate
 from ..train.losses import SoftDiceLoss
