@@ -659,7 +659,7 @@ def fit_lines(
 
     return fit_in_folder(build, dls, TrainingSettings(s.epochs, s.lr, 'constant', seed=s.seed), path)
 
-
+# %% ../../nbs/papers/sim_to_real.ipynb #fit-trainings
 def fit_trainings(
     set: MaskSet,  # from polar_phantom
     path,  # folder of the runs; resumes

@@ -220,6 +220,12 @@ def _two_sided_p(values):
     beyond = min((known <= 0).sum(), (known >= 0).sum())
     return float(min(1, 2 * (1 + beyond) / (1 + len(known)))) if len(known) else float('nan')
 
+
+def _spread(trainings):
+    "Standard deviation of a difference of two metrics, from the values of several trainings of each."
+    parts = [np.var(x, ddof=1) for x in trainings if len(x) > 1]
+    return float(np.sqrt(sum(parts))) if parts else float('nan')
+
 # %% ../../nbs/stats/bootstrap.ipynb #paired-diff
 def paired_difference(
     a,  # score of each row, (rows,) or (rows, k), or a list of such, one for each training
@@ -243,8 +249,6 @@ def paired_difference(
         return np.mean(metrics(a, drawn)) - np.mean(metrics(b, drawn))
 
     values, whole = resampled_statistic(difference, rows['patients'], n_boot, seed), slice(None)
-    known = np.isfinite(values).any()
-    low, high = np.nanpercentile(values, [2.5, 97.5]) if known else (np.nan, np.nan)
-    each = [np.var(metrics(m, whole), ddof=1) for m in (a, b) if len(m) > 1]
-    spread = float(np.sqrt(sum(each))) if each else float('nan')
-    return Difference(float(difference(whole)), float(low), float(high), _two_sided_p(values), spread)
+    ends = np.nanpercentile(values, [2.5, 97.5]) if np.isfinite(values).any() else (np.nan, np.nan)
+    spread = _spread([metrics(m, whole) for m in (a, b)])
+    return Difference(float(difference(whole)), *map(float, ends), _two_sided_p(values), spread)
