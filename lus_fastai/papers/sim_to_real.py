@@ -13,7 +13,6 @@ __all__ = ['LINES', 'PLAIN', 'TRANSBOUND', 'QUICK', 'FINE', 'PATIENT_GROUPS', 'r
            'linear_probe_scores']
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c003
-import hashlib
 import io
 import warnings
 from copy import deepcopy
@@ -613,16 +612,9 @@ QUICK = SimSettings(clips=80, width=8, epochs=8, bs=8, trainings=1, held_out=24)
 FINE = 192, 192  # depths and beams for a network that knows photographs
 
 # %% ../../nbs/papers/sim_to_real.ipynb #c031-2b
-def _simulator(size):
-    "A hash of what the simulator makes: another version of it does not find this one's training set."
-    made = polar_phantom(1, size, 1)
-    return hashlib.sha256(made.images.tobytes() + made.masks.tobytes()).hexdigest()[:10]
-
-
 def _training_set(s, folder):
     "The simulated training set, kept in a file."
-    key = s.clips, s.size, s.frames, s.seed, _simulator(s.size)
-    path = Path(folder) / f'phantom-{settings_hash(key)}.npz'
+    path = Path(folder) / f'phantom-{settings_hash((s.clips, s.size, s.frames, s.seed))}.npz'
     if not path.exists():
         made = polar_phantom(s.clips, s.size, s.frames, s.seed)
         with atomic_path(path) as tmp, open(tmp, 'wb') as f:
