@@ -629,7 +629,7 @@ PATIENT_GROUPS = {
     'held out': 'phantom patients of the ordinary simulator, none of them in training; '
     'severity is the number of B-lines',
     'tuning': 'patients whose clips were looked at while the simulation was adapted',
-    'test': 'patients never looked at, scored once',
+    'test': 'patients never used for tuning, scored once by networks of a recipe fixed before',
     'TransBound': 'ten frames with coarse polygons of A-lines and pleura: a look, not a proof',
 }
 
