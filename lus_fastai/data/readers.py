@@ -6,9 +6,9 @@ Docs: https://lus-fastai.github.io/lus_fastai/data/readers.html.md"""
 
 # %% auto #0
 __all__ = ['UNCERTAIN_POSITIVE', 'pocus_name', 'read_pocus', 'blues_name', 'read_blues', 'duplicate_groups', 'lesion_paths',
-           'read_busi', 'ccxs_patient', 'mask_paths', 'read_ccxs', 'read_xpie', 'read_chexpert', 'chexpert_labels',
-           'siim_boxes', 'read_siim', 'us4_rows', 'pack_sequence', 'clust_name', 'read_clust', 'butterfly_name',
-           'read_butterfly']
+           'read_busi', 'ccxs_patient', 'mask_paths', 'read_ccxs', 'read_xpie', 'read_transbound', 'read_chexpert',
+           'chexpert_labels', 'siim_boxes', 'read_siim', 'us4_rows', 'pack_sequence', 'clust_name', 'read_clust',
+           'butterfly_name', 'read_butterfly']
 
 # %% ../../nbs/data/readers.ipynb #c003
 import hashlib
@@ -475,6 +475,22 @@ def read_xpie(
     lost = sorted(set(masks) - set(map(_xpie_key, images)))
     found = (bare, 'image(s) without a mask, skipped'), (lost, 'mask(s) without an image')
     return pd.DataFrame(rows), _remarks(*found)
+
+# %% ../../nbs/data/readers.ipynb #tb-read
+def read_transbound(
+    root: Path,  # folder of the data set
+) -> tuple:  # clip table with the column masks, list of remarks
+    "The frames of TransBound with the mask of their pleura and A-lines; all count as one patient."
+    images = {k: p for top in ('images', 'Images') for k, p in _stems(root, top).items()}
+    masks = {k: p for top in ('masks', 'AlineBlineSegmentation') for k, p in _stems(root, top).items()}
+    rows = []
+    for key in sorted(set(images) & set(masks), key=lambda k: (len(k), k)):
+        mask = f'lines|{masks[key]}|0|0'
+        rows.append(_still(images[key], 'lung', 'transbound', 'transbound', 'convex', masks=mask))
+    bare, lost = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
+    found = (bare, 'image(s) without a mask, skipped'), (lost, 'mask(s) without an image')
+    whose = 'nobody says who is on which frame: all count as one patient'
+    return pd.DataFrame(rows), [whose, *_remarks(*found)]
 
 # %% ../../nbs/data/readers.ipynb #r021
 def _chexpert_part(root, part):

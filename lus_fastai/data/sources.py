@@ -28,6 +28,7 @@ from lus_fastai.data.readers import (
     read_clust,
     read_pocus,
     read_siim,
+    read_transbound,
     read_xpie,
 )
 
@@ -220,6 +221,22 @@ SOURCES['siim'] = Source(
         'series, or <image>.png with meta.csv (image_id,dim0,dim1)'
     ),
     read=read_siim,
+)
+
+# %% ../../nbs/data/sources.ipynb #source-tb
+SOURCES['transbound'] = Source(
+    name='transbound',
+    title='TransBound, ten convex lung frames with coarse polygons of pleura and A-lines',
+    licence='no licence: load it, pass nothing on',
+    citation=(
+        'Abbasi S. TransBound-UNet: Improved A-Line and B-Line Detection in Lung Ultrasound Using Deep '
+        'Learning with Boundary-Aware Dice Loss. github.com/Soolmaz-Abbasi/TransBound-Unet'
+    ),
+    urls=dict(homepage='https://github.com/Soolmaz-Abbasi/TransBound-Unet'),
+    marker=('images/1.png|Images/1.png', 'masks/1.png|AlineBlineSegmentation/1.png'),
+    layout='images/<n>.png and masks/<n>.png (or, as published, Images/ and AlineBlineSegmentation/)',
+    read=read_transbound,
+    prefix='AlineBlineSegmentation_Full/',
 )
 
 # %% ../../nbs/data/sources.ipynb #s002

@@ -6,12 +6,17 @@ Docs: https://lus-fastai.github.io/lus_fastai/stats/bootstrap.html.md"""
 
 # %% auto #0
 __all__ = ['patient_sums', 'patient_draws', 'draw_weights', 'resampled_sums', 'ratio_of_sums', 'defined_mean',
-           'percentile_interval', 'bootstrap', 'mean_over_patients', 'auc', 'spearman', 'patient_interval']
+           'percentile_interval', 'bootstrap', 'mean_over_patients', 'auc', 'spearman', 'resampled_statistic',
+           'patient_interval', 'Difference', 'paired_difference']
 
 # %% ../../nbs/stats/bootstrap.ipynb #imports
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import torch
+
+from ..core import and_more
 
 # %% ../../nbs/stats/bootstrap.ipynb #patient-sums
 def patient_sums(
@@ -139,6 +144,23 @@ def spearman(
         return float('nan')
     return float(spearmanr(x, y).statistic)
 
+# %% ../../nbs/stats/bootstrap.ipynb #resampled-stat
+def resampled_statistic(
+    statistic,  # function of an array of row numbers
+    patients,  # whose row
+    n_boot: int = 1000,  # resamples
+    seed: int = 0,  # of the resampling
+) -> np.ndarray:  # (n_boot,) values; empty with fewer than two patients
+    "A statistic of the rows of patients drawn with replacement, again and again."
+    code, names = pd.factorize(np.asarray(patients, str), sort=True)
+    n, rng = len(names), np.random.default_rng(seed)
+    rows = [np.flatnonzero(code == i) for i in range(n)]
+    values = []
+    for _ in range(n_boot if n > 1 else 0):
+        drawn = np.concatenate([rows[i] for i in rng.integers(n, size=n)])
+        values.append(statistic(drawn))
+    return np.array(values, float)
+
 # %% ../../nbs/stats/bootstrap.ipynb #patient-interval
 def patient_interval(
     statistic,  # function of two arrays, such as auc
@@ -149,12 +171,84 @@ def patient_interval(
     seed: int = 0,  # of the resampling
 ) -> tuple:  # (value, low, high); the interval is NaN with fewer than two patients
     "A statistic of clips with its 95 % interval from drawing patients with replacement."
-    x, y, (code, names) = np.asarray(x), np.asarray(y), pd.factorize(np.asarray(patients, str), sort=True)
-    n, rng = len(names), np.random.default_rng(seed)
-    rows = [np.flatnonzero(code == i) for i in range(n)]
-    values = []
-    for _ in range(n_boot if n > 1 else 0):
-        drawn = np.concatenate([rows[i] for i in rng.integers(n, size=n)])
-        values.append(statistic(x[drawn], y[drawn]))
+    x, y = np.asarray(x), np.asarray(y)
+    values = resampled_statistic(lambda rows: statistic(x[rows], y[rows]), patients, n_boot, seed)
     low, high = np.nanpercentile(values, [2.5, 97.5]) if np.isfinite(values).any() else (np.nan, np.nan)
     return statistic(x, y), float(low), float(high)
+
+# %% ../../nbs/stats/bootstrap.ipynb #difference
+class Difference(NamedTuple):
+    "How much better one model is than another on the same patients."
+
+    value: float  # metric of a minus metric of b; each a mean over its trainings
+    low: float  # of the 95 % percentile interval over patients; NaN with fewer than two
+    high: float  # the other end
+    p: float  # two-sided, from the resamples; never 0
+    spread: float  # standard deviation of a minus b for one training each; NaN where neither has two
+
+    def __str__(self):
+        return f'{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p = {self.p:.3f}'
+
+# %% ../../nbs/stats/bootstrap.ipynb #same-rows
+def _same_rows(**columns):
+    "Arrays of one length from columns; those of pandas are matched by the names of their rows."
+    names = next((x.index for x in columns.values() if isinstance(x, (pd.Series, pd.DataFrame))), None)
+    first, out = next(iter(columns)), {}
+    for k, x in columns.items():
+        if isinstance(x, (pd.Series, pd.DataFrame)):
+            if not x.index.is_unique:
+                raise ValueError(f'{k} has rows of the same name: {and_more(x.index[x.index.duplicated()])}')
+            for lost, which in ((names.difference(x.index), 'no'), (x.index.difference(names), 'further')):
+                if len(lost):
+                    raise ValueError(f'{k} has {which} row(s) {and_more(lost)}')
+            x = x.loc[names]
+        out[k] = np.asarray(x)
+        if len(out[k]) != len(out[first]):
+            raise ValueError(f'{k} has {len(out[k])} row(s), {first} has {len(out[first])}')
+    return out
+
+# %% ../../nbs/stats/bootstrap.ipynb #trainings
+def _trainings(scores, name):
+    "Scores of each training, by name, from one score or a list of them."
+    several = isinstance(scores, (list, tuple)) and len(scores) and np.ndim(scores[0]) > 0
+    return {f'{name}[{i}]' if several else name: s for i, s in enumerate(scores if several else [scores])}
+
+
+def _two_sided_p(values):
+    "Twice the smaller share of resamples at or beyond 0, the sample itself counted as one of them."
+    known = values[np.isfinite(values)]
+    beyond = min((known <= 0).sum(), (known >= 0).sum())
+    return float(min(1, 2 * (1 + beyond) / (1 + len(known)))) if len(known) else float('nan')
+
+
+def _spread(trainings):
+    "Standard deviation of a difference of two metrics, from the values of several trainings of each."
+    parts = [np.var(x, ddof=1) for x in trainings if len(x) > 1]
+    return float(np.sqrt(sum(parts))) if parts else float('nan')
+
+# %% ../../nbs/stats/bootstrap.ipynb #paired-diff
+def paired_difference(
+    a,  # score of each row, (rows,) or (rows, k), or a list of such, one for each training
+    b,  # the same of the other model
+    metric,  # function of truth and score, such as auc
+    truth,  # of each row
+    patients,  # whose row
+    n_boot: int = 1000,  # resamples
+    seed: int = 0,  # of the resampling
+) -> Difference:  # ValueError where rows or patients do not match; pandas objects are matched by row names
+    "Difference of a metric between two models on the same rows, with patients drawn for both at once."
+    a, b = _trainings(a, 'a'), _trainings(b, 'b')
+    rows = _same_rows(**a, **b, truth=truth, patients=patients)
+    if pd.isna(rows['patients']).any():
+        raise ValueError(f'rows without a patient: {and_more(np.flatnonzero(pd.isna(rows["patients"])))}')
+
+    def metrics(models, drawn):
+        return [metric(rows['truth'][drawn], rows[m][drawn]) for m in models]
+
+    def difference(drawn):
+        return np.mean(metrics(a, drawn)) - np.mean(metrics(b, drawn))
+
+    values, whole = resampled_statistic(difference, rows['patients'], n_boot, seed), slice(None)
+    ends = np.nanpercentile(values, [2.5, 97.5]) if np.isfinite(values).any() else (np.nan, np.nan)
+    spread = _spread([metrics(m, whole) for m in (a, b)])
+    return Difference(float(difference(whole)), *map(float, ends), _two_sided_p(values), spread)

@@ -1,5 +1,7 @@
 "From the phantom to real clips: geometry, roughening, areas, agreement, and the run end to end."
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,21 +9,28 @@ import torch
 from fastai.vision.all import TensorImage, TensorMask
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from lus_fastai.core import MaskSet
 from lus_fastai.data.fan import FanError, common_fan, phantom_fan
+from lus_fastai.data.sources import index_source, manifest
 from lus_fastai.models.backbones import create_backbone
 from lus_fastai.papers import sim_to_real
 from lus_fastai.papers.sim_to_real import (
     LINES,
+    TRANSBOUND,
     DomainRandomization,
+    LineLoss,
     LineNet,
     SimSettings,
     agreement,
     clip_features,
     contrast_channels,
+    difference_to_before,
     fine_tuned_scores,
     line_areas,
+    line_look,
+    line_weights,
     linear_probe_scores,
     plain_scores,
     plot_agreement,
@@ -29,6 +38,8 @@ from lus_fastai.papers.sim_to_real import (
     polar_phantom,
     randomize_patient,
     reproduce,
+    scores_before,
+    transbound_frames,
     tuning_patients,
 )
 from lus_fastai.runs import read_results
@@ -224,6 +235,127 @@ def test_plain_scores_see_what_they_are_named_for():
     )
 
 
+def test_loss_of_lines_is_that_of_a_loop():
+    rng, masks = (
+        np.random.default_rng(0),
+        np.random.default_rng(1).random((6, 3, 8, 5)) < [[[[0.2]], [[0.1]], [[0.5]]]],
+    )
+    weights = line_weights(masks)
+    np.testing.assert_allclose(
+        weights[:, 1] / weights[:, 0], [np.sqrt(1 / m.mean() - 1) for m in masks.swapaxes(0, 1)], rtol=1e-5
+    )
+    np.testing.assert_allclose(weights.mean(1), 1, rtol=1e-6)
+    z, y = rng.normal(size=(2, 3, 8, 5)), masks[:2]
+    entropy, dice = [], []
+    for k in range(3):
+        w = np.where(y[:, k], weights[k, 1], weights[k, 0])
+        p = 1 / (1 + np.exp(-z[:, k]))
+        entropy.append((w * -np.where(y[:, k], np.log(p), np.log(1 - p))).sum() / w.sum())
+        dice.append((2 * (p * y[:, k]).sum() + 1) / (p.sum() + y[:, k].sum() + 1))
+    logits = torch.tensor(z, requires_grad=True)
+    loss = LineLoss(weights)(logits, torch.from_numpy(y).float())
+    assert loss.item() == pytest.approx(np.mean(entropy) + 1 - np.mean(dice), rel=1e-5)
+    loss.backward()
+    assert (logits.grad.numpy()[y] < 0).all() and np.isfinite(
+        logits.grad
+    ).all()  # more of a line where one is
+    none = line_weights(np.zeros((1, 3, 4, 4), bool))
+    assert (none[:, 1] == 0).all() and torch.isfinite(
+        LineLoss(none)(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
+    )
+
+
+def test_agreement_is_averaged_over_trainings():
+    t = pd.DataFrame(dict(patient=list('aabbcc'), b_lines=[0, 1, 0, 1, 0, 1]))
+    one, two = (
+        pd.DataFrame({'B-lines below': x, 'streaks': range(6)})
+        for x in ([0, 1, 0, 1, 0, 1], [0, 1, 2, 1, 2, 3])
+    )
+    both = agreement([one, two], t, 60).set_index('score')
+    alone = [agreement(x, t, 60).set_index('score') for x in (one, two)]
+    assert both.loc['network', 'value'] == pytest.approx(np.mean([x.loc['network', 'value'] for x in alone]))
+    assert both.loc['streaks'].equals(alone[0].loc['streaks'])  # what is not trained is as it was
+    with pytest.raises(ValueError, match='got 6, 5 and 6'):
+        agreement([one, two[:5]], t)
+
+
+def before(values, part='test'):
+    return pd.DataFrame(
+        {'part': part, 'B-lines below': values, 'A-lines steady': values[::-1]}, list('abcdef')
+    )
+
+
+def test_difference_to_before_is_of_the_same_clips():
+    clips = pd.DataFrame(
+        dict(
+            clip=list('fedcba'),
+            patient=list('zzyyxx'),
+            part='test',
+            b_lines=[1, 0, 1, 0, 1, 0],
+            a_lines=[1.0, 0, 1, 0, np.nan, np.nan],
+        )
+    )
+    x = np.arange(6.0)
+    same = [pd.DataFrame({'B-lines below': x[::-1], 'A-lines steady': x})]  # the clips are in another order
+    got = difference_to_before(same, clips, [before(x)], 50)
+    assert got['b_lines'][:4] == got['a_lines'][:4] == (0, 0, 0, 1)
+    better = [pd.DataFrame({'B-lines below': clips['b_lines'], 'A-lines steady': x})] * 2
+    got = difference_to_before(better, clips, [before(x)], 50)
+    expected = 1 - auc(clips['b_lines'], x[::-1])
+    assert got['b_lines'].value == pytest.approx(expected) and got['a_lines'].value == 0
+    assert difference_to_before(same, clips[1:], [before(x)]) == {}  # one clip could not be read
+    assert difference_to_before(same, clips.assign(part='held out'), [before(x)]) == {}
+
+
+def test_scores_before_are_of_all_clips_of_the_collection():
+    trainings, listed = scores_before(), manifest('blues')
+    names = {Path(p).stem for p in listed['path'] if p.endswith('.mp4')}
+    assert len(trainings) == 3
+    for t in trainings:
+        assert (
+            t.index.is_unique
+            and set(t.index) <= names
+            and t['part'].value_counts().to_dict() == dict(test=156, tuning=85)
+        )
+        assert (
+            ((t[['B-lines below', 'A-lines steady']] >= 0) & (t[['B-lines below', 'A-lines steady']] <= 1))
+            .all()
+            .all()
+        )
+
+
+def test_a_look_at_masks_by_hand():
+    masks, prob = np.zeros((3, 2, 4, 5), bool), np.zeros((3, 2, 4, 5))
+    masks[0, 0, 0], masks[1, 0, 2:] = (
+        True,
+        True,
+    )  # nothing of the first kind in the third frame, none of the second
+    prob[0, 0, 0, 1:] = 0.7
+    prob[1, 0, 1, 1] = 0.9  # beside the mask
+    inside = np.ones((4, 5), bool)
+    inside[:, 0] = False
+    got = line_look(prob, masks, inside)
+    assert got['frames'].tolist() == [2, 0] and got['pointing'].tolist() == [0.5, 0]
+    assert got['Dice'].tolist() == [0.5, 0] and got['chance'].tolist() == [(4 / 16 + 8 / 16) / 2, 0]
+    prob[0, 0, 3, 0] = 1  # outside the fan nothing counts
+    assert all((a == b).all() for a, b in zip(got.values(), line_look(prob, masks, inside).values()))
+
+
+def test_frames_of_transbound_are_unrolled_with_their_masks(tmp_path):
+    p = draw_patient(5, None, 'convex')
+    clip, fan = phantom_clip(p, 0, 1, (128, 128)), phantom_fan(p, (128, 128))
+    depth = fan.coordinates(np.arange(128) + 0.5, np.arange(128)[:, None] + 0.5)[0]
+    masks = fan.mask() & (np.abs(depth - 0.5) < 0.03)
+    for top, x in (('images', clip.frames[0]), ('masks', masks)):
+        (tmp_path / 'transbound' / top).mkdir(parents=True)
+        Image.fromarray(x).save(tmp_path / 'transbound' / top / '1.png')
+    frames, drawn, inside = transbound_frames(index_source('transbound', tmp_path), (48, 24))
+    assert frames.shape == (1, 48, 24) and drawn.shape == (1, 3, 48, 24) and inside.shape == (48, 24)
+    assert (drawn[:, 2] == drawn[:, :2].any(1)).all() and not drawn[0, 0].any() and inside.mean() > 0.7
+    middle = np.flatnonzero(drawn[0, 1].any(1))
+    assert 20 <= middle.min() <= middle.max() <= 28  # one line, half-way down
+
+
 def test_tuning_patients_are_a_seeded_part():
     t = pd.DataFrame(dict(patient=[f'p{i}' for i in range(12) for _ in range(i + 1)]))
     a = tuning_patients(t, 4)
@@ -254,7 +386,7 @@ def test_clips_that_cannot_be_read_are_left_out(tmp_path):
 
 
 def test_from_end_to_end_on_the_phantom(tmp_path):
-    s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, held_out=6)
+    s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, trainings=2, held_out=6)
     report = reproduce('phantom', out=tmp_path / 'a', cache=tmp_path / 'h', settings=s)
     first = read_results(tmp_path / 'a' / 'sim-to-real-phantom.json')
     reproduce('phantom', out=tmp_path / 'b', cache=tmp_path / 'other', settings=s)
@@ -269,7 +401,19 @@ def test_from_end_to_end_on_the_phantom(tmp_path):
         'A-lines, AUC',
         'severity, Spearman',
         'area by severity',
+        'each training',
     }
+    assert first['seeds'] == [0, 1] and {
+        c['row'] for c in first['cells'] if c['table'] == 'each training'
+    } == {'seed 0', 'seed 1'}
+
+    def value(table, row, column):
+        return next(
+            c['ours'] for c in first['cells'] if (c['table'], c['row'], c['column']) == (table, row, column)
+        )
+
+    each = [value('each training', f'seed {k}', 'B-lines, AUC') for k in (0, 1)]
+    assert value('B-lines, AUC', 'network', 'value') == pytest.approx(np.mean(each))
     page = report.read_text()
     assert 'Agreement with experts' in page and str(tmp_path) not in page
     with pytest.raises(ValueError, match="'phantom' or 'real'"):
@@ -299,7 +443,14 @@ def test_from_end_to_end_on_a_folder_of_clips(tmp_path, capsys):
     pd.DataFrame(dict(patient_id=range(1, 7), cov_test=[1, 0] * 3)).to_csv(
         folder / 'blues' / 'clinical_variables.csv', index=False
     )
-    s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, tuning=2, n_frames=2)
+    s = SimSettings(size=(48, 16), clips=10, width=2, epochs=1, bs=8, trainings=1, tuning=2, n_frames=2)
+    for i in (1, 2):  # frames with polygons beside the clips
+        frame = phantom_clip(draw_patient(i, None, 'convex'), 0, 1, (128, 128)).frames[0]
+        polygons = np.zeros((128, 128), bool)
+        polygons[40:44, 50:80] = polygons[80:86, 50:80] = True
+        for top, x in (('images', frame), ('masks', polygons)):
+            (folder / 'transbound' / top).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x).save(folder / 'transbound' / top / f'{i}.png')
 
     def run(**kw):
         return read_results(
@@ -310,6 +461,11 @@ def test_from_end_to_end_on_a_folder_of_clips(tmp_path, capsys):
 
     whole, said = run(), capsys.readouterr().out
     assert 'patient_6_R1.mp4' in said and 'A-lines: answers for 3 patient(s)' in said
+    looked = whole['protocols'].pop('TransBound')
+    assert looked['frames'] == 2 and 'not a proof' in looked['description']
+    look = {(c['row'], c['column']): c for c in whole['cells'] if c['table'] == 'TransBound'}
+    assert {r for r, _ in look} == set(TRANSBOUND) and all(c['interval'] is None for c in look.values())
+    assert 0 < look['pleura', 'chance']['ours'] < look['either', 'chance']['ours'] < 0.1
     assert {k: v['patients'] for k, v in whole['protocols'].items()} == dict(tuning=2, test=4) and sum(
         v['clips'] for v in whole['protocols'].values()
     ) == 11
@@ -403,7 +559,10 @@ def test_without_imagenet_weights_there_are_no_features(monkeypatch, tmp_path, c
     monkeypatch.setattr(sim_to_real, 'create_backbone', lambda *a, **kw: SimpleNamespace(pretrained=False))
     assert clip_features(np.zeros((1, 1, 32, 32), np.uint8)) is None
     out = reproduce(
-        'phantom', out=tmp_path, cache=tmp_path, settings=SimSettings(clips=10, width=2, epochs=1, held_out=8)
+        'phantom',
+        out=tmp_path,
+        cache=tmp_path,
+        settings=SimSettings(clips=10, width=2, epochs=1, trainings=1, held_out=8),
     )
     assert capsys.readouterr().out.count("pip install 'lus_fastai[imagenet]'") == 2
     assert {c['row'] for c in read_results(out.with_suffix('.json'))['cells'] if c['row'] in TRAINED} == {

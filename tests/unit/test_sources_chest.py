@@ -1,5 +1,7 @@
 "CCXS, XPIE, CheXpert and SIIM-FISABIO-RSNA in small made-up folders of their layouts, and mask sets."
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ from PIL import Image
 
 from lus_fastai.core import TableError
 from lus_fastai.data.folds import patient_folds
-from lus_fastai.data.mask_sets import busi_set, ccxs_set, read_mask, siim_set, xpie_set
+from lus_fastai.data.mask_sets import busi_set, ccxs_set, read_mask, siim_set, transbound_set, xpie_set
 from lus_fastai.data.readers import ccxs_patient, chexpert_labels, mask_paths, siim_boxes
 from lus_fastai.data.sources import (
     SOURCES,
@@ -543,10 +545,45 @@ def test_siim_box_strings():
             siim_boxes(bad)
 
 
+# --- TransBound
+
+
+PUBLISHED = 'AlineBlineSegmentation_Full/Images', 'AlineBlineSegmentation_Full/AlineBlineSegmentation'
+
+
+@pytest.mark.parametrize('folders', (('images', 'masks'), PUBLISHED))
+def test_transbound_parts_the_pleura_from_a_lines(tmp_path, capsys, folders):
+    root, m = tmp_path / 'transbound', np.zeros((60, 80), bool)
+    m[10:14, 10:50] = m[30:33, 20:50] = m[45:48, 30:60] = True
+    for i in range(1, 12):
+        save(root / folders[0] / f'{i}.png', grey_image(i))
+    for i in (*range(1, 11), 20):
+        save(root / folders[1] / f'{i}.png', m if i != 3 else m[:20])
+    table = index_source('transbound', root)
+    said = capsys.readouterr().out
+    assert '1 image(s) without a mask, skipped: 11' in said and '1 mask(s) without an image: 20' in said
+    assert [Path(p).stem for p in table['path']] == [str(i) for i in range(1, 11)]
+    assert set(table['patient']) == {'transbound'} and 'count as one patient' in said
+    s = transbound_set(table, (60, 80))
+    assert s.names == ('A-line', 'pleura') and len(s) == 9  # the mask of 3 does not fit its image
+    assert s.masks.sum((2, 3)).tolist() == [[180, 160]] * 9 and s.masks[0, 1, 10:14, 10:50].all()
+    assert '3.png (the mask is 80x20, its image 80x60)' in capsys.readouterr().out
+    assert transbound_set(table, 32).masks.any((2, 3)).all()
+    save(root / folders[1] / '5.png', ~m & False)
+    assert not transbound_set(table[table['path'].str.endswith('5.png')], 32).masks.any()  # nothing drawn
+
+
+def test_a_folder_of_other_masks_is_not_transbound(tmp_path):
+    for top in ('images', 'masks'):
+        save(tmp_path / 'xpie' / top / '00001.png', grey_image(1))
+    with pytest.raises(FileNotFoundError, match='transbound'):
+        index_source('transbound', tmp_path)
+
+
 # --- the registry
 
 
-@pytest.mark.parametrize('name', ('xpie', 'chexpert', 'siim'))
+@pytest.mark.parametrize('name', ('xpie', 'chexpert', 'siim', 'transbound'))
 def test_what_comes_by_hand_says_where_from(name, tmp_path):
     s = SOURCES[name]
     assert (
