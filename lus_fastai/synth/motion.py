@@ -321,7 +321,15 @@ def sliding_score(
     return order_score(motion.sliding, motion.rate, orders)[0]
 
 # %% ../../nbs/synth/motion.ipynb #m051
-SLIDING_KINDS = ('regular', 'weak sliding', 'covid', 'pneumonia', 'pneumothorax')
+SLIDING_KINDS = ('regular', 'weak sliding', 'covid', 'pneumonia', 'pneumothorax', 'held')
+_WITHOUT = ('pneumothorax', 'held')  # kinds whose lung does not slide
+
+
+def _sliding_patient(seed, kind, probe):
+    "A patient without a lung point; 'held' is a healthy one whose lung does not move."
+    if kind == 'held':
+        return replace(draw_patient(seed, 'regular', probe), sliding=0.0, beat=0.0)
+    return replace(draw_patient(seed, kind, probe), lung_point=0.0)
 
 
 def _still_features(frame):
@@ -332,10 +340,10 @@ def _still_features(frame):
     bands = [_between(x, np.linspace(*reach, 16)[None, :, None] * line) for reach in reaches]
     return [f for b in bands for f in (b.mean(), b.std())]
 
-
+# %% ../../nbs/synth/motion.ipynb #m051b
 def _score_row(seed, kind, probe, n, size):
     "Scores of one patient's clip, in order and shuffled, and what its first frame shows."
-    clip = phantom_clip(replace(draw_patient(seed, kind, probe), lung_point=0.0), 0, n, size)
+    clip = phantom_clip(_sliding_patient(seed, kind, probe), 0, n, size)
     mixed = np.random.default_rng(seed).permutation(n)
     row = dict(patient=seed, kind=kind, probe=probe, score=sliding_score(clip))
     row['shuffled'] = sliding_score(replace(clip, frames=clip.frames[mixed]))
@@ -345,7 +353,7 @@ def _score_row(seed, kind, probe, n, size):
 # %% ../../nbs/synth/motion.ipynb #m052
 def sliding_table(
     patients: int = 12,  # of each kind, half of them with each probe
-    kinds: tuple = SLIDING_KINDS,  # of PHANTOM_LABELS
+    kinds: tuple = SLIDING_KINDS,  # of these
     first: int = 500_000,  # seed of the first patient; 0 gives those that the detector was made with
     n: int = 36,  # frames of a clip
     size: tuple = (128, 128),  # height and width of its frames
@@ -373,24 +381,33 @@ def still_scores(
         raise ValueError('fitted must be other patients than those of table')
     x, y = (t.filter(like='still').to_numpy() for t in (table, fitted))
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight='balanced'))
-    return model.fit(y, fitted['kind'] != 'pneumothorax').predict_proba(x)[:, 1]
+    return model.fit(y, ~fitted['kind'].isin(_WITHOUT)).predict_proba(x)[:, 1]
 
 # %% ../../nbs/synth/motion.ipynb #m055
+def _comparisons(kinds):
+    "Pairs of (kinds with sliding, the kind without it) by their names."
+    others = [k for k in kinds if k not in _WITHOUT]
+    sets = {**{k: [k] for k in others}, 'all': others}
+    pairs = {(name, 'pneumothorax'): some for name, some in sets.items() if 'pneumothorax' in kinds}
+    if 'held' in kinds and 'regular' in kinds:
+        pairs['regular', 'held'] = ['regular']
+    return pairs
+
+# %% ../../nbs/synth/motion.ipynb #m055b
 def sliding_aucs(
-    table: pd.DataFrame,  # from sliding_table, with pneumothorax and other kinds
+    table: pd.DataFrame,  # from sliding_table
     fitted: pd.DataFrame,  # the same of other patients, for still_scores
     n_boot: int = 1000,  # resamples of patients
-) -> pd.DataFrame:  # against frames patients auc low high
-    "Sliding against pneumothorax: AUC with a 95 % interval over patients; in order, shuffled, still."
-    rows, others = [], [k for k in table['kind'].unique() if k != 'pneumothorax']
-    for name in (*others, 'all'):
-        kinds = [name, 'pneumothorax'] if name != 'all' else [*others, 'pneumothorax']
-        t, f = (x[x['kind'].isin(kinds)] for x in (table, fitted))
-        truth = (t['kind'] != 'pneumothorax').to_numpy()
+) -> pd.DataFrame:  # sliding none frames patients auc low high
+    "Sliding against none: AUC with a 95 % interval over patients; frames in order, shuffled, still."
+    rows = []
+    for (name, none), kinds in _comparisons(list(table['kind'].unique())).items():
+        t, f = (x[x['kind'].isin([*kinds, none])] for x in (table, fitted))
+        truth = (t['kind'] != none).to_numpy()
         scores = {'in order': t['score'], 'shuffled': t['shuffled'], 'still': still_scores(t, f)}
         for frames, score in scores.items():
             value = patient_interval(auc, truth, score, t['patient'], n_boot)
-            row = dict(against=name, frames=frames, patients=len(t))
+            row = dict(sliding=name, none=none, frames=frames, patients=len(t))
             rows.append(row | dict(zip(('auc', 'low', 'high'), value)))
     return pd.DataFrame(rows)
 

@@ -8,6 +8,7 @@ import pytest
 from lus_fastai.core import CLASSES
 from lus_fastai.data.fan import Fan
 from lus_fastai.synth.motion import (
+    SLIDING_KINDS,
     clip_fan,
     clip_times,
     lateral_motion,
@@ -17,6 +18,7 @@ from lus_fastai.synth.motion import (
     sliding_aucs,
     sliding_score,
     sliding_table,
+    stored_sliding,
 )
 from lus_fastai.synth.phantom import PHANTOM_LABELS, draw_patient, phantom_clip, phantom_dataset
 from lus_fastai.video import Clip, read_clip, write_video
@@ -200,13 +202,23 @@ def test_columns_of_tables(tmp_path):
 
 
 def test_the_table_of_scores_is_what_its_arguments_say():
-    t = sliding_table(2, ('regular', 'pneumothorax'), n=24, size=(96, 96))
-    assert t['kind'].value_counts().to_dict() == {'regular': 2, 'pneumothorax': 2}
+    kinds = ('regular', 'pneumothorax', 'held')
+    small = dict(n=24, size=(96, 96))
+    t = sliding_table(2, kinds, **small)
+    assert t['kind'].value_counts().to_dict() == dict.fromkeys(kinds, 2)
     assert t['patient'].is_unique and set(t['probe']) == {'convex', 'linear'}
-    again = sliding_table(2, ('regular', 'pneumothorax'), n=24, size=(96, 96))
-    np.testing.assert_allclose(t['score'], again['score'])
-    others = sliding_table(2, ('regular', 'pneumothorax'), first=0, n=24, size=(96, 96))
-    areas = sliding_aucs(t, others, n_boot=20)
+    np.testing.assert_allclose(t['score'][:2], sliding_table(2, kinds[:1], **small)['score'])
+    areas = sliding_aucs(t, sliding_table(2, kinds, first=0, **small), n_boot=20)
     assert list(areas['frames'].unique()) == ['in order', 'shuffled', 'still']
+    pairs = set(zip(areas['sliding'], areas['none']))
+    assert pairs == {('regular', 'pneumothorax'), ('all', 'pneumothorax'), ('regular', 'held')}
     with pytest.raises(ValueError, match='fitted must be other patients'):
         sliding_aucs(t, t)
+
+
+def test_the_stored_areas_are_those_that_are_asked_for():
+    stored = stored_sliding()
+    assert stored['made']['kinds'] == list(SLIDING_KINDS) and stored['made']['patients'] >= 30
+    found = {(a['sliding'], a['none'], a['frames']): a['auc'] for a in stored['areas']}
+    assert found['regular', 'pneumothorax', 'in order'] >= 0.95
+    assert all(0.35 < x < 0.65 for (_, _, frames), x in found.items() if frames == 'shuffled')
