@@ -222,3 +222,24 @@ def test_the_stored_areas_are_those_that_are_asked_for():
     found = {(a['sliding'], a['none'], a['frames']): a['auc'] for a in stored['areas']}
     assert found['regular', 'pneumothorax', 'in order'] >= 0.95
     assert all(0.35 < x < 0.65 for (_, _, frames), x in found.items() if frames == 'shuffled')
+
+
+def test_a_convex_file_is_read_without_being_given_its_fan(tmp_path):
+    clip = phantom_clip(replace(draw_patient(1, 'regular', 'convex'), ribs=0), n=20, size=(160, 160))
+    write_video(tmp_path / 'clip.mkv', clip.frames, clip.rate, lossless=True)
+    m = m_mode(read_clip(tmp_path / 'clip.mkv'), 0.5)
+    known = m_mode(clip, 0.5)
+    assert m.depth is None and m.image.shape[1] == 20
+    rows = np.linspace(0, 1, 60)
+    a, b = (np.interp(rows, np.linspace(0, 1, len(x.image)), x.image.mean(1)) for x in (m, known))
+    assert np.corrcoef(a, b)[0, 1] > 0.9
+    assert abs(m.times[-1] - known.times[-1]) < 0.01
+
+
+def test_the_lung_pulse_has_the_rate_of_the_heart():
+    still = dict(STILL, sliding=0, beat=0.4)
+    p = replace(draw_patient(5, 'regular', 'linear'), **still, pulse=1.3)
+    motion = lateral_motion(phantom_clip(p, n=150, size=(128, 128)))
+    power = abs(np.fft.rfft(motion.sliding * np.hanning(150)))
+    hertz = np.fft.rfftfreq(150, 1 / 30)
+    assert abs(hertz[1 + power[1:].argmax()] - 1.3) <= hertz[1]
