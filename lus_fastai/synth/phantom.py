@@ -182,7 +182,7 @@ def _weak_sliding(rng):
     "Healthy lungs that hardly follow the breath."
     return _healthy(rng) | dict(curtain=0.0, sliding=rng.uniform(0.1, 0.33))
 
-
+# %% ../../nbs/synth/phantom.ipynb #c010-labels
 _DISEASES = {
     'regular': _healthy,
     'covid': _covid,
@@ -476,7 +476,7 @@ class PhantomFindings:
 # %% ../../nbs/synth/phantom.ipynb #c024-f
 def _draw_findings(p, rng):
     "What this clip of the patient shows."
-    most = 1 if p.label == 'regular' else 60
+    most = 1 if p.label in ('regular', 'weak sliding') else 60
     blines, subpleural = min(int(rng.poisson(p.blines)), most), int(rng.poisson(p.subpleural))
     chances = dict(lobar=p.lobar, effusion=p.effusion, curtain=p.curtain, ribs=p.ribs, alines=0.92)
     chances['lung_point'] = p.lung_point
@@ -558,8 +558,8 @@ def _motion(s, rng, n):
     if s.has.lung_point:
         s.touch = slide + s.beams(0.25 * beat)
         s.point = s.g.nb * rng.uniform(0.3, 0.7) + slide
-    reach = max(abs(x).max() for x in (s.shift, s.drift, s.shift if s.touch is None else s.touch))
-    s.margin = int(np.ceil(reach)) + 3
+    free = slide + s.beams(max(p.beat, 0.25) * beat)  # a lung that slides: the strip is as wide for any other
+    s.margin = int(np.ceil(max(abs(free).max(), abs(s.drift).max()))) + 3
     s.nx = s.g.nb + 2 * s.margin
     s.mm = (np.arange(s.nx) - s.nx / 2) * np.interp(p.pleura, s.g.z, s.g.pitch)
 
@@ -841,7 +841,7 @@ def _sources(s, rng):
     "The B-lines, and where the lung is not healthy."
     s.sources = [_b_line(s, rng) for _ in range(s.has.blines)]
     ill = (s.rough > 0.3) | (s.solid > 0) | (s.fluid > 0)
-    if s.p.label != 'regular':
+    if s.p.label not in ('regular', 'weak sliding'):
         for b in s.sources:
             ill |= abs(np.arange(s.nx) - b.x) < max(1.5 * b.half, s.beams(3 * s.u))
     s.ill = ill.astype(np.float32)
@@ -1392,6 +1392,8 @@ def _claim_folder(root, settings):
 
 def _jobs(patients, clips, seed, probe, n, size, labels):
     "Arguments of each clip by its name; the labels take turns."
+    if not labels:
+        raise ValueError(f"labels must hold one of {PHANTOM_LABELS} at least")
     jobs = {}
     for i in range(patients):
         label = labels[i % len(labels)]
@@ -1435,10 +1437,8 @@ def phantom_dataset(
     "Write a folder of phantom clips; again, only what is missing. ValueError for a folder of another one."
     root, workers = Path(root), _natural('workers', workers, 1)
     counts = {k: _natural(k, x, 1) for k, x in dict(patients=patients, clips=clips, n=n).items()}
-    settings = dict(
-        counts, size=list(size), seed=_natural('seed', seed), probe=probe, version=PHANTOM_VERSION
-    )
-    settings['labels'] = list(labels)
+    settings = dict(counts, size=list(size), seed=_natural('seed', seed), probe=probe)
+    settings.update(version=PHANTOM_VERSION, labels=list(labels))
     note = _claim_folder(root, settings)
     jobs = _jobs(counts['patients'], counts['clips'], seed, probe, counts['n'], size, labels)
     todo = [name for name in jobs if not _is_whole(root, name)]

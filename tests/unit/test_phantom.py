@@ -319,6 +319,10 @@ def test_wrong_patients_and_videos_are_named(tmp_path):
         draw_patient(0.5)
     with pytest.raises(ValueError, match='patients must be'):
         phantom_dataset(tmp_path, patients=0)
+    with pytest.raises(ValueError, match='labels must hold one of'):
+        phantom_dataset(tmp_path, labels=())
+    with pytest.raises(ValueError, match="unknown label 'asthma'"):
+        phantom_dataset(tmp_path, labels=('covid', 'asthma'))
     for bad in (np.zeros((2, 8, 8)), np.zeros((8, 8), np.uint8), np.zeros((0, 8, 8), np.uint8)):
         with pytest.raises(ValueError, match='uint8'):
             write_video(tmp_path / 'x.mp4', bad, 10)
