@@ -1057,9 +1057,8 @@ def _step_air(s, f, field):
         f.seam = f.lung(s.border) * ~f.aerated
         level += np.exp(-np.clip(f.z - f.air, 0, 40 * s.u) / (2.2 * s.u)) * f.seam
     level += _amp(-66)
-    first = round(f.still)
-    image = s.image[f.row :, first : first + f.nb]
-    field[f.row :] += (f.speckle * level + image * (f.normal * f.aerated)) * f.below
+    image = f.wall(s.image[f.row :]) * (f.normal * f.aerated)
+    field[f.row :] += (f.speckle * level + image) * f.below
 
 # %% ../../nbs/synth/phantom.ipynb #c033-4
 def _a_line(s, f, m):
