@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/runs.html.md"""
 # %% auto #0
 __all__ = ['short_hash', 'tensor_bytes', 'weights_hash', 'function_key', 'function_name', 'structure_text', 'stable_repr',
            'Settings', 'claim_folder', 'versions', 'device_name', 'plain_json', 'without_folders', 'cell',
-           'results_json', 'read_results', 'results_table']
+           'undertrained', 'results_json', 'read_results', 'results_table']
 
 # %% ../nbs/runs.ipynb #imports
 import ast
@@ -381,6 +381,28 @@ def cell(
         interval = None
     values = (protocol, table, row, column, plain_json(ours), interval, plain_json(theirs))
     return dict(zip(_CELL_KEYS, values))
+
+# %% ../nbs/runs.ipynb #undertrained
+def undertrained(
+    losses,  # training loss of each epoch
+    scores=None,  # Dice or IoU of each class by name, 0..1; None: not checked
+    epochs: int = None,  # how many were planned; None: not checked
+    share: float = 0.05,  # of the whole fall: more than that in the last fifth is still falling
+) -> list:  # reasons, in words; empty for a training that has settled
+    "Why a training is too short to be compared; ValueError for losses that are not finite numbers."
+    losses = np.asarray(losses, float)
+    if losses.ndim != 1 or not len(losses) or not np.isfinite(losses).all():
+        raise ValueError("losses must be a finite number for each epoch, at least one")
+    fifth, reasons = max(len(losses) // 5, 1), []
+    before, last = losses[:-fifth][-fifth:], losses[-fifth:]
+    whole = losses[0] - losses.min()
+    if not len(before) or before.mean() - last.mean() > share * whole > 0:
+        fell = (before.mean() - last.mean()) / whole if len(before) and whole else 1
+        reasons.append(f"the loss still falls: {fell:.0%} of its fall came in the last fifth")
+    if epochs is not None and len(losses) < epochs:
+        reasons.append(f"the curve ends after {len(losses)} of {epochs} epochs")
+    never = [name for name, score in (scores or {}).items() if not score > 0]
+    return reasons + ([f"never found: {', '.join(never)}"] if never else [])
 
 # %% ../nbs/runs.ipynb #check-cell
 def _is_number(x):
