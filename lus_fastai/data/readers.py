@@ -671,7 +671,7 @@ def us4_rows(
     if frames < 1 or not (np.isfinite(fps) and fps > 0 and np.isfinite(n) and n > 0):
         raise ValueError(f"frames, fps and n must be above 0, got {frames}, {fps} and {n}")
     step = _us4_step(frames, fps, n, min_frames)
-    rows = np.floor(np.arange(np.ceil(frames / step)) * step + 1e-6).astype(int)
+    rows = np.floor(np.arange(np.ceil(frames / step - 1e-6)) * step + 1e-6).astype(int)
     return np.unique(rows.clip(max=frames - 1))
 
 # %% ../../nbs/data/readers.ipynb #c036-1

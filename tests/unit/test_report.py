@@ -711,7 +711,7 @@ def test_no_absolute_path_is_published(tmp_path, command, want):
 
 def test_versions_say_nothing_about_the_machine():
     text = json.dumps(runs.versions())
-    assert {'python', 'torch', 'torchvision', 'fastai', 'lus_fastai', 'numpy', 'platform'} == set(
+    assert {'python', 'torch', 'torchvision', 'fastai', 'lus_fastai', 'numpy', 'phantom', 'platform'} == set(
         runs.versions()
     ) and '/' not in text
     assert (

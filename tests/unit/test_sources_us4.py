@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -210,6 +210,7 @@ def test_groups_are_linked_by_a_third_and_do_not_depend_on_order():
     st.integers(1, 6),
     st.integers(0, 8),
 )
+@example(279, Fraction(40, 1), 1, 7)  # 279 / (279 / 7) is a little more than 7
 def test_sampling_rule_against_exact_fractions(frames, fps, n, min_frames):
     step = max(min(fps / n, Fraction(frames, max(min_frames, 1))), 1)
     theirs, k = [], 0
