@@ -17,17 +17,16 @@ BEFORE = sys.argv[1] if len(sys.argv) > 1 else '677f07f'  # the revision before 
 
 
 def module_at(revision):
-    "The phantom's module as it was at a revision of this repository."
-    source = subprocess.run(
-        ['git', 'show', f'{revision}:lus_fastai/synth/phantom.py'],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
+    "The phantom's module as it was at a revision of this repository; stops with a message where there is none."
+    command = ['git', 'show', f'{revision}:lus_fastai/synth/phantom.py']
+    shown = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    if shown.returncode:
+        sys.exit(
+            f'no revision {revision} to compare with ({shown.stderr.strip()}): name one that this clone has'
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'phantom.py')
-        file.write_text(source)
+        file.write_text(shown.stdout)
         spec = importlib.util.spec_from_file_location('lus_fastai.synth.phantom_before', file)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
