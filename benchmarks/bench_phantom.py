@@ -17,7 +17,7 @@ BEFORE = sys.argv[1] if len(sys.argv) > 1 else '677f07f'  # the revision before 
 
 
 def module_at(revision):
-    "The phantom's module as it was at a revision of this repository; stops with a message where there is none."
+    "The phantom's module as it was at a revision; stops with a message where this clone has none."
     command = ['git', 'show', f'{revision}:lus_fastai/synth/phantom.py']
     shown = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     if shown.returncode:

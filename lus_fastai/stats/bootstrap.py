@@ -89,7 +89,7 @@ def percentile_interval(
     if patients < 2:
         return np.full((2,) + scores.shape[1:], np.nan)
     if patients < 20:
-        held = 'instead of 95 % of studies it holds the truth in about 93 % with 20, 90 % with 9, 82 % with 5'
+        held = 'instead of 95 % of studies it holds the truth in about 92 % with 20, 89 % with 9, 82 % with 5'
         warnings.warn(f"an interval of {patients} patients is too narrow: {held}", FewPatients, stacklevel=2)
     known = ~np.isnan(scores)
     filled = np.where(known.any(0), scores, 0.0)  # a column of NaN only would warn
