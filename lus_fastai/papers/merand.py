@@ -485,6 +485,7 @@ def started(
     variant: Variant,  # what moves into it
     path,  # from run_folder; the first step is done there
     n_out: int,  # classes
+    size: int = None,  # side of the images, for DeepLabv3
 ) -> nn.Module:  # a segmenter
     "A segmenter as it is after the first step."
     net = segmenter(
@@ -492,6 +493,7 @@ def started(
         variant.backbone,
         n_out,
         weights='imagenet' if variant.start == 'imagenet' and not variant.first else None,
+        size=size,
     )
     if variant.first:
         copy_encoder(_weights_file(_first_file(variant, path)), net)
@@ -516,7 +518,7 @@ def box_step(
         dls = mask_dls(parts.boxes, share == 0, share > 0, s.bs, 3, augment, notes=False)
 
         def build(dls):
-            return mask_learner(dls, started(variant, path, len(BOXES)), BoxLoss())
+            return mask_learner(dls, started(variant, path, len(BOXES), s.size), BoxLoss())
 
         fit_in_folder(build, dls, _training(s, s.boxes_epochs, s.seed), folder, stop_after=s.patience)
     return folder / 'model.safetensors'
@@ -526,12 +528,13 @@ def before_target(
     variant: Variant,  # what was learned before; those steps are done
     path,  # from run_folder
     n_out: int,  # classes of the target
+    size: int = None,  # side of the images, for DeepLabv3
 ) -> nn.Module:  # a segmenter
     "The start of the target: all but the last layer from the boxes, or what the first step left."
     if not variant.boxes:
-        return started(variant, path, n_out)
+        return started(variant, path, n_out, size)
     net, file = (
-        segmenter(variant.arch, variant.backbone, n_out),
+        segmenter(variant.arch, variant.backbone, n_out, size=size),
         Path(path) / 'boxes' / variant.name / 'model.safetensors',
     )
     copy_encoder(file, net), copy_decoder(file, net)
@@ -568,7 +571,7 @@ def _train_target(variant, seed, target, path, folder, settings, disjoint):
     data = partial(mask_dls, target, bs=s.bs, batch_tfms=[MerandAugment()], notes=False)
 
     def build(dls):
-        model = before_target(variant, path, len(target.names))
+        model = before_target(variant, path, len(target.names), s.size)
         return mask_learner(dls, model, cbs=[] if disjoint else [SaveLast(last)])
 
     if not disjoint:
@@ -583,7 +586,8 @@ def _train_target(variant, seed, target, path, folder, settings, disjoint):
 
 def _predict(variant, file, parts, bs):
     "Probabilities of the images held out, by the weights in a file."
-    net = segmenter(variant.arch, variant.backbone, len(parts.target.names))
+    names, size = parts.target.names, parts.test.images.shape[-1]
+    net = segmenter(variant.arch, variant.backbone, len(names), size=size)
     net.load_state_dict(load_weights(file))
     return predict_masks(net.to(default_device()), parts.test.images, bs)
 

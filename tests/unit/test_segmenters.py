@@ -107,6 +107,26 @@ def test_trunks_of_merand(arch, backbone):
     assert freeze(net, 'encoder frozen').frozen == TRUNKS[backbone]
 
 
+def test_rates_of_deeplabv3_shrink_with_its_images():
+    seed_all(0)
+    x = torch.rand(2, 1, 64, 64)
+    with pytest.warns(UserWarning, match=r'segmenter\(size=64\)'):
+        segmenter('deeplabv3', 'resnet18', 2, 1).eval()(x)
+    net = segmenter('deeplabv3', 'resnet18', 2, 1, size=64).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        net(x)
+    convs = [
+        m for m in net.decoder.modules() if getattr(m, 'kernel_size', None) == (3, 3) and m.dilation != (1, 1)
+    ]
+    assert sorted({m.dilation[0] for m in convs}) == [3, 4]  # and one of rate 1
+    with torch.no_grad():
+        before = net(x)
+        for m in convs:  # as published, at this size: only the centre tap sees anything
+            m.weight[..., [0, 2], :] = m.weight[..., [0, 2]] = 0
+        assert (net(x) - before).abs().max() > 1e-4, 'taps beside the centre matter'
+
+
 def test_the_segmenters_are_the_librarys():
     import segmentation_models_pytorch as smp
 
