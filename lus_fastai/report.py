@@ -365,7 +365,8 @@ GLOSSARY = {
     'frame, clip, patient': 'an image of a video; a video; a person, often with several videos. A score of '
     'clips or patients takes the mean over their frames',
     'interval': 'the middle 95 % of the scores when patients are drawn again with replacement: how much '
-    'depends on who happened to be there',
+    'depends on who happened to be there. With fewer than 20 patients it is too narrow: with 9 it holds '
+    'the truth in 89 of 100 studies, with 5 in 82',
     'last epoch, best epoch': 'the network at the end of training, or when it scored best; the best on the '
     'test fold is chosen by the test, and too good',
     'balanced accuracy': 'the share that is right within each class, averaged over classes; a rare class '

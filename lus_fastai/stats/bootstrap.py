@@ -11,6 +11,7 @@ __all__ = ['patient_sums', 'patient_draws', 'draw_weights', 'resampled_sums', 'r
 
 # %% ../../nbs/stats/bootstrap.ipynb #imports
 import warnings
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,13 @@ class FewPatients(UserWarning):
     "A percentile interval of fewer than 20 patients, which is too narrow."
 
 
+@cache
+def _say_few(patients):
+    "Warn once for each number of patients."
+    held = 'instead of 95 % of studies it holds the truth in about 92 % with 20, 89 % with 9, 82 % with 5'
+    warnings.warn(f"an interval of {patients} patients is too narrow: {held}", FewPatients, stacklevel=3)
+
+
 def percentile_interval(
     scores: np.ndarray,  # (n_boot, ...) scores of the resamples, NaN where not defined
     patients: int,  # how many were resampled
@@ -89,8 +97,7 @@ def percentile_interval(
     if patients < 2:
         return np.full((2,) + scores.shape[1:], np.nan)
     if patients < 20:
-        held = 'instead of 95 % of studies it holds the truth in about 92 % with 20, 89 % with 9, 82 % with 5'
-        warnings.warn(f"an interval of {patients} patients is too narrow: {held}", FewPatients, stacklevel=2)
+        _say_few(patients)
     known = ~np.isnan(scores)
     filled = np.where(known.any(0), scores, 0.0)  # a column of NaN only would warn
     return np.where(known.any(0), np.nanpercentile(filled, [2.5, 97.5], axis=0), np.nan)
