@@ -148,10 +148,31 @@ def test_scan_conversion_agrees_with_a_direct_look_up(probe):
     assert set(np.unique(g.scan_convert((ramp > 30).astype(np.uint8), 7))) <= {0, 1, 7}
 
 
+@pytest.mark.parametrize('probe', ['linear', 'convex'])
+def test_a_lines_of_the_image_are_bright_at_twice_the_pleural_depth(probe):
+    p = plain(probe=probe, alines=1.0, haze=-12.0, slide=0.5, skin=2.0, fat=4.0, muscle=8.0)
+    brighter = []
+    for seed in range(4):
+        c = phantom_clip(p, seed, 1)
+        for x in range(120, 137):  # the middle, where a row of a convex image is a depth
+            codes, grey = c.dense[0, :, x], c.frames[0, :, x].astype(float)
+            pleura = np.flatnonzero(np.isin(codes, (2, 3)))
+            line = np.flatnonzero(codes == 0)
+            if not len(pleura) or not len(line):
+                continue
+            first = line[: np.flatnonzero(np.diff(np.r_[line, 999]) > 1)[0] + 1]  # the uppermost one
+            if first[-1] + 8 > 255:
+                continue
+            assert abs(first.mean() + 0.5 - 2 * (pleura.mean() + 0.5)) <= 2.5, (seed, x)
+            beside = np.r_[grey[first[0] - 7 : first[0] - 3], grey[first[-1] + 4 : first[-1] + 8]]
+            brighter.append(grey[first].mean() > beside.mean())
+    assert len(brighter) >= 20 and np.mean(brighter) > 0.9
+
+
 def test_b_lines_run_from_the_pleura_to_the_bottom_without_fading():
     from scipy.ndimage import label
 
-    wall = plain('covid', blines=4.0, haze=-25.0, alines=0.0, slide=4.0, tgc=0.0)
+    wall = plain('covid', blines=4.0, haze=-25.0, alines=0.0, slide=4.0, tgc=0.0, noise=-95.0)
     ratios, fades = [], []
     for seed in range(4):
         c = phantom_clip(wall, seed, 4)
@@ -171,7 +192,7 @@ def test_b_lines_run_from_the_pleura_to_the_bottom_without_fading():
         rows = np.arange(256)[None, :, None]
         fades.append(c.frames[field & (rows > 200)].mean() / c.frames[field & (rows < 130)].mean())
     assert len(ratios) > 20 and np.median(ratios) > 0.85
-    assert np.mean(fades) < 0.85, "the field beside them does fade"
+    assert np.mean(fades) < 0.75, "the field beside them does fade"
 
 
 def test_b_lines_erase_a_lines():
