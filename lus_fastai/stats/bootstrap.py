@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/stats/bootstrap.html.md"""
 # %% auto #0
 __all__ = ['patient_sums', 'patient_draws', 'draw_weights', 'resampled_sums', 'ratio_of_sums', 'defined_mean', 'FewPatients',
            'percentile_interval', 'bootstrap', 'mean_over_patients', 'auc', 'spearman', 'resampled_statistic',
-           'patient_interval', 'Difference', 'paired_difference', 'jackknife_interval']
+           'patient_interval', 'Difference', 'paired_difference', 'paired_counts', 'jackknife_interval']
 
 # %% ../../nbs/stats/bootstrap.ipynb #imports
 import warnings
@@ -103,19 +103,31 @@ def percentile_interval(
     return np.where(known.any(0), np.nanpercentile(filled, [2.5, 97.5], axis=0), np.nan)
 
 # %% ../../nbs/stats/bootstrap.ipynb #c039
+def _as_stack(counts):
+    "Counts as an array (trainings, patients, n, n)."
+    counts = counts.cpu().numpy() if torch.is_tensor(counts) else np.asarray(counts)
+    stack = counts[None] if counts.ndim == 3 else counts
+    if stack.ndim != 4 or stack.shape[2] != stack.shape[3] or not all(stack.shape):
+        expected = '(patients, n, n) or (trainings, patients, n, n) with at least one patient'
+        raise ValueError(f"counts are {expected}, got shape {counts.shape}")
+    return stack
+
+
+def _resampled_scores(stack, score, n_boot, seed):
+    "Scores of all patients, then of each resample, the same for each training, (1 + n_boot, trainings, ...)."
+    return np.asarray(score(resampled_sums(stack.swapaxes(0, 1), n_boot, seed)))
+
+
 def bootstrap(
-    counts,  # (patients, n, n) confusion matrix of each patient
+    counts,  # (patients, n, n) confusion matrix of each patient; or of several trainings, one more axis first
     score,  # function of (..., n, n) stacks that gives (...) or (..., m) scores
     n_boot: int = 1000,  # number of resamples
     seed: int = 0,  # of the resampling
 ) -> tuple:  # (value, low, high) as score gives them: over all patients, and the 95 % percentile interval
-    "Score with an interval from resampling patients; the interval is NaN with fewer than two patients."
-    counts = counts.cpu().numpy() if torch.is_tensor(counts) else np.asarray(counts)
-    if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or not len(counts):
-        raise ValueError(f"counts are (patients, n, n) with at least one patient, got shape {counts.shape}")
-    resamples = resampled_sums(counts, n_boot, seed)[1:]  # (n_boot, n, n)
-    low, high = percentile_interval(np.asarray(score(resamples)), len(counts))
-    return score(counts.sum(0)), low, high
+    "Score, a mean over trainings, with an interval from resampling patients; NaN with fewer than two."
+    stack = _as_stack(counts)
+    scores = _resampled_scores(stack, score, n_boot, seed).mean(1)  # (1 + n_boot, ...)
+    return scores[0], *percentile_interval(scores[1:], stack.shape[1])
 
 # %% ../../nbs/stats/bootstrap.ipynb #mean-over
 def mean_over_patients(
@@ -267,6 +279,24 @@ def paired_difference(
     ends = percentile_interval(values, pd.unique(rows['patients']).size)
     spread = _spread([metrics(m, whole) for m in (a, b)])
     return Difference(float(difference(whole)), *map(float, ends), _two_sided_p(values), spread)
+
+# %% ../../nbs/stats/bootstrap.ipynb #paired-counts
+def paired_counts(
+    a,  # (patients, n, n) confusion matrix of each patient; or of several trainings, one more axis first
+    b,  # the same of the other model: the same patients in the same order
+    score,  # function of (..., n, n) stacks that gives (...) scores
+    n_boot: int = 1000,  # resamples
+    seed: int = 0,  # of the resampling
+) -> Difference:  # ValueError where the numbers of patients differ
+    "Difference of a score of confusion matrices between two models, with patients drawn for both at once."
+    stacks = _as_stack(a), _as_stack(b)
+    n, other = (x.shape[1] for x in stacks)
+    if n != other:
+        raise ValueError(f'a has {n} patient(s), b has {other}')
+    a, b = (_resampled_scores(x, score, n_boot, seed) for x in stacks)  # (1 + n_boot, trainings)
+    value, *values = a.mean(1) - b.mean(1)
+    ends, p = percentile_interval(np.array(values), n), _two_sided_p(np.array(values))
+    return Difference(float(value), *map(float, ends), p, _spread([a[0], b[0]]))
 
 # %% ../../nbs/stats/bootstrap.ipynb #few
 def jackknife_interval(

@@ -9,7 +9,8 @@ __all__ = ['SCORE_COLUMNS', 'confusions', 'confusion', 'iou', 'precision', 'reca
            'balanced_accuracy', 'mean_iou', 'macro_precision', 'macro_recall', 'macro_f1', 'exact_match',
            'merge_confusion', 'ConfusionMetric', 'seg_metrics', 'cls_metrics', 'pred_classes', 'class_probabilities',
            'check_predictions', 'row_columns', 'predicted', 'vote', 'one_vs_rest', 'cls_confusions', 'evaluate',
-           'total_confusion', 'classification_report', 'confusion_columns', 'seg_confusions', 'evaluate_seg']
+           'compare_classifiers', 'total_confusion', 'classification_report', 'confusion_columns', 'seg_confusions',
+           'evaluate_seg', 'compare_segmenters']
 
 # %% ../../nbs/stats/classification.ipynb #c005
 from functools import partial
@@ -21,7 +22,14 @@ from fastai.learner import Metric
 from fastcore.basics import patch
 
 from ..core import DENSE, DENSE_TO_SPARSE, SPARSE, TableError, and_more
-from .bootstrap import bootstrap, defined_mean, patient_sums, ratio_of_sums
+from lus_fastai.stats.bootstrap import (
+    Difference,
+    bootstrap,
+    defined_mean,
+    paired_counts,
+    patient_sums,
+    ratio_of_sums,
+)
 
 # %% ../../nbs/stats/classification.ipynb #c008-a
 _NO_LABEL = 255
@@ -465,17 +473,34 @@ def _cls_rows(classes):
     return [('all', m) for m in _OVERALL] + [(c, m) for m in _EACH_CLASS for c in classes]
 
 # %% ../../nbs/stats/classification.ipynb #c046-a
-def _level_table(level, preds, n_boot, seed):
-    "Every score at one level, from the rows of that level."
-    counts, classes = cls_confusions(preds), pred_classes(preds)
-    n = dict(zip(classes, counts.sum((0, 2))), all=counts.sum())
+def _trainings(preds, counts):
+    "Matrices of each training and patient, (trainings, patients, n, n); ValueError where the rows differ."
+    tables = [preds] if isinstance(preds, pd.DataFrame) else list(preds)
+    stack, patients = [counts(t) for t in tables], [sorted(t['patient'].astype(str).unique()) for t in tables]
+    for i, (matrices, names) in enumerate(zip(stack, patients)):
+        same = names == patients[0] and matrices.shape == stack[0].shape
+        if not same or (matrices.sum(-1) != stack[0].sum(-1)).any():
+            raise ValueError(f"training {i} was tested on other rows or classes than training 0")
+    return np.stack(stack)
+
+
+def _level_table(level, tables, n_boot, seed):
+    "Every score at one level, from the rows of that level in each training."
+    counts, classes = _trainings(tables, cls_confusions), pred_classes(tables[0])
+    n = dict(zip(classes, counts[0].sum((0, 2))), all=counts[0].sum())
     scores = bootstrap(counts, _cls_scores, n_boot, seed)  # value, low, high
-    rows = [(level, c, m, *s, n[c], len(counts)) for (c, m), *s in zip(_cls_rows(classes), *scores)]
+    rows = [(level, c, m, *s, n[c], counts.shape[1]) for (c, m), *s in zip(_cls_rows(classes), *scores)]
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
 
 # %% ../../nbs/stats/classification.ipynb #c046
+def _at_level(preds, level, how):
+    "Rows of frames, clips or patients of each training."
+    tables = [preds] if isinstance(preds, pd.DataFrame) else list(preds)
+    return [check_predictions(t) if level == 'frame' else vote(t, level, how) for t in tables]
+
+
 def evaluate(
-    preds: pd.DataFrame,  # out-of-fold table, a row per frame
+    preds,  # out-of-fold table, a row per frame; or a list of them, one for each training
     levels=('frame', 'clip', 'patient'),  # any of these
     how: str = 'mean',  # how clips and patients vote: 'mean' or 'majority'
     n_boot: int = 1000,  # resamples of patients
@@ -485,10 +510,24 @@ def evaluate(
     wrong = [l for l in levels if l not in ('frame', 'clip', 'patient')]
     if wrong:
         raise ValueError(f"levels are 'frame', 'clip' and 'patient', got {wrong}")
-    check_predictions(preds)
-    rows = {level: preds if level == 'frame' else vote(preds, level, how) for level in levels}
-    tables = [_level_table(level, t, n_boot, seed) for level, t in rows.items()]
+    tables = [_level_table(level, _at_level(preds, level, how), n_boot, seed) for level in levels]
     return pd.concat(tables, ignore_index=True)
+
+# %% ../../nbs/stats/classification.ipynb #compare-cls
+def compare_classifiers(
+    a,  # out-of-fold table, or a list of them, one for each training
+    b,  # the same of the other model, of the same rows
+    metric: str = 'balanced_accuracy',  # or 'accuracy', 'precision', 'recall', 'f1'; means over classes
+    level: str = 'patient',  # 'frame', 'clip' or 'patient'
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> Difference:  # ValueError where a and b were tested on other rows
+    "How much better one classifier is than another: the paired difference over patients."
+    if metric not in _OVERALL:
+        raise ValueError(f"metric is one of {list(_OVERALL)}, not {metric!r}")
+    a, b = (_at_level(x, level, 'mean') for x in (a, b))
+    counts = _trainings([*a, *b], cls_confusions)  # (trainings of both, patients, n, n)
+    return paired_counts(counts[: len(a)], counts[len(a) :], _OVERALL[metric], n_boot, seed)
 
 # %% ../../nbs/stats/classification.ipynb #total-a
 def total_confusion(
@@ -569,21 +608,50 @@ def _seg_scores(cm):
     return np.concatenate([pixel_accuracy(cm)[..., None], mean_iou(cm)[..., None], iou(cm)], -1)
 
 # %% ../../nbs/stats/classification.ipynb #c070
+def _merged(counts, merge):
+    "Counts of codes that were merged, if any are."
+    return counts if merge is None else merge_confusion(counts, merge)
+
+
 def evaluate_seg(
-    preds: pd.DataFrame,  # a row per frame: patient and cm_i_j
+    preds,  # a row per frame: patient and cm_i_j; or a list of such tables, one for each training
     names,  # class names after merging, e.g. DENSE, or SPARSE with merge=DENSE_TO_SPARSE
     merge=None,  # mapping of merge_confusion: score dense predictions as sparse
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # level 'pixel', class, metric, value, low, high, n (frames that hold the class), patients
     "Pixel accuracy, mean IoU and IoU of each class with 95 % intervals over patients."
-    frames, counts = _frame_confusions(preds), seg_confusions(preds)
-    if merge is not None:
-        frames, counts = merge_confusion(frames, merge), merge_confusion(counts, merge)
+    first = preds if isinstance(preds, pd.DataFrame) else preds[0]
+    frames, counts = (
+        _merged(_frame_confusions(first), merge),
+        _merged(_trainings(preds, seg_confusions), merge),
+    )
     if len(names) != frames.shape[-1]:
         raise ValueError(f"{len(names)} names for {frames.shape[-1]} classes: {tuple(names)}")
     what = [('all', 'pixel_accuracy'), ('all', 'mean_iou')] + [(c, 'iou') for c in names]
     n = [len(frames)] * 2 + list((frames.sum(2) > 0).sum(0))
     scores = bootstrap(counts, _seg_scores, n_boot, seed)  # value, low, high
-    rows = [('pixel', c, m, *s, k, len(counts)) for (c, m), k, *s in zip(what, n, *scores)]
+    rows = [('pixel', c, m, *s, k, counts.shape[1]) for (c, m), k, *s in zip(what, n, *scores)]
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
+
+# %% ../../nbs/stats/classification.ipynb #compare-seg
+_SEG_METRICS = dict(mean_iou=mean_iou, pixel_accuracy=pixel_accuracy)
+
+
+def compare_segmenters(
+    a,  # out-of-fold table with pixel confusions, or a list of them, one for each training
+    b,  # the same of the other model, of the same rows
+    metric: str = 'mean_iou',  # 'mean_iou' or 'pixel_accuracy'
+    merge_a=None,  # mapping of merge_confusion for a, such as DENSE_TO_SPARSE
+    merge_b=None,  # the same for b
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> Difference:  # ValueError where a and b were tested on other pixels
+    "How much better one segmenter is than another: the paired difference over patients."
+    if metric not in _SEG_METRICS:
+        raise ValueError(f"metric is one of {list(_SEG_METRICS)}, not {metric!r}")
+    a = _merged(_trainings(a, seg_confusions), merge_a)  # (trainings, patients, n, n)
+    b = _merged(_trainings(b, seg_confusions), merge_b)
+    if a.shape[1:] != b.shape[1:] or (a[0].sum(-1) != b[0].sum(-1)).any():
+        raise ValueError("a and b were tested on other pixels: give tables of the same frames and codes")
+    return paired_counts(a, b, _SEG_METRICS[metric], n_boot, seed)

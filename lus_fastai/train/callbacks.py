@@ -26,7 +26,13 @@ from fastcore.basics import patch
 
 from ..core import atomic_path, folder_lock, frozen_eval, seed_all
 from ..runs import Settings
-from ..stats.classification import confusion_columns, mean_iou, pred_classes, predicted
+from lus_fastai.stats.classification import (
+    confusion_columns,
+    mean_iou,
+    pixel_accuracy,
+    pred_classes,
+    predicted,
+)
 
 # %% ../../nbs/train/callbacks.ipynb #has-bf16
 def has_bf16(
@@ -458,6 +464,8 @@ class ClassProbs:
         columns = ['p_' + c for c in pred_classes(table)] if self.classes is None else self.columns
         return float((predicted(table[columns]) == table['label'].astype(str)).mean())
 
+    rank = score  # what the best epoch is best by
+
 # %% ../../nbs/train/callbacks.ipynb #class-probs-bind
 @patch
 def bind(self: ClassProbs, dls):
@@ -492,8 +500,11 @@ class PixelCounts:
         self,
         n: int,  # codes
         classes=None,  # their names, which bind finds
+        best_by: str = 'mean IoU',  # what the best epoch is best by: 'mean IoU', or 'accuracy' of pixels
     ):
-        self.n, self.classes, self.columns = n, classes, confusion_columns(n)
+        if best_by not in ('mean IoU', 'accuracy'):
+            raise ValueError(f"best_by is 'mean IoU' or 'accuracy', not {best_by!r}")
+        self.n, self.classes, self.best_by, self.columns = n, classes, best_by, confusion_columns(n)
 
     def bind(self, dls):
         "The same with the names of the DataLoaders' codes; ValueError where there are more or fewer."
@@ -501,14 +512,21 @@ class PixelCounts:
         if codes is not None and len(codes) != self.n:
             counted = f"PixelCounts counts {self.n} codes"
             raise ValueError(f"{counted}, the masks of the DataLoaders have {len(codes)}: {list(codes)}")
-        return PixelCounts(self.n, codes if codes is None else list(codes))
+        return PixelCounts(self.n, codes if codes is None else list(codes), self.best_by)
 
     def __call__(self, logits, targ):
         pred = _checked_logits(logits, self.n, 'PixelCounts').argmax(1)
         return _pixel_confusion(pred, targ.long(), self.n).cpu().numpy()
 
     def score(self, table):
-        return float(mean_iou(table[self.columns].to_numpy().sum(0).reshape(self.n, self.n)))
+        return float(mean_iou(self._counts(table)))
+
+    def rank(self, table):
+        "What the best epoch is best by."
+        return self.score(table) if self.best_by == 'mean IoU' else float(pixel_accuracy(self._counts(table)))
+
+    def _counts(self, table):
+        return table[self.columns].to_numpy().sum(0).reshape(self.n, self.n)
 
 # %% ../../nbs/train/callbacks.ipynb #predict-table
 def predict_table(
