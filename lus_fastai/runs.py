@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/runs.html.md"""
 # %% auto #0
 __all__ = ['short_hash', 'tensor_bytes', 'weights_hash', 'function_key', 'function_name', 'structure_text', 'stable_repr',
            'Settings', 'claim_folder', 'versions', 'device_name', 'plain_json', 'without_folders', 'cell',
-           'undertrained', 'results_json', 'read_results', 'results_table']
+           'undertrained', 'results_json', 'read_results', 'results_table', 'trainings_table', 'differences_table']
 
 # %% ../nbs/runs.ipynb #imports
 import ast
@@ -433,6 +433,7 @@ def _cell_complaints(c, protocols, seen):
 
 # %% ../nbs/runs.ipynb #check-head
 _RESULT_KEYS = ('paper', 'data', 'versions', 'device', 'hours', 'command', 'seeds', 'protocols', 'cells')
+_EVIDENCE = ('trainings', 'differences', 'builds', 'not_run')
 
 
 def _head_complaints(results):
@@ -453,6 +454,8 @@ def _head_complaints(results):
     for name, p in results['protocols'].items():
         if not isinstance(p, dict) or {'split_hash', 'description'} - set(p):
             yield f"protocol {name!r} needs split_hash and description"
+    if other := set(results) - {*_RESULT_KEYS, *_EVIDENCE}:
+        yield f"{sorted(other)} is not known; beside {list(_RESULT_KEYS)} there may be {list(_EVIDENCE)}"
 
 # %% ../nbs/runs.ipynb #check
 def _complaints(results):
@@ -482,11 +485,12 @@ def results_json(
     hours: float,  # wall time
     command: str,  # what was typed; of absolute paths only the last part is kept
     device: str = None,  # by default device_name()
+    **evidence,  # trainings, differences, builds, not_run: as far as there are any
 ) -> dict:  # what was written
     "Check results and write them as JSON, atomically; ValueError for what is missing or contradictory."
     results = dict(paper=paper, data=data, versions=versions(), device=device or device_name())
     results.update(hours=round(float(hours), 4), command=without_folders(command))
-    results.update(seeds=list(seeds), protocols=protocols, cells=cells)
+    results.update(seeds=list(seeds), protocols=protocols, cells=cells, **evidence)
     results = _check_results(plain_json(results), str(path))
     write_json(path, results)
     return results
@@ -516,11 +520,49 @@ def read_results(
 # %% ../nbs/runs.ipynb #results-table
 def results_table(
     results,  # results dictionary, or a list of cells
-) -> pd.DataFrame:  # protocol, table, row, column, ours, low, high, theirs
+) -> pd.DataFrame:  # protocol, table, row, column, ours, low, high, theirs, undertrained (bool)
     "Ours beside theirs, a row per cell."
-    rows = []
+    rows, trainings = [], results.get('trainings', {}) if isinstance(results, dict) else {}
+    short = {(t['protocol'], t['row']) for t in trainings.values() if t['reasons']}
     for c in results['cells'] if isinstance(results, dict) else results:
         low, high = c['interval'] or (None, None)
-        rows.append([*(c[k] for k in _CELL_KEYS[:5]), low, high, c['theirs']])
-    columns = [*_CELL_KEYS[:5], 'low', 'high', 'theirs']
-    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[4:], float))
+        rows.append(
+            [*(c[k] for k in _CELL_KEYS[:5]), low, high, c['theirs'], (c['protocol'], c['row']) in short]
+        )
+    columns = [*_CELL_KEYS[:5], 'low', 'high', 'theirs', 'undertrained']
+    types = dict.fromkeys(columns[4:8], float) | dict(undertrained=bool)
+    return pd.DataFrame(rows, columns=columns).astype(types)
+
+# %% ../nbs/runs.ipynb #trainings-table
+def trainings_table(
+    results: dict,  # from read_results
+) -> pd.DataFrame:  # index training; protocol, row, seed, epochs, undertrained (why, or empty)
+    "How each training of some results went; empty where no training was stored with them."
+    rows = [
+        dict(
+            training=name,
+            **{k: t[k] for k in ('protocol', 'row', 'seed', 'epochs')},
+            undertrained='; '.join(t['reasons']),
+        )
+        for name, t in results.get('trainings', {}).items()
+    ]
+    columns = ['training', 'protocol', 'row', 'seed', 'epochs', 'undertrained']
+    return pd.DataFrame(rows, columns=columns).set_index('training')
+
+
+_DIFFERENCE = ('protocol', 'column', 'a', 'b', 'value', 'low', 'high', 'p', 'spread', 'trainings')
+
+
+def differences_table(
+    results: dict,  # from read_results
+) -> (
+    pd.DataFrame
+):  # protocol, column, a, b, value, low, high, p, spread, trainings (of a, of b), undertrained
+    "The paired differences of some results, value = a minus b; a row that is undertrained supports nothing."
+    t = results_table(results)
+    short = set(zip(t.protocol[t.undertrained], t.row[t.undertrained]))
+    rows = [
+        [*(d[k] for k in _DIFFERENCE), bool({(d['protocol'], d['a']), (d['protocol'], d['b'])} & short)]
+        for d in results.get('differences', [])
+    ]
+    return pd.DataFrame(rows, columns=[*_DIFFERENCE, 'undertrained'])
