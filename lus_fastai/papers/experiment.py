@@ -38,14 +38,7 @@ from ..explain.attribution import grad_cam
 from ..explain.sanity_checks import heat_in_fan
 from ..models.backbones import create_backbone
 from ..plot import interval_text
-from lus_fastai.runs import (
-    cell,
-    differences_table,
-    plain_json,
-    results_json,
-    results_table,
-    undertrained,
-)
+from ..runs import cell, differences_table, plain_json, results_json, results_table, undertrained
 from ..stats.bootstrap import Difference, mean_over_patients
 from ..synth.phantom import phantom_dataset, phantom_folder
 from ..train.cross_validation import fold_history, training_hours
@@ -384,7 +377,14 @@ def verdicts(
         honest, like = (_difference_of(differences, c, p) for p in (c.protocol, c.as_theirs))
         said = verdict(honest, c.effect)
         rows.append([c.text, c.theirs, _signed(like), _signed(honest), said, c.needs])
-    heads = ['claim', 'theirs', 'difference, their protocol', 'difference, honest', 'verdict', 'it would take']
+    heads = [
+        'claim',
+        'theirs',
+        'difference, their protocol',
+        'difference, honest',
+        'verdict',
+        'it would take',
+    ]
     return pd.DataFrame(rows, columns=heads)
 
 # %% ../../nbs/papers/experiment.ipynb #e041
