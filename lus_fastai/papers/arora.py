@@ -778,12 +778,14 @@ ARRIVALS = {
 
 
 def arrivals(
-    frames: pd.DataFrame,  # frame table
+    folds: Folds,  # of a frame table
     seed: int = 0,  # of the halves
-) -> pd.DataFrame:  # with a column arrival: 'old' or 'new', the same for all frames of a patient
-    "Say which patients are there at the start and which come later."
-    half = patient_folds(frames, 2, seed + 1000)
-    return frames.assign(arrival=np.where(half.fold == 0, 'old', 'new'))
+) -> pd.DataFrame:  # the table with a column arrival: 'old' or 'new', the same for all frames of a patient
+    "Say which patients are there at the start and which come later: every other one of each fold and class."
+    order = folds.table.assign(fold=folds.fold).drop_duplicates('patient').sample(frac=1, random_state=seed)
+    who = order.sort_values(['fold', 'label'], kind='stable')['patient']
+    turn = pd.Series(np.where(np.arange(len(who)) % 2, 'new', 'old'), who.to_numpy())
+    return folds.table.assign(arrival=folds.table['patient'].map(turn))
 
 # %% ../../nbs/papers/arora.ipynb #ns-2
 def head_alone(
@@ -928,7 +930,10 @@ def job_frames(
     if job.run in QUESTIONS or job.run == 'source':
         frames = source_frames(frames, folds) if job.run == 'source' else relabel(frames, job.run)
         return store, frames, sorted(set(frames['label']))
-    return store, arrivals(frames, job.seed) if job.run in ARRIVALS else frames, CLASSES
+    if job.run in ARRIVALS:
+        split = protocol_folds(frames, 'patient', run.experiment.settings, job.seed)
+        frames = arrivals(split, job.seed)
+    return store, frames, CLASSES
 
 # %% ../../nbs/papers/arora.ipynb #job-parts
 def job_parts(
