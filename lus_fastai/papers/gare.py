@@ -536,6 +536,7 @@ def _segmenter_trainings(data, settings, plan):
             f'seg-{recipe}-{labels}-{protocol}-s{seed}',
             partial(_train_segmenter, of, protocol, settings, recipe, seed),
             partial(_seconds, _segmentation_run, *of, protocol, settings, recipe, seed),
+            title=f'{segmentation_protocol(recipe, protocol)}, {labels} labels, seed {seed}',
         )
 
 
@@ -560,6 +561,7 @@ def _classifier_trainings(data, settings, plan):
             partial(_train_classifier, of, None if start == 'none' else source, protocol, settings, seed),
             partial(_seconds, _classification_run, of[0], None, of[1], protocol, settings, seed),
             () if start == 'none' else (source,),
+            f'classification of {data.kind}, start {start}, folds by {protocol}, seed {seed}',
         )
 
 
