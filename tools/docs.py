@@ -70,7 +70,7 @@ def _rows(cells):
 
 
 def _evidence(r):
-    "Paired differences, undertrained rows, other builds and what was not run, as far as a results file has any."
+    "Paired differences, undertrained rows, other builds, and what was not run, if there are any."
     short = {}
     for t in r.get('trainings', {}).values():
         if t['reasons']:
