@@ -39,7 +39,7 @@ from ..runs import Settings
 from ..train.callbacks import TrainingSettings
 
 # %% ../../nbs/papers/arora.ipynb #c003-1
-from ..core import CLASSES, atomic_path, clip_ids, lus_home, real_data
+from ..core import CLASSES, atomic_path, clip_ids, lus_home, real_data, seed_all
 from ..data.augment import AroraAugment
 from ..data.fan import add_fans, fan_crop, fan_masks, frame_masks
 from ..data.folds import Folds, patient_folds
@@ -506,7 +506,7 @@ def look_difference(
 # %% ../../nbs/papers/arora.ipynb #fig-1
 def example_frames(
     oof: pd.DataFrame,  # out-of-fold table
-    wrong: int = 2,  # errors at most
+    wrong: int = 1,  # errors at most
 ) -> pd.DataFrame:  # rows of it with columns said and sure
     "The surest right answer of each class, and the surest errors, each of another clip."
     classes = np.array(pred_classes(oof))
@@ -635,7 +635,7 @@ def plot_fold_map(
 INVERTED = dict(
     vgg16=('backbone.features.3', 'backbone.features.15', 'backbone.features.29'),
     resnet18=('backbone.layer1', 'backbone.layer2', 'backbone.layer4'),
-    tf_efficientnet_lite0=('backbone.blocks.1', 'backbone.blocks.3', 'backbone.blocks.6'),
+    tf_efficientnet_lite0=('backbone.blocks.0', 'backbone.blocks.2', 'backbone.blocks.4'),
 )  # an early, a middle and a late layer
 
 
@@ -887,11 +887,11 @@ def part_runs(
 def arora_jobs(
     settings: AroraSettings,  # networks, parts, seeds
 ) -> list:  # of Job, in the order in which they are trained
-    "Every training of the parts that the settings name: all runs with the first seed, then with the next."
+    "Every training of the core and the parts named: all runs with the first seed, then with the next."
     if unknown := set(settings.parts) - set(PARTS):
         raise ValueError(f"parts are {list(PARTS)}, not {sorted(unknown)}")
     jobs = []
-    for part in (p for p in PARTS if p in settings.parts):
+    for part in (p for p in PARTS if p in ('core', *settings.parts)):
         runs = part_runs(settings, part)
         jobs += [Job(net, name, seed) for seed in settings.seeds for net, name in runs]
     return jobs
@@ -906,6 +906,7 @@ class AroraRun:
     table: pd.DataFrame  # clip table with fans
     paths: dict = field(default_factory=dict)  # (net's name, run's name) -> folders, one for each seed
     oofs: dict = field(default_factory=dict)  # (net's name, run's name) -> out-of-fold tables
+    seconds: dict = field(default_factory=dict)  # (net, run's name) -> estimate, the same for all seeds
 
 
 def run_store(
@@ -968,13 +969,14 @@ def job_training(
     job: Job,  # what is to be trained
 ) -> Training:
     "A training of the plan."
-    needs = (first_job(run, job).name,) if job.run in list(ARRIVALS)[1:] else ()
-    return Training(
-        job.name,
-        lambda path: cross_validate(**job_parts(run, job), path=path),
-        lambda: training_seconds(**job_parts(run, job, estimate=True)),
-        needs,
-    )
+    needs, kind = (first_job(run, job).name,) if job.run in list(ARRIVALS)[1:] else (), (job.net, job.run)
+
+    def seconds():
+        if kind not in run.seconds:
+            run.seconds[kind] = training_seconds(**job_parts(run, job, estimate=True))
+        return run.seconds[kind]
+
+    return Training(job.name, lambda path: cross_validate(**job_parts(run, job), path=path), seconds, needs)
 
 
 def possible_jobs(
@@ -1001,7 +1003,9 @@ def train_stage(
 ):
     "Train what the settings name; keep tables, curves and verdicts beside the results."
     e, jobs = run.experiment, possible_jobs(run)
-    e.not_run = [f'{p} ({PARTS[p]})' for p in PARTS if p not in e.settings.parts and part_runs(e.settings, p)]
+    e.not_run = [
+        f'{p} ({PARTS[p]})' for p in list(PARTS)[1:] if p not in e.settings.parts and part_runs(e.settings, p)
+    ]
     tables = e.train([job_training(run, job) for job in jobs])
     weights = {net.name: start(net) for net in dict.fromkeys(j.net for j in jobs)}
     for job in jobs:
@@ -1164,6 +1168,7 @@ def uncertainty_stage(
         key = net.name, 'patient'
         load, store = fold_loader(run.paths[key][0], net), run_store(run, net)
         for how in ('augment', 'dropout') if net.name == 'vgg16' else ('augment',):
+            seed_all(run.experiment.seeds[0])
             sure = run.oofs[net.name, how] = uncertainty(load, store, run.oofs[key][0], how)
             areas = abstention(sure, by='confidence')[1].set_index('name').loc[list(ABSTENTION)]
             columns = [f'{c} ({how}, first seed)' for c in ABSTENTION.values()]
