@@ -9,7 +9,7 @@ __all__ = ['PROTOCOLS', 'SPLITS', 'COMPARED', 'LOOKED', 'THEIR_CONFUSIONS', 'THE
            'adam', 'QUADRANTS', 'METHODS', 'SHARES', 'INVERTED', 'QUESTIONS', 'ARRIVALS', 'CHANGES', 'SHORTCUTS',
            'RUNS', 'ABSTENTION', 'TERMS', 'leak_table', 'arora_claims', 'their_report', 'verdict_table', 'Net',
            'AroraSettings', 'phantom_table', 'clip_table', 'frame_store', 'pocovid_folds', 'protocol_folds', 'learner',
-           'augmented_dls', 'training_parts', 'run_folder', 'fold_loader', 'exact', 'quadrant_shares', 'whole_map',
+           'augmented_dls', 'training_parts', 'run_folder', 'exact', 'fold_loader', 'quadrant_shares', 'whole_map',
            'covered', 'middle_frames', 'looks', 'look_difference', 'example_frames', 'plot_examples', 'plot_looks',
            'colour_stem', 'class_image_votes', 'recognised', 'fold_features', 'neighbours', 'plot_fold_map',
            'frames_of', 'inversion_errors', 'arora_figures', 'external_table', 'uncertainty', 'relabel',
@@ -253,7 +253,7 @@ class AroraSettings(Settings):
     steps: int = 100  # uphill of a class image, as in the paper; an inversion takes twice as many
     seeds: tuple = (0, 1, 2)  # of folds, weights and batches
 
-
+# %% ../../nbs/papers/arora.ipynb #c006-2
 DEFAULT = AroraSettings()
 QUICK = AroraSettings(
     nets=(Net('resnet18', 64, 4), Net('tf_efficientnet_lite0', 64, 6)),
@@ -397,20 +397,6 @@ def run_folder(
     return settings_folder('arora', without(settings, *free), data, cache)
 
 # %% ../../nbs/papers/arora.ipynb #c021-1
-def fold_loader(
-    path,  # folder of a finished cross-validation
-    net: Net,  # its backbone
-    classes=CLASSES,  # those that it was trained for, in order
-):  # function fold -> its network, in evaluation mode
-    "What loads the network of a fold."
-
-    def load(fold):
-        model = covidnet(net.name, len(classes), channels=1, weights=None)
-        return exact(load_fold(model, path, fold, classes))
-
-    return load
-
-
 def exact(
     model: nn.Module,  # any network; changed in place
 ) -> nn.Module:  # the same model
@@ -423,6 +409,20 @@ def exact(
 
     model.forward = exactly
     return model
+
+# %% ../../nbs/papers/arora.ipynb #c021-2
+def fold_loader(
+    path,  # folder of a finished cross-validation
+    net: Net,  # its backbone
+    classes=CLASSES,  # those that it was trained for, in order
+):  # function fold -> its network, in evaluation mode
+    "What loads the network of a fold."
+
+    def load(fold):
+        model = covidnet(net.name, len(classes), channels=1, weights=None)
+        return exact(load_fold(model, path, fold, classes))
+
+    return load
 
 # %% ../../nbs/papers/arora.ipynb #corner-1
 QUADRANTS = 'upper left', 'upper right', 'lower left', 'lower right'
@@ -883,7 +883,7 @@ def part_runs(
         'late': [(net, 'patient') for net in settings.late],
     }[part]
 
-
+# %% ../../nbs/papers/arora.ipynb #jobs-2
 def arora_jobs(
     settings: AroraSettings,  # networks, parts, seeds
 ) -> list:  # of Job, in the order in which they are trained
@@ -1223,7 +1223,7 @@ def look_differences(
     found['saliency in the upper left'] = look_difference(of('saliency'), 'upper left', 0.25)
     return found
 
-
+# %% ../../nbs/papers/arora.ipynb #look-c4
 def look_stage(
     run: AroraRun,  # what stages share
 ):
