@@ -1027,6 +1027,7 @@ def _keep_row(run, jobs, outcomes):
         if failed:
             losses = fold_history(path).groupby('epoch').train_loss.mean()
             run.keep_curve(name, losses, scores=found, **about)
+            run.trained.append(path)
         else:
             run.keep(name, o.scores, path, scores=found, **about)
     return not failed
