@@ -172,7 +172,7 @@ QUICK = ChengSettings(
 # %% ../../nbs/papers/cheng_lam.ipynb #c006bq
 PAPER = ChengSettings(
     size=256,
-    native=1024,
+    native=512,
     width=64,
     bs=20,
     shapes=10_000,

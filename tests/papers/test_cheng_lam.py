@@ -208,23 +208,28 @@ def test_images_to_look_at_are_of_different_patients():
     assert len(apart) == 2 and all(a.dice[i] > b.dice[i] for i in apart)
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    "A run in which the network with its bottleneck frozen finds nothing."
-    home, real, whole = tmp_path_factory.mktemp('cheng'), cheng_lam.run_recipe, squares(72)
+def reproduce(home, out, settings):
+    "Squares instead of ribs; of one seed the network with its bottleneck frozen finds nothing."
+    whole, real = squares(72), cheng_lam.run_recipe
+
+    def target_set(data='phantom', settings=TINY, recipe=None, seed=None):
+        return whole[48:] if seed is None else whole[24 * seed : 24 * seed + 24]
 
     def run_recipe(name, *args):
         out = real(name, *args)
         nothing = name == 'X-Unet, bottleneck frozen' and args[3] == 1
         return out._replace(scores=out.scores.assign(dice=0.0)) if nothing else out
 
-    def target_set(data='phantom', settings=TINY, recipe=None, seed=None):
-        return whole[48:] if seed is None else whole[24 * seed : 24 * seed + 24]
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cheng_lam, 'target_set', target_set)
         patch.setattr(cheng_lam, 'run_recipe', run_recipe)
-        yield home, cheng_lam.reproduce('phantom', out=home / 'results', cache=home, settings=TINY)
+        return cheng_lam.reproduce('phantom', out=home / out, cache=home, settings=settings)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    home = tmp_path_factory.mktemp('cheng')
+    return home, reproduce(home, 'results', TINY)
 
 
 def test_everything_is_in_the_results(run):
@@ -276,9 +281,7 @@ def test_a_second_run_trains_nothing(run):
     files = {f: f.stat().st_mtime_ns for f in (home / 'cheng_lam').rglob('*') if f.suffix != '.lock'}
     files = {f: t for f, t in files.items() if f.is_file() and f.name != '.lock'}
     s = replace(TINY, parts=('core',), recipes=('X-Unet, random start', 'X-Unet'))
-    again = read_results(
-        cheng_lam.reproduce('phantom', out=home / 'again', cache=home, settings=s).with_suffix('.json')
-    )
+    again = read_results(reproduce(home, 'again', s).with_suffix('.json'))
     assert {f: f.stat().st_mtime_ns for f in files} == files
     first = read_results(page.with_suffix('.json'))['cells']
     assert [c for c in again['cells'] if c['table'] == 'scores'] == [
