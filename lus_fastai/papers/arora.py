@@ -847,7 +847,8 @@ class Job:
 
     @property
     def name(self):  # of its folder
-        return f'{self.net.name}-{self.net.size}-{self.net.epochs}-{self.run.replace(" ", "-")}-s{self.seed}'
+        run = '-'.join(self.run.replace(',', '').split())
+        return f'{self.net.name}-{self.net.size}-{self.net.epochs}-{run}-s{self.seed}'
 
 
 def further(
