@@ -1112,16 +1112,15 @@ def probe_stage(
 
 # %% ../../nbs/papers/uscl.ipynb #tuned-stage
 def _keep_tuned(run, start, policy, tables):
-    "The tables of both epochs of a fine-tuning, and its loss curve under both protocols."
+    "The tables of both epochs of a fine-tuning, and its loss curve."
     e, name = run.experiment, tuned_name(start, policy, run.settings)
-    for epoch, protocol in dict(last=policy, best=f'{policy}, best').items():
-        said = dict(protocol=protocol, row=start.row, seed=start.seed)
-        if epoch == 'last':
-            e.keep(name, tables[epoch], e.folder / name, **said)
-            continue
-        last = e.trainings[name]
-        e.keep(f'{name}-best', tables[epoch], **said)
-        e.keep_curve(f'{name}-best', last['losses'], last['epochs'], **said)
+    said = dict(row=start.row, seed=start.seed)
+    e.keep(name, tables['last'], e.folder / name, protocol=policy, **said)
+    e.keep(f'{name}-best', tables['best'], protocol=f'{policy}, best', **said)
+    last = e.trainings[name]
+    if last['reasons']:  # then the best epoch's rows are marked as well
+        args = f'{name}-best', last['losses'], last['epochs']
+        e.keep_curve(*args, protocol=f'{policy}, best', **said)
 
 
 def tuned_stage(
@@ -1409,7 +1408,10 @@ def reproduce(
     done = train_parts(run, items)
     results = write_parts(run, done, items)
     save_backbone(best_start(results, s), results, run.folder, Path(out) / 'release', s)
-    return uscl_report(run.experiment.html, results, s)
+    shown = None
+    if data == 'phantom' and items is not None:
+        shown = plot_found(items, done[detect_name(detector_starts(run)[-1], s)])
+    return uscl_report(run.experiment.html, results, s, shown)
 
 # %% ../../nbs/papers/uscl.ipynb #plot-curve
 def plot_by_steps(
