@@ -820,7 +820,7 @@ def names_of(
     names['labels'] = [label_start(each) for each in s.budgets]
     return list(names[part])
 
-
+# %% ../../nbs/papers/uscl.ipynb #starts-of
 def starts_of(
     part: str,  # one of PARTS
     settings: UsclSettings,  # which starts, backbones and seeds
@@ -854,7 +854,7 @@ def pretraining_seconds(
         learn.fit(1, cbs=[AutoPrecision(s.precision), times])
     return math.ceil(s.steps / len(dls.train)) * len(dls.train) * times.median(True)
 
-
+# %% ../../nbs/papers/uscl.ipynb #tuning-seconds
 def tuning_seconds(
     start: Start,  # which backbone
     policy: str,  # one of POLICIES
@@ -908,7 +908,7 @@ def described_folds(
     for name in protocols:
         experiment.protocol(name, PROTOCOLS[name], each[0], **hashes)
 
-
+# %% ../../nbs/papers/uscl.ipynb #uscl-run
 def uscl_run(
     data: str,  # 'phantom' or 'real'
     settings: UsclSettings,  # sizes
@@ -944,7 +944,7 @@ def pretraining(
     kind = start.backbone, start.name.removeprefix('ImageNet -> ')
     return Training(start.folder, train, partial(_cost, run, kind, estimate))
 
-
+# %% ../../nbs/papers/uscl.ipynb #fine-tuning
 def fine_tuning(
     run: UsclRun,  # what stages share
     start: Start,  # where it begins
@@ -990,7 +990,7 @@ def detector_starts(
 
 TUNED = dict(core=POLICIES, rivals=POLICIES[:1], ablation=POLICIES[:1], labels=POLICIES[:1])
 
-
+# %% ../../nbs/papers/uscl.ipynb #trainings-of
 def trainings_of(
     run: UsclRun,  # what stages share
     part: str,  # one of PARTS
@@ -1122,7 +1122,7 @@ def _keep_tuned(run, start, policy, tables):
         args = f'{name}-best', last['losses'], last['epochs']
         e.keep_curve(*args, protocol=f'{policy}, best', **said)
 
-
+# %% ../../nbs/papers/uscl.ipynb #tuned-stage-2
 def tuned_stage(
     run: UsclRun,  # what stages share
     part: str,  # one of PARTS
@@ -1166,7 +1166,7 @@ def _compare(e, tables, a, b, column, protocol, metric='accuracy', level='frame'
     difference = compare_classifiers(*tables, metric, level)
     e.compare(a, b, column, difference, protocol=protocol, trainings=tuple(map(len, tables)))
 
-
+# %% ../../nbs/papers/uscl.ipynb #compare-rows-2
 def compare_rows(
     run: UsclRun,  # what stages share; its tables are there
 ):
@@ -1289,7 +1289,7 @@ def start_scores(
     t = t[t.column.str.startswith('accuracy')]
     return {r.column: interval_text(r.ours, r.low, r.high) for r in t.itertuples()}
 
-
+# %% ../../nbs/papers/uscl.ipynb #best-start
 def best_start(
     results: dict,  # from results_json
     settings: UsclSettings,  # backbones

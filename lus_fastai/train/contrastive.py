@@ -664,7 +664,7 @@ def _ticks(epochs, path, main):
     next(ticks, None)
     return lambda: next(ticks, None)
 
-
+# %% ../../nbs/train/contrastive.ipynb #c054-7
 def _save(net, history, path):
     "Write what a finished run leaves, and remove its checkpoint."
     save_weights(net, path / 'net.safetensors')

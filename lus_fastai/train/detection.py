@@ -950,7 +950,7 @@ def _detector(start, items, train, test, bs, seed, backbone, device, kwargs):
         kwargs = {**fit_anchors(items, rows, kwargs.get('size', (800, 1333))), **kwargs}
     return dls, _build(start, backbone, len(items.names) + 1, seed, kwargs), kwargs
 
-
+# %% ../../nbs/train/detection.ipynb #c042-6
 def _bind(path, model, rows, run, kwargs, names):
     "Bind a folder to a start, a split, a schedule and the classes."
     of_run = dict(
