@@ -13,13 +13,14 @@ __all__ = ['BACKBONES', 'CLAIMS', 'THEIRS', 'THEIRS_TABLE3', 'CORE', 'RIVALS', '
            'clip_groups', 'ClipGroupsDL', 'pair_loaders', 'Start', 'run_folder', 'begin', 'weights_of', 'embed',
            'pixel_features', 'probe', 'probe_log', 'pretrain_start', 'kept_features', 'CropFlip', 'tuned_name',
            'tuning', 'tune', 'frame_cosines', 'conflict_cells', 'last_map', 'downstream_fans', 'tuned_attention',
-           'detect_items', 'detect_test', 'detect_name', 'detect_options', 'detect', 'names_of', 'starts_of',
-           'pretraining_seconds', 'tuning_seconds', 'UsclRun', 'described_folds', 'uscl_run', 'pretraining',
-           'fine_tuning', 'detector_training', 'detector_starts', 'trainings_of', 'score_cells', 'accuracy_cell',
-           'by_row', 'budget_columns', 'probe_row', 'curve_cells', 'probe_stage', 'tuned_stage', 'row_pairs',
-           'compare_rows', 'compare_epochs', 'compare_doses', 'precision_cells', 'detection_stage', 'attention_stage',
-           'start_scores', 'best_start', 'save_backbone', 'left_out', 'pretrain_together', 'train_parts', 'write_parts',
-           'reproduce', 'plot_by_steps', 'plot_budgets', 'plot_conflict', 'table3', 'plot_found', 'uscl_report']
+           'detect_items', 'detect_test', 'detect_name', 'detect_options', 'detect', 'detections', 'names_of',
+           'starts_of', 'pretraining_seconds', 'tuning_seconds', 'UsclRun', 'described_folds', 'uscl_run',
+           'pretraining', 'fine_tuning', 'detector_training', 'detector_starts', 'trainings_of', 'score_cells',
+           'accuracy_cell', 'by_row', 'budget_columns', 'probe_row', 'curve_cells', 'probe_stage', 'tuned_stage',
+           'row_pairs', 'compare_rows', 'compare_epochs', 'compare_doses', 'precision_cells', 'detection_stage',
+           'attention_stage', 'start_scores', 'best_start', 'save_backbone', 'left_out', 'pretrain_together',
+           'train_parts', 'write_parts', 'reproduce', 'plot_by_steps', 'plot_budgets', 'plot_conflict', 'table3',
+           'plot_found', 'uscl_report']
 
 # %% ../../nbs/papers/uscl.ipynb #c003
 import math
@@ -801,12 +802,20 @@ def detect(
     data: str,  # 'phantom' or 'real'
     path,  # folder of this detector, in the run's folder
     settings: UsclSettings,  # sizes
-) -> list:  # findings in each test image, in order
+) -> Path:  # the folder
     "Train a detector from one start; resumes."
     test, backbone = detect_test(items), weights_of(start, Path(path).parent)
     train_detector(backbone, items, ~test, test, path, **detect_options(data, settings, start.seed))
+    return Path(path)
+
+
+def detections(
+    path,  # folder of a finished detect
+    items: DetectItems,  # from detect_items
+) -> list:  # findings in each test image, in order
+    "What a trained detector found."
     found = load_detections(path, items)
-    return [found[i] for i in np.flatnonzero(test)]
+    return [found[i] for i in np.flatnonzero(detect_test(items))]
 
 # %% ../../nbs/papers/uscl.ipynb #names-of
 def names_of(
@@ -1230,7 +1239,6 @@ def _keep_detector(e, start, settings):
 # %% ../../nbs/papers/uscl.ipynb #detection-stage
 def detection_stage(
     run: UsclRun,  # what stages share
-    done: dict,  # from Experiment.train
     items: DetectItems,  # from detect_items
 ):
     "Average precision from each start, and the paired differences of starts."
@@ -1241,7 +1249,7 @@ def detection_stage(
     known = dict(names=items.names, patients=items.table['patient'].to_numpy()[test])
     found = {}
     for row, starts in by_row(detector_starts(run)).items():
-        found[row] = [done[detect_name(start, s)] for start in starts]
+        found[row] = [detections(e.folder / detect_name(start, s), items) for start in starts]
         e.cells += precision_cells(detection_ap(truth, found[row], **known), row)
         for start in starts:
             _keep_detector(e, start, s)
@@ -1381,7 +1389,7 @@ def write_parts(
     if 'doses' in s.parts:
         compare_doses(run)
     if items is not None:
-        detection_stage(run, done, items)
+        detection_stage(run, items)
     e.not_run += left_out(run)
     attention_stage(run)
     return e.save()
@@ -1410,7 +1418,8 @@ def reproduce(
     save_backbone(best_start(results, s), results, run.folder, Path(out) / 'release', s)
     shown = None
     if data == 'phantom' and items is not None:
-        shown = plot_found(items, done[detect_name(detector_starts(run)[-1], s)])
+        name = detect_name(detector_starts(run)[-1], s)
+        shown = plot_found(items, detections(run.folder / name, items))
     return uscl_report(run.experiment.html, results, s, shown)
 
 # %% ../../nbs/papers/uscl.ipynb #plot-curve
@@ -1548,7 +1557,7 @@ TERMS += 'last epoch, best epoch', 'interval', 'balanced accuracy', 'AP', 'phant
 # %% ../../nbs/papers/uscl.ipynb #plot-found
 def plot_found(
     items: DetectItems,  # of the phantom: its images may be shown
-    found: list,  # from detect: findings in each test image
+    found: list,  # from detections
     n: int = 3,  # images, those with the most objects
 ):  # matplotlib Figure
     "Objects and what a trained detector found, in test images."
