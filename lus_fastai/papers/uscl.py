@@ -161,11 +161,12 @@ def start_rows(
     results: dict,  # from results_json
     protocols=None,  # names; default: all that there are
     column: str = 'accuracy',  # which score
-) -> pd.DataFrame:  # label, group, value, low, high, theirs, as plot_comparison wants it
+) -> pd.DataFrame:  # label, group, value, low, high, as plot_comparison wants it
     "One score of every start, a group for each protocol."
     t = results_table(results)
     t = t[(t.table == 'comparison') & (t.column == column)]
-    return comparison_rows(t if protocols is None else t[t.protocol.isin(protocols)])
+    rows = comparison_rows(t if protocols is None else t[t.protocol.isin(protocols)])
+    return rows.drop(columns='theirs')
 
 # %% ../../nbs/papers/uscl.ipynb #theirs
 # frame accuracy on POCUS by start (Chen 2021, Table 2 and section 4)
