@@ -210,7 +210,7 @@ def test_a_probe_learns_from_other_patients_alone(store):
     changed[(folds.fold == 0).to_numpy()] += 100  # of the test: the model must not move
     again = uscl.probe(changed, folds)
     columns = [f'p_{c}' for c in CLASSES]
-    assert np.allclose(found[columns].sum(1), 1)
+    assert np.allclose(found[columns].sum(axis=1), 1)
     assert not np.allclose(found[columns], again[columns])
     model = uscl._fit_probe(x[(folds.fold != 0).to_numpy()], folds.table.label[folds.fold != 0].to_numpy(str))
     want = model.predict_proba(changed[(folds.fold == 0).to_numpy()])
@@ -230,7 +230,7 @@ def test_cosines_are_those_of_a_loop():
     for i, a in frames.iterrows():
         kinds = {k: [] for k in uscl.KINDS}
         for j, b in frames.iterrows():
-            same = a.clip == b.clip, a.patient == b.patient, a.label == b.label
+            same = [a[c] == b[c] for c in ('clip', 'patient', 'label')]
             kind = next((k for k, s in zip(uscl.KINDS, same) if s), uscl.KINDS[3])
             if i != j:
                 kinds[kind].append(c[i] @ c[j])
