@@ -1435,9 +1435,11 @@ def plot_by_steps(
     with figure_canvas(5.6, 3.4) as fig:
         ax = fig.add_subplot()
         for name, part in t.sort_values('steps').groupby('name', sort=False):
-            if len(part) == 1:
+            before = t[t['name'] == ('ImageNet' if name.startswith('ImageNet') else 'random')]
+            if name in UNTRAINED:
                 ax.axhline(part.ours.iloc[0], color='0.6', ls=':' if name == 'random' else '--', label=name)
             else:
+                part = pd.concat([before, part])  # where the pretraining began
                 ax.plot(part.steps, part.ours, '.-', label=name)
         ax.set(
             xlabel='steps of pretraining', ylabel='frames right (probe)', title=f'{backbone}: linear probe'
