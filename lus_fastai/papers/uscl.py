@@ -20,7 +20,7 @@ __all__ = ['BACKBONES', 'CLAIMS', 'THEIRS', 'THEIRS_TABLE3', 'CORE', 'RIVALS', '
            'row_pairs', 'compare_rows', 'compare_epochs', 'compare_doses', 'precision_cells', 'detection_stage',
            'attention_stage', 'start_scores', 'best_start', 'save_backbone', 'left_out', 'pretrain_together',
            'train_parts', 'write_parts', 'reproduce', 'plot_by_steps', 'plot_budgets', 'plot_conflict', 'table3',
-           'plot_found', 'uscl_report']
+           'plot_found', 'shown_detections', 'uscl_report']
 
 # %% ../../nbs/papers/uscl.ipynb #c003
 import math
@@ -1417,21 +1417,19 @@ def reproduce(
     done = train_parts(run, items)
     results = write_parts(run, done, items)
     save_backbone(best_start(results, s), results, run.folder, Path(out) / 'release', s)
-    shown = None
-    if data == 'phantom' and items is not None:
-        name = detect_name(detector_starts(run)[-1], s)
-        shown = plot_found(items, detections(run.folder / name, items))
-    return uscl_report(run.experiment.html, results, s, shown)
+    return uscl_report(run.experiment.html, results, s, shown_detections(run, items))
 
 # %% ../../nbs/papers/uscl.ipynb #plot-curve
 def plot_by_steps(
     results: dict,  # from results_json
     backbone: str = 'Lite0',  # as rows call it
+    names=CORE,  # starts, as far as they were run; those that are not pretrained are always shown
 ):  # matplotlib Figure
     "The probe's accuracy after every so many steps of pretraining, beside starts that are not pretrained."
     t = results_table(results)
     t = t[(t.table == 'curve') & t.row.str.startswith(f'{backbone}: ')]
     t = t.assign(steps=t.column.str.split().str[0].astype(int), name=t.row.str.split(': ').str[1])
+    t = t[t['name'].isin([*UNTRAINED, *names])]
     with figure_canvas(5.6, 3.4) as fig:
         ax = fig.add_subplot()
         for name, part in t.sort_values('steps').groupby('name', sort=False):
@@ -1527,6 +1525,9 @@ def _probe_section(r, results, settings):
     r.section('The linear probe', 'After every so many steps of pretraining, and by the number of labels.')
     for backbone in names:
         r.figure(plot_by_steps(results, backbone), f'Probe accuracy by steps of pretraining, {backbone}.')
+    for part in [p for p in PARTS if p in settings.parts and p not in ('core', 'detection')]:
+        caption = f'Probe accuracy by steps of pretraining, {names[0]}: {part}.'
+        r.figure(plot_by_steps(results, names[0], names_of(part, settings)), caption)
     rows = [PIXELS, *(f'{names[0]}: {n}' for n in ('random', 'ImageNet', 'SimCLR', 'USCL'))]
     r.figure(plot_budgets(results, rows), 'Probe accuracy by the number of labelled clips for training.')
     r.section(
@@ -1571,6 +1572,17 @@ def plot_found(
             k = rows[i]
             show_detections(items.images[k], found[i], items[k][1], items.names, threshold=0.5, ax=ax)
     return fig
+
+
+def shown_detections(
+    run: UsclRun,  # what stages share; the detectors are trained
+    items: DetectItems = None,  # None where there is no detector
+):  # matplotlib Figure; None where there is nothing that may be shown
+    "What the last detector found, on the phantom: images of patients are not shown."
+    if items is None or run.experiment.data != 'phantom':
+        return None
+    name = detect_name(detector_starts(run)[-1], run.settings)
+    return plot_found(items, detections(run.folder / name, items))
 
 # %% ../../nbs/papers/uscl.ipynb #c030
 def uscl_report(
