@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/contrastive.html.md"""
 # %% auto #0
 __all__ = ['ContrastiveNet', 'nt_xent', 'info_nce', 'soft_cross_entropy', 'alignment', 'uniformity', 'knn_accuracy', 'pair_kinds',
            'conflict_table', 'PairMethod', 'SimCLR', 'class_logits', 'USCL', 'Supervised', 'MoCo', 'embed_clips',
-           'measure_pairs', 'PairLog', 'pair_learner', 'pretrain']
+           'measure_pairs', 'PairLog', 'pair_learner', 'StepWatch', 'pretrain']
 
 # %% ../../nbs/train/contrastive.ipynb #c003
 import inspect
@@ -583,6 +583,25 @@ def pair_learner(
         dls, net, loss_func=_no_method, lr=lr, cbs=method, opt_func=partial(OptimWrapper, opt=adam)
     )
 
+# %% ../../nbs/train/contrastive.ipynb #stepwatch
+class StepWatch(EpochEnd):
+    "Calls a function of the network and the steps done, at the end of an epoch, every so many steps."
+
+    order = 75  # before `Checkpoint`
+
+    def __init__(
+        self,
+        function,  # function (network, number of steps done); it must not train
+        every: int = 250,  # steps; the end of the last epoch counts as well
+    ):
+        self.function, self.every = function, every
+
+    def end_epoch(self):
+        n = len(self.dls.train)
+        done = (self.epoch + 1) * n
+        if done // self.every > (done - n) // self.every or self.epoch == self.n_epoch - 1:
+            self.function(_bare(self.model), done)
+
 # %% ../../nbs/train/contrastive.ipynb #c054-3
 def _bound_to(method, dls, run):
     "What decides the result of a pretraining: the method, the schedule `run`, and the data."
@@ -627,22 +646,25 @@ def _fit_in(weights, net, file):
         raise ValueError(message) from None
 
 # %% ../../nbs/train/contrastive.ipynb #c054-6
-def _train(net, dls, method, path, run, log, main):
+def _train(net, dls, method, path, run, record, cbs):
     "Train from the last checkpoint, or from the start, to the end; the history."
     checkpoint = path / 'checkpoint.pt'
     if checkpoint.exists():
         _fit_in(torch.load(checkpoint, map_location='cpu', weights_only=True)['model'], net, checkpoint)
-    epochs = range(run['epochs'])
-    ticks = iter(progress(epochs, desc=path.name) if main else epochs)
-    next(ticks, None)
     learn = pair_learner(dls, net, lr=run['lr'], wd=run['wd'])
-    record = PairLog(log, tick=lambda: next(ticks, None))
-    cbs = [AutoPrecision(run['precision']), AverageGradients(), method, CosineLR(run['warm']), record]
+    cbs = [AutoPrecision(run['precision']), AverageGradients(), method, CosineLR(run['warm']), record, *cbs]
     with learn.no_bar(), learn.no_logging():
         fit_resumable(learn, run['epochs'], run['lr'], checkpoint, run['seed'], cbs=cbs)
     return pd.DataFrame(record.history)
 
 
+def _ticks(epochs, path, main):
+    "A function that moves a progress bar on by one, in the main process."
+    ticks = iter(progress(range(epochs), desc=path.name) if main else range(epochs))
+    next(ticks, None)
+    return lambda: next(ticks, None)
+
+# %% ../../nbs/train/contrastive.ipynb #c054-7
 def _save(net, history, path):
     "Write what a finished run leaves, and remove its checkpoint."
     save_weights(net, path / 'net.safetensors')
@@ -667,6 +689,7 @@ def pretrain(
     classify: str = 'features',  # see ContrastiveNet
     warm: int = 10,  # epochs
     precision: str = 'auto',  # see AutoPrecision
+    cbs=(),  # further callbacks, such as StepWatch
 ) -> tuple:  # the ContrastiveNet, and a DataFrame with a row per epoch
     "Pretrain a backbone into a folder; called again it resumes to the same bits, or loads."
     if epochs < 1:
@@ -679,7 +702,8 @@ def pretrain(
     if (path / 'history.csv').exists():
         _fit_in(load_weights(path / 'net.safetensors'), net, path / 'net.safetensors')
     else:
-        history = _train(net, dls, method, path, run, log, main)
+        record = PairLog(log, tick=_ticks(epochs, path, main))
+        history = _train(net, dls, method, path, run, record, cbs)
         with main_first():
             if main:
                 _save(net, history, path)

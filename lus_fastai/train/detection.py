@@ -7,8 +7,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/detection.html.md"""
 # %% auto #0
 __all__ = ['FEW_OBJECTS', 'boxes_from_masks', 'DetectItems', 'busi_items', 'phantom_items', 'show_detections', 'flip_target',
            'DetectDL', 'detect_dls', 'chen_split', 'GreyTransform', 'TimmPyramid', 'fit_anchors', 'mask_rcnn',
-           'detection_losses', 'Detection', 'detection_ap', 'WarmupStepLR', 'detect_learner', 'predict_detections',
-           'DetectLog', 'train_detector', 'load_detections']
+           'detection_losses', 'Detection', 'detection_ap', 'compare_detectors', 'WarmupStepLR', 'detect_learner',
+           'predict_detections', 'DetectLog', 'train_detector', 'detector_seconds', 'load_detections']
 
 # %% ../../nbs/train/detection.ipynb #c003
 import contextlib
@@ -52,7 +52,9 @@ from ..core import DENSE, DENSE_COLORS, TableError, atomic_path, frozen_eval, pr
 from ..models.backbones import create_backbone, first_conv, gray_stem
 from ..models.transfer import copy_weights, load_weights
 from ..runs import claim_folder, weights_hash
+from ..stats.bootstrap import Difference, paired_difference
 from .callbacks import EpochEnd, fit_resumable
+from .cross_validation import BatchTimes
 from ..video import ClipError, read_clip
 
 # %% ../../nbs/train/detection.ipynb #c006
@@ -622,7 +624,7 @@ def after_loss(self: Detection):
 def average_precision(self: Detection, level):
     "Average precision of boxes or masks, computed once an epoch."
     if self.table is None:
-        table = _ap_table(self.truth, self.found, self.names, None, 0, 0)
+        table = _ap_table(self.truth, [self.found], self.names, None, 0, 0)
         self.table = table.set_index(['level', 'class', 'metric'])['value']
     return float(self.table[level, 'all', 'AP'])
 
@@ -730,44 +732,85 @@ def _interval(x):
     return np.nanpercentile(x, [2.5, 97.5]) if len(x) and not np.isnan(x).all() else (np.nan, np.nan)
 
 # %% ../../nbs/train/detection.ipynb #c033-6
-def _ap_table(truth, found, names, patients, n_boot, seed):
-    "Average precision of boxes and masks, of all classes and of each, with intervals."
+def _ap_draws(parts, names, weights):
+    "Per class ('all' first) and metric: average precision for each row of weights, and the objects."
+    each = np.stack([_weighted_ap(*p, weights) for p in parts])  # (classes, 10, draws)
+    known = ~np.isnan(each)
+    every = np.where(known.any(0), np.nansum(each, 0) / np.maximum(known.sum(0), 1), np.nan)
+    counts, out = [int(p[2].sum()) for p in parts], {}
+    classes = list(zip(names, counts, each)) if len(names) > 1 else []
+    for name, n, a in [('all', sum(counts), every), *classes]:
+        for metric, x in dict(AP=a.mean(0), AP50=a[0], AP75=a[5]).items():
+            out[name, metric] = x, n
+    return out
+
+# %% ../../nbs/train/detection.ipynb #c033-7
+def _ap_table(truth, trainings, names, patients, n_boot, seed):
+    "Average precision of boxes and masks, of all classes and of each, with intervals; mean over trainings."
     weights, n_patients = _resamples(patients, len(truth), n_boot, seed)
     rows = []
     for level in ('box', 'mask'):
-        parts = list(_matches(truth, found, names, level))
-        each = np.stack([_weighted_ap(*p, weights) for p in parts])  # (classes, 10, draws)
-        known = ~np.isnan(each)
-        every = np.where(known.any(0), np.nansum(each, 0) / np.maximum(known.sum(0), 1), np.nan)
-        counts = [int(p[2].sum()) for p in parts]
-        classes = list(zip(names, counts, each)) if len(names) > 1 else []
-        for name, n, a in [('all', sum(counts), every), *classes]:
-            for metric, x in dict(AP=a.mean(0), AP50=a[0], AP75=a[5]).items():
-                low, high = _interval(x[1:] if n_patients > 1 else [])
-                rows.append((level, name, metric, x[0], low, high, n, n_patients))
+        parts = [list(_matches(truth, found, names, level)) for found in trainings]
+        each = [_ap_draws(p, names, weights) for p in parts]
+        for (name, metric), (_, n) in each[0].items():
+            x = np.mean([draws[name, metric][0] for draws in each], 0)
+            low, high = _interval(x[1:] if n_patients > 1 else [])
+            rows.append((level, name, metric, x[0], low, high, n, n_patients))
     return pd.DataFrame(rows, columns=['level', 'class', 'metric', 'value', 'low', 'high', 'n', 'patients'])
+
+# %% ../../nbs/train/detection.ipynb #c033-8
+def _coco_trainings(truth, found):
+    "Findings of each training as arrays; ValueError where they do not fit the targets."
+    several = [found] if not len(found) or isinstance(found[0], dict) else found
+    for one in several:
+        if len(truth) != len(one) or not len(truth):
+            raise ValueError(
+                f"{len(truth)} targets and findings of {len(one)} images: one of each for every image, "
+                f"at least one"
+            )
+        if any('scores' not in d for d in one):
+            raise ValueError("findings need scores")
+    return [[_coco(d) for d in one] for one in several]
 
 # %% ../../nbs/train/detection.ipynb #c033
 def detection_ap(
     truth: list,  # a target for each image: boxes, labels, masks
-    found: list,  # the findings in each: boxes, labels, scores, masks (n, h, w), or the model's (n, 1, h, w)
+    found: list,  # the findings in each: boxes, labels, scores, masks; or such a list for each training
     names=('lesion',),  # class names, for labels from 1
     patients=None,  # whose each image is; default: each image is a patient of its own
     n_boot: int = 1000,  # resamples of patients for the interval; 0 for none
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # level, class, metric (AP, AP50, AP75), value, 95 % interval, n objects, patients
     "COCO average precision of boxes and masks, at most 100 findings an image; NaN where there is no object."
-    if len(truth) != len(found) or not len(truth):
-        raise ValueError(
-            f"{len(truth)} targets and findings of {len(found)} images: one of each for every image, "
-            f"at least one"
-        )
+    trainings = _coco_trainings(truth, found)
     if patients is not None and len(patients) != len(truth):
         raise ValueError(f"{len(patients)} patients for {len(truth)} images")
-    if any('scores' not in d for d in found):
-        raise ValueError("findings need scores")
-    truth, found = [_coco(d) for d in truth], [_coco(d) for d in found]
-    return _ap_table(truth, found, tuple(names), patients, n_boot, seed)
+    return _ap_table([_coco(d) for d in truth], trainings, tuple(names), patients, n_boot, seed)
+
+# %% ../../nbs/train/detection.ipynb #compare
+def compare_detectors(
+    truth: list,  # as for detection_ap
+    a: list,  # findings, or a list of findings for each training
+    b: list,  # of the other detector, which is subtracted
+    level: str = 'box',  # 'box' or 'mask'
+    names=('lesion',),  # class names, for labels from 1
+    patients=None,  # whose each image is; default: each image is a patient of its own
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> Difference:  # of average precision over all classes
+    "How much better one detector is than another: the paired difference over patients."
+    trainings = [_coco_trainings(truth, x) for x in (a, b)]
+    truth, n, names = [_coco(d) for d in truth], len(truth), tuple(names)
+    parts = [list(_matches(truth, found, names, level)) for one in trainings for found in one]
+
+    def precision(images, training):
+        weights = np.bincount(images, minlength=n)[None].astype(float)  # (1, images)
+        return _ap_draws(parts[training[0]], names, weights)['all', 'AP'][0][0]
+
+    numbers = [np.full(n, i) for i in range(len(parts))]  # which training, for every image
+    first = len(trainings[0])
+    who = np.arange(n) if patients is None else patients
+    return paired_difference(numbers[:first], numbers[first:], precision, np.arange(n), who, n_boot, seed)
 
 # %% ../../nbs/train/detection.ipynb #c039-1
 class WarmupStepLR(Callback):
@@ -899,6 +942,15 @@ def _build(start, backbone, n_classes, seed, kwargs):
     return mask_rcnn(backbone, n_classes, weights=start, **kwargs)
 
 
+def _detector(start, items, train, test, bs, seed, backbone, device, kwargs):
+    "Loaders, network and its arguments, anchors fitted to the training images unless given."
+    dls = detect_dls(items, train, test, bs, device=device)
+    rows = [int(i) for i in dls.train.dataset]
+    if 'anchors' not in kwargs:
+        kwargs = {**fit_anchors(items, rows, kwargs.get('size', (800, 1333))), **kwargs}
+    return dls, _build(start, backbone, len(items.names) + 1, seed, kwargs), kwargs
+
+# %% ../../nbs/train/detection.ipynb #c042-6
 def _bind(path, model, rows, run, kwargs, names):
     "Bind a folder to a start, a split, a schedule and the classes."
     of_run = dict(
@@ -930,11 +982,8 @@ def train_detector(
 ) -> pd.DataFrame:  # as detection_ap returns it, of the last epoch
     "Train a detector from one start and test it; resumes, writes `ap.csv`, `history.csv` and `found.npz`."
     path = Path(path)
-    dls = detect_dls(items, train, test, bs, device=device)
+    dls, model, kwargs = _detector(start, items, train, test, bs, seed, backbone, device, kwargs)
     rows = [[int(i) for i in dl.dataset] for dl in dls.loaders]
-    if 'anchors' not in kwargs:
-        kwargs = {**fit_anchors(items, rows[0], kwargs.get('size', (800, 1333))), **kwargs}
-    model = _build(start, backbone, len(items.names) + 1, seed, kwargs)
     run = dict(epochs=epochs, bs=bs, lr=lr, opt=opt, every=every, clip=clip, seed=seed)
     _bind(path, model, rows, run, kwargs, list(items.names))
     if (path / 'ap.csv').exists():
@@ -946,6 +995,27 @@ def train_detector(
     ap = detection_ap(truth, found, items.names, items.table['patient'].to_numpy()[rows[1]])
     _write_run(path, pd.DataFrame(log.rows), dict(zip(rows[1], found)), ap)
     return ap
+
+# %% ../../nbs/train/detection.ipynb #detector-seconds
+def detector_seconds(
+    start,  # as for train_detector
+    items: DetectItems,  # images and objects
+    train,  # as for train_detector
+    test,  # as for train_detector
+    epochs: int = 30,  # in all
+    bs: int = 2,  # images a batch
+    lr: float = 0.005,  # at the start
+    opt: str = 'sgd',  # as for detect_learner
+    every: int = 10,  # epochs between steps of the learning rate
+    seed: int = 0,  # of the network's start
+    **kwargs,  # as for mask_rcnn
+) -> float:  # seconds of all epochs
+    "Estimate how long a `train_detector` takes on this machine."
+    dls, model, _ = _detector(start, items, train, test, bs, seed, 'resnet18', None, kwargs)
+    learn, times = detect_learner(dls, model, every, opt=opt), BatchTimes()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, lr, cbs=[times])
+    return epochs * sum(len(dl) * times.median(dl is dls.train) for dl in dls.loaders)
 
 # %% ../../nbs/train/detection.ipynb #c042
 def load_detections(
