@@ -143,25 +143,68 @@ def lus_demo(
         print(f"took {duration(time.perf_counter() - start[0])}, {duration(_cpu() - start[1])} of CPU time")
         print(f"report: {report}")
 
+# %% ../nbs/cli.ipynb #settings-of
+def _settings_of(module, text):
+    "Settings of a paper from text such as 'PAPER, seeds=(0,)'; ValueError for any other text or field."
+    import ast
+    from dataclasses import fields, replace
+
+    try:
+        call = ast.parse(f'settings({text})', mode='eval').body
+        (name,) = [a.id for a in call.args] or ['DEFAULT']
+        changes = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, AttributeError, ValueError):
+        raise ValueError(
+            f"--settings is like \"PAPER, seeds=(0,)\" or \"size=(64, 64)\", not {text!r}"
+        ) from None
+    if not name.isupper() or not hasattr(module, name):
+        raise ValueError(f"--settings begins with DEFAULT, QUICK or PAPER, not {name}")
+    start = getattr(module, name)
+    if unknown := set(changes) - {f.name for f in fields(start)}:
+        raise ValueError(
+            f"{sorted(unknown)} is no setting; there is: {', '.join(f.name for f in fields(start))}"
+        )
+    return replace(start, **changes)
+
+# %% ../nbs/cli.ipynb #papers-of
+_FIVE = 'gare', 'uscl', 'cheng_lam', 'arora', 'merand'
+_REAL = dict(gare='pocus', arora='pocus')  # what real data are called there; elsewhere 'real'
+
+
+def _papers_to_do(paper, data, quick, out, resume):
+    "Each paper that is asked for, with the name of its data."
+    for name in _FIVE if paper == 'all' else (paper,):
+        kind = _REAL.get(name, data) if data == 'real' else data
+        stem = f'{name}-{kind}' + ('-quick' if quick else '')
+        if resume and (Path(out) / f'{stem}.json').exists():
+            print(f'{name}: {stem}.json is there', flush=True)
+            continue
+        yield name, kind
+
 # %% ../nbs/cli.ipynb #repro
 @call_parse
 def lus_repro(
-    paper: str,  # its module: gare, cheng_lam, arora, uscl, merand, or our own sim_to_real
-    data: str = 'phantom',  # 'phantom', or of LUS_DATA: 'pocus' for gare and arora, 'real' for the others
+    paper: str,  # its module: gare, cheng_lam, arora, uscl, merand, our own sim_to_real; or all five: all
+    data: str = 'phantom',  # 'phantom', or 'real' for those of LUS_DATA (for gare and arora also 'pocus')
     quick: bool = False,  # smaller, as in the demo
     out: str = 'results',  # folder for <paper>-<data>.json and the report
+    settings: str = None,  # such as "PAPER" or "seeds=(0,), size=(64, 64)"; default: those of the module
+    resume: bool = False,  # leave papers alone whose results are in the folder
 ):
     "Reproduce a paper: its protocol and an honest one, ours beside theirs."
 
     def kept():
         from lus_fastai.core import lus_home
 
-        return _kept(lus_home() / paper)
+        return _kept(lus_home() / ('' if paper == 'all' else paper))
 
     with _command(kept):
-        report = _reproduction(paper).reproduce(data, quick=quick, out=out)
-        if report:
-            print(f"report: {report}")  # of several processes the main one writes it
+        for name, kind in _papers_to_do(paper, data, quick, out, resume):
+            module = _reproduction(name)
+            chosen = None if settings is None else _settings_of(module, settings)
+            report = module.reproduce(kind, quick=quick, out=out, settings=chosen)
+            if report:
+                print(f"report: {report}")  # of several processes the main one writes it
 
 # %% ../nbs/cli.ipynb #audit-1
 def _table_of(name, label, patient):

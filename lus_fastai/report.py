@@ -25,7 +25,15 @@ from fastcore.basics import patch
 
 from .core import DENSE, atomic_path, shipped_folder
 from .plot import INK, PAPERS, interval_text, save_figure
-from .runs import plain_json, results_table, versions, without_folders
+from lus_fastai.runs import (
+    differences_table,
+    plain_json,
+    results_table,
+    trainings_table,
+    versions,
+    without_folders,
+)
+from .stats.figures import plot_losses
 
 # %% ../nbs/report.ipynb #template
 @cache
@@ -44,8 +52,11 @@ class Report:
         self,
         title: str,  # heading of the page
         subtitle: str = '',  # one or two sentences under it
+        results: dict = None,  # of the run, from results_json: its undertrained rows are marked in tables
     ):
         self.title, self.subtitle = title, subtitle
+        t = results_table(results or [])
+        self.undertrained = set(zip(t['protocol'][t['undertrained']], t['row'][t['undertrained']]))
         self.sections = [dict(slug='', title='', blocks=[])]  # the first one has no heading
         self.figures = self.tables = 0
 
@@ -271,10 +282,48 @@ def cells(
     "Add a table per protocol and table name: ours, its interval, and the paper's on its own data."
     for (protocol, name), part in results_table(cells).groupby(['protocol', 'table'], sort=False):
         part = part.assign(said=[_beside(row, digits) for row in part.itertuples()])
+        part['row'] += ['\n(undertrained)' if (protocol, x) in self.undertrained else '' for x in part['row']]
         wide = part.pivot(index='row', columns='column', values='said')
         wide = wide.loc[list(dict.fromkeys(part['row'])), list(dict.fromkeys(part['column']))]  # their order
         said = ' '.join(x for x in (caption, f'{name}; protocol: {protocol}.') if x)
         self.table(wide.rename_axis(index='', columns=None).fillna('–'), said, digits)
+    return self
+
+# %% ../nbs/report.ipynb #evidence
+_EVIDENCE_TEXT = (
+    'A comparison of rows is a paired difference: patients are drawn for both rows at once, and the score '
+    'is a mean over the trainings of each. A row is undertrained if its loss was still falling, if it never '
+    'found a class, or if its curve ends early; such a row supports no comparison.'
+)
+
+
+def _difference_rows(results):
+    "Paired differences as a table for people."
+    d = differences_table(results)
+    value = [f'{x.value:+.3f}\n[{x.low:+.3f}, {x.high:+.3f}]' for x in d.itertuples()]
+    said = dict(a=d['a'], b=d['b'], score=d['column'], protocol=d['protocol'], difference=value)
+    verdict = np.where(d['undertrained'], 'undertrained', '')
+    return pd.DataFrame(dict(said, p=d['p'].map('{:.3f}'.format), note=verdict)).rename(
+        columns=dict(b='minus')
+    )
+
+
+@patch
+def evidence(
+    self: Report,
+    results: dict,  # from results_json
+):  # the report
+    "Add loss curves, the verdict on each training, and the paired differences, as far as there are any."
+    self.section('Was it trained long enough, and what may be compared', _EVIDENCE_TEXT)
+    if results.get('differences'):
+        self.table(_difference_rows(results), 'Paired differences with 95 % intervals over patients.')
+    if results.get('trainings'):
+        caption = 'Training loss of each epoch: a panel for each row, a line for each seed.'
+        self.figure(plot_losses(results['trainings']), caption)
+        verdicts = trainings_table(results).reset_index().fillna('')
+        self.table(verdicts, 'Each training, and why it is undertrained, if it is.')
+    if results.get('not_run'):
+        self.text('Not run: ' + ', '.join(results['not_run']) + '.')
     return self
 
 # %% ../nbs/report.ipynb #summary

@@ -34,9 +34,7 @@ def test_class_weights_never_see_the_test_fold(labelled, tmp_path, monkeypatch):
 
     monkeypatch.setattr(gare, 'code_counts', count)
     monkeypatch.setattr(gare, 'DiceCELoss', Seen)
-    oof = gare.segment(
-        labelled, 'dense', tmp_path, settings=replace(TINY, loss='dice-ce', schedule='one-cycle', lr=1e-2)
-    )
+    oof = gare.segment(labelled, 'dense', tmp_path, settings=TINY)
     tested = [set(p) for _, p in oof.groupby('fold').patient]
     assert all(train == set(oof.patient) - test for train, test in counted)
     assert all(t in [test for _, test in counted] for t in tested)
@@ -45,9 +43,38 @@ def test_class_weights_never_see_the_test_fold(labelled, tmp_path, monkeypatch):
 
 
 def test_the_papers_row_keeps_its_loss(labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr(gare, 'DiceCELoss', lambda *a: pytest.fail('the default is plain cross-entropy'))
-    gare.segment(labelled, 'sparse', tmp_path, settings=TINY)
-    assert {s.loss for s in (gare.DEFAULT, gare.PAPER)} == {'ce'} and gare.QUICK.loss == 'dice-ce'
+    monkeypatch.setattr(gare, 'DiceCELoss', lambda *a: pytest.fail('the paper has plain cross-entropy'))
+    gare.segment(labelled, 'sparse', tmp_path, settings=TINY, recipe='paper')
+    assert 'paper' in gare.DEFAULT.recipes and gare.PAPER.recipes == ('paper',)
+    with pytest.raises(ValueError, match="recipe is one of .*'lines', 'paper'.*, not 'dice'"):
+        gare.segment(labelled, 'sparse', tmp_path, settings=TINY, recipe='dice')
+
+
+def test_the_papers_split_picks_the_epoch_by_accuracy(tmp_path):
+    tiny = replace(TINY, split_frames=4, split_epochs=3)
+    store = gare.split_frames(tiny, tmp_path)
+    people = store.frames.groupby('patient').agg(label=('label', 'first'), frames=('row', 'size'))
+    assert people.label.tolist() == ['covid'] * 3 + ['regular'] and set(people.frames) == {4}
+    assert set(store.frames.probe) == {'linear'}
+    run = tmp_path / 'run'
+    oof = gare.segment(store, 'sparse', run, 'variant', tiny, 'paper')
+    assert len(oof) == 6 * len(store.frames)
+    last = gare.last_epoch(gare.Folds(oof, oof.fold), run)
+    for k, part in oof.groupby('fold'):
+        picked, ended = (
+            gare.pixel_accuracy(gare.seg_confusions(t, by='fold')[0]) for t in (part, last[last.fold == k])
+        )
+        assert picked >= ended
+
+
+def test_the_papers_numbers_stand_beside_their_protocol_on_their_data_alone():
+    class Run:
+        data = 'pocus'
+
+    assert gare._theirs(Run, 'dense', 'clip')['accuracy'] == 0.849
+    assert gare._theirs(Run, 'dense', 'patient') is None
+    Run.data = 'phantom'
+    assert gare._theirs(Run, 'dense', 'clip') is None
 
 
 def test_a_protocol_says_what_steers_the_rate():
@@ -55,7 +82,7 @@ def test_a_protocol_says_what_steers_the_rate():
         'the last epoch counts; the learning rate follows the training loss'
     )
     assert gare.describe('frame').endswith('the learning rate follows the score on the test fold')
-    assert gare.describe('frame', gare.QUICK).endswith('the learning rate follows one cycle')
+    assert gare.describe('frame', 'one-cycle').endswith('the learning rate follows one cycle')
 
 
 class FirstScreen(HTMLParser):
