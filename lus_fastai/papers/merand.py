@@ -17,9 +17,9 @@ __all__ = ['PRETRAININGS', 'TABLE3', 'BACKBONES', 'LITE0', 'PARTS', 'CORE', 'DEF
            'chain_run', 'chain_name', 'run_folder', 'step_seconds', 'first_seconds', 'target_seconds', 'chain_seconds',
            'chain_rows', 'chain_trainings', 'target_name', 'variant_trainings', 'trainings_of', 'not_run', 'iou_cells',
            'loss_cells', 'MerandRun', 'describe', 'first_stage', 'target_stage', 'chain_row', 'chain_stage',
-           'compared_with', 'compare_stage', 'score_parts', 'reproduce', 'failed_steps', 'read_step_one', 'verdict',
-           'claims_table', 'table3_grids', 'plot_table3', 'chain_curves', 'plot_chain', 'step_points', 'plot_points',
-           'reconstructions', 'plot_reconstructions', 'plot_examples', 'plot_losses', 'merand_report']
+           'compared_with', 'compare_stage', 'score_parts', 'reproduce', 'failed_steps', 'read_step_one',
+           'table3_variant', 'claims_of', 'claims_table', 'table3_grids', 'plot_table3', 'chain_curves', 'plot_chain',
+           'step_points', 'plot_points', 'reconstructions', 'plot_reconstructions', 'plot_examples', 'merand_report']
 
 # %% ../../nbs/papers/merand.ipynb #c003
 from dataclasses import asdict, dataclass, field, replace
@@ -52,11 +52,13 @@ from ..models.classifiers import BackboneClassifier
 from ..models.segmenters import autoencoder, segmenter
 from ..models.transfer import copy_decoder, copy_encoder, load_weights, save_weights
 from lus_fastai.papers.experiment import (
+    Claim,
     Experiment,
     Training,
     data_folder,
     imagenet_available,
     settings_folder,
+    verdicts,
     without,
 )
 
@@ -70,7 +72,6 @@ from lus_fastai.runs import (
     device_name,
     differences_table,
     results_table,
-    trainings_table,
     versions,
 )
 from lus_fastai.stats.bootstrap import (
@@ -219,9 +220,7 @@ def phantom_first(
     "Radiographs of the chest phantom with their observations, drawn once."
     s, folder = settings, phantom_folder(f'merand-first-{settings.size}', cache)
     sizes = [min(_CHUNK, s.first_n - i) for i in range(0, s.first_n, _CHUNK)]
-    parts = [
-        _chest_chunk(folder / f'{k:03d}-{n}.npz', n, s.size, 1000 + k) for k, n in enumerate(sizes)
-    ]
+    parts = [_chest_chunk(folder / f'{k:03d}-{n}.npz', n, s.size, 1000 + k) for k, n in enumerate(sizes)]
     images, labels, patients = (np.concatenate(x) for x in zip(*parts))
     table = pd.DataFrame(dict(patient=patients, label='chest'))
     return _without_masks(images, table), labels.astype(np.float32)
@@ -1062,9 +1061,9 @@ def count_difference(
     metric=pooled_iou,  # or image_dice, of one class
 ) -> Difference:  # value is a minus b
     "The paired difference of two variants over patients."
-    columns, first = count_columns(names), a[0]
-    a, b = ([x.reshape(len(x), -1) for x in count_stack(t, names)] for t in (a, b))
-    return paired_difference(a, b, metric, np.zeros((len(first), len(columns))), first['patient'].tolist())
+    stack, who = count_stack([*a, *b], names), a[0]['patient'].tolist()  # (trainings of both, n, k, 3)
+    runs = [x.reshape(len(who), -1) for x in stack]
+    return paired_difference(runs[: len(a)], runs[len(a) :], metric, np.zeros(len(who)), who)
 
 # %% ../../nbs/papers/merand.ipynb #chain-1
 CHAIN = 'masks alone', 'boxes, then masks', 'masks alone, longer'  # rows of the chain
@@ -1425,7 +1424,8 @@ def _keep_target(e, name, seed, table, variant, kind, classes):
     "Store the counts of a run, its curves and its verdict."
     path, about = e.folder / name, dict(protocol=kind, row=variant.label, seed=seed)
     counts = table[count_columns(classes)].to_numpy(float).reshape(len(table), -1, 3)
-    scores = {c: pooled_iou(None, counts[:, i]) for i, c in enumerate(classes)}
+    held = [i for i in range(len(classes)) if counts[:, i, 2].any()]  # classes of the test
+    scores = {classes[i]: pooled_iou(None, counts[:, i]) for i in held}
     if kind == 'rotation':  # the same training as 'last'
         e.keep(f'{name}-picked', table, **about)
         return e.keep_curve(f'{name}-picked', _curve(path, 'fold*/history.csv'), **about, scores=scores)
@@ -1588,7 +1588,8 @@ def read_step_one(
         known = d[(d.protocol == 'first') & (d.a == label)]
         gain = f'; gain {Difference(*known.iloc[0][list(Difference._fields)])}' if len(known) else ''
         verdict = 'FAILED, so nothing is said about step 1' if label in failed else 'passed'
-        out.append(f'first step {label}: {numbers}{gain}: {verdict}')
+        verdict = verdict if len(known) else f'never compared with a trivial answer: {verdict}'
+        out.append(f'first step {label}: {numbers}{gain}; {verdict}')
     return out
 
 # %% ../../nbs/papers/merand.ipynb #read-2
@@ -1605,82 +1606,54 @@ CLAIMS = (  # text, row and column of a, row and column of b
 )
 
 
-def verdict(
-    low: float,  # of the interval of a difference; NaN where there is none
-    high: float,  # its other end
-    theirs: float,  # the paper's gain; NaN where it has no number
-) -> str:  # 'confirmed', 'reversed', 'not seen' or 'cannot tell'
-    "What an interval says about a gain that was claimed."
-    if low > 0:
-        return 'confirmed'
-    if high < 0:
-        return 'reversed'
-    return 'not seen' if high < theirs else 'cannot tell'
+def table3_variant(
+    backbone: str,  # its name
+    row: str,  # a name in PRETRAININGS
+    column: str,  # a name in COLUMNS
+) -> Variant:  # ValueError where there is no such cell
+    "The variant in a cell of Table 3."
+    arch = 'unet' if column.startswith('U-Net') else 'deeplabv3'
+    moved = 'both' if 'both' in column else 'encoder'
+    return Variant(backbone, row, arch, moved, 'imagenet' if 'ImageNet' in column else 'random')
 
 # %% ../../nbs/papers/merand.ipynb #read-3
 def _settings_of(results):
     "The settings that were stored with some results."
     return next(iter(results['protocols'].values())).get('settings', {})
 
+
+def claims_of(
+    results: dict,  # from read_results
+) -> list:  # of Claim, over the backbone of the run
+    "The paper's claims as differences of rows; theirs is the mean gain of their three backbones."
+    s, out, failed = _settings_of(results), [], failed_steps(results)
+    cells = partial(table3_variant, s.get('backbone', LITE0))
+    for text, row_a, row_b in CLAIMS:
+        a, b, gain = cells(*row_a), cells(*row_b), their_gain(row_a[0], row_b[0], (row_a[1], row_b[1]))
+        lost = [w.first_label for w in (a, b) if w.first and w.first_label in failed]
+        needs = 'a first step that beats the trivial answer' if lost else ''
+        theirs = '' if np.isnan(gain) else f'{gain:+.3f}'
+        out.append(Claim(text, theirs, gain, a.label, b.label, 'headline', 'folds', 'rotation', needs))
+    return out + _chain_claims(s.get('chain_main', DEFAULT.chain_main))
+
 # %% ../../nbs/papers/merand.ipynb #read-3-x1
-def _judged(results, d, theirs, step=''):
-    "Difference, trainings, verdict and why, of one row of differences; None where it was not run."
-    if d is None:
-        return dict(ours='–', trainings='–', verdict='cannot tell', why='not run')
-    said, why = verdict(d.low, d.high, theirs), []
-    if d.undertrained:
-        why.append('trained too little')
-    if step in failed_steps(results):
-        why.append('step 1 failed')
-    return dict(
-        ours=str(Difference(*d[list(Difference._fields)])),
-        trainings='{} and {}'.format(*d.trainings),
-        verdict='cannot tell' if why else said,
-        why=', '.join(why) or '–',
-    )
+def _chain_claims(n):
+    "The claim that boxes help, with n masks, and that it is not by mere training."
+    a, alone, longer = (chain_row('random', row, n) for row in (CHAIN[1], CHAIN[0], CHAIN[2]))
+    texts = 'boxes help on ultrasound', 'and more than as many steps on masks'
+    nothing = float('nan')  # the paper has no such number
+    pairs = zip(texts, (alone, longer))
+    return [Claim(f'{text}, {n} masks', '', nothing, a, b, 'IoU', 'chain') for text, b in pairs]
 
-
-def _found(d, **which):
-    "The row of a table of differences with these values, or None."
-    for k, v in which.items():
-        d = d[d[k] == v]
-    return d.iloc[0] if len(d) else None
-
-# %% ../../nbs/papers/merand.ipynb #read-4
-def _of_table3(backbone, row, column):
-    "The variant in a cell of Table 3."
-    arch = 'unet' if column.startswith('U-Net') else 'deeplabv3'
-    moved = 'both' if 'both' in column else 'encoder'
-    return Variant(backbone, row, arch, moved, 'imagenet' if 'ImageNet' in column else 'random')
-
-
+# %% ../../nbs/papers/merand.ipynb #read-3-x2
 def claims_table(
     results: dict,  # from read_results
-) -> pd.DataFrame:  # claim, data, theirs, ours, trainings, verdict, why
-    "The paper's claims, each with its paired difference and a verdict."
-    s, d, rows = _settings_of(results), differences_table(results), []
-    backbone = s.get('backbone', LITE0)
-    target = 'chest phantom' if results['data'] == 'phantom' else 'CCXS'
-    for text, (row_a, column_a), (row_b, column_b) in CLAIMS:
-        a, b = _of_table3(backbone, row_a, column_a), _of_table3(backbone, row_b, column_b)
-        gain = their_gain(row_a, row_b, (column_a, column_b))
-        found = _found(d, protocol='folds', a=a.label, b=b.label)
-        theirs = '–' if np.isnan(gain) else f'{gain:+.3f}'
-        judged = _judged(results, found, gain, a.first_label if a.first else '')
-        rows.append(dict(claim=text, data=target, theirs=theirs, **judged))
-    return pd.DataFrame(rows + _chain_claims(results, d, s))
-
-# %% ../../nbs/papers/merand.ipynb #read-5
-def _chain_claims(results, d, s):
-    "Rows of the claims table for the chain."
-    n = s.get('chain_main', DEFAULT.chain_main)
-    where = 'ribs of the phantom' if results['data'] == 'phantom' else 'BUSI'
-    a, alone, longer = (chain_row('random', row, n) for row in (CHAIN[1], CHAIN[0], CHAIN[2]))
-    rows = []
-    for text, b in ((f'boxes help {n} masks', alone), ('and not by more steps alone', longer)):
-        found = _found(d, protocol='chain', column='IoU', a=a, b=b)
-        rows.append(dict(claim=text, data=where, theirs='–', **_judged(results, found, np.nan)))
-    return rows
+) -> pd.DataFrame:  # as verdicts gives it
+    "The claims with their paired differences and verdicts."
+    claims = claims_of(results)
+    table = verdicts(results, claims)
+    table.loc[[bool(c.needs) for c in claims], 'verdict'] = 'cannot tell'
+    return table
 
 # %% ../../nbs/papers/merand.ipynb #heat-1
 def table3_grids(
@@ -1857,20 +1830,17 @@ def plot_examples(
 def _start_section(r, results):
     "Summary and headline numbers."
     claims = claims_table(results)
-    said = claims[claims.why != 'not run']
-    n = said.verdict.value_counts().to_dict()
+    tested = claims[claims['difference, honest'] != '']
+    n = ', '.join(f'{k} {v}' for v, k in tested.verdict.value_counts().items())
     r.summary(
         'Networks learned labels, images or boxes first and masks last, and are compared with networks that '
         'learned the masks alone, on patients that neither has seen.',
-        f'Of {len(claims)} claims {len(said)} were tested: '
-        + (', '.join(f'{v} {k}' for k, v in n.items()) or 'none')
-        + '. Each verdict is that of a paired difference over patients.',
+        f'Of {len(claims)} claims {len(tested)} were tested: {n or "none"}. '
+        'Each verdict is that of a paired difference over patients.',
         limits_note(results['data']),
     )
     r.numbers(training_card(results))
     r.table(claims.set_index('claim'), 'Claims; theirs is a mean over their three backbones.')
-    if results.get('not_run'):
-        r.text('Not run: ' + '; '.join(results['not_run']) + '.')
 
 # %% ../../nbs/papers/merand.ipynb #c035-3
 def _step_section(r, results):
@@ -1895,46 +1865,13 @@ def _table_section(r, results):
         r.figure(plot_chain(results), 'IoU by number of masks, means over seeds, 95 % interval over units.')
 
 # %% ../../nbs/papers/merand.ipynb #c035-4
-def _difference_section(r, results):
-    "All paired differences, and all scores."
-    d = differences_table(results)
-    said = [str(Difference(*x)) for x in d[list(Difference._fields)].itertuples(index=False)]
-    columns = ['protocol', 'column', 'a', 'b', 'difference', 'spread', 'undertrained']
-    shown = d.assign(difference=said)[columns]
-    r.section('Paired differences', 'a minus b, patients drawn for both at once; spread is over seeds.')
-    r.table(shown.set_index('protocol'), 'Paired differences with 95 % intervals over patients.')
+def _score_section(r, results):
+    "All scores, and what the headline leaves out."
     r.section('Scores', 'Of each row, mean over seeds.')
     for protocol, p in results['protocols'].items():
         if left := p.get('left_out'):
             r.text(f'Left out of the headline ({protocol}): {left}.')
     r.cells([c for c in results['cells'] if c['table'] in ('mean IoU', 'chain', 'loss', 'classes')])
-
-# %% ../../nbs/papers/merand.ipynb #c035-5
-def plot_losses(
-    results: dict,  # from read_results, with trainings
-):  # matplotlib Figure
-    "Training loss of every training, a panel for each protocol; dashed where it was trained too little."
-    t = pd.DataFrame(results['trainings'].values())
-    kinds = list(dict.fromkeys(t.protocol))
-    with figure_canvas(7.2, 2.2 * ceil(len(kinds) / 2)) as fig:
-        axs = fig.subplots(ceil(len(kinds) / 2), 2, squeeze=False).ravel()
-        for ax in axs[len(kinds) :]:
-            ax.set_axis_off()
-        for ax, kind in zip(axs, kinds):
-            for k, (_, runs) in enumerate(t[t.protocol == kind].groupby('row', sort=False)):
-                for losses, reasons in zip(runs.losses, runs.reasons):
-                    style, color = '--' if reasons else '-', PALETTE[k % len(PALETTE)]
-                    ax.plot(np.linspace(0, 1, len(losses)), losses, style, color=color, lw=0.8)
-            ax.set(title=kind, xlabel='share of the training', ylabel='loss')
-    return fig
-
-
-def _curve_section(r, results):
-    "Loss curves and the rule's verdicts."
-    t = trainings_table(results)
-    r.section('Trainings', 'A row that is undertrained by the rule supports no sentence.')
-    r.figure(plot_losses(results), 'Training losses; dashed: trained too little by the rule.')
-    r.table(t.reset_index(), 'Every training with the verdict of the rule.')
 
 # %% ../../nbs/papers/merand.ipynb #c035-6
 def _phantom_section(r, run):
@@ -1965,12 +1902,12 @@ def merand_report(
     "Claims, Table 3, chain, first steps, differences, curves, settings and versions, in one file."
     real = 'radiographs of COVID-19 patients (CCXS) and breast ultrasound (BUSI)'
     what = 'the phantoms' if results['data'] == 'phantom' else real
-    r = Report('Do two steps before the target help?', f'Merand & Klein 2021 on {what}.')
+    r = Report('Do two steps before the target help?', f'Merand & Klein 2021 on {what}.', results)
     _start_section(r, results)
     _table_section(r, results)
     _step_section(r, results)
     _phantom_section(r, run)
-    _difference_section(r, results)
-    _curve_section(r, results)
+    r.evidence(results)
+    _score_section(r, results)
     r.glossary(['IoU', 'Dice', 'mask', 'start', 'last epoch, best epoch', 'interval'])
     return r.provenance(results, asdict(settings)).save(path)
