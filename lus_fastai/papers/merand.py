@@ -9,9 +9,9 @@ __all__ = ['PRETRAININGS', 'TABLE3', 'BACKBONES', 'LITE0', 'PARTS', 'CORE', 'DEF
            'CHAIN', 'CLAIMS', 'StepSettings', 'MerandSettings', 'box_targets', 'phantom_first', 'reads_real',
            'first_images', 'target_images', 'lesion_images', 'StepImages', 'Split', 'target_folds', 'target_splits',
            'in_headline', 'left_out_text', 'Variant', 'variants', 'part_protocols', 'theirs', 'their_gain', 'LabelLoss',
-           'ImageLoss', 'first_network', 'first_dls', 'note_build', 'claim', 'trivial_answers', 'first_scores',
+           'ImageLoss', 'first_network', 'first_dls', 'note_build', 'bound_folder', 'trivial_answers', 'first_scores',
            'first_run', 'first_gain', 'BoxLoss', 'first_weights', 'started', 'after_boxes', 'repeated_rows',
-           'fit_masks', 'box_images', 'box_step', 'SaveLast', 'count_columns', 'count_table', 'holdout_loss',
+           'fit_steps', 'box_images', 'box_step', 'SaveLast', 'count_columns', 'count_table', 'holdout_loss',
            'rotation_epochs', 'train_fold', 'counted', 'target_run', 'count_stack', 'resampled_iou', 'run_scores',
            'pooled_iou', 'image_dice', 'count_difference', 'chain_split', 'chain_numbers', 'some_masks', 'chain_boxes',
            'chain_run', 'chain_name', 'run_folder', 'step_seconds', 'first_seconds', 'target_seconds', 'chain_seconds',
@@ -619,7 +619,7 @@ def note_build(
     write_json(Path(folder) / 'build.json', made)
 
 
-def claim(
+def bound_folder(
     path,  # of a training
     settings: StepSettings,  # of the run
     epochs: int,  # that it is to have
@@ -676,7 +676,10 @@ def first_run(
     settings: StepSettings = DEFAULT,  # sizes
 ) -> pd.DataFrame:  # patient, ours, trivial: of the third share; None for SimCLR, which has no such score
     "Train the first step and score it; a finished one is read."
-    file = claim(path, settings, variant.early or settings.first_epochs, what=variant.first_name) / 'held.csv'
+    file = (
+        bound_folder(path, settings, variant.early or settings.first_epochs, what=variant.first_name)
+        / 'held.csv'
+    )
     if file.exists() or variant.first == 'SimCLR' and (file.parent / 'fold0/history.csv').exists():
         return pd.read_csv(file) if file.exists() else None
     first, labels = images.first
@@ -768,7 +771,7 @@ def repeated_rows(
     return np.resize(np.random.default_rng(seed).permutation(np.flatnonzero(rows)), n)
 
 # %% ../../nbs/papers/merand.ipynb #fit
-def fit_masks(
+def fit_steps(
     build,  # function () -> network
     set: MaskSet,  # images and masks
     train: np.ndarray,  # (n,) bool: trained on
@@ -815,7 +818,7 @@ def box_step(
     s, boxes = settings, box_images(images, split)
     build = partial(started, variant, path, len(boxes.names), s.size)
     every = np.ones(len(boxes), bool)
-    fit_masks(build, boxes, every, every, folder, s, steps=s.box_steps, seed=seed, loss=BoxLoss())
+    fit_steps(build, boxes, every, every, folder, s, steps=s.box_steps, seed=seed, loss=BoxLoss())
     return Path(folder) / 'model.safetensors'
 
 # %% ../../nbs/papers/merand.ipynb #c025-1
@@ -932,7 +935,7 @@ def train_fold(
         nets = _rotate(build, target[split.masked], fold, seed, s)
     else:
         how = dict(steps=s.steps, seed=seed, swap=((0, 1),))
-        nets = dict(folds=fit_masks(build, target, split.masked, split.tested, fold, s, **how))
+        nets = dict(folds=fit_steps(build, target, split.masked, split.tested, fold, s, **how))
     rows, tables = np.flatnonzero(split.tested), []
     for name, net in nets.items():
         prob = predict_masks(net, target.images[rows], s.bs, s.precision)
@@ -975,7 +978,7 @@ def target_run(
     s, boxes = settings, 0 if reads_real(images.data, 'siim') else None
     splits = target_splits(images.target, protocol, seed, s, boxes)
     epochs = s.epochs if protocol == 'folds' else rotation_epochs(splits[0].masked.sum(), s)
-    path, tables = claim(path, s, epochs, what=variant.label, protocol=protocol, seed=seed), []
+    path, tables = bound_folder(path, s, epochs, what=variant.label, protocol=protocol, seed=seed), []
     for k, split in enumerate(splits):
         how = partial(train_fold, variant, protocol, split, k, seed, images, path, s)
         tables.append(counted(path / f'fold{k}' / 'counts.csv', how))
@@ -1106,7 +1109,10 @@ def chain_boxes(
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> Path:  # the weights
     "The second step of the chain: boxes around the lesions; resumes where it was stopped."
-    s, path = settings, claim(path, settings, settings.epochs, what=f'chain, {start}, boxes', seed=seed)
+    s, path = (
+        settings,
+        bound_folder(path, settings, settings.epochs, what=f'chain, {start}, boxes', seed=seed),
+    )
     file = path / 'fold0' / 'model.safetensors'
     if not file.exists() or not (path / 'fold0' / 'build.json').exists():
         set = images.lesions[chain_split(images.lesions, s).boxed]
@@ -1115,7 +1121,7 @@ def chain_boxes(
         every = np.ones(len(set), bool)
         build = partial(started, Variant(s.backbone, 'none', start=start), path, 2, s.size)
         how = dict(steps=s.box_steps, seed=seed, loss=BoxLoss())
-        fit_masks(build, boxes, every, every, path / 'fold0', s, **how)
+        fit_steps(build, boxes, every, every, path / 'fold0', s, **how)
     return file
 
 # %% ../../nbs/papers/merand.ipynb #chain-3
@@ -1129,7 +1135,7 @@ def chain_run(
     settings: MerandSettings = DEFAULT,  # sizes
 ) -> pd.DataFrame:  # counts of all tested images
     "Train on some masks and count what is predicted; resumes where it was stopped."
-    path = claim(path, settings, settings.epochs, what=f'chain, {start}, {n} masks, {row}', seed=seed)
+    path = bound_folder(path, settings, settings.epochs, what=f'chain, {start}, {n} masks, {row}', seed=seed)
     how = partial(_train_chain, row, n, start, seed, images.lesions, path, settings)
     return counted(path / 'fold0' / 'counts.csv', how)
 
@@ -1143,7 +1149,7 @@ def _train_chain(row, n, start, seed, set, path, s):
         build = partial(after_boxes, variant, file, 1, s.size)
     steps = s.chain_steps + s.box_steps * (row == 'masks alone, longer')
     rows = some_masks(split, n, seed), split.tested
-    net = fit_masks(build, set, *rows, path / 'fold0', s, steps=steps, seed=seed)
+    net = fit_steps(build, set, *rows, path / 'fold0', s, steps=steps, seed=seed)
     tested = np.flatnonzero(split.tested)
     prob = predict_masks(net, set.images[tested], s.bs, s.precision)
     return count_table(prob, set, tested, 0)
