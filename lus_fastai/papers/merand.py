@@ -1387,8 +1387,11 @@ def first_stage(
 ):
     "Score a first step beside the trivial answer, once."
     e, held, label = run.experiment, run.done[variant.first_name], variant.first_label
-    if held is None or variant.first_name in e.trainings:
+    path = e.folder / variant.first_name
+    if path in e.trained:
         return
+    if held is None:  # SimCLR has no such score
+        return e.trained.append(path)
     table = run.images.first[0].table
     describe(run, 'first', table, patient_shares(table))
     score, trivial = _TRIVIAL[variant.first]
@@ -1398,7 +1401,7 @@ def first_stage(
         e.cells.append(cell('first step', column=column, ours=sign * held[name].mean(), **row))
     e.compare(label, trivial, score, first_gain(held), protocol='first')
     kept = held.rename(columns=dict(ours='p_ours', trivial='p_trivial'))
-    e.keep(variant.first_name, kept, e.folder / variant.first_name, **row)
+    e.keep(variant.first_name, kept, path, **row)
 
 # %% ../../nbs/papers/merand.ipynb #stage-target
 def target_stage(
@@ -1465,8 +1468,19 @@ def chain_stage(
         _chain_cells(e, chain_row(start, row, n), tables, set.names)
         for name, seed, table in zip(names, s.chain_seeds, tables):
             about = dict(protocol='chain', row=chain_row(start, row, n), seed=seed)
-            e.keep(name, table, e.folder / name, **about)
+            found = pooled_iou(None, table[count_columns(set.names)].to_numpy(float))
+            e.keep(name, table, e.folder / name, **about, scores={set.names[0]: found})
+    _keep_chain_boxes(e, rows[0][0])
     _compare_chain(run, rows)
+
+# %% ../../nbs/papers/merand.ipynb #stage-chain-x2
+def _keep_chain_boxes(e, start):
+    "Store the curves of the chain's second step."
+    for seed in e.settings.chain_seeds:
+        name = chain_name(start, 'boxes', seed)
+        losses = _curve(e.folder / name, 'fold0/history.csv')
+        e.keep_curve(name, losses, protocol='chain', row=f'boxes, {start}', seed=seed)
+        e.trained.append(e.folder / name)
 
 # %% ../../nbs/papers/merand.ipynb #stage-chain-2
 def _chain_cells(e, row, tables, names):
