@@ -300,7 +300,7 @@ _EVIDENCE_TEXT = (
 def _difference_rows(results):
     "Paired differences as a table for people."
     d = differences_table(results)
-    value = [f'{x.value:+.3f}\n[{x.low:+.3f}, {x.high:+.3f}]' for x in d.itertuples()]
+    value = [f'{x.value:+.3f}\n[{x.low:+.3f},\xa0{x.high:+.3f}]' for x in d.itertuples()]
     said = dict(a=d['a'], b=d['b'], score=d['column'], protocol=d['protocol'], difference=value)
     verdict = np.where(d['undertrained'], 'undertrained', '')
     return pd.DataFrame(dict(said, p=d['p'].map('{:.3f}'.format), note=verdict)).rename(

@@ -69,6 +69,36 @@ def _rows(cells):
     return out + ['']
 
 
+def _evidence(r):
+    "Paired differences, undertrained rows, other builds, and what was not run, if there are any."
+    short = {}
+    for t in r.get('trainings', {}).values():
+        if t['reasons']:
+            short.setdefault((t['protocol'], t['row']), []).append('; '.join(t['reasons']))
+    out = []
+    if r.get('differences'):
+        out += ['### Paired differences', '', '| protocol | score | a | minus b | difference | p |']
+        out += ['|---|---|---|---|---|--:|']
+        for d in r['differences']:
+            mark = ' (undertrained)' * any((d['protocol'], d[k]) in short for k in 'ab')
+            value = f"{d['value']:+.3f} ({_cell(d['low'])} to {_cell(d['high'])}){mark}"
+            names = ' | '.join(_cell(d[k]) for k in ('protocol', 'column', 'a', 'b'))
+            out.append(f"| {names} | {value} | {_cell(d['p'])} |")
+        out.append('')
+    for (protocol, row), reasons in short.items():
+        out += [f'- Undertrained: {row}, {protocol} ({len(reasons)} trainings; {reasons[0]}).']
+    out += [''] * bool(short)
+    if len(r.get('builds', [])) > 1:
+        apart = [
+            f"{', '.join(b['trainings'])}: torch {b['torch']}, {b['device']}, {b['precision']}"
+            for b in r['builds']
+        ]
+        out += ['Trained apart: ' + '; '.join(apart) + '.', '']
+    if r.get('not_run'):
+        out += ['Not run: ' + ', '.join(r['not_run']) + '.', '']
+    return out
+
+
 def results_page(
     folder: Path,  # holds one JSON a reproduction
 ) -> str:  # a Quarto page
@@ -108,6 +138,7 @@ def results_page(
             ]
             for table in dict.fromkeys(c.get('table', '') for c in own):
                 out += [f'**{table}**', '', *_rows([c for c in own if c.get('table', '') == table])]
+        out += _evidence(r)
     return '\n'.join(out).rstrip() + '\n'
 
 

@@ -551,6 +551,26 @@ def test_results_page(docs, tmp_path):
     )
 
 
+def test_results_page_has_the_evidence(docs, tmp_path):
+    training = dict(
+        protocol='by patient', row='Dense', seed=0, epochs=9, losses=[2, 1], reasons=['still falls']
+    )
+    gap = dict(protocol='by patient', column='F1', a='Dense', b='none', value=0.1, low=-0.1, high=0.3, p=0.25)
+    build = dict(torch='2', device='cpu', precision='fp32')
+    results = dict(paper='gare', data='phantom', seeds=[0], cells=[], differences=[gap], not_run=['none-s2'])
+    results['trainings'] = {'dense-s0': training}
+    results['builds'] = [
+        dict(build, trainings=['dense-s0']),
+        dict(build, precision='bf16', trainings=['none-s0']),
+    ]
+    (tmp_path / 'gare-phantom.json').write_text(json.dumps(results), encoding='utf-8')
+    page = docs.results_page(tmp_path)
+    said = '| by patient | F1 | Dense | none | +0.100 (-0.100 to 0.300) (undertrained) | 0.250 |'
+    assert said in page and '- Undertrained: Dense, by patient (1 trainings; still falls).' in page
+    assert 'Trained apart: dense-s0: torch 2, cpu, fp32; none-s0: torch 2, cpu, bf16.' in page
+    assert 'Not run: none-s2.' in page
+
+
 # commands
 
 
