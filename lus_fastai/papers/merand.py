@@ -126,7 +126,7 @@ class StepSettings(Settings):
     size: int = 128  # height and width of all images
     bs: int = 8  # images a batch, of boxes and masks
     first_n: int = 5000  # images of the first step, where the chest phantom stands in
-    first_bs: int = 32  # images a batch of the first step
+    first_bs: int = 16  # images a batch of the first step
     first_epochs: int = 20  # of the first step
     first_lr: float = 3e-3  # Adam, peak of one cycle
     boxes_n: int = 30  # images of the target that are given to the second step, where SIIM is not read
@@ -163,7 +163,7 @@ class MerandSettings(StepSettings):
 # settings that say which trainings are asked for, and change nothing of what is trained
 _WHICH = 'parts backbone backbones rows seeds early chain_seeds chain_masks chain_main common'.split()
 _tiny = dict(backbone='test_resnet', backbones=(), seeds=(0,), early=(1,), chain_seeds=(0,), size=64)
-_short = dict(first_n=240, first_bs=16, first_epochs=4, box_steps=20, steps=40, epochs=5)
+_short = dict(first_n=240, first_epochs=4, box_steps=20, steps=40, epochs=5)
 DEFAULT = MerandSettings()
 QUICK = MerandSettings(
     **_tiny,
