@@ -109,7 +109,8 @@ class GareSettings(Settings):
     precision: str = 'fp32'  # 'auto', 'bf16' or 'fp32', see AutoPrecision
     folds: int = 3
     seeds: tuple = (0, 1, 2)  # of folds, weights and batches; leaky protocols use the first one alone
-    recipes: tuple = ('lines', 'paper')  # of the segmenters; the classifiers start from the first one
+    recipe: str = 'lines'  # of the segmenters that the classifiers start from: 'lines' or 'paper'
+    parts: tuple = ('core', 'paper')  # what is trained; the results name the rest
     seg_patients: int = 36  # phantom patients with pixel labels
     seg_frames: int = 6  # frames of each
     seg_lr: float = 5e-3  # peak of the recipe 'lines'
@@ -125,8 +126,10 @@ class GareSettings(Settings):
     cls_patience: int = 2
 
     def __post_init__(self):
-        if unknown := set(self.recipes) - {'lines', 'paper'}:
-            raise ValueError(f"recipes are of 'lines', 'paper'; {sorted(unknown)} is not known")
+        if self.recipe not in ('lines', 'paper'):
+            raise ValueError(f"recipe is 'lines' or 'paper', not {self.recipe!r}")
+        if unknown := set(self.parts) - {'core', 'paper'}:
+            raise ValueError(f"parts are of 'core', 'paper'; {sorted(unknown)} is not known")
 
 # %% ../../nbs/papers/gare.ipynb #c008a
 DEFAULT = GareSettings()
@@ -135,7 +138,7 @@ QUICK = GareSettings(
     bs=8,
     lr=1e-2,
     seeds=(0,),
-    recipes=('lines',),
+    parts=('core',),
     seg_lr=1e-2,
     seg_patients=48,
     seg_frames=3,
@@ -146,7 +149,7 @@ QUICK = GareSettings(
     cls_epochs=14,
 )
 QUICK_REAL = replace(QUICK, size=(96, 96), clip_frames=6)
-PAPER = GareSettings(size=(624, 464), width=64, bn=False, precision='auto', recipes=('paper',), seg_epochs=50)
+PAPER = GareSettings(size=(624, 464), width=64, bn=False, precision='auto', recipe='paper', seg_epochs=50)
 
 # %% ../../nbs/papers/gare.ipynb #c010-1
 def _labelled(s, cache, name, seed, frames, **which):
@@ -466,36 +469,39 @@ def classification_cells(
 def run_folder(
     settings: GareSettings,  # sizes
     cache=None,  # default lus_home()
-) -> Path:  # one folder per settings, whatever their seeds and recipes
+) -> Path:  # one folder per settings, whatever their seeds and parts
     "Where the runs of some settings keep their checkpoints."
-    return settings_folder('gare', without(settings, 'seeds', 'recipes'), cache=cache)
+    return settings_folder('gare', without(settings, 'seeds', 'recipe', 'parts'), cache=cache)
 
 # %% ../../nbs/papers/gare.ipynb #c030-2x0
 _STARTS = 'dense', 'sparse', 'none'
 
 
 def plan_segmenters(
-    settings: GareSettings,  # seeds and recipes
-    quick: bool = False,  # without the paper's own split
-) -> list:  # of (recipe, labels, protocol, seed), in the order in which they are trained
-    "Dense and sparse labels under each recipe and seed, folds by patient; then the paper's split, once."
-    honest = [(r, l, 'patient', s) for r in settings.recipes for s in settings.seeds for l in _STARTS[:2]]
-    return honest + [('paper', l, 'variant', settings.seeds[0]) for l in _STARTS[:2] if not quick]
+    settings: GareSettings,  # seeds and parts
+) -> list:  # of (recipe, labels, protocol, seed)
+    "Core: both kinds of labels, folds by patient, each seed. Paper: its recipe, and once its own split."
+    s, labels = settings, _STARTS[:2]
+    plan = [(s.recipe, l, 'patient', seed) for seed in s.seeds for l in labels]
+    if 'paper' in s.parts:
+        plan += [('paper', l, 'patient', seed) for seed in s.seeds for l in labels]
+        plan += [('paper', l, 'variant', s.seeds[0]) for l in labels]
+    return list(dict.fromkeys(plan))
 
 
 def plan_classifiers(
-    settings: GareSettings,  # seeds
-    quick: bool = False,  # one leaky row instead of all
+    settings: GareSettings,  # seeds and parts
 ) -> list:  # of (start, protocol, seed)
-    "All starts and seeds by patient; of the leaky protocols one seed."
+    "Core: all starts by patient, each seed, and one leaky row. Paper: all starts by clip, once."
     first = settings.seeds[0]
-    honest = [(start, 'patient', seed) for seed in settings.seeds for start in _STARTS]
-    return honest + [(x, 'clip', first) for x in _STARTS if not quick] + [('dense', 'frame', first)]
+    plan = [(start, 'patient', seed) for seed in settings.seeds for start in _STARTS]
+    plan += [('dense', 'frame', first)]
+    return plan + [(start, 'clip', first) for start in _STARTS if 'paper' in settings.parts]
 
 # %% ../../nbs/papers/gare.ipynb #c030-2
 def _new_run(kind, quick, out, cache, settings):
     "The Experiment of some data: 'phantom', 'pocus' or 'own-...'."
-    data, trained = kind.split('-')[0], (plan_segmenters(settings, quick), plan_classifiers(settings, quick))
+    data, trained = kind.split('-')[0], (plan_segmenters(settings), plan_classifiers(settings))
     return Experiment(
         'gare',
         'Gare et al. 2021',
@@ -575,7 +581,7 @@ def _seconds(arguments, *of):
 def _classifier_trainings(data, settings, plan):
     "A Training for each classifier of a plan; its start is the best fold of a segmenter of the same seed."
     for start, protocol, seed in plan:
-        source = f'seg-{settings.recipes[0]}-{start}-patient-s{seed}'
+        source = f'seg-{settings.recipe}-{start}-patient-s{seed}'
         of = (data.clips(protocol), _codes(start))
         yield Training(
             f'cls-{data.kind}-{start}-{protocol}-s{seed}',
@@ -696,15 +702,24 @@ def _compare_rows(run, tables, a, b, protocol):
 # %% ../../nbs/papers/gare.ipynb #c030-5
 def gare_trainings(
     data: GareData,  # frames and clips
-    quick: bool = False,  # the demo's
+    settings: GareSettings,  # seeds and parts
 ) -> list:  # of Training, in the order in which they are trained
-    "Everything that a run trains: segmenters first, then the classifiers that start from them."
-    s = data.settings
-    segmenters, classifiers = plan_segmenters(s, quick), plan_classifiers(s, quick)
-    first = [*_segmenter_trainings(data, s, segmenters), *_classifier_trainings(data, s, classifiers)]
+    "Everything that a run trains: what the core needs first, the paper's protocols last."
+    segmenters, classifiers = plan_segmenters(settings), plan_classifiers(settings)
+    first = [
+        *_segmenter_trainings(data, settings, segmenters),
+        *_classifier_trainings(data, settings, classifiers),
+    ]
     return sorted(first, key=lambda t: ('-variant-' in t.name or '-clip-' in t.name, 'seg-paper' in t.name))
 
 
+def _not_run(data, settings):
+    "Names of the trainings of the parts that these settings leave out."
+    there = {t.name for t in gare_trainings(data, settings)}
+    everything = gare_trainings(data, replace(settings, parts=('core', 'paper')))
+    return [t.name for t in everything if t.name not in there]
+
+# %% ../../nbs/papers/gare.ipynb #reproduce
 def reproduce(
     data='phantom',  # what is classified: 'phantom', 'pocus', or a clip table of your own
     quick: bool = False,  # the demo's sizes and fewer protocols
@@ -718,13 +733,14 @@ def reproduce(
         settings = DEFAULT if not quick else QUICK if kind == 'phantom' else QUICK_REAL
     run, data = _new_run(kind, quick, out, cache, settings), GareData(data, settings, cache)
     run.stage('clips and frames')
-    trained = run.train(gare_trainings(data, quick))
+    trained = run.train(gare_trainings(data, settings))
     run.stage('tables and figures')
-    segmented = _add_segmenters(run, trained, plan_segmenters(settings, quick))
-    classified = _add_classifiers(run, data, trained, plan_classifiers(settings, quick))
+    segmented = _add_segmenters(run, trained, plan_segmenters(settings))
+    classified = _add_classifiers(run, data, trained, plan_classifiers(settings))
     classified = _add_classification_cells(run, data, classified)
     _compare_segmenters(run, segmented)
     _compare_classifiers(run, classified)
+    run.not_run = [] if quick else _not_run(data, settings)
     report = gare_report(run.html, run.save(), data, segmented, classified, run.folder)
     run.log.done()
     return report
@@ -826,7 +842,7 @@ def _first_screen(r, results, labelled, oof, settings):
 # %% ../../nbs/papers/gare.ipynb #c032d
 def _segmentation(r, results, data, segmented, runs):
     "Held-out frames with their masks, and IoU of dense and sparse labels."
-    recipe, seed, labelled = data.settings.recipes[0], data.settings.seeds[0], data.labelled
+    recipe, seed, labelled = data.settings.recipe, data.settings.seeds[0], data.labelled
     r.section(
         'What the segmenter learnt',
         'Frames of phantom patients whom the network has not seen: the frame, the true '

@@ -45,7 +45,7 @@ def test_class_weights_never_see_the_test_fold(labelled, tmp_path, monkeypatch):
 def test_the_papers_row_keeps_its_loss(labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(gare, 'DiceCELoss', lambda *a: pytest.fail('the paper has plain cross-entropy'))
     gare.segment(labelled, 'sparse', tmp_path, settings=TINY, recipe='paper')
-    assert 'paper' in gare.DEFAULT.recipes and gare.PAPER.recipes == ('paper',)
+    assert 'paper' in gare.DEFAULT.parts and gare.PAPER.recipe == 'paper'
     with pytest.raises(ValueError, match="recipe is one of .*'lines', 'paper'.*, not 'dice'"):
         gare.segment(labelled, 'sparse', tmp_path, settings=TINY, recipe='dice')
 
