@@ -307,7 +307,7 @@ def _difference_rows(results):
         columns=dict(b='minus')
     )
 
-
+# %% ../nbs/report.ipynb #evidence-2
 @patch
 def evidence(
     self: Report,

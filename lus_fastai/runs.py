@@ -552,7 +552,7 @@ def trainings_table(
 
 _DIFFERENCE = ('protocol', 'column', 'a', 'b', 'value', 'low', 'high', 'p', 'spread', 'trainings')
 
-
+# %% ../nbs/runs.ipynb #trainings-table-2
 def differences_table(
     results: dict,  # from read_results
 ) -> (

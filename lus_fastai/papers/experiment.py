@@ -218,7 +218,7 @@ def _train_one(self, t):
             write_json(note, dict(seconds=round(time.perf_counter() - start, 1)))
     return result
 
-
+# %% ../../nbs/papers/experiment.ipynb #train-2
 @patch
 def train(
     self: Experiment,
@@ -253,7 +253,7 @@ def _write_table(file, table):
         how = dict(method='gzip', mtime=0)  # the same bytes whenever it is written
         table[kept].to_csv(tmp, index=False, float_format='%.5g', compression=how)
 
-
+# %% ../../nbs/papers/experiment.ipynb #keep-2
 @patch
 def keep(
     self: Experiment,
@@ -290,7 +290,7 @@ def _note_build(builds, name, build):
             return
     builds.append(dict(build, trainings=[name]))
 
-
+# %% ../../nbs/papers/experiment.ipynb #keep-curve-2
 @patch
 def keep_curve(
     self: Experiment,

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 
 from ..core import CLASSES, DENSE, DENSE_TO_SPARSE, SPARSE, frozen_eval, lus_home, real_data
 from ..data.audit import nearest_frame
@@ -323,7 +323,7 @@ def _segmentation_run(store, labels, protocol, s, recipe, seed):
         collect=PixelCounts(n, best_by='accuracy' if copies else 'mean IoU'),
     )
 
-
+# %% ../../nbs/papers/gare.ipynb #c019a-2
 def segment(
     store: FrameStore,  # with masks
     labels: str,  # 'dense' or 'sparse'
@@ -433,7 +433,7 @@ def segmentation_cells(
     merged = _pixel_cells(tables, SPARSE, protocol, 'segmentation', MERGED, DENSE_TO_SPARSE)
     return merged + _pixel_cells(tables, DENSE, protocol, 'dense codes', 'dense')
 
-
+# %% ../../nbs/papers/gare.ipynb #c027-2-2
 def fold_cells(
     table: pd.DataFrame,  # from segment
     labels: str,  # 'dense', which is merged, or 'sparse'
@@ -543,11 +543,23 @@ class GareData:
     def with_linear(self):
         return clips_to_classify(self.data, self.settings, self.cache, linear=True)
 
-    def masks(self, protocol):
-        return self.split if protocol == 'variant' else self.labelled
+# %% ../../nbs/papers/gare.ipynb #data-of
+@patch
+def masks(
+    self: GareData,
+    protocol: str,  # 'patient' or 'variant'
+) -> FrameStore:  # with masks
+    "The labelled frames of a protocol."
+    return self.split if protocol == 'variant' else self.labelled
 
-    def clips(self, protocol):
-        return self.with_linear if protocol == 'clip' and self.kind == 'pocus' else self.convex
+
+@patch
+def clips(
+    self: GareData,
+    protocol: str,  # 'patient', 'clip' or 'frame'
+) -> FrameStore:  # to classify
+    "The clips of a protocol: the paper's has those of linear probes too."
+    return self.with_linear if protocol == 'clip' and self.kind == 'pocus' else self.convex
 
 # %% ../../nbs/papers/gare.ipynb #c030-3
 def _codes(start):
@@ -570,7 +582,7 @@ def _segmenter_trainings(data, settings, plan):
 def _train_segmenter(of, protocol, settings, recipe, seed, path):
     return segment(*of, path, protocol, settings, recipe, seed)
 
-
+# %% ../../nbs/papers/gare.ipynb #c030-3-2
 def _seconds(arguments, *of):
     "The estimate of a cross_validate whose arguments a function makes."
     run = arguments(*of)
@@ -616,7 +628,7 @@ def _add_segmenters(run, trained, plan):
         run.cells += segmentation_cells(of_row, labels, where) + fold_cells(of_row[0], labels, where)
     return tables
 
-
+# %% ../../nbs/papers/gare.ipynb #c030-4-2
 def segmentation_protocol(
     recipe: str,  # a name from RECIPES
     protocol: str,  # 'patient' or 'variant'
@@ -688,7 +700,7 @@ def _compare_classifiers(run, tables):
             if (a, protocol) in tables and (b, protocol) in tables:
                 _compare_rows(run, tables, a, b, protocol)
 
-
+# %% ../../nbs/papers/gare.ipynb #comparisons-2
 def _compare_rows(run, tables, a, b, protocol):
     "Two rows by frames that are right, and by the balanced accuracy of patients."
     of_a, of_b, where = tables[a, protocol], tables[b, protocol], f'classification by {protocol}'

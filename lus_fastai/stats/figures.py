@@ -277,7 +277,7 @@ def _loss_panel(ax, name, trainings):
     ax.set_title(f'{name}\n(undertrained)' if short else name, size=9)
     ax.tick_params(labelsize=8)
 
-
+# %% ../../nbs/stats/figures.ipynb #losses-2
 def plot_losses(
     trainings: dict,  # of a results file: name -> protocol, row, losses, reasons
     ncols: int = 4,  # panels side by side

@@ -518,15 +518,23 @@ class PixelCounts:
         pred = _checked_logits(logits, self.n, 'PixelCounts').argmax(1)
         return _pixel_confusion(pred, targ.long(), self.n).cpu().numpy()
 
-    def score(self, table):
-        return float(mean_iou(self._counts(table)))
+# %% ../../nbs/train/callbacks.ipynb #pixel-counts-score
+@patch
+def score(self: PixelCounts, table):
+    "Mean IoU of all rows of a table."
+    return float(mean_iou(self._counts(table)))
 
-    def rank(self, table):
-        "What the best epoch is best by."
-        return self.score(table) if self.best_by == 'mean IoU' else float(pixel_accuracy(self._counts(table)))
 
-    def _counts(self, table):
-        return table[self.columns].to_numpy().sum(0).reshape(self.n, self.n)
+@patch
+def rank(self: PixelCounts, table):
+    "What the best epoch is best by."
+    return self.score(table) if self.best_by == 'mean IoU' else float(pixel_accuracy(self._counts(table)))
+
+
+@patch
+def _counts(self: PixelCounts, table):
+    "The confusion of all pixels, (n, n)."
+    return table[self.columns].to_numpy().sum(0).reshape(self.n, self.n)
 
 # %% ../../nbs/train/callbacks.ipynb #predict-table
 def predict_table(

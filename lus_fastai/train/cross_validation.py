@@ -12,11 +12,11 @@ __all__ = ['FoldLog', 'content_hash', 'learner_facts', 'cross_validate', 'BatchT
 import gc
 import hashlib
 import json
+import statistics
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -126,7 +126,7 @@ def _score(self: FoldLog, rows):
     table = self.valid.reset_index(drop=True).join(predictions)
     return self.collect.score(table), self.collect.rank(table)
 
-
+# %% ../../nbs/train/cross_validation.ipynb #fold-log-score-2
 @patch
 def end_epoch(self: FoldLog):
     "Score the epoch, and keep it if it is the selected or the last one."
@@ -365,10 +365,15 @@ class BatchTimes(Callback):
         if len(seconds) >= self.most:
             raise (CancelTrainException if self.training else CancelValidException)()
 
-    def median(self, training):
-        "Of the batches after the first; of the first, if there is no other."
-        seconds = self.seconds[training]
-        return median(seconds[1:] or seconds)
+# %% ../../nbs/train/cross_validation.ipynb #batch-median
+@patch
+def median(
+    self: BatchTimes,
+    training: bool,  # of the training batches; else of those of validation
+) -> float:  # seconds
+    "Of the batches after the first; of the first, if there is no other."
+    seconds = self.seconds[training]
+    return statistics.median(seconds[1:] or seconds)
 
 # %% ../../nbs/train/cross_validation.ipynb #training-seconds
 def training_seconds(

@@ -5,9 +5,11 @@ import json
 import random
 import threading
 import warnings
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -166,12 +168,25 @@ def test_stills_and_classes_are_dealt_apart():
     ).all()
 
 
-def test_reproduction_end_to_end_and_again(tmp_path, monkeypatch):
+@pytest.fixture
+def tiny():
     from lus_fastai.papers import arora
 
-    tiny = arora.AroraSettings(
-        nets=(arora.Net('tf_efficientnet_lite0', 48, 1),), max_frames=2, folds=2, patients=6
+    return arora.AroraSettings(
+        nets=(arora.Net('tf_efficientnet_lite0', 48, 2),),
+        late=(),
+        parts=('core', 'fan crop', 'shortcuts', 'gray stem', 'new samples'),
+        max_frames=2,
+        folds=2,
+        patients=6,
+        seeds=(0,),
+        steps=2,
     )
+
+
+def test_reproduction_end_to_end_and_again(tmp_path, monkeypatch, tiny):
+    from lus_fastai.papers import arora
+
     report = arora.reproduce(out=tmp_path / 'out', cache=tmp_path / 'home', settings=tiny)
     results = json.loads((tmp_path / 'out/arora-phantom.json').read_text())
     assert {c['table'] for c in results['cells']} == {
@@ -181,19 +196,90 @@ def test_reproduction_end_to_end_and_again(tmp_path, monkeypatch):
         'external',
         'attention',
         'shortcuts',
+        'neighbours',
+        'class images',
+        'inversion',
     }
-    assert set(arora.RUNS) - {'source'} <= set(results['protocols'])
+    assert all(c['theirs'] is None for c in results['cells'])  # the paper's numbers are of other frames
+    assert set(arora.RUNS) - {*arora.QUESTIONS} <= set(results['protocols']) | {'source'}
+    assert results['not_run'] == [f'questions ({arora.PARTS["questions"]})']
+    jobs = {j.name for j in arora.arora_jobs(tiny)}
+    assert set(results['trainings']) | {n for n in jobs if 'source' in n} == jobs
+    kept = {f.name.removesuffix('.csv.gz') for f in (tmp_path / 'out/arora-phantom').iterdir()}
+    assert kept == set(results['trainings'])
+    looked = {(d['protocol'], d['column']) for d in results['differences']}
+    assert {(p, c) for p in ('patient', 'fan crop') for c in arora.LOOKED} <= looked
     assert results['protocols']['patient']['weights of tf_efficientnet_lite0'] == 'ImageNet'
-    heat = {
-        c['column']: c['ours']
-        for c in results['cells']
-        if c['table'] == 'attention' and c['protocol'] == 'patient'
-    }
-    assert 0 < heat['heat'] <= 1 and 0 < heat['area'] < 1
+    shares = [c['ours'] for c in results['cells'] if c['table'] == 'attention']
+    assert all(0 <= s <= 1 for s in shares)
     html = report.read_text()
-    assert 'Covid-Net' in html and html.count('<svg') >= 6 and str(tmp_path) not in html
+    assert 'Covid-Net' in html and html.count('<svg') >= 11 and str(tmp_path) not in html
     monkeypatch.setattr(training, 'fit_resumable', lambda *a, **k: pytest.fail('nothing is trained twice'))
-    monkeypatch.setattr(arora, 'start', lambda net: 'ImageNet')
-    arora.reproduce(out=tmp_path / 'out', cache=tmp_path / 'home', settings=tiny)
-    again = json.loads((tmp_path / 'out/arora-phantom.json').read_text())
-    assert again['cells'] == results['cells'] and again['hours'] == results['hours']
+    monkeypatch.setattr(arora, 'looks', lambda *a, **k: pytest.fail('no map is made twice'))
+    core = replace(tiny, parts=('core', 'fan crop'))
+    arora.reproduce(out=tmp_path / 'core', cache=tmp_path / 'home', settings=core)
+    again = json.loads((tmp_path / 'core/arora-phantom.json').read_text())
+    assert len(again['not_run']) == 4  # no `late` network in these settings
+    runs = set(again['protocols']) - {'external'}
+    same = [
+        c for c in results['cells'] if c['protocol'] in runs and c['table'] in ('classification', 'attention')
+    ]
+    assert same == [c for c in again['cells'] if c['table'] in ('classification', 'attention')]
+
+
+def test_three_seeds_make_other_folds_and_one_mean(tiny):
+    from lus_fastai.papers import arora
+    from lus_fastai.toys import toy_predictions
+
+    names = [j.name for j in arora.arora_jobs(replace(tiny, parts=('core',), seeds=(0, 1, 2)))]
+    assert len(set(names)) == 6 and names[:2] == [n for n in names if n.endswith('-s0')]
+    one, two = toy_predictions(seed=0), toy_predictions(seed=0)
+    p = [c for c in two if c.startswith('p_')]
+    two[p] = two[p[::-1]].to_numpy()
+    both, each = arora.mean_areas([one, two]), [arora.mean_areas([t]) for t in (one, two)]
+    assert both.value.to_numpy() == pytest.approx(np.mean([e.value for e in each], 0))
+
+
+def test_going_on_starts_from_the_network_of_the_held_out_fold(tmp_path, tiny):
+    from lus_fastai.papers import arora
+
+    run = arora.arora_run('phantom', tiny, False, tmp_path, tmp_path / 'home')
+    jobs = {j.run: j for j in arora.arora_jobs(replace(tiny, parts=('new samples',)))}
+    first = arora.job_training(run, jobs['old samples'])
+    path = run.experiment.folder / first.name
+    table = first.train(path)
+    parts = arora.job_parts(run, jobs['new and old, head alone'])
+    assert arora.job_training(run, jobs['new and old, head alone']).needs == (first.name,)
+    folds = parts['folds']
+    assert folds.fold.tolist() == table.fold.tolist()
+    for k in folds.numbers:
+        dls = parts['data'](folds.train(k), folds.test(k))
+        learn = parts['build'](dls)
+        held = arora.fold_loader(path, tiny.nets[0])(k).state_dict()
+        assert all(torch.equal(v, held[n]) for n, v in learn.model.state_dict().items())
+        assert not any(p.requires_grad for p in learn.model.backbone.parameters())
+        assert all(p.requires_grad for p in learn.model.head.parameters())
+    old = arora.job_parts(run, jobs['old samples'])
+    dls = old['data'](folds.train(0), folds.test(0))
+    assert set(dls.train_ds.items['arrival']) == {'old'}
+
+
+def test_upper_left_is_read_and_cured():
+    from lus_fastai.explain.attribution import saliency
+    from lus_fastai.papers import arora
+
+    torch.manual_seed(1)
+    paper = covidnet('vgg16', channels=1, weights=None)
+    x = torch.rand(1, 1, 224, 224)
+    left = arora.quadrant_shares(saliency(paper, x, 0))[0]
+    whole = arora.quadrant_shares(saliency(arora.whole_map(paper), x, 0))[0]
+    assert left[0] > 0.5 and left[3] < 0.1
+    assert whole == pytest.approx([0.25] * 4, abs=0.06)
+    x[:, :, -4:, -4:] = 0.5  # no cell that is read reaches so far
+    with frozen_eval(paper), torch.no_grad():
+        changed = torch.rand(1, 1, 4, 4)
+        other = x.clone()
+        other[:, :, -4:, -4:] = changed
+        assert torch.allclose(paper(x), paper(other), atol=1e-6)
+        cured = arora.whole_map(paper).eval()
+        assert not torch.allclose(cured(x), cured(other), atol=1e-6)
