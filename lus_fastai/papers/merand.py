@@ -361,11 +361,11 @@ def _row_order(key):
 def _heat_panel(ax, grid, title, colors, limits):
     "A heat map with its numbers; a missing one is white."
     values = np.ma.masked_invalid(grid.to_numpy(float))
-    ax.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect='auto')
+    image = ax.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect='auto')
     for (i, j), v in np.ndenumerate(values.filled(np.nan)):
         if np.isfinite(v):
-            middle = abs((v - limits[0]) / (limits[1] - limits[0]) - 0.5) < 0.3
-            ax.text(j, i, f'{v:.0f}', ha='center', va='center', size=6.5, color=INK if middle else 'white')
+            light = np.mean(image.to_rgba(v)[:3]) > 0.5
+            ax.text(j, i, f'{v:.0f}', ha='center', va='center', size=6.5, color=INK if light else 'white')
     ax.set_xticks(range(len(grid.columns)), grid.columns, rotation=60, ha='right', size=6.5)
     ax.set_title(title, size=9)
     ax.tick_params(length=0)
