@@ -94,7 +94,9 @@ class Experiment:
         self.name, self.paper, self.data, self.settings = name, paper, data, settings
         self.folder, suffix = Path(folder), '-quick' if quick else ''
         self.file = Path(out) / f'{stem or f"{name}-{data}"}{suffix}'
-        self.command = command or f"lus_repro {name} --data {data}{' --quick' if quick else ''}"
+        changed = '' if quick else repr(settings).partition('(')[2].removesuffix(')')
+        options = ' --quick' if quick else f' --settings "{changed}"' if changed else ''
+        self.command = command or f'lus_repro {name} --data {data}{options}'
         self.seeds = list(settings.seeds) if hasattr(settings, 'seeds') else [settings.seed]
         self.cells, self.protocols, self.trained, self.quick = [], {}, [], quick
         self.trainings, self.differences, self.builds, self.not_run = {}, [], [], []
