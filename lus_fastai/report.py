@@ -33,7 +33,6 @@ from lus_fastai.runs import (
     versions,
     without_folders,
 )
-from .stats.figures import plot_losses
 
 # %% ../nbs/report.ipynb #template
 @cache
@@ -314,6 +313,8 @@ def evidence(
     results: dict,  # from results_json
 ):  # the report
     "Add loss curves, the verdict on each training, and the paired differences, as far as there are any."
+    from lus_fastai.stats.figures import plot_losses  # brings fastai
+
     self.section('Was it trained long enough, and what may be compared', _EVIDENCE_TEXT)
     if results.get('differences'):
         self.table(_difference_rows(results), 'Paired differences with 95 % intervals over patients.')

@@ -73,6 +73,12 @@ def settings_folder(
     name = settings_hash((PHANTOM_VERSION, content))  # other clips, other runs
     return Path(cache or lus_home()) / paper / (f'{data}-{name}' if data else name)
 
+# %% ../../nbs/papers/experiment.ipynb #options
+def _options(settings, quick):
+    "What was typed after the name of the data."
+    changed = repr(settings).partition('(')[2].removesuffix(')')
+    return ' --quick' if quick else f' --settings "{changed}"' if changed else ''
+
 # %% ../../nbs/papers/experiment.ipynb #e031
 class Experiment:
     "A run of a paper's reproduction: settings, folder, protocols and cells, written as one JSON file."
@@ -94,9 +100,7 @@ class Experiment:
         self.name, self.paper, self.data, self.settings = name, paper, data, settings
         self.folder, suffix = Path(folder), '-quick' if quick else ''
         self.file = Path(out) / f'{stem or f"{name}-{data}"}{suffix}'
-        changed = '' if quick else repr(settings).partition('(')[2].removesuffix(')')
-        options = ' --quick' if quick else f' --settings "{changed}"' if changed else ''
-        self.command = command or f'lus_repro {name} --data {data}{options}'
+        self.command = command or f'lus_repro {name} --data {data}{_options(settings, quick)}'
         self.seeds = list(settings.seeds) if hasattr(settings, 'seeds') else [settings.seed]
         self.cells, self.protocols, self.trained, self.quick = [], {}, [], quick
         self.trainings, self.differences, self.builds, self.not_run = {}, [], [], []
