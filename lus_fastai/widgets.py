@@ -787,7 +787,7 @@ def _show(self: FanEditor, fan, text=None):
 def _state(self: FanEditor, text=None):
     "Say whether the fan on the screen is saved, or `text`."
     row = self.table.loc[self.clip.value]
-    saved = _same(_fan(row), self.fan)
+    saved = self.fan is not None and self.fan == _fan(row)
     self.revert.disabled, self.save.disabled = saved, False
     how = dict(hand='saved, edited by hand', found='saved, found by image analysis')
     self._say(text or (how[row['fan_by'] or 'found'] if saved else 'edited, not saved'))
@@ -853,7 +853,7 @@ def _save(self: FanEditor, button=None):
     i, file = self.clip.value, fans_file(self.path)
     if not self.shown or self.fan is None:
         return
-    text, by = json.dumps(self.fan.to_dict()), 'found' if _same(self._found, self.fan) else 'hand'
+    text, by = json.dumps(self.fan.to_dict()), 'found' if self.fan == self._found else 'hand'
     try:
         _write_fan(self.path, _keys(self.table.loc[[i]], self.path)[0], text, by)
     except OSError as e:
@@ -891,8 +891,3 @@ def _draw(self: FanEditor):
     frame = Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR)
     self.image.value = _png(_outlined(np.asarray(frame), fan.resize(size)))
     self.caption.value = self._facts()
-
-# %% ../nbs/widgets.ipynb #c028
-def _same(a, b):
-    "Whether both are fans, and the same one."
-    return a is not None and b is not None and a.to_dict() == b.to_dict()

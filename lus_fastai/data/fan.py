@@ -158,7 +158,7 @@ def cropped(self: Fan):  # Fan
 @patch
 def to_dict(self: Fan):
     "The fan as what JSON can hold."
-    numbers = {k: round(float(v), 4) for k, v in asdict(self).items() if k not in ('kind', 'size')}
+    numbers = {k: float(v) for k, v in asdict(self).items() if k not in ('kind', 'size')}
     return dict(kind=self.kind, size=list(self.size)) | numbers
 
 
