@@ -35,11 +35,13 @@ from lus_fastai.models.backbones import *
 from lus_fastai.models.unet import *
 from lus_fastai.models.segmenters import *
 from lus_fastai.models.classifiers import *
+from lus_fastai.models.stages import *
 from lus_fastai.train.losses import *
 from lus_fastai.train.callbacks import *
 from lus_fastai.train.cross_validation import *
 from lus_fastai.train.fold_models import *
 from lus_fastai.train.fine_tuning import *
+from lus_fastai.train.clip_heads import *
 from lus_fastai.train.segmentation import *
 from lus_fastai.train.contrastive import *
 from lus_fastai.train.semi_supervised import *
