@@ -10,6 +10,7 @@ from lus_fastai.stats.classification import *
 from lus_fastai.stats.curves import *
 from lus_fastai.stats.segmentation import *
 from lus_fastai.stats.calibration import *
+from lus_fastai.stats.conformal import *
 from lus_fastai.stats.figures import *
 from lus_fastai.synth.phantom import *
 from lus_fastai.synth.shapes import *
@@ -52,6 +53,7 @@ from lus_fastai.explain.occlusion import *
 from lus_fastai.explain.feature_visualization import *
 from lus_fastai.explain.sanity_checks import *
 from lus_fastai.explain.embeddings import *
+from lus_fastai.predict import *
 from lus_fastai.report import *
 from lus_fastai.widgets import *
 from lus_fastai.cli import *

@@ -244,13 +244,14 @@ def create_backbone(
     name: str = 'resnet18',  # 'vgg16' or 'resnet18' of torchvision, 'resnext50' (32x4d), or any model of timm
     channels: int = 1,  # 3 (three copies of a grey frame), or 1
     weights=None,  # None to start from scratch, 'imagenet', or a file or dictionary of the backbone's weights
-) -> nn.Module:  # (b, channels, h, w) -> (b, n_features); has n_features, pretrained and normalize
+) -> nn.Module:  # gives (b, n_features); has n_features, name, channels, normalize and pretrained
     "A network without its classifier; warns, and starts from scratch, where ImageNet's weights fail to load."
     if channels not in (1, 3):
         raise ValueError(f"channels is 1 or 3, not {channels}")
     net, n_features = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
     weights = _weights_or_warning(net, name, weights)
     net.n_features, net.pretrained = n_features, weights is not None
+    net.name, net.channels = name, channels
     return _start(net, weights, channels)
 
 # %% ../../nbs/models/backbones.ipynb #c039-4
