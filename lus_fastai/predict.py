@@ -11,6 +11,7 @@ __all__ = ['NOT_A_DEVICE', 'ClipPrep', 'Prepared', 'Familiar', 'fit_familiar', '
 # %% ../nbs/predict.ipynb #imports
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -165,6 +166,8 @@ def _check(self: ClipModel):
         raise ValueError(f"pooling is 'logits' or 'probabilities', not {self.pooling!r}")
     if self.scores is not None and list(self.scores) != list(self.classes):
         raise ValueError(f"scores of classes {list(self.scores)} for a model of {list(self.classes)}")
+    if self.familiar is not None and not isinstance(self.nets[0], StageClassifier):
+        raise ValueError("what is familiar is told from the features of a StageClassifier")
     size, channels = self.prep.size, input_channels(self.nets[0])
     with torch.no_grad():
         outputs = [net(torch.zeros(1, channels, size, size)).shape[1] for net in self.nets]
