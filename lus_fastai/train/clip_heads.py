@@ -87,7 +87,10 @@ def _raw_linear(x, label, weight, c):
     linear = LogisticRegression(C=c / x.shape[1], max_iter=5000)
     linear.fit((x - mean) / deviation, label, sample_weight=weight)
     coef = linear.coef_ / deviation
-    return coef, linear.intercept_ - coef @ mean
+    bias = linear.intercept_ - coef @ mean
+    if len(coef) > 1:
+        return coef, bias
+    return np.concatenate([0 * coef, coef]), np.r_[0, bias]  # two classes: the first has logit 0
 
 
 def _split_stages(x, channels):
@@ -109,8 +112,8 @@ class StageHead(ClassifierMixin, BaseEstimator):
 
     def fit(self, X, y, sample_weight=None):
         self.classes_ = np.unique(np.asarray(y, str))
-        if len(self.classes_) < 3:
-            raise ValueError(f"three classes or more, got {list(self.classes_)}")
+        if len(self.classes_) < 2:
+            raise ValueError(f"two classes or more are needed, got {list(self.classes_)}")
         stages = _split_stages(X, self.channels)
         parts = [_raw_linear(x, y, sample_weight, self.c) for x in stages]
         self.coef_ = np.concatenate([coef for coef, _ in parts], 1) / len(parts)  # (classes, n)
