@@ -6,7 +6,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/clip_heads.html.md"""
 
 # %% auto #0
 __all__ = ['spread_positions', 'spread_frames', 'frame_vectors', 'clip_vectors', 'class_and_patient_weights', 'StageHead',
-           'with_head', 'fit_weighted', 'cross_fit', 'repeated_cross_fit', 'stacked_vectors', 'AttentionHead']
+           'with_head', 'fit_weighted', 'predict_held_out', 'cross_fit', 'repeated_cross_fit', 'stacked_vectors',
+           'AttentionHead']
 
 # %% ../../nbs/train/clip_heads.ipynb #imports
 import numpy as np
@@ -154,7 +155,7 @@ def fit_weighted(
     name = f'{head.steps[-1][0]}__sample_weight' if isinstance(head, Pipeline) else 'sample_weight'
     return head.fit(x, label, **{name: weight})
 
-# %% ../../nbs/train/clip_heads.ipynb #oof
+# %% ../../nbs/train/clip_heads.ipynb #held-out
 def _filled(p, known, classes):
     "Probabilities of all classes; those that training did not have get none."
     out = np.zeros((len(p), len(classes)))
@@ -162,27 +163,39 @@ def _filled(p, known, classes):
     return out
 
 
+def predict_held_out(
+    head,  # any classifier of scikit-learn; it is cloned
+    x: np.ndarray,  # (clips, n) from clip_vectors, or (clips, k, n) for AttentionHead
+    table: pd.DataFrame,  # of these clips
+    held: np.ndarray,  # (clips,) bool: which are answered; the others are trained on
+    weights=None,  # function of the training rows, such as class_and_patient_weights
+    by: str = 'patient',  # column that must not be cut; LeakError where it is
+) -> pd.DataFrame:  # the rows that were held out, with frame (0) and p_<class>
+    "Fit on some clips, answer the others."
+    if len(x) != len(table):
+        raise ValueError(f"{len(x)} vectors for a table of {len(table)} clips")
+    assert_disjoint(table[~held], table[held], by)
+    weight = None if weights is None else weights(table[~held])
+    fitted = fit_weighted(clone(head), x[~held], table['label'][~held].astype(str).to_numpy(), weight)
+    classes = sorted(table['label'].astype(str).unique())
+    p = _filled(fitted.predict_proba(x[held]), fitted.classes_, classes)
+    return table[held].assign(frame=0, **{f'p_{c}': p[:, i] for i, c in enumerate(classes)})
+
+# %% ../../nbs/train/clip_heads.ipynb #oof
 def cross_fit(
-    head,  # any classifier of scikit-learn; it is cloned for each fold
+    head,  # any classifier of scikit-learn
     x: np.ndarray,  # (clips, n) from clip_vectors, or (clips, k, n) for AttentionHead
     folds: Folds,  # of the table of these clips
     weights=None,  # function of the training rows, such as class_and_patient_weights
     by: str = 'patient',  # column that no fold may cut
 ) -> pd.DataFrame:  # the table with fold, frame (0) and p_<class>
-    "Predictions of clips out of fold; LeakError for a patient in two folds."
+    "Predictions of clips out of fold."
     check_folds(folds)
-    if len(x) != len(folds.table):
-        raise ValueError(f"{len(x)} vectors for a table of {len(folds.table)} clips")
-    label, classes = folds.table['label'].astype(str), sorted(folds.table['label'].astype(str).unique())
-    p = np.empty((len(x), len(classes)))
+    parts = []
     for k in folds.numbers:
         held = (folds.fold == k).to_numpy()
-        assert_disjoint(folds.table[~held], folds.table[held], by)
-        weight = None if weights is None else weights(folds.table[~held])
-        fitted = fit_weighted(clone(head), x[~held], label[~held].to_numpy(), weight)
-        p[held] = _filled(fitted.predict_proba(x[held]), fitted.classes_, classes)
-    columns = {f'p_{c}': p[:, i] for i, c in enumerate(classes)}
-    return folds.table.assign(fold=folds.fold, frame=0, **columns)
+        parts.append(predict_held_out(head, x, folds.table, held, weights, by).assign(fold=k))
+    return pd.concat(parts).loc[folds.table.index]
 
 # %% ../../nbs/train/clip_heads.ipynb #repeat
 def repeated_cross_fit(
