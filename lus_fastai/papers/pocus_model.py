@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 from sklearn.dummy import DummyClassifier
 
-from ..core import CLASSES
+from ..core import CLASSES, real_data
 from ..data.fan import add_fans, fan_crop
 from ..data.folds import Folds, patient_folds
-from ..data.sources import index_source
+from ..data.sources import find_source, index_source
 from ..models.stages import StageClassifier, StageFeatures
 
 # %% ../../nbs/papers/pocus_model.ipynb #imports-b
@@ -392,17 +392,26 @@ def _coverage_cells(tables, protocol):
     return cells
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-signs
-def _sign_cells(run, x, channels, table):
+def _sign_cells(run, x, channels, table, where='signs', protocol='patient'):
     "AUC of every sign that enough patients have; returns those that are found beyond doubt."
     found = []
     for sign in [s for s in SIGNS if s in table]:
         r = sign_scores(sign, x, channels, table, run.settings)
         if r is None:
             continue
-        run.cells.append(cell('signs', sign, 'AUC', r['auc'], (r['low'], r['high']), protocol='patient'))
-        run.cells += [cell('signs', sign, k, r[k], protocol='patient') for k in ('clips', 'patients')]
+        run.cells.append(cell(where, sign, 'AUC', r['auc'], (r['low'], r['high']), protocol=protocol))
+        run.cells += [cell(where, sign, k, r[k], protocol=protocol) for k in ('clips', 'patients')]
         found += [sign] if r['low'] > 0.5 else []
     return tuple(found)
+
+
+def _blues_cells(run, cache):
+    "The same heads for the lines of COVID-BLUES, where many patients have them; nothing of it ships."
+    s, table = run.settings, add_fans(index_source('blues', real_data()))
+    table, x, channels = vectors_of(table, s, cache)
+    words = 'honest: five folds by patient of COVID-BLUES'
+    run.protocol('BLUES', words, patient_folds(table, s.folds), clips=len(table))
+    _sign_cells(run, x, channels, table, 'signs on COVID-BLUES', 'BLUES')
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-card
 def _data_sentence(data, table):
@@ -462,6 +471,8 @@ def reproduce(
         _keep_and_compare(run, tables, protocol)
         run.cells += _coverage_cells(tables[SHIPPED], protocol)
     signs = _sign_cells(run, x, channels, table)
+    if data != 'phantom' and find_source('blues', real_data()):
+        _blues_cells(run, cache)
     oof = rows['patient'][SHIPPED][0]
     model = finished_model(oof, x, channels, signs, s)
     _write_model(run, model, oof[_licensed(oof)])
