@@ -41,7 +41,7 @@ from ..predict import ClipModel, ClipPrep, fit_familiar, save_model
 from ..report import Report, limits_note, model_card
 from ..runs import Settings, cell, results_table
 from ..stats.bootstrap import auc, patient_interval
-from ..stats.calibration import calibrate, ece, ece_by_chance, fit_temperature
+from ..stats.calibration import calibrate, ece, evaluate_forecasts, fit_temperature
 from ..stats.classification import class_probabilities, compare_classifiers, evaluate, pred_classes
 from ..stats.conformal import conformal_coverage, conformal_scores
 from ..stats.figures import plot_comparison
@@ -227,14 +227,14 @@ def nested_predictions(
     return pd.concat(parts).loc[folds.table.index]
 
 # %% ../../nbs/papers/pocus_model.ipynb #cells
-def _calibration_cells(tables, row, protocol):
-    "ECE with and without a temperature of the other folds, and the mean AUC: means over the draws."
-    warm = [calibrate(t)[0] for t in tables]
-    mean_auc = np.mean([[auc(t['label'] == c, t[f'p_{c}']) for c in pred_classes(t)] for t in tables])
-    values = {'ECE': np.mean(list(map(ece, tables))), 'ECE, with temperature': np.mean(list(map(ece, warm)))}
-    values['ECE, by chance'] = np.mean([ece_by_chance(t, n=50) for t in tables])
-    values['AUC, mean over classes'] = mean_auc
-    return [cell('scores', row, k, float(v), protocol=protocol) for k, v in values.items()]
+def _forecast_cells(tables, row, protocol):
+    "AUC of each class, and calibration before and after a temperature of the other folds: means over draws."
+    scores = evaluate_forecasts(tables, ['clip'])
+    names = scores.metric.map(dict(auc='AUC', ece='ECE', ece_by_chance='ECE, by chance'))
+    columns = names + scores['class'].map(lambda c: '' if c == 'all' else f' {c}')
+    warm = float(np.mean([ece(calibrate(t)[0]) for t in tables]))
+    with_temperature = cell('scores', row, 'ECE, with temperature', warm, protocol=protocol)
+    return [*cells_of(scores, columns, 'scores', row, protocol), with_temperature]
 
 
 def candidate_cells(
@@ -247,7 +247,7 @@ def candidate_cells(
     wanted = scores.metric.isin(['accuracy', 'balanced_accuracy', 'recall'])
     scores = scores[wanted & ~((scores.metric == 'recall') & (scores['class'] == 'all'))]
     columns = score_columns(scores).str.replace(' by clip', '')
-    return cells_of(scores, columns, 'scores', row, protocol) + _calibration_cells(tables, row, protocol)
+    return cells_of(scores, columns, 'scores', row, protocol) + _forecast_cells(tables, row, protocol)
 
 # %% ../../nbs/papers/pocus_model.ipynb #signs
 SIGNS = ('effusion', 'consolidations', 'b_lines', 'a_lines', 'pleural_irregularities')
@@ -437,7 +437,7 @@ def _card_facts(run, model, table):
     )
 
 
-_CARD_COLUMNS = 'accuracy', 'balanced accuracy', 'ECE, with temperature', 'AUC, mean over classes'
+_CARD_COLUMNS = 'accuracy', 'balanced accuracy', 'ECE, with temperature', 'AUC'
 _LICENCE = (
     'CC BY-NC-SA 4.0 for the fitted layer, as the strictest of the files it was fitted on; '
     'Apache-2.0 for the frozen network (EfficientNet-Lite0, trained on ImageNet by the authors of TensorFlow)'
