@@ -274,7 +274,7 @@ def _is_clip(path):
     with open(path, 'rb') as f:
         return f.read(132)[128:] == b'DICM'
 
-
+# %% ../nbs/cli.ipynb #predict-files-2
 def _clip_files(names):
     "The clips that are named, and those below folders, sorted and without hidden files; each file once."
     files = {}
@@ -367,10 +367,10 @@ def _answers(model, files, heat, as_json):
             answers.append(answer)
     return answers, failures
 
-
+# %% ../nbs/cli.ipynb #predict-extras
 def _write_extras(model, answers, failures, map, report, say):
     "The video of the one clip and the page of all, as far as they are wanted."
-    from lus_fastai.clip_report import clip_report, heat_video
+    from lus_fastai.clip_report import answer_report, heat_video
 
     if map and answers and answers[0].prepared is None:
         print(f'no map: {answers[0].refused[0]}', file=sys.stderr)
@@ -378,7 +378,7 @@ def _write_extras(model, answers, failures, map, report, say):
         heat_video(model, answers[0].path, map)
         say(f'map: {map}')
     if report:
-        say(f'report: {clip_report(model, answers, report, failures)}')
+        say(f'report: {answer_report(model, answers, report, failures)}')
 
 # %% ../nbs/cli.ipynb #predict-command
 @call_parse

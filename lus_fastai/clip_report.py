@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/clip_report.html.md"""
 
 # %% auto #0
 __all__ = ['timeline', 'file_m_mode', 'printable', 'plot_answer', 'plot_seen', 'plot_timeline', 'plot_m_mode', 'heat_video',
-           'answer_words', 'clip_report']
+           'answer_words', 'answer_report']
 
 # %% ../nbs/clip_report.ipynb #imports
 import math
@@ -286,7 +286,7 @@ def _written(draw, x, y, text, size, width, fill=235):
         text = text[:-2] + '…'
     draw.text((x, y), text, fill=(fill, fill, fill), font=_font(size))
 
-
+# %% ../nbs/clip_report.ipynb #video-legend-2
 def _legend(maps, k, width):
     "The rows below a frame: the class and its probability, the colours, and what it is not."
     from PIL import Image, ImageDraw
@@ -505,7 +505,7 @@ def _summary(report, model, answers, names, failures):
     report.table(table, f'{len(rows)} clips. {NOT_A_DEVICE}', digits=2)
 
 # %% ../nbs/clip_report.ipynb #page
-def clip_report(
+def answer_report(
     model: ClipModel,  # that gave the answers
     answers,  # an Answer, or a list of them; their files are read again
     out,  # an .html file; its folder is made when it is missing

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.special import softmax
 
-from lus_fastai.clip_report import clip_report, file_m_mode, heat_video, timeline
+from lus_fastai.clip_report import answer_report, file_m_mode, heat_video, timeline
 from lus_fastai.core import CLASSES
 from lus_fastai.data.fan import Fan
 from lus_fastai.models.stages import StageClassifier, StageFeatures
@@ -392,7 +392,7 @@ def test_a_clip_that_has_gone_is_still_reported(model, clip, tmp_path):
     shutil.copy(clip, gone)
     answer = model.predict(gone)
     gone.unlink()
-    page = clip_report(model, answer, tmp_path / 'out.html').read_text()
+    page = answer_report(model, answer, tmp_path / 'out.html').read_text()
     assert 'The rest could not be shown: ' in page and 'no such file' in page
 
 
@@ -408,8 +408,8 @@ def test_a_page_opens_without_a_network_and_fits_a_phone(model, model_file, clip
     judge = load_model(model_file)
     answers = [judge.predict(p) for p in (odd, tmp_path / 'still.png', tmp_path / 'grey.png')]
     one, many = tmp_path / 'one.html', tmp_path / 'many.html'
-    clip_report(judge, answers[0], one)
-    clip_report(judge, answers, many, [('broken.mp4', f'it ends {"early" * 40}')])
+    answer_report(judge, answers[0], one)
+    answer_report(judge, answers, many, [('broken.mp4', f'it ends {"early" * 40}')])
     said, asked = [], []
     with api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
