@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def run(monkeypatch, capsys, tmp_path, model_file):
     def call(*args, model=model_file):
         script = tmp_path / 'lus_predict.py'
         code = 'from lus_fastai.cli import lus_predict\nstatus = lus_predict()'
+        monkeypatch.setattr(warnings, 'formatwarning', warnings.formatwarning)  # commands have their own
         monkeypatch.setattr(sys, 'argv', ['lus_predict', *map(str, args), '--model', str(model)])
         names = dict(__name__='__main__', __file__=str(script))
         capsys.readouterr()
