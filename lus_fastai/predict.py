@@ -32,7 +32,7 @@ from .models.transfer import Weights, load_weights
 from .stats.calibration import apply_temperature
 from .stats.conformal import prediction_sets
 from .train.clip_heads import spread_positions
-from .video import Clip, resize_frame, sample_clip, sample_times
+from .video import Clip, colour_share, resize_frame, sample_clip, sample_times
 
 # %% ../nbs/predict.ipynb #prep
 @dataclass(frozen=True)
@@ -232,9 +232,7 @@ def to_dict(self: Answer) -> dict:  # what JSON can hold
     shown = dict(path=self.path, label=self.label, likely=list(self.likely))
     shown['probabilities'] = {k: round(float(v), 4) for k, v in self.probabilities.items()}
     shown['findings'] = {k: round(float(v), 4) for k, v in self.findings.items()}
-    shown['uncertainty'] = (
-        None if self.refused and not len(self.probabilities) else round(self.uncertainty, 4)
-    )
+    shown['uncertainty'] = round(self.uncertainty, 4) if len(self.probabilities) else None
     return shown | dict(refused=self.refused, cautions=self.cautions, note=NOT_A_DEVICE)
 
 # %% ../nbs/predict.ipynb #answer-text
@@ -281,10 +279,17 @@ def _set(self: ClipModel, p):
     return tuple(self.classes[i] for i in order if inside[i]) or (self.classes[order[0]],)
 
 # %% ../nbs/predict.ipynb #doubts
+_COLOURED = 0.02  # share of coloured pixels above which a clip is refused; grey clips have next to none
+
+
 @patch
-def _doubts(self: ClipModel, prepared, likely):
+def _doubts(self: ClipModel, prepared, likely, path):
     "Reasons to refuse a clip, and reasons for caution."
     refused, cautions = [], []
+    if path is not None:
+        share = colour_share(path, prepared.fan.mask() if prepared.fan else None)
+        if share > _COLOURED:
+            refused.append(f'{share:.0%} of it is coloured: a photograph, or colour Doppler')
     if self.familiar is not None:
         net = self.nets[0]
         with torch.no_grad():
@@ -327,7 +332,8 @@ def predict(
     rows.insert(0, 'time', prepared.times)
     where = self.heat(prepared.images, self.classes[int(p.argmax())]) if heat else None
     shown = pd.Series(p, self.classes), likely, pd.Series(signs, self.findings, dtype=float), rows
-    return Answer(path, *shown, *self._doubts(prepared, likely), prepared, where)
+    doubts = self._doubts(prepared, likely, None if isinstance(clip, Clip) else clip)
+    return Answer(path, *shown, *doubts, prepared, where)
 
 # %% ../nbs/predict.ipynb #heat
 @patch
@@ -361,9 +367,8 @@ def architecture(
     "What it takes to build a network again before its weights are loaded."
     kinds = {StageClassifier: 'stages', BackboneClassifier: 'backbone', CovidNet: 'covidnet'}
     if type(net) not in kinds:
-        raise ValueError(
-            f"a {type(net).__name__} cannot be built again from a file: {list(kinds.values())} can"
-        )
+        can = ', '.join(k.__name__ for k in kinds)
+        raise ValueError(f"a {type(net).__name__} cannot be built again from a file; {can} can")
     kind = kinds[type(net)]
     if kind == 'stages':
         f = net.features
