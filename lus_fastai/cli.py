@@ -331,17 +331,24 @@ def _asked(model, path, heat):
         return None, f'{type(e).__name__}: {e}'
 
 # %% ../nbs/cli.ipynb #predict-print
+def _print_line(text, file):
+    "Print one line, with codes for what cannot be seen or is not in the encoding of the output."
+    from lus_fastai.clip_report import printable
+
+    code = getattr(file, 'encoding', None) or 'utf-8'
+    print(printable(text).encode(code, 'backslashreplace').decode(code), file=file, flush=True)
+
+
 def _print_outcome(path, answer, reason, before, as_json):
     "One line for a clip: answers on stdout, faults on stderr, and JSON of both on stdout."
     from json import dumps
 
-    from lus_fastai.clip_report import printable
     from lus_fastai.predict import NOT_A_DEVICE
 
     if answer is None:
-        print(f'{before}{printable(path)}: {printable(reason)}', file=sys.stderr, flush=True)
+        _print_line(f'{before}{path}: {reason}', sys.stderr)
     elif not as_json:
-        print(printable(f'{before}{path}: {_in_words(answer)}'), flush=True)
+        _print_line(f'{before}{path}: {_in_words(answer)}', sys.stdout)
     if as_json:
         fault = dict(path=str(path), error=reason, note=NOT_A_DEVICE)
         print(dumps(answer.to_dict() if answer else fault, allow_nan=False), flush=True)
@@ -373,7 +380,7 @@ def _write_extras(model, answers, failures, map, report, say):
     from lus_fastai.clip_report import answer_report, heat_video
 
     if map and answers and answers[0].prepared is None:
-        print(f'no map: {answers[0].refused[0]}', file=sys.stderr)
+        _print_line(f'no map: {answers[0].refused[0]}', sys.stderr)
     elif map and answers:
         heat_video(model, answers[0].path, map)
         say(f'map: {map}')
@@ -400,7 +407,7 @@ def lus_predict(
 
         judge = load_model(model)
         answers, failures = _answers(judge, files, report is not None, json)
-        say = partial(print, file=sys.stderr if json else sys.stdout)
+        say = partial(_print_line, file=sys.stderr if json else sys.stdout)
         _write_extras(judge, answers, failures, map, report, say)
         if answers and not json:
             print(NOT_A_DEVICE)

@@ -183,6 +183,7 @@ def plot_seen(
 def plot_timeline(
     over_time: pd.DataFrame,  # of timeline
     counted=(),  # times of the frames that count for the answer, which get a larger mark
+    signs=(),  # names of those that are no classes, which get broken lines
 ):  # matplotlib Figure
     "Probabilities over the time of a clip, a line for each class and sign."
     names = [c.removeprefix('p_') for c in over_time.columns[1:]]
@@ -192,7 +193,7 @@ def plot_timeline(
         ax = fig.subplots()
         for i, name in enumerate(names):
             p, look = over_time[f'p_{name}'], dict(color=PALETTE[i % 6], marker=MARKERS[i % 6])
-            ax.plot(t, p, ms=3, lw=1.4, ls='-' if i < 6 else '--', **look, label=_plain(name))
+            ax.plot(t, p, ms=3, lw=1.4, ls='--' if name in signs else '-', **look, label=_plain(name))
             ax.plot(t[large], p[large], ms=7, ls='', **look)
         ax.set(xlabel='time (s)', ylabel='probability', ylim=(-0.03, 1.03))
         ax.grid(axis='y')
@@ -363,7 +364,7 @@ def answer_words(
     "The answer in words, with its reasons, refusals and cautions."
     sets = model.scores is not None
     if answer.refused:
-        first = f'I do not know: the clip is refused, since {"; and ".join(answer.refused)}.'
+        first = f'I do not know. The clip is refused: {"; ".join(answer.refused)}.'
     elif answer.label is None:
         first = f'I do not know: at {model.level:.0%} it may be any of {", ".join(answer.likely)}.'
     elif sets:
@@ -433,7 +434,7 @@ def _over_the_clip(report, answer, frame, strip, over_time):
         if strip is not None and strip.times[-1] > over_time['time'].iloc[-1] + 1:
             last, end = over_time['time'].iloc[-1], strip.times[-1]
             said += f' Of this long clip the network looked at the first {last:.0f} of {end:.0f} seconds.'
-        report.figure(plot_timeline(over_time, answer.prepared.times), said)
+        report.figure(plot_timeline(over_time, answer.prepared.times, answer.findings.index), said)
     if strip is not None and strip.image.shape[1] > 1:
         said = 'M-mode: the grey values along the middle beam of the fan (orange), over all frames. '
         said += 'Sand below the pleura: it slides (seashore sign). Lines all the way down: it does not '
@@ -451,7 +452,8 @@ def _clip_blocks(report, model, answer, name):
         report.figure(plot_answer(answer), f'Probabilities: {printable(", ".join(said))}.')
     if answer.prepared is not None:
         seen, output = len(answer.prepared.images), printable(answer.probabilities.idxmax())
-        said = f'What the network saw: frames cut to the fan and resized, {min(seen, _COLUMNS)} of {seen}.'
+        cut = 'cut to the fan and ' if answer.prepared.fan else ''
+        said = f'What the network saw: frames {cut}resized, {min(seen, _COLUMNS)} of {seen}.'
         shown = replace(answer, heat=None) if answer.refused else answer
         if shown.heat is not None:
             said += f' Below, where they speak for {output} (orange) or against it (blue).'

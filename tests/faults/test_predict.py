@@ -285,6 +285,18 @@ def test_a_name_that_is_no_text(run, clip, tmp_path):
     assert 'udcff' in (tmp_path / 'out.html').read_text()
 
 
+def test_an_output_that_has_no_such_letters(run, clip, tmp_path, monkeypatch):
+    import io
+
+    shutil.copy(clip, tmp_path / f'{ODD[2]}.mp4')
+    narrow = io.TextIOWrapper(io.BytesIO(), 'ascii')
+    monkeypatch.setattr(sys, 'stdout', narrow)
+    status, _, err = run(tmp_path / f'{ODD[2]}.mp4')
+    assert status == 0, err
+    narrow.seek(0)
+    assert '\\U0001fac1' in narrow.read()
+
+
 def some_clips(folder, frames):
     "Clips that are unusual, but clips."
     tall = np.zeros((6, 320, 180), np.uint8)
@@ -311,7 +323,7 @@ def test_odd_clips_are_answered_or_refused(run, frames, tmp_path):
     for name in ('grey', 'tiny'):
         assert rows[name]['label'] is None and 'no fan was found' in rows[name]['refused'][0], rows[name]
     page = (tmp_path / 'out.html').read_text()
-    assert 'the clip is refused' in page and 'A single frame' in page
+    assert 'The clip is refused: ' in page and 'A single frame' in page
 
 
 def test_a_map_of_what_has_none(run, frames, tmp_path):
