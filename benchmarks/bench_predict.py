@@ -3,6 +3,8 @@
 import os
 
 os.environ['OMP_NUM_THREADS'] = '1'
+if hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # decoding would take all cores
 
 import resource
 import tempfile

@@ -339,6 +339,12 @@ def _print_line(text, file):
     print(printable(text).encode(code, 'backslashreplace').decode(code), file=file, flush=True)
 
 
+def _print_progress(k, n):
+    "How many clips are done, where somebody looks and the answers go elsewhere."
+    if sys.stderr.isatty():
+        print(f'\r{k}/{n}', end='\n' if k == n else '', file=sys.stderr, flush=True)
+
+# %% ../nbs/cli.ipynb #predict-outcome
 def _print_outcome(path, answer, reason, before, as_json):
     "One line for a clip: answers on stdout, faults on stderr, and JSON of both on stdout."
     from json import dumps
@@ -352,12 +358,6 @@ def _print_outcome(path, answer, reason, before, as_json):
     if as_json:
         fault = dict(path=str(path), error=reason, note=NOT_A_DEVICE)
         print(dumps(answer.to_dict() if answer else fault, allow_nan=False), flush=True)
-
-
-def _print_progress(k, n):
-    "How many clips are done, where somebody looks and the answers go elsewhere."
-    if sys.stderr.isatty():
-        print(f'\r{k}/{n}', end='\n' if k == n else '', file=sys.stderr, flush=True)
 
 # %% ../nbs/cli.ipynb #predict-all
 def _answers(model, files, heat, as_json):
