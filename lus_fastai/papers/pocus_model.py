@@ -513,10 +513,8 @@ def _data_sentence(data, table):
 def _card_results(results):
     "What the card says was measured: of the procedure of choosing, and of the head that came out."
     t, texts = results_table(results), {}
-    for row, note in (
-        (NESTED, 'choice included'),
-        (SHIPPED, 'this head, picked with these patients in view'),
-    ):
+    notes = {NESTED: 'choice included', SHIPPED: 'this head, picked with these patients in view'}
+    for row, note in notes.items():
         for r in t[(t.table == 'scores') & (t.row == row) & t.column.isin(_CARD_COLUMNS)].itertuples():
             texts[f'{r.column} by {r.protocol}, {note}'] = interval_text(r.ours, r.low, r.high)
     for r in t[(t.table == 'refused')].itertuples():
