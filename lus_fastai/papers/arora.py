@@ -9,17 +9,16 @@ __all__ = ['PROTOCOLS', 'SPLITS', 'COMPARED', 'LOOKED', 'THEIR_CONFUSIONS', 'THE
            'adam', 'QUADRANTS', 'METHODS', 'SHARES', 'INVERTED', 'QUESTIONS', 'ARRIVALS', 'CHANGES', 'SHORTCUTS',
            'RUNS', 'ABSTENTION', 'TERMS', 'leak_table', 'arora_claims', 'their_report', 'verdict_table', 'Net',
            'AroraSettings', 'phantom_table', 'clip_table', 'frame_store', 'pocovid_folds', 'protocol_folds', 'learner',
-           'augmented_dls', 'training_parts', 'run_folder', 'exact', 'fold_loader', 'quadrant_shares', 'whole_map',
-           'covered', 'middle_frames', 'looks', 'look_difference', 'example_frames', 'plot_examples', 'plot_looks',
-           'colour_stem', 'class_image_votes', 'recognised', 'fold_features', 'neighbours', 'plot_fold_map',
-           'frames_of', 'inversion_errors', 'arora_figures', 'external_table', 'uncertainty', 'relabel',
-           'source_frames', 'gray_scratch', 'arrivals', 'head_alone', 'deeper_head', 'continued_learner', 'Job',
-           'further', 'part_runs', 'arora_jobs', 'AroraRun', 'run_store', 'job_frames', 'job_parts', 'first_job',
-           'job_training', 'possible_jobs', 'start', 'train_stage', 'reported_scores', 'mean_areas', 'score_cells',
-           'score_stage', 'compared_runs', 'difference_stage', 'external_cells', 'honest_nets', 'external_stage',
-           'calibration_stage', 'uncertainty_stage', 'kept_looks', 'look_cells', 'look_differences', 'look_stage',
-           'shortcut_cells', 'shortcut_stage', 'neighbour_cells', 'half_stage', 'arora_run', 'reproduce',
-           'arora_report']
+           'augmented_dls', 'training_parts', 'run_folder', 'fold_loader', 'quadrant_shares', 'whole_map', 'covered',
+           'middle_frames', 'looks', 'look_difference', 'example_frames', 'plot_examples', 'plot_looks', 'colour_stem',
+           'class_image_votes', 'recognised', 'fold_features', 'neighbours', 'plot_fold_map', 'frames_of',
+           'inversion_errors', 'arora_figures', 'external_table', 'uncertainty', 'relabel', 'source_frames',
+           'gray_scratch', 'arrivals', 'head_alone', 'deeper_head', 'continued_learner', 'Job', 'further', 'part_runs',
+           'arora_jobs', 'AroraRun', 'run_store', 'job_frames', 'job_parts', 'first_job', 'job_training',
+           'possible_jobs', 'start', 'train_stage', 'reported_scores', 'mean_areas', 'score_cells', 'score_stage',
+           'compared_runs', 'difference_stage', 'external_cells', 'honest_nets', 'external_stage', 'calibration_stage',
+           'uncertainty_stage', 'kept_looks', 'look_cells', 'look_differences', 'look_stage', 'shortcut_cells',
+           'shortcut_stage', 'neighbour_cells', 'half_stage', 'arora_run', 'reproduce', 'arora_report']
 
 # %% ../../nbs/papers/arora.ipynb #c003
 import random
@@ -387,20 +386,6 @@ def run_folder(
     free = 'nets', 'late', 'seeds', 'parts', 'external_frames', 'steps'
     return settings_folder('arora', without(settings, *free), data, cache)
 
-# %% ../../nbs/papers/arora.ipynb #c021-1
-def exact(
-    model: nn.Module,  # any network; changed in place
-) -> nn.Module:  # the same model
-    "Compute in single precision, as in training, whatever autocast surrounds the call."
-    forward = model.forward
-
-    def exactly(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return forward(x)
-
-    model.forward = exactly
-    return model
-
 # %% ../../nbs/papers/arora.ipynb #c021-2
 def fold_loader(
     path,  # folder of a finished cross-validation
@@ -411,7 +396,7 @@ def fold_loader(
 
     def load(fold):
         model = covidnet(net.name, len(classes), channels=1, weights=None)
-        return exact(load_fold(model, path, fold, classes))
+        return load_fold(model, path, fold, classes)
 
     return load
 

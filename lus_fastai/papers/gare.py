@@ -7,10 +7,10 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/gare.html.md"""
 # %% auto #0
 __all__ = ['MERGED', 'CLAIMS', 'DEFAULT', 'QUICK', 'QUICK_REAL', 'PAPER', 'PROTOCOLS', 'RECIPES', 'adam', 'THEIRS_SEGMENTATION',
            'THEIRS_DENSE', 'THEIRS_CLASSIFICATION', 'COPIED', 'GareSettings', 'labelled_frames', 'split_frames',
-           'data_name', 'clips_to_classify', 'describe', 'protocol_folds', 'segment', 'classes_of', 'classify',
-           'segmentation_cells', 'fold_cells', 'classification_cells', 'run_folder', 'plan_segmenters',
-           'plan_classifiers', 'GareData', 'segmentation_protocol', 'gare_trainings', 'reproduce', 'held_out_masks',
-           'leak_table', 'gare_report']
+           'data_name', 'clips_to_classify', 'describe', 'protocol_folds', 'segment', 'classes_of',
+           'classifier_schedule', 'classify', 'segmentation_cells', 'fold_cells', 'classification_cells', 'run_folder',
+           'plan_segmenters', 'plan_classifiers', 'GareData', 'segmentation_protocol', 'gare_trainings', 'reproduce',
+           'held_out_masks', 'leak_table', 'gare_report']
 
 # %% ../../nbs/papers/gare.ipynb #c004
 import hashlib
@@ -121,7 +121,9 @@ class GareSettings(Settings):
     cls_patients: int = 45  # phantom patients to classify, two clips each
     cls_frames: int = 10  # frames of each phantom clip, at most
     clip_frames: int = 30  # frames of each real clip, at most
-    cls_schedule: str = 'plateau'  # 'plateau' or 'one-cycle', as for cross_validate
+    patient_epochs: int = 40  # of classifiers by patient: one cycle, long enough to settle from any start
+    patient_lr: float = 3e-3  # its peak
+    cls_schedule: str = 'plateau'  # of the paper's and leaky protocols: 'plateau' or 'one-cycle'
     cls_epochs: int = 12
     cls_patience: int = 2
 
@@ -145,6 +147,8 @@ QUICK = GareSettings(
     seg_epochs=24,
     cls_patients=45,
     cls_frames=3,
+    patient_epochs=14,
+    patient_lr=1e-2,
     cls_schedule='one-cycle',
     cls_epochs=14,
 )
@@ -354,16 +358,33 @@ def _classifier(dls, start, n_codes, n_classes, s):
     model = seg_to_cls(segmenter, n_classes)
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=adam)
 
+# %% ../../nbs/papers/gare.ipynb #c019d-0
+def classifier_schedule(
+    protocol: str,  # a name from PROTOCOLS
+    settings: GareSettings = DEFAULT,  # with the schedule of the leaky protocols
+) -> str:  # 'plateau' or 'one-cycle'
+    "What the learning rate of a classifier follows."
+    return 'one-cycle' if protocol == 'patient' else settings.cls_schedule
+
+
+def _classifier_training(protocol, s, seed):
+    "Twelve epochs as in the paper; by patient, as many as it takes from any start."
+    schedule = classifier_schedule(protocol, s)
+    if protocol == 'patient':
+        how = dict(epochs=s.patient_epochs, lr=s.patient_lr, schedule=schedule)
+    else:
+        how = dict(epochs=s.cls_epochs, lr=s.lr, schedule=schedule, patience=s.cls_patience)
+    return _training(protocol, s, seed, **how)
+
 # %% ../../nbs/papers/gare.ipynb #c019d
 def _classification_run(store, start, n_codes, protocol, s, seed):
     "The arguments of a classifier's cross_validate, apart from its folder."
     classes = classes_of(store)
-    how = dict(epochs=s.cls_epochs, lr=s.lr, schedule=s.cls_schedule, patience=s.cls_patience)
     augment = dict(classes=classes, bs=s.bs, batch_tfms=[GareAugment()])
     return dict(
         build=lambda dls: _classifier(dls, start, n_codes, len(classes), s),
         folds=protocol_folds(store.frames, protocol, s, seed),
-        settings=_training(protocol, s, seed, **how),
+        settings=_classifier_training(protocol, s, seed),
         data=lambda train, valid: frame_dls(store, train, valid, **augment),
         collect=ClassProbs(),
     )
@@ -653,7 +674,7 @@ def _add_classifiers(run, data, trained, plan):
         name = f'cls-{data.kind}-{start}-{protocol}-s{seed}'
         table, where = trained[name], f'classification by {protocol}'
         tables.setdefault((start, protocol), []).append(table)
-        words = describe(protocol, run.settings.cls_schedule)
+        words = describe(protocol, classifier_schedule(protocol, run.settings))
         run.protocol(where, words, Folds(table, table.fold))
         run.keep(name, table, run.folder / name, protocol=where, row=start, seed=seed)
     return tables

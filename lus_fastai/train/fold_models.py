@@ -18,7 +18,6 @@ from torch import nn
 from ..core import Frames, progress
 from ..data.store import store_rows
 from ..models.transfer import copy_weights, name_outputs
-from .callbacks import autocast_for
 from .cross_validation import fold_history
 
 # %% ../../nbs/train/fold_models.ipynb #load-fold
@@ -59,9 +58,8 @@ def predict_probs(
     model: nn.Module,  # a classifier, in evaluation mode
     x: torch.Tensor,  # (b, c, h, w)
 ) -> torch.Tensor:  # (b, classes) float32
-    "Probabilities of a batch, computed in the precision of training."
-    with autocast_for(x.device):
-        return model(x).float().softmax(1)
+    "Probabilities of a batch, in single precision whatever the training's was."
+    return model(x).softmax(1)
 
 # %% ../../nbs/train/fold_models.ipynb #frame-batches
 def frame_batches(
