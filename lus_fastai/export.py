@@ -23,7 +23,6 @@ import tempfile
 import warnings
 from dataclasses import asdict
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import atomic_path, folder_lock, lus_home, shipped_folder
+from .data.fetching import FetchError
 from .models.backbones import input_channels
 from .models.stages import StageClassifier, class_maps
 from .predict import ClipModel, ClipPrep, Familiar, ModelFileError
@@ -73,12 +73,13 @@ def model_facts(
     return facts
 
 # %% ../nbs/export.ipynb #needed
-def _needed(name):
-    "A module of the extra [onnx]; ImportError that says how to get it."
+@contextlib.contextmanager
+def _extra():
+    "Imports of the extra [onnx]; ImportError that says how to get it."
     try:
-        return import_module(name)
-    except ImportError:
-        raise ImportError(f"{name} is needed for this: pip install lus_fastai[onnx]") from None
+        yield
+    except ImportError as e:
+        raise ImportError(f"{e.name} is needed for this: pip install lus_fastai[onnx]") from None
 
 
 @contextlib.contextmanager
@@ -96,7 +97,8 @@ def _quiet():
 # %% ../nbs/export.ipynb #proto
 def _as_onnx(model):
     "A model as an ONNX graph that takes any number of frames; its nodes remember no lines of code."
-    _needed('onnxscript')
+    with _extra():
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
     outputs = _Outputs(model.nets).eval()
     frames = torch.rand(2, 1, model.prep.size, model.prep.size)
     names = dict(input_names=['frames'], output_names=outputs.names)
@@ -120,7 +122,9 @@ def export_onnx(
     path = Path(path)
     if path.suffix != '.onnx':
         raise ValueError(f"an ONNX file is named .onnx, not {path.name}")
-    onnx, graph = _needed('onnx'), _as_onnx(model)
+    with _extra():
+        import onnx
+    graph = _as_onnx(model)
     note = graph.metadata_props.add()
     note.key, note.value = 'lus_fastai', json.dumps(model_facts(model), allow_nan=False)
     onnx.checker.check_model(graph, full_check=True)
@@ -138,11 +142,12 @@ class OnnxNetwork(StageClassifier):
     ):
         nn.Module.__init__(self)
         self.features = partial(self.run, 'features')
-        runtime = _needed('onnxruntime')
-        settings = runtime.SessionOptions()
+        with _extra():
+            import onnxruntime
+        settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = runtime.InferenceSession(str(path), settings, ['CPUExecutionProvider'])
+            self.session = onnxruntime.InferenceSession(str(path), settings, ['CPUExecutionProvider'])
         except Exception as e:
             raise ModelFileError(f"{path} is no ONNX file that can be run ({e})") from None
         self.outputs = [o.name for o in self.session.get_outputs()]
@@ -215,13 +220,13 @@ def _npm_pack(name, folder):
     "The archive of a package, fetched by npm into a folder."
     how = f"unpack `npm pack {name}` where there is a network, and name its folder: runtime='.../package'"
     if not shutil.which('npm'):
-        raise RuntimeError(f"npm is needed once to fetch the program that runs ONNX in a browser; or {how}")
+        raise FetchError(f"npm is needed once to fetch the program that runs ONNX in a browser; or {how}")
     command = ['npm', 'pack', name, '--silent', '--pack-destination', str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     packed = sorted(Path(folder).glob('*.tgz'))
     if done.returncode or not packed:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise RuntimeError(f"npm could not fetch {name} ({said[0] if said else 'no answer'}); or {how}")
+        raise FetchError(f"npm could not fetch {name} ({said[0] if said else 'no answer'}); or {how}")
     return packed[0].read_bytes()
 
 # %% ../nbs/export.ipynb #fetched
@@ -234,7 +239,7 @@ def web_runtime() -> Path:  # a folder with the files of the package onnxruntime
         with tempfile.TemporaryDirectory() as tmp:
             packed = _npm_pack('@'.join(_RUNTIME), tmp)
         if base64.b64encode(hashlib.sha512(packed).digest()).decode() != _RUNTIME_SHA512:
-            raise RuntimeError(f"npm gave another {'@'.join(_RUNTIME)} than the one that is known here")
+            raise FetchError(f"npm gave another {'@'.join(_RUNTIME)} than the one that is known here")
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
             for f in _RUNTIME_FILES.values():
                 with atomic_path(home / f) as part:
@@ -247,7 +252,7 @@ _SCRIPTS = ('numbers', 'morphology', 'fan', 'images', 'answer', 'decode', 'netwo
 
 def _source(name):
     "A file of the page's sources."
-    return (shipped_folder('data') / 'web' / name).read_text(encoding='utf-8')
+    return (shipped_folder('data') / 'templates' / 'web' / name).read_text(encoding='utf-8')
 
 
 def _script():

@@ -217,7 +217,7 @@ def test_what_is_imported_is_required():
 
     required, asked_for = (
         named('requirements'),
-        set().union(*map(named, (f'{k}_requirements' for k in ('widgets', 'imagenet', 'distributed', 'onnx')))),
+        {n for k in ('widgets', 'imagenet', 'distributed', 'onnx') for n in named(f'{k}_requirements')},
     )
     packages = {}  # what is imported as pytorch_grad_cam comes in grad-cam
     for d in distributions():
