@@ -17,7 +17,7 @@ from lus_fastai.export import web_page, web_runtime
 from lus_fastai.models.stages import StageClassifier, StageFeatures
 from lus_fastai.predict import ClipModel, ClipPrep, Familiar
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
-from lus_fastai.video import resize_frame, write_video
+from lus_fastai.video import Clip, resize_frame, write_video
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxscript')
@@ -43,19 +43,24 @@ def write_clip(path, frames, rate):
 
 @pytest.fixture(scope='module')
 def model():
-    "A small network that has learned nothing, with all that a finished model has."
+    "A small network that has learned nothing, with all that a finished model has; it is undecided at times."
+    prep = ClipPrep(size=96)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         net = StageClassifier(StageFeatures('tf_efficientnet_lite0', (0, 1), weights=None), 4)
-        x = torch.rand(8, 1, 96, 96)
-        with torch.no_grad():
-            net.head.weight *= 6
-            net.head.bias -= net(x).mean(0)
-            features = net.features(x).double().numpy()
-    familiar = Familiar(features.mean(0), np.eye(features.shape[1])[:, :5] / features.std(0)[:, None], 25.0)
+    seen = [
+        prep(Clip(x, np.arange(2.0), np.arange(2), 'seen')).images[0] for x in map(phantom, range(4), [2] * 4)
+    ]
+    with torch.no_grad():
+        x = torch.tensor(np.stack(seen))[:, None] / 255
+        net.head.weight *= 30
+        net.head.bias -= net(x).mean(0)
+        features = net.features(x).double().numpy()
+    whiten = np.eye(features.shape[1])[:, :5] / features.std(0)[:, None]
+    familiar = Familiar(features.mean(0), whiten, 1.5)
     scores = {c: np.linspace(0, 0.85, 12) for c in CLASSES}
     parts = dict(temperature=1.5, scores=scores, familiar=familiar, card=dict(title='a test'))
-    return ClipModel(net, CLASSES, ClipPrep(size=96), ['blines'], **parts)
+    return ClipModel(net, CLASSES, prep, ['blines'], **parts)
 
 
 @pytest.fixture(scope='module')
