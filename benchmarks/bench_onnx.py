@@ -1,5 +1,5 @@
-"""A model as ONNX in onnxruntime against the same model in PyTorch: frames a second on one thread, with the maps of
-one class."""
+"""A model as ONNX in onnxruntime against the same model in PyTorch: frames a second on one
+thread, with the maps of one class."""
 
 import argparse
 import tempfile

@@ -35,7 +35,7 @@ from .data.fetching import FetchError
 from .models.backbones import input_channels
 from .models.stages import StageClassifier, class_maps
 from .predict import ClipModel, ClipPrep, Familiar, ModelFileError
-from .video import sample_clip
+from .video import read_clip
 
 # %% ../nbs/export.ipynb #net
 class _Outputs(nn.Module):
@@ -267,18 +267,16 @@ def _packed(raw):
     return base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()
 
 # %% ../nbs/export.ipynb #phantom
-def _phantom_sprite(prep):
-    "The sampled frames of a clip that ships with the package, below one another in one lossless image."
+def _phantom_sprite():
+    "The frames of a clip that ships with the package, below one another in one lossless image."
     from PIL import Image
 
-    clip = sample_clip(
-        shipped_folder('data') / 'phantom' / 'clips' / 'covid_000_0.mp4', prep.rate, prep.max_frames
-    )
+    clip = read_clip(shipped_folder('data') / 'phantom' / 'clips' / 'covid_000_0.mp4')
     shown = io.BytesIO()
     Image.fromarray(clip.frames.reshape(-1, clip.frames.shape[-1])).save(shown, 'PNG', optimize=True)
     address = f'data:image/png;base64,{base64.b64encode(shown.getvalue()).decode()}'
     times = [round(float(t), 6) for t in clip.times]
-    return dict(name='phantom', image=address, count=len(clip), times=times)
+    return dict(name='phantom', image=address, times=times)
 
 # %% ../nbs/export.ipynb #page
 def _about(model):
@@ -304,10 +302,12 @@ def web_page(
     parts = {f'runtime_{k}': _packed((runtime / f).read_bytes()) for k, f in _RUNTIME_FILES.items()}
     with tempfile.TemporaryDirectory() as tmp:
         parts['network'] = _packed(export_onnx(model, f'{tmp}/model.onnx').read_bytes())
-    parts['facts'] = _as_json(model_facts(model) | dict(phantom=_phantom_sprite(model.prep)))
+    parts['facts'] = _as_json(model_facts(model) | dict(phantom=_phantom_sprite()))
     parts |= dict(style=_source('page.css'), code=_script())
-    template = jinja2.Template(_source('page.html'), autoescape=True, keep_trailing_newline=True)
-    text = template.render(title='Lung ultrasound in the browser', about=_about(model), **parts)
+    template = jinja2.Template(_source('page.html'), autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    parts |= dict(title='Lung ultrasound in the browser', about=_about(model))
+    parts |= dict(level=model.scores and round(100 * model.level), familiar=model.familiar is not None)
+    text = template.render(**parts)
     with atomic_path(out) as tmp:
         tmp.write_text(text, encoding='utf-8')
     return Path(out)

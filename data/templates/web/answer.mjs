@@ -64,7 +64,8 @@ export function doubts(frames, vectors, likely, facts) {
       refused.push(`It is unlike the clips of lungs in training (${beyond}).`);
     }
   }
-  if (likely.length > 1) cautions.push(`At ${Math.round(100 * facts.level)} % it may be any of ${likely.join(', ')}.`);
+  if (likely.length > 1)
+    cautions.push(`At ${Math.round(100 * facts.level)} % it may be any of ${likely.join(', ')}.`);
   if (frames < 2) {
     cautions.push('A single frame: nothing moves, so sliding and artefacts cannot be judged.');
   }

@@ -124,7 +124,11 @@ const happens = (target, event, seconds) =>
       then();
     };
     target.addEventListener(event, end(yes), { once: true });
-    target.addEventListener('error', end(() => no(new ClipFault('This browser cannot play it.'))), { once: true });
+    target.addEventListener(
+      'error',
+      end(() => no(new ClipFault('This browser cannot play it.'))),
+      { once: true },
+    );
   });
 
 async function seek(video, time) {
@@ -208,7 +212,8 @@ export async function readClip(file, rate, maxFrames, tell) {
   if (!file.size) throw new ClipFault('The file is empty.');
   const bytes = new Uint8Array(await file.arrayBuffer());
   const type = typeOf(bytes);
-  if (type === 'application/dicom') throw new ClipFault('Browsers do not read DICOM: the command lus_predict does.');
+  if (type === 'application/dicom')
+    throw new ClipFault('Browsers do not read DICOM: the command lus_predict does.');
   const blob = new Blob([bytes], { type: type.startsWith('image') ? type : file.type || type });
   const rule = rateRule(rate);
   try {
@@ -222,13 +227,18 @@ export async function readClip(file, rate, maxFrames, tell) {
   return clip;
 }
 
-// The built-in clip: its frames stand below one another in a single image.
-export async function readSprite({ name, image: address, count, times }) {
+// The built-in clip, sampled like any other: its frames stand below one another in a single image.
+export async function readSprite({ name, image: address, times }, rate, maxFrames) {
   const picture = new Image();
   picture.src = address;
   await picture.decode();
-  const { grey, width, height } = drawnGrey(picture, picture.naturalWidth, picture.naturalHeight);
-  const size = (width * height) / count;
-  const frames = times.map((_, k) => grey.slice(k * size, (k + 1) * size));
-  return { name, width, height: height / count, frames, times, note: '' };
+  const { grey, width, height: whole } = drawnGrey(picture, picture.naturalWidth, picture.naturalHeight);
+  const clip = { name, width: 0, height: 0, frames: [], times: [], note: '' };
+  const height = whole / times.length;
+  const rule = rateRule(rate);
+  times.forEach((time, k) => {
+    if (clip.frames.length === maxFrames || !rule.keep(time)) return;
+    addFrame(clip, { grey: grey.slice(k * width * height, (k + 1) * width * height), width, height }, time);
+  });
+  return clip;
 }

@@ -2,7 +2,14 @@
 
 import { f32, roundEven, minMax, argmax, quantile, median, sum32, nelderMead } from './numbers.mjs';
 import {
-  image, mapPixels, maximumFilter, whiteTophat, dilateSquare, openBySquare2, closeByDiamond, components,
+  image,
+  mapPixels,
+  maximumFilter,
+  whiteTophat,
+  dilateSquare,
+  openBySquare2,
+  closeByDiamond,
+  components,
 } from './morphology.mjs';
 
 const BLACK = 0.25; // cost of covering a black pixel
@@ -29,7 +36,11 @@ function blocks(x, f) {
       out[cells + Math.floor(c / f)] += x.data[row + Math.min(c, x.width - 1)];
     }
   }
-  return image(out.map((v) => v / (f * f)), w, h);
+  return image(
+    out.map((v) => v / (f * f)),
+    w,
+    h,
+  );
 }
 
 // Whether the clip shows motion: without it, a pixel that does not change says nothing.
@@ -43,7 +54,8 @@ const half = (x, k) => {
   const w = Math.ceil(x.width / k);
   const h = Math.ceil(x.height / k);
   const out = image(new Uint8Array(w * h), w, h);
-  for (let r = 0; r < h; r++) for (let c = 0; c < w; c++) out.data[r * w + c] = x.data[r * k * x.width + c * k];
+  for (let r = 0; r < h; r++)
+    for (let c = 0; c < w; c++) out.data[r * w + c] = x.data[r * k * x.width + c * k];
   return out;
 };
 
@@ -254,7 +266,15 @@ function fitSector(gain) {
 function convexFan(size, width, height, apex, [slope, near, far]) {
   const angle = (Math.atan(slope) * 180) / Math.PI;
   const place = { x: apex[0] * width, y: (1 - Math.exp(apex[1])) * height, aspect: Math.exp(apex[2]) };
-  return { kind: 'convex', ...size, near: near * height, far: far * height, left: -angle, right: angle, ...place };
+  return {
+    kind: 'convex',
+    ...size,
+    near: near * height,
+    far: far * height,
+    left: -angle,
+    right: angle,
+    ...place,
+  };
 }
 
 function linearFan(size, [top, bottom, l, r], wide, f) {
@@ -263,7 +283,14 @@ function linearFan(size, [top, bottom, l, r], wide, f) {
   const [left, right] = fills ? [0, wide] : [l, r];
   const depths = { near: top * f, far: Math.min(bottom * f, size.height) };
   const rest = { x: 0, y: 0, aspect: 1 };
-  return { kind: 'linear', ...size, ...depths, left: left * f, right: Math.min(right * f, size.width), ...rest };
+  return {
+    kind: 'linear',
+    ...size,
+    ...depths,
+    left: left * f,
+    right: Math.min(right * f, size.width),
+    ...rest,
+  };
 }
 
 // The sector if it beats the rectangle by a margin, else the rectangle.
@@ -293,7 +320,8 @@ function extremes(frames, width, height) {
     }
   }
   const [low, high] = minMax(brightest.data);
-  if (high - low < 8) throw new FanError('every pixel has nearly the same grey: a single colour shows no fan');
+  if (high - low < 8)
+    throw new FanError('every pixel has nearly the same grey: a single colour shows no fan');
   return { brightest, darkest };
 }
 

@@ -8,7 +8,8 @@ export function greyOfColours(rgba) {
   for (let i = 0, j = 0; j < out.length; i += 4, j++) {
     const a = rgba[i + 3];
     const channel = (v) => (a === 255 ? v : Math.round((v * a) / 255));
-    out[j] = (channel(rgba[i]) * 19595 + channel(rgba[i + 1]) * 38470 + channel(rgba[i + 2]) * 7471 + 32768) >> 16;
+    out[j] =
+      (channel(rgba[i]) * 19595 + channel(rgba[i + 1]) * 38470 + channel(rgba[i + 2]) * 7471 + 32768) >> 16;
   }
   return out;
 }

@@ -6,7 +6,11 @@ export function image(data, width, height) {
 }
 
 export function mapPixels(x, Kind, rule) {
-  return image(Kind.from({ length: x.data.length }, (_, i) => rule(i)), x.width, x.height);
+  return image(
+    Kind.from({ length: x.data.length }, (_, i) => rule(i)),
+    x.width,
+    x.height,
+  );
 }
 
 // Least or greatest value in a window of each row, then of each column. A border that mirrors the image

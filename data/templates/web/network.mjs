@@ -17,7 +17,9 @@ async function start() {
   URL.revokeObjectURL(address);
   Object.assign(ort.env.wasm, { numThreads: 1, proxy: false, wasmBinary: await unpacked('runtime-wasm') });
   ort.env.logLevel = 'error';
-  const session = await ort.InferenceSession.create(await unpacked('network'), { executionProviders: ['wasm'] });
+  const session = await ort.InferenceSession.create(await unpacked('network'), {
+    executionProviders: ['wasm'],
+  });
   return { ort, session };
 }
 

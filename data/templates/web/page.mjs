@@ -6,13 +6,23 @@ import { fanCutter, resize } from './images.mjs';
 import { pooled, likelyClasses, doubts, spreadPositions } from './answer.mjs';
 import { runNetwork, startNetwork } from './network.mjs';
 import {
-  element, drawBars, drawFrame, beamAt, drawMMode, drawChart, drawLegend, frameAt, percent,
+  element,
+  drawBars,
+  drawFrame,
+  maskCanvas,
+  beamAt,
+  drawMMode,
+  drawChart,
+  drawLegend,
+  frameAt,
+  percent,
 } from './views.mjs';
 
 const $ = (id) => document.getElementById(id);
 const facts = JSON.parse($('facts').textContent);
 const names = [...facts.classes, ...facts.findings];
-const state = { clip: null, now: 0, beam: 0.5, output: 0, playing: null, ticket: 0 };
+const STRIP = { rate: 15, frames: 150, pixels: 1e8 }; // of the M-mode: what moves fast needs more columns
+const state = { clip: null, now: 0, beam: 0.4, output: 0, playing: null, ticket: 0 };
 
 // Let the browser draw what was just said.
 const breathe = () => new Promise((done) => setTimeout(done, 0));
@@ -33,12 +43,16 @@ function prepare(clip) {
   const images = cuts.map((x) => resize(x, cutter.width, cutter.height, prep.size, prep.size));
   const whole = { kind: 'linear', near: 0, far: clip.height, left: 0, right: clip.width }; // where no fan is used
   const inside = fan ? cutter.cut(fanMask(fan).mask) : new Uint8Array(cuts[0].length).fill(1);
-  return { fan: fan ?? whole, cutter, cuts, images, inside };
+  const cover = maskCanvas(inside, cutter.width, cutter.height);
+  return { fan: fan ?? whole, cutter, cuts, images, cover };
 }
 
 // The network's outputs of some frames, put where they belong.
 async function look(known, images, rows) {
-  const out = await runNetwork(rows.map((i) => images[i]), facts.prep.size);
+  const out = await runNetwork(
+    rows.map((i) => images[i]),
+    facts.prep.size,
+  );
   rows.forEach((i, k) => {
     known.logits[i] = out.logits[k];
     known.rows[i] = pooled([out.logits[k]], facts).classes;
@@ -50,7 +64,10 @@ async function look(known, images, rows) {
 
 // The answer of the frames that the model takes of a clip.
 function conclude(known, used) {
-  const p = pooled(used.map((i) => known.logits[i]), facts);
+  const p = pooled(
+    used.map((i) => known.logits[i]),
+    facts,
+  );
   const likely = likelyClasses(p.classes, facts);
   const vectors = used.map((i) => known.features[i]);
   return { p, likely, ...doubts(used.length, vectors, likely, facts) };
@@ -75,7 +92,7 @@ async function analyse(clip, ticket) {
   await say('The network looks at the clip…');
   await look(known, prepared.images, used);
   if (!current()) return;
-  Object.assign(state, { clip, prepared, known, used, now: used[0], output: 0 });
+  Object.assign(state, { clip, strip: clip, prepared, known, used, now: used[0], output: 0 });
   showAnswer(clip, conclude(known, used));
   const rest = known.rows.flatMap((row, i) => (row ? [] : [i]));
   for (let i = 0; i < rest.length; i += 4) {
@@ -84,6 +101,19 @@ async function analyse(clip, ticket) {
     if (!current()) return;
     draw();
   }
+}
+
+// More frames for the M-mode than the network needs; where that fails, those that are there will do.
+async function refineStrip(load, ticket) {
+  const { clip } = state;
+  const most = Math.min(STRIP.frames, Math.floor(STRIP.pixels / (clip.width * clip.height)));
+  if (clip.frames.length < 2 || most <= clip.frames.length) return;
+  await say('More frames for the M-mode…');
+  const fine = await load(STRIP.rate, most, () => {}).catch(() => clip);
+  if (ticket !== state.ticket || fine.frames.length <= clip.frames.length) return;
+  state.strip = fine;
+  $('mmode-end').textContent = `${fine.times.at(-1).toFixed(1)} s`;
+  draw();
 }
 
 // Everything that can go wrong ends as a sentence.
@@ -95,14 +125,17 @@ async function open(load) {
   for (const id of ['fault', 'answer', 'views']) $(id).hidden = true;
   try {
     await say('Reading the clip…');
-    const clip = await load((count) => ($('status').textContent = `Reading the clip: ${count} frames…`));
-    if (ticket === state.ticket) await analyse(clip, ticket);
+    const tell = (count) => ($('status').textContent = `Reading the clip: ${count} frames…`);
+    const clip = await load(facts.prep.rate, facts.prep.max_frames, tell);
+    if (ticket !== state.ticket) return;
+    await analyse(clip, ticket);
+    document.body.dataset.seconds = (performance.now() - started) / 1000;
+    if (state.clip === clip) await refineStrip(load, ticket);
   } catch (e) {
     if (ticket === state.ticket) showFault(e);
   }
   if (ticket !== state.ticket) return;
   await say('');
-  document.body.dataset.seconds = (performance.now() - started) / 1000;
   document.body.dataset.state = 'done';
 }
 
@@ -198,18 +231,29 @@ function chosenMap(known, i) {
 function draw() {
   if (!state.clip || $('views').hidden) return;
   const { clip, prepared, known, used, now, beam } = state;
-  const { fan, cutter, inside } = prepared;
+  const { fan, cutter, cover } = prepared;
   const shown = known.side ? chosenMap(known, now) : { map: null, most: 1 };
   const opacity = $('opacity').value / 100;
-  drawFrame($('frame'), { grey: prepared.cuts[now], cutter, fan, inside, side: known.side, ...shown, opacity, beam });
+  drawFrame($('frame'), {
+    grey: prepared.cuts[now],
+    cutter,
+    fan,
+    cover,
+    side: known.side,
+    ...shown,
+    opacity,
+    beam,
+  });
   drawChart($('chart'), { times: clip.times, rows: known.rows, names: facts.classes, used, now });
-  drawMMode($('mmode'), clip, fan, beam, now);
+  drawMMode($('mmode'), state.strip, fan, beam, clip.times[now]);
   $('scrubber').value = now;
   $('beam').value = 100 * beam;
   const moment = `${now + 1} of ${clip.frames.length}, ${clip.times[now].toFixed(2)} s`;
   $('moment').textContent = moment;
   $('scrubber').setAttribute('aria-valuetext', moment);
-  const words = known.rows[now] ? facts.classes.map((c, k) => `${c} ${percent(known.rows[now][k])}`).join(', ') : '';
+  const words = known.rows[now]
+    ? facts.classes.map((c, k) => `${c} ${percent(known.rows[now][k])}`).join(', ')
+    : '';
   $('frame').setAttribute('aria-label', `Frame ${moment}${words && `: ${words}`}`);
 }
 
@@ -237,14 +281,13 @@ function play() {
 
 // ---- controls ----
 
-const openFile = (file) =>
-  file && open((tell) => readClip(file, facts.prep.rate, facts.prep.max_frames, tell));
+const openFile = (file) => file && open((rate, most, tell) => readClip(file, rate, most, tell));
 
 $('file').addEventListener('change', (event) => {
   openFile(event.target.files[0]);
   event.target.value = ''; // the same file may be chosen again
 });
-$('phantom').addEventListener('click', () => open(() => readSprite(facts.phantom)));
+$('phantom').addEventListener('click', () => open((rate, most) => readSprite(facts.phantom, rate, most)));
 $('play').addEventListener('click', play);
 $('scrubber').addEventListener('input', (event) => goTo(Number(event.target.value)));
 $('opacity').addEventListener('input', draw);

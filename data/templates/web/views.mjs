@@ -34,7 +34,8 @@ const newCanvas = (width, height) => Object.assign(document.createElement('canva
 function greyCanvas(grey, width, height) {
   const canvas = newCanvas(width, height);
   const pixels = new ImageData(width, height);
-  grey.forEach((v, i) => pixels.data.set([v, v, v, 255], 4 * i));
+  const words = new Uint32Array(pixels.data.buffer); // opaque, and the same value in all three colours
+  for (let i = 0; i < words.length; i++) words[i] = 0xff000000 | (grey[i] * 0x010101);
   canvas.getContext('2d').putImageData(pixels, 0, 0);
   return canvas;
 }
@@ -52,7 +53,7 @@ function mapCanvas(map, side, most) {
 }
 
 // A canvas that covers the pixels where a mask is 1.
-function maskCanvas(mask, width, height) {
+export function maskCanvas(mask, width, height) {
   const canvas = newCanvas(width, height);
   const pixels = new ImageData(width, height);
   mask.forEach((v, i) => (pixels.data[4 * i + 3] = 255 * v));
@@ -72,7 +73,7 @@ function drawBeam(context, cutter, fan, beam) {
 }
 
 // A cut frame with a map over it (null for none) and the chosen beam.
-export function drawFrame(canvas, { grey, cutter, fan, inside, map, side, most, opacity, beam }) {
+export function drawFrame(canvas, { grey, cutter, fan, cover, map, side, most, opacity, beam }) {
   const { width, height } = cutter;
   Object.assign(canvas, { width, height });
   const context = canvas.getContext('2d');
@@ -83,7 +84,7 @@ export function drawFrame(canvas, { grey, cutter, fan, inside, map, side, most, 
     paint.imageSmoothingQuality = 'high';
     paint.drawImage(mapCanvas(map, side, most), 0, 0, width, height);
     paint.globalCompositeOperation = 'destination-in';
-    paint.drawImage(maskCanvas(inside, width, height), 0, 0);
+    paint.drawImage(cover, 0, 0);
     context.globalAlpha = opacity;
     context.drawImage(layer, 0, 0);
     context.globalAlpha = 1;
@@ -111,7 +112,7 @@ function greyAt(x, width, height, px, py) {
   return (1 - v) * above + v * ((1 - u) * at(r + 1, c) + u * at(r + 1, c + 1));
 }
 
-// One beam over time: a column for each frame, the probe at the top; a line marks the frame shown.
+// One beam over time: a column for each frame, the probe at the top; a line marks the time shown.
 export function drawMMode(canvas, clip, fan, beam, now) {
   const depths = 256;
   const n = clip.frames.length;
@@ -120,13 +121,15 @@ export function drawMMode(canvas, clip, fan, beam, now) {
     const [x, y] = pointAt(fan, (d + 0.5) / depths, beam);
     clip.frames.forEach((frame, k) => (strip[d * n + k] = greyAt(frame, clip.width, clip.height, x, y)));
   }
-  const wide = 24; // pixels of a column
+  const wide = Math.ceil(960 / n); // pixels of a column
   Object.assign(canvas, { width: n * wide, height: depths });
   const context = canvas.getContext('2d');
   context.imageSmoothingEnabled = false;
   context.drawImage(greyCanvas(strip, n, depths), 0, 0, canvas.width, depths);
+  const distance = clip.times.map((t) => Math.abs(t - now));
+  const column = distance.indexOf(Math.min(...distance));
   context.fillStyle = '#f0e442';
-  context.fillRect((now + 0.5) * wide - 1, 0, 2, depths);
+  context.fillRect((column + 0.5) * wide - 1.5, 0, 3, depths);
 }
 
 // ---- probability over time ----
@@ -165,7 +168,8 @@ export function drawChart(svg, { times, rows, names, used, now }) {
     const style = `stroke:${colourOf(k)};stroke-dasharray:${DASHES[k % DASHES.length] || 'none'}`;
     parts.push(element('polyline', { points: known.map((p) => p.join(',')).join(' '), style }));
     for (const i of used) {
-      if (rows[i]) parts.push(element('circle', { cx: at(times[i]), cy: y(rows[i][k]), r: 4, fill: colourOf(k) }));
+      if (rows[i])
+        parts.push(element('circle', { cx: at(times[i]), cy: y(rows[i][k]), r: 4, fill: colourOf(k) }));
     }
   });
   parts.push(line(at(times[now]), MARGIN.top, at(times[now]), height - MARGIN.bottom, 'now'));
