@@ -22,6 +22,7 @@ from lus_fastai.video import Clip, resize_frame, write_video
 pytest.importorskip('onnx')
 pytest.importorskip('onnxscript')
 
+pytestmark = pytest.mark.slow
 CLIPS = 10
 WAIT = 60_000  # milliseconds, for a machine that is busy
 

@@ -5,6 +5,9 @@ import { greyOfColours, STRETCHED } from './images.mjs';
 const EARLY = 0.001; // stamps are often rounded to the millisecond
 const NOMINAL = 0.04; // seconds of a frame where a file does not say
 
+const UNPLAYABLE =
+  'This browser cannot play it: MP4, WebM, GIF and images are known everywhere. The command lus_predict reads more.';
+
 export class ClipFault extends Error {}
 
 // The rule that decides which frames to keep: the first at or after each multiple of 1 / rate seconds.
@@ -126,7 +129,7 @@ const happens = (target, event, seconds) =>
     target.addEventListener(event, end(yes), { once: true });
     target.addEventListener(
       'error',
-      end(() => no(new ClipFault('This browser cannot play it.'))),
+      end(() => no(new ClipFault(UNPLAYABLE))),
       { once: true },
     );
   });
@@ -144,7 +147,7 @@ function shownFrame(video) {
   if (typeof VideoFrame === 'undefined') return { time: video.currentTime, length: NOMINAL, grey: drawn };
   const frame = new VideoFrame(video);
   const rect = frame.visibleRect;
-  const turned = frame.rotation || (rect && rect.width > rect.height !== w > h && w !== h);
+  const turned = frame.rotation || (w !== h && rect?.width === h && rect.height === w);
   const planar = /^(I4|NV12)/.test(frame.format ?? '') && !/P1|A/.test(frame.format);
   const grey = async () => (planar && !turned ? lumaOf(frame) : drawn());
   const length = (frame.duration || 1e6 * NOMINAL) / 1e6;
