@@ -21,7 +21,7 @@ import {
 const $ = (id) => document.getElementById(id);
 const facts = JSON.parse($('facts').textContent);
 const names = [...facts.classes, ...facts.findings];
-const STRIP = { rate: 15, frames: 150, pixels: 1e8 }; // of the M-mode: what moves fast needs more columns
+const STRIP = { rate: 12, frames: 120, pixels: 1e8 }; // of the M-mode: what moves fast needs more columns
 const state = { clip: null, now: 0, beam: 0.4, output: 0, playing: null, ticket: 0 };
 
 // Let the browser draw what was just said.
