@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/toys.html.md"""
 
 # %% auto #0
 __all__ = ['toy_block', 'toy_net', 'toy_encoder', 'toy_frames', 'toy_table', 'toy_probabilities', 'toy_predictions',
-           'toy_forecasts', 'toy_masks']
+           'toy_forecasts', 'toy_masks', 'drawn_images']
 
 # %% ../nbs/toys.ipynb #imports
 from collections import OrderedDict
@@ -163,3 +163,46 @@ def toy_masks(
         ('disc', 'bar', 'ring'),
         pd.DataFrame(dict(patient=[f'p{i // 2}' for i in range(n)])),
     )
+
+# %% ../nbs/toys.ipynb #no-lung-draw
+def _text(draw, w, h, rng):
+    "Lines of letters."
+    for y in range(8, h - 8, 14):
+        draw.text(
+            (8, y), ''.join(rng.choice(list('abcdefghij klmnop'), w // 7)), fill=int(rng.integers(160, 256))
+        )
+
+
+def _house(draw, w, h, rng):
+    "Walls, a roof, a door and windows under a sky."
+    x, y, level = (
+        w * rng.uniform(0.2, 0.3),
+        h * rng.uniform(0.35, 0.5),
+        [int(v) for v in rng.integers(40, 230, 5)],
+    )
+    draw.rectangle((0, 0, w, h), fill=level[0])
+    draw.rectangle((x, y, w - x, h * 0.9), fill=level[1])
+    draw.polygon([(x - 15, y), (w - x + 15, y), (w / 2, h * 0.1)], fill=level[2])
+    draw.rectangle((w * 0.45, h * 0.6, w * 0.55, h * 0.9), fill=level[3])
+    for side in (0.3, 0.6):
+        draw.rectangle((w * side, h * 0.5, w * (side + 0.1), h * 0.62), fill=level[4], outline=255)
+
+# %% ../nbs/toys.ipynb #no-lung
+def drawn_images(
+    seed: int = 0,  # decides what is drawn by chance
+    size: tuple = (240, 320),  # height and width
+) -> dict:  # what it is -> (h, w) uint8
+    "Images of other things than lungs."
+    from PIL import Image, ImageDraw
+
+    rng, (h, w) = np.random.default_rng(seed), size
+    y, x = np.mgrid[:h, :w]
+    square, slope = int(rng.integers(8, 40)), rng.uniform(-1, 1, 2)
+    ramp = slope[0] * x + slope[1] * y
+    images = dict(checkerboard=(x // square + y // square) % 2 * 255, noise=rng.integers(0, 256, size))
+    images |= dict(gradient=(ramp - ramp.min()) / np.ptp(ramp) * 255, black=0 * x)
+    for name, paint in dict(text=_text, house=_house).items():
+        page = Image.new('L', (w, h))
+        paint(ImageDraw.Draw(page), w, h, rng)
+        images[name] = np.asarray(page)
+    return {k: np.asarray(v, np.uint8) for k, v in images.items()}

@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/video.html.md"""
 
 # %% auto #0
 __all__ = ['ClipError', 'Clip', 'frame_times', 'rate_rule', 'sample_times', 'to_grey', 'decode_frames', 'resize_frame',
-           'read_frames', 'read_clip', 'check_sampling', 'sample_clip', 'write_video']
+           'read_frames', 'read_clip', 'check_sampling', 'sample_clip', 'write_video', 'colour_share']
 
 # %% ../nbs/video.ipynb #imports-0
 import itertools
@@ -440,3 +440,51 @@ def write_video(
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='gray')))
         out.mux(stream.encode())
+
+# %% ../nbs/video.ipynb #colour-decode
+def _video_colours(path, n):
+    "Every tenth frame of a video in colour, at most n of them."
+    import av
+
+    with av.open(path) as box:
+        frames = itertools.islice(box.decode(video=0), 0, 10 * n, 10)
+        return [np.rot90(f.to_ndarray(format='rgb24'), getattr(f, 'rotation', 0) // 90) for f in frames]
+
+
+def _still_colours(path, n):
+    "The image of a file in colour."
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as im:
+        return [np.asarray(ImageOps.exif_transpose(im).convert('RGB'))]
+
+
+def _dicom_colours(path, n):
+    "The first frame of a DICOM file in colour; grey stays grey."
+    from pydicom.pixels import pixel_array
+
+    x = pixel_array(_dicom_dataset(path), index=0)
+    return [x[..., :3] if x.ndim == 3 else np.zeros((*x.shape, 3), np.uint8)]
+
+# %% ../nbs/video.ipynb #colour-share
+_COLOURED = 60  # levels between the strongest and the weakest of red, green and blue
+
+
+def colour_share(
+    path,  # video, GIF, still image or DICOM
+    inside: np.ndarray = None,  # (h, w) bool: where to look, such as the mask of the fan; default: everywhere
+    n: int = 3,  # frames to look at, of a video every tenth
+) -> float:  # 0 to 1, of the most colourful of the frames
+    "Share of the pixels that have a colour; raises `ClipError` if the file cannot be read."
+    path = os.fspath(path)
+    read = {_video: _video_colours, _still: _still_colours, _dicom: _dicom_colours}[_decoder(path)]
+    try:
+        frames = read(path, n)
+    except Exception as e:
+        raise _fault(path, e) from e
+    shares = []
+    for x in frames:
+        spread = x.max(2).astype(int) - x.min(2)  # (h, w)
+        seen = spread if inside is None or inside.shape != spread.shape else spread[inside]
+        shares.append(float((seen > _COLOURED).mean()))
+    return max(shares)

@@ -8,19 +8,23 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/pocus_model.html.md"""
 __all__ = ['DEFAULT', 'QUICK', 'STAGES', 'CANDIDATES', 'BASELINE', 'SHIPPED', 'PROTOCOLS', 'SIGNS', 'LEVEL', 'TRIVIAL', 'NESTED',
            'ModelSettings', 'clips_of', 'vectors_of', 'Candidate', 'stage_columns', 'class_weights_of_clips', 'head_of',
            'protocol_folds', 'seeds_of', 'predictions', 'balanced_accuracy_of', 'nested_predictions', 'candidate_cells',
-           'sign_scores', 'fitted_network', 'finished_model', 'reproduce', 'plot_candidates', 'model_report']
+           'sign_scores', 'fitted_network', 'looked_at', 'finished_model', 'refused_share', 'refused_out_of_fold',
+           'reproduce', 'plot_candidates', 'model_report']
 
 # %% ../../nbs/papers/pocus_model.ipynb #imports
+import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from sklearn.dummy import DummyClassifier
 
 from ..core import CLASSES, real_data
-from ..data.fan import add_fans, fan_crop
+from ..data.fan import Fan, add_fans, fan_crop
 from ..data.folds import Folds, patient_folds
 from ..data.sources import find_source, index_source
 from ..models.stages import StageClassifier, StageFeatures
@@ -37,14 +41,15 @@ from lus_fastai.papers.experiment import (
     settings_folder,
 )
 from ..plot import interval_text
-from ..predict import ClipModel, ClipPrep, fit_familiar, save_model
+from ..predict import ClipModel, ClipPrep, Familiar, fit_familiar, odd_fan, save_model
 from ..report import Report, limits_note, model_card
 from ..runs import Settings, cell, results_table
 from ..stats.bootstrap import auc, patient_interval
-from ..stats.calibration import calibrate, ece, ece_by_chance, fit_temperature
+from ..stats.calibration import calibrate, ece, evaluate_forecasts
 from ..stats.classification import class_probabilities, compare_classifiers, evaluate, pred_classes
 from ..stats.conformal import conformal_coverage, conformal_scores
 from ..stats.figures import plot_comparison
+from ..toys import drawn_images
 from lus_fastai.train.clip_heads import (
     StageHead,
     class_and_patient_weights,
@@ -227,14 +232,14 @@ def nested_predictions(
     return pd.concat(parts).loc[folds.table.index]
 
 # %% ../../nbs/papers/pocus_model.ipynb #cells
-def _calibration_cells(tables, row, protocol):
-    "ECE with and without a temperature of the other folds, and the mean AUC: means over the draws."
-    warm = [calibrate(t)[0] for t in tables]
-    mean_auc = np.mean([[auc(t['label'] == c, t[f'p_{c}']) for c in pred_classes(t)] for t in tables])
-    values = {'ECE': np.mean(list(map(ece, tables))), 'ECE, with temperature': np.mean(list(map(ece, warm)))}
-    values['ECE, by chance'] = np.mean([ece_by_chance(t, n=50) for t in tables])
-    values['AUC, mean over classes'] = mean_auc
-    return [cell('scores', row, k, float(v), protocol=protocol) for k, v in values.items()]
+def _forecast_cells(tables, row, protocol):
+    "AUC of each class, and calibration before and after a temperature of the other folds: means over draws."
+    scores = evaluate_forecasts(tables, ['clip'])
+    names = scores.metric.map(dict(auc='AUC', ece='ECE', ece_by_chance='ECE, by chance'))
+    columns = names + scores['class'].map(lambda c: '' if c == 'all' else f' {c}')
+    warm = float(np.mean([ece(calibrate(t)[0]) for t in tables]))
+    with_temperature = cell('scores', row, 'ECE, with temperature', warm, protocol=protocol)
+    return [*cells_of(scores, columns, 'scores', row, protocol), with_temperature]
 
 
 def candidate_cells(
@@ -247,7 +252,7 @@ def candidate_cells(
     wanted = scores.metric.isin(['accuracy', 'balanced_accuracy', 'recall'])
     scores = scores[wanted & ~((scores.metric == 'recall') & (scores['class'] == 'all'))]
     columns = score_columns(scores).str.replace(' by clip', '')
-    return cells_of(scores, columns, 'scores', row, protocol) + _calibration_cells(tables, row, protocol)
+    return cells_of(scores, columns, 'scores', row, protocol) + _forecast_cells(tables, row, protocol)
 
 # %% ../../nbs/papers/pocus_model.ipynb #signs
 SIGNS = ('effusion', 'consolidations', 'b_lines', 'a_lines', 'pleural_irregularities')
@@ -312,6 +317,14 @@ def fitted_network(
     return net.eval()
 
 # %% ../../nbs/papers/pocus_model.ipynb #model-make
+def looked_at(
+    channels: list,  # features of each stage of the network
+) -> slice:  # of the features of the shipped model: those of its last stage
+    "The features that tell what is familiar: late ones, which know parts and not only grain."
+    stages = CANDIDATES[SHIPPED].stages
+    return slice(sum(channels[s] for s in stages[:-1]), None)
+
+
 LEVEL = 0.8  # of the sets: with nine patients of one class a higher one would put that class into most sets
 
 
@@ -325,20 +338,82 @@ def finished_model(
     "Everything that belongs to the model, from the clips whose licence allows it."
     keep, s = _licensed(oof), settings
     oof, x = oof[keep].reset_index(drop=True), x[keep]
-    p, classes = class_probabilities(oof), pred_classes(oof)
-    temperature = fit_temperature(p, oof['label'].map({c: i for i, c in enumerate(classes)}).to_numpy())
-    warm = calibrate(oof)[0]  # each fold by the temperature of the others
     columns = stage_columns(channels, CANDIDATES[SHIPPED].stages)
     return ClipModel(
         fitted_network(x, channels, oof, signs, s),
-        classes,
+        pred_classes(oof),
         ClipPrep(s.size, s.frames, s.rate, s.max_frames),
         findings=signs,
-        temperature=temperature,
-        scores=conformal_scores(warm),
+        scores=conformal_scores(oof),
         level=LEVEL,
-        familiar=fit_familiar(x[:, columns], oof['patient']),
+        familiar=fit_familiar(x[:, columns], oof['patient'], looked_at(channels)),
     )
+
+# %% ../../nbs/papers/pocus_model.ipynb #refuse
+def refused_share(
+    familiar: Familiar,  # of the training clips
+    vectors: np.ndarray,  # (clips, n_features)
+    table: pd.DataFrame,  # of these clips, with a column fan
+) -> np.ndarray:  # (clips,) bool
+    "Which clips are refused: no fan, or too far from what is familiar."
+    fans = [Fan.from_dict(json.loads(text)) if text else None for text in table['fan'].fillna('')]
+    limit = np.where([odd_fan(f) for f in fans], familiar.limit_odd, familiar.limit)
+    return (familiar.distance(vectors) > limit) | np.array([f is None for f in fans])
+
+
+def refused_out_of_fold(
+    x: np.ndarray,  # (clips, n) vectors of all stages
+    channels: list,  # features of each stage
+    folds: Folds,  # of the clips
+) -> np.ndarray:  # (clips,) bool
+    "Which clips are refused by limits from the other folds."
+    seen, refused = x[:, stage_columns(channels, CANDIDATES[SHIPPED].stages)], np.zeros(len(x), bool)
+    for k in folds.numbers:
+        held = (folds.fold == k).to_numpy()
+        familiar = fit_familiar(seen[~held], folds.table['patient'][~held], looked_at(channels))
+        refused[held] = refused_share(familiar, seen[held], folds.table[held])
+    return refused
+
+# %% ../../nbs/papers/pocus_model.ipynb #refuse-others
+def _drawn_table(folder, n):
+    "Drawn images as files, with their fans."
+    rows = []
+    for seed in range(n):
+        for kind, image in drawn_images(seed).items():
+            path = Path(folder) / f'{kind}-{seed}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+            rows.append(dict(path=str(path), kind='image', label=kind, patient=path.stem))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # a black image has no fan
+        return add_fans(pd.DataFrame(rows).assign(source='drawn', probe='none'))
+
+
+def _other_images(folder, data):
+    "Name -> table of images of something else, as far as they are there."
+    tables = dict(drawn=_drawn_table(folder / 'drawn', 20 if data != 'phantom' else 2))
+    for source in ('busi', 'ccxs') if data != 'phantom' else ():
+        if find_source(source, real_data()):
+            tables[source] = add_fans(index_source(source, real_data()))
+    return tables
+
+# %% ../../nbs/papers/pocus_model.ipynb #refuse-cells
+def _share_cell(row, refused, patients):
+    "The share that is refused, with its interval over patients."
+    value, low, high = patient_interval(lambda x, _: float(np.mean(x)), refused, refused, patients)
+    return cell('refused', row, 'share', value, (low, high), protocol='patient')
+
+
+def _refusal_cells(run, x, channels, table, model, blues, cache):
+    "Shares that are refused: of lungs, and of other things."
+    folds = protocol_folds(table, 'patient', run.settings)
+    cells = [_share_cell('lungs, other patients', refused_out_of_fold(x, channels, folds), table['patient'])]
+    tables = _other_images(run.folder, run.data)
+    others = {k: vectors_of(t, run.settings, cache)[:2] for k, t in tables.items()}
+    columns = stage_columns(channels, CANDIDATES[SHIPPED].stages)
+    for name, (t, vectors) in (others | blues).items():
+        cells.append(_share_cell(name, refused_share(model.familiar, vectors[:, columns], t), t['patient']))
+    return cells
 
 # %% ../../nbs/papers/pocus_model.ipynb #run
 def _new_run(data, quick, out, cache, s):
@@ -383,9 +458,9 @@ def _keep_and_compare(run, rows, protocol):
 
 
 def _coverage_cells(tables, protocol):
-    "What the sets promise and keep, with the temperature of the other folds."
+    "How often the sets contain the truth, and how large they are."
     cells = []
-    for r in conformal_coverage(calibrate(tables[0])[0], LEVEL).to_dict('records'):
+    for r in conformal_coverage(tables[0], LEVEL).to_dict('records'):
         row = 'sets', r['class']
         cells.append(cell(*row, 'coverage', r['coverage'], (r['low'], r['high']), protocol=protocol))
         cells += [cell(*row, k, r[k], protocol=protocol) for k in ('size', 'single')]
@@ -412,6 +487,7 @@ def _blues_cells(run, cache):
     words = 'honest: five folds by patient of COVID-BLUES'
     run.protocol('BLUES', words, patient_folds(table, s.folds), clips=len(table))
     _sign_cells(run, x, channels, table, 'signs on COVID-BLUES', 'BLUES')
+    return {'lungs of COVID-BLUES': (table, x)}
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-card
 def _data_sentence(data, table):
@@ -437,7 +513,7 @@ def _card_facts(run, model, table):
     )
 
 
-_CARD_COLUMNS = 'accuracy', 'balanced accuracy', 'ECE, with temperature', 'AUC, mean over classes'
+_CARD_COLUMNS = 'accuracy', 'balanced accuracy', 'ECE, with temperature', 'AUC'
 _LICENCE = (
     'CC BY-NC-SA 4.0 for the fitted layer, as the strictest of the files it was fitted on; '
     'Apache-2.0 for the frozen network (EfficientNet-Lite0, trained on ImageNet by the authors of TensorFlow)'
@@ -471,10 +547,11 @@ def reproduce(
         _keep_and_compare(run, tables, protocol)
         run.cells += _coverage_cells(tables[SHIPPED], protocol)
     signs = _sign_cells(run, x, channels, table)
-    if data != 'phantom' and find_source('blues', real_data()):
-        _blues_cells(run, cache)
+    there = data != 'phantom' and find_source('blues', real_data())
+    blues = _blues_cells(run, cache) if there else {}
     oof = rows['patient'][SHIPPED][0]
     model = finished_model(oof, x, channels, signs, s)
+    run.cells += _refusal_cells(run, x, channels, table, model, blues, cache)
     _write_model(run, model, oof[_licensed(oof)])
     return model_report(run.html, run.save())
 
