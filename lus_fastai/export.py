@@ -304,7 +304,9 @@ def web_page(
         parts['network'] = _packed(export_onnx(model, f'{tmp}/model.onnx').read_bytes())
     parts['facts'] = _as_json(model_facts(model) | dict(phantom=_phantom_sprite()))
     parts |= dict(style=_source('page.css'), code=_script())
-    template = jinja2.Template(_source('page.html'), autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    template = jinja2.Template(
+        _source('page.html'), autoescape=True, trim_blocks=True, keep_trailing_newline=True
+    )
     parts |= dict(title='Lung ultrasound in the browser', about=_about(model))
     parts |= dict(level=model.scores and round(100 * model.level), familiar=model.familiar is not None)
     text = template.render(**parts)

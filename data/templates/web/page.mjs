@@ -165,7 +165,7 @@ function showRefusal(clip, reason) {
 // The sentence under the answer.
 function verdict(answer) {
   const level = `${Math.round(100 * facts.level)} %`;
-  if (answer.refused.length) return 'This clip was refused: the numbers below mean nothing.';
+  if (answer.refused.length) return 'This clip was refused: its numbers mean nothing.';
   if (answer.likely.length > 1) return 'More than one class cannot be ruled out.';
   const p = percent(Math.max(...answer.p.classes));
   if (!facts.scores) return `The likeliest class, with a probability of ${p}.`;
@@ -175,6 +175,7 @@ function verdict(answer) {
 function showAnswer(clip, answer) {
   const sure = answer.likely.length === 1 && !answer.refused.length;
   const k = facts.classes.length;
+  const few = state.used.length;
   $('clip-name').textContent = describeClip(clip);
   $('answer-title').textContent = sure ? answer.likely[0] : 'I do not know';
   $('answer-text').textContent = verdict(answer);
@@ -184,7 +185,7 @@ function showAnswer(clip, answer) {
   $('signs-part').hidden = names.length === k;
   $('numbers').classList.toggle('refused', answer.refused.length > 0);
   $('numbers-text').textContent =
-    `The probabilities add up to one. They are the mean over ${state.used.length} frames spread over the clip; ` +
+    `The probabilities add up to one. They ${few > 1 ? `are of ${few} frames spread over the clip` : 'are of its frame'}; ` +
     `guessing among ${k} classes would give ${percent(1 / k)} each. Bold: the classes in the set.`;
   for (const id of ['numbers', 'answer', 'views']) $(id).hidden = false;
   showViews(answer);
