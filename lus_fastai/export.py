@@ -68,8 +68,8 @@ def model_facts(
     "Everything of a model but its networks."
     facts = dict(format=_FORMAT, prep=asdict(model.prep)) | {k: getattr(model, k) for k in _PLAIN}
     facts['scores'] = model.scores and {k: np.asarray(v).tolist() for k, v in model.scores.items()}
-    f = model.familiar
-    facts['familiar'] = f and dict(mean=f.mean.tolist(), whiten=f.whiten.tolist(), limit=float(f.limit))
+    known = model.familiar and asdict(model.familiar)
+    facts['familiar'] = known and {k: np.asarray(v).tolist() for k, v in known.items()}
     return facts
 
 # %% ../nbs/export.ipynb #needed
@@ -206,8 +206,8 @@ def load_onnx(
     parts = {k: facts[k] for k in _PLAIN} | dict(prep=ClipPrep(**facts['prep']))
     parts['scores'] = facts['scores'] and {k: np.asarray(v) for k, v in facts['scores'].items()}
     if facts['familiar']:
-        mean, whiten = (np.asarray(facts['familiar'][k]) for k in ('mean', 'whiten'))
-        parts['familiar'] = Familiar(mean, whiten, facts['familiar']['limit'])
+        arrays = {k: np.asarray(v) for k, v in facts['familiar'].items() if isinstance(v, list)}
+        parts['familiar'] = Familiar(**(facts['familiar'] | arrays))
     return OnnxModel(net, **parts)
 
 # %% ../nbs/export.ipynb #runtime

@@ -57,8 +57,8 @@ def model():
         net.head.weight *= 30
         net.head.bias -= net(x).mean(0)
         features = net.features(x).double().numpy()
-    whiten = np.eye(features.shape[1])[:, :5] / features.std(0)[:, None]
-    familiar = Familiar(features.mean(0), whiten, 1.5)
+    known = np.eye(features.shape[1])[:, :5]
+    familiar = Familiar(features.mean(0), 1 / features.std(0), known, 9.0, 7.0)
     scores = {c: np.linspace(0, 0.85, 12) for c in CLASSES}
     parts = dict(temperature=1.5, scores=scores, familiar=familiar, card=dict(title='a test'))
     return ClipModel(net, CLASSES, prep, ['blines'], **parts)
@@ -145,6 +145,18 @@ def test_what_is_no_clip_is_told(site, tmp_path):
     title, reasons, _, _ = answer(page, tmp_path / 'grey.png')
     assert title == 'I do not know' and 'No fan was found' in reasons[0]
     assert not page.locator('#fault').is_visible() and not page.locator('#numbers').is_visible()
+
+
+def test_colour_is_refused(site, model, tmp_path):
+    _, page, _ = site
+    grey = phantom(0, 1)[0]
+    coloured = np.stack([grey] * 3, 2)
+    coloured[60:110, 70:120] = 200, 30, 30  # as colour Doppler has it
+    for name, x, reason in (('doppler', coloured, True), ('grey', np.stack([grey] * 3, 2), False)):
+        Image.fromarray(x).save(tmp_path / f'{name}.png')
+        reasons = answer(page, tmp_path / f'{name}.png')[1]
+        here = model.predict(tmp_path / f'{name}.png', heat=False).refused
+        assert any('coloured' in r for r in reasons) == any('coloured' in r for r in here) == reason
 
 
 def test_controls(site):

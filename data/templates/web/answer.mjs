@@ -45,27 +45,54 @@ export function likelyClasses(p, facts) {
   return names(likely.length ? likely : order.slice(0, 1));
 }
 
-// How far a clip's features are from those of the training clips, in their own spreads.
-function strangeness(vectors, { mean, whiten }) {
-  const z = meanOf(vectors).map((v, i) => v - mean[i]);
-  const along = whiten[0].map((_, k) => z.reduce((sum, v, i) => sum + v * whiten[i][k], 0));
-  return Math.sqrt(along.reduce((sum, v) => sum + v * v, 0) / along.length);
+// Length of what the known directions leave of a clip's standardised features.
+function strangeness(vectors, { mean, scale, known }) {
+  const z = meanOf(vectors).map((v, i) => (v - mean[i]) * scale[i]);
+  const along = known[0].map((_, k) => z.reduce((sum, v, i) => sum + v * known[i][k], 0));
+  const rest = z.map((v, i) => v - along.reduce((sum, a, k) => sum + a * known[i][k], 0));
+  return Math.sqrt(rest.reduce((sum, v) => sum + v * v, 0));
+}
+
+// Whether a fan is unlike those of convex probes on lungs: straight, very wide or narrow, too near or far.
+function oddFan(fan) {
+  if (fan?.kind !== 'convex') return true;
+  const angle = (fan.right - fan.left) / 2;
+  const near = fan.near / fan.far;
+  return !(angle >= 12 && angle <= 50 && near >= 0.12 && near <= 0.6);
+}
+
+// Share of the pixels in the fan that have a colour, of the most colourful of some frames.
+function colourShare(spreads, mask) {
+  const share = (spread) => {
+    const seen = mask ? spread.filter((_, i) => mask[i]) : spread;
+    return seen.filter((v) => v > 60).length / seen.length;
+  };
+  return Math.max(0, ...spreads.map(share));
 }
 
 // Reasons to refuse a clip, and reasons for caution: every check of a clip is in this one place.
-export function doubts(frames, vectors, likely, facts) {
+// seen: how many frames the network saw, their features, the fan and its mask, the colours of the clip.
+export function doubts({ frames, vectors, fan, mask, spreads }, likely, facts) {
   const refused = [];
   const cautions = [];
+  const coloured = colourShare(spreads, mask);
+  if (coloured > 0.02) {
+    refused.push(`${Math.round(100 * coloured)} % of it is coloured: a photograph, or colour Doppler.`);
+  }
   if (facts.familiar) {
     const far = strangeness(vectors, facts.familiar);
-    const limit = facts.familiar.limit;
+    const odd = oddFan(fan);
+    const limit = odd ? facts.familiar.limit_odd : facts.familiar.limit;
     if (far > limit) {
-      const beyond = `distance ${far.toFixed(1)}, at most ${limit.toFixed(1)}`;
-      refused.push(`It is unlike the clips of lungs in training (${beyond}).`);
+      const beyond = `${far.toFixed(1)} from the training clips, the limit is ${limit.toFixed(1)}`;
+      refused.push(
+        `Unlike lungs: ${beyond}${odd ? ', and its fan is not that of a convex probe on a lung' : ''}.`,
+      );
     }
   }
-  if (likely.length > 1)
+  if (likely.length > 1) {
     cautions.push(`At ${Math.round(100 * facts.level)} % it may be any of ${likely.join(', ')}.`);
+  }
   if (frames < 2) {
     cautions.push('A single frame: nothing moves, so sliding and artefacts cannot be judged.');
   }

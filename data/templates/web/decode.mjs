@@ -1,6 +1,6 @@
 // A file to grey frames at the model's rate, decoded by the browser: the frames that lus_fastai.video samples.
 
-import { greyOfColours, STRETCHED } from './images.mjs';
+import { greyOfColours, spreadOfColours, STRETCHED } from './images.mjs';
 
 const EARLY = 0.001; // stamps are often rounded to the millisecond
 const NOMINAL = 0.04; // seconds of a frame where a file does not say
@@ -25,13 +25,20 @@ export function rateRule(rate) {
 
 // ---- pixels ----
 
-// Grey of anything that a canvas can draw.
-function drawnGrey(source, width, height) {
+// The colours of anything that a canvas can draw.
+function drawnColours(source, width, height) {
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext('2d', { willReadFrequently: true });
   context.drawImage(source, 0, 0, width, height);
-  return { grey: greyOfColours(context.getImageData(0, 0, width, height).data), width, height };
+  return context.getImageData(0, 0, width, height).data;
 }
+
+// A picture: its grey, and a function that says how colourful each pixel is.
+function pictureOf(rgba, width, height) {
+  return { grey: greyOfColours(rgba), spread: () => spreadOfColours(rgba), width, height };
+}
+
+const drawnPicture = (source, width, height) => pictureOf(drawnColours(source, width, height), width, height);
 
 // The bytes of a VideoFrame, without padding: rows of its first plane.
 async function firstPlane(frame, bytesPerPixel) {
@@ -49,20 +56,21 @@ async function firstPlane(frame, bytesPerPixel) {
 // Ultrasound is grey, so the luma plane is the image; video range is stretched to full range.
 async function lumaOf(frame) {
   const { bytes, width, height } = await firstPlane(frame, 1);
-  return { grey: frame.colorSpace.fullRange ? bytes : bytes.map((v) => STRETCHED[v]), width, height };
+  const grey = frame.colorSpace.fullRange ? bytes : bytes.map((v) => STRETCHED[v]);
+  return { grey, spread: () => spreadOfColours(drawnColours(frame, width, height)), width, height };
 }
 
 // The colours of a decoded image, exact where the browser gives the bytes.
 async function greyOfImage(frame) {
   if (!['RGBA', 'RGBX', 'BGRA', 'BGRX'].includes(frame.format)) {
-    return drawnGrey(frame, frame.displayWidth, frame.displayHeight);
+    return drawnPicture(frame, frame.displayWidth, frame.displayHeight);
   }
   const { bytes, width, height } = await firstPlane(frame, 4);
   for (let i = 0; i < bytes.length; i += 4) {
     if (frame.format[0] === 'B') [bytes[i], bytes[i + 2]] = [bytes[i + 2], bytes[i]];
     if (frame.format[3] === 'X') bytes[i + 3] = 255;
   }
-  return { grey: greyOfColours(bytes), width, height };
+  return pictureOf(bytes, width, height);
 }
 
 // ---- stills and animations ----
@@ -114,7 +122,7 @@ async function readAnimation(bytes, type, rule, clip, maxFrames, tell) {
 
 async function readStill(blob, clip) {
   const bitmap = await createImageBitmap(blob, { colorSpaceConversion: 'none', premultiplyAlpha: 'none' });
-  addFrame(clip, drawnGrey(bitmap, bitmap.width, bitmap.height), 0);
+  addFrame(clip, drawnPicture(bitmap, bitmap.width, bitmap.height), 0);
 }
 
 // ---- video ----
@@ -143,7 +151,7 @@ async function seek(video, time) {
 // The frame that a video shows: its time, its length, and a function that gives its grey.
 function shownFrame(video) {
   const { videoWidth: w, videoHeight: h } = video;
-  const drawn = async () => drawnGrey(video, w, h);
+  const drawn = async () => drawnPicture(video, w, h);
   if (typeof VideoFrame === 'undefined') return { time: video.currentTime, length: NOMINAL, grey: drawn };
   const frame = new VideoFrame(video);
   const rect = frame.visibleRect;
@@ -200,18 +208,21 @@ async function readVideo(blob, rule, clip, maxFrames, tell) {
 
 // ---- any file ----
 
-function addFrame(clip, { grey, width, height }, time) {
+const COLOURS = 3; // the first frames, which are looked at in colour as well
+
+function addFrame(clip, { grey, spread, width, height }, time) {
   if (clip.frames.length && (width !== clip.width || height !== clip.height)) {
     throw new ClipFault(`Its frames change from ${clip.width}x${clip.height} to ${width}x${height} pixels.`);
   }
   Object.assign(clip, { width, height });
   clip.frames.push(grey);
   clip.times.push(time);
+  if (spread && clip.spreads.length < COLOURS) clip.spreads.push(spread());
 }
 
-// The sampled frames of a file: { name, width, height, frames, times, note }; ClipFault with a sentence.
+// The sampled frames of a file: { name, width, height, frames, times, spreads, note }; ClipFault with a sentence.
 export async function readClip(file, rate, maxFrames, tell) {
-  const clip = { name: file.name, width: 0, height: 0, frames: [], times: [], note: '' };
+  const clip = { name: file.name, width: 0, height: 0, frames: [], times: [], spreads: [], note: '' };
   if (!file.size) throw new ClipFault('The file is empty.');
   const bytes = new Uint8Array(await file.arrayBuffer());
   const type = typeOf(bytes);
@@ -235,8 +246,8 @@ export async function readSprite({ name, image: address, times }, rate, maxFrame
   const picture = new Image();
   picture.src = address;
   await picture.decode();
-  const { grey, width, height: whole } = drawnGrey(picture, picture.naturalWidth, picture.naturalHeight);
-  const clip = { name, width: 0, height: 0, frames: [], times: [], note: '' };
+  const { grey, width, height: whole } = drawnPicture(picture, picture.naturalWidth, picture.naturalHeight);
+  const clip = { name, width: 0, height: 0, frames: [], times: [], spreads: [], note: '' };
   const height = whole / times.length;
   const rule = rateRule(rate);
   times.forEach((time, k) => {

@@ -14,6 +14,16 @@ export function greyOfColours(rgba) {
   return out;
 }
 
+// How colourful each pixel is: the strongest of red, green and blue less the weakest.
+export function spreadOfColours(rgba) {
+  const out = new Uint8Array(rgba.length / 4);
+  for (let i = 0, j = 0; j < out.length; i += 4, j++) {
+    const [r, g, b] = [rgba[i], rgba[i + 1], rgba[i + 2]];
+    out[j] = Math.max(r, g, b) - Math.min(r, g, b);
+  }
+  return out;
+}
+
 // Luma of video range, 16 to 235, stretched to 0..255.
 export const STRETCHED = Uint8Array.from({ length: 256 }, (_, v) => {
   const x = (v - 16) * (255 / 219);

@@ -42,9 +42,10 @@ function prepare(clip) {
   const cuts = clip.frames.map(cutter.cut);
   const images = cuts.map((x) => resize(x, cutter.width, cutter.height, prep.size, prep.size));
   const whole = { kind: 'linear', near: 0, far: clip.height, left: 0, right: clip.width }; // where no fan is used
-  const inside = fan ? cutter.cut(fanMask(fan).mask) : new Uint8Array(cuts[0].length).fill(1);
+  const mask = fan && fanMask(fan).mask;
+  const inside = fan ? cutter.cut(mask) : new Uint8Array(cuts[0].length).fill(1);
   const cover = maskCanvas(inside, cutter.width, cutter.height);
-  return { fan: fan ?? whole, cutter, cuts, images, cover };
+  return { fan: fan ?? whole, mask, cutter, cuts, images, cover };
 }
 
 // The network's outputs of some frames, put where they belong.
@@ -63,14 +64,15 @@ async function look(known, images, rows) {
 }
 
 // The answer of the frames that the model takes of a clip.
-function conclude(known, used) {
+function conclude(clip, { fan, mask }, known, used) {
   const p = pooled(
     used.map((i) => known.logits[i]),
     facts,
   );
   const likely = likelyClasses(p.classes, facts);
   const vectors = used.map((i) => known.features[i]);
-  return { p, likely, ...doubts(used.length, vectors, likely, facts) };
+  const seen = { frames: used.length, vectors, fan, mask, spreads: clip.spreads };
+  return { p, likely, ...doubts(seen, likely, facts) };
 }
 
 async function analyse(clip, ticket) {
@@ -93,7 +95,7 @@ async function analyse(clip, ticket) {
   await look(known, prepared.images, used);
   if (!current()) return;
   Object.assign(state, { clip, strip: clip, prepared, known, used, now: used[0], output: 0 });
-  showAnswer(clip, conclude(known, used));
+  showAnswer(clip, conclude(clip, prepared, known, used));
   const rest = known.rows.flatMap((row, i) => (row ? [] : [i]));
   for (let i = 0; i < rest.length; i += 4) {
     await say(`The other frames, for the curve: ${i} of ${rest.length}…`);
