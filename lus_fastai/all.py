@@ -56,6 +56,7 @@ from lus_fastai.explain.embeddings import *
 from lus_fastai.predict import *
 from lus_fastai.export import *
 from lus_fastai.report import *
+from lus_fastai.clip_report import *
 from lus_fastai.widgets import *
 from lus_fastai.cli import *
 from lus_fastai.papers import experiment, gare, cheng_lam, arora, uscl, merand, sim_to_real, pocus_model  # a paper is a module

@@ -27,7 +27,7 @@ from .data.fan import Fan, FanError, crop_to_fan, find_fan
 from .explain.attribution import grad_cam
 from .models.backbones import create_backbone, input_channels
 from .models.classifiers import BackboneClassifier, CovidNet
-from .models.stages import StageClassifier, StageFeatures, class_maps
+from .models.stages import StageClassifier, StageFeatures, stage_pass
 from .models.transfer import Weights, load_weights
 from .stats.calibration import apply_temperature
 from .stats.conformal import prediction_sets
@@ -133,7 +133,7 @@ def _known_directions(vectors, columns, keep):
     directions = np.linalg.svd((vectors - mean) * scale, full_matrices=False)[2]
     return mean, scale, directions[:keep].T
 
-
+# %% ../nbs/predict.ipynb #known-fit-1
 def fit_familiar(
     vectors: np.ndarray,  # (clips, n_features) of training clips
     patients,  # (clips,) whose they are
@@ -202,15 +202,34 @@ def batch(
     return x.expand(-1, input_channels(self.nets[0]), -1, -1)
 
 
+def _one_pass(net, x):
+    "Logits of frames; for frozen features also their vectors and the map of every output, else None."
+    if isinstance(net, StageClassifier):
+        return stage_pass(net, x)
+    return net(x), None, None
+
+# %% ../nbs/predict.ipynb #model-look
 @patch
 @torch.no_grad()
+def look(
+    self: ClipModel,
+    images: np.ndarray,  # (n, size, size) uint8
+) -> tuple:  # logits (n, outputs); vectors of the first network and mean maps, or None
+    "All that the networks say of prepared frames, in one pass each."
+    seen = [_one_pass(net, self.batch(images)) for net in self.nets]
+    logits = np.mean([z.double().numpy() for z, _, _ in seen], 0)
+    vectors, maps = seen[0][1], [m for _, _, m in seen]
+    whole = None if any(m is None for m in maps) else np.mean([m.numpy() for m in maps], 0)
+    return logits, None if vectors is None else vectors.numpy(), whole
+
+
+@patch
 def frame_logits(
     self: ClipModel,
     images: np.ndarray,  # (n, size, size) uint8
 ) -> np.ndarray:  # (n, classes and findings), the mean over the networks
     "Logits of prepared frames."
-    x = self.batch(images)
-    return np.mean([net(x).double().numpy() for net in self.nets], 0)
+    return self.look(images)[0]
 
 # %% ../nbs/predict.ipynb #answer
 @dataclass(eq=False)
@@ -299,31 +318,33 @@ def _set(self: ClipModel, p):
 _COLOURED = 0.02  # share of coloured pixels above which a clip is refused; grey clips have next to none
 
 
-@patch
-def _doubts(self: ClipModel, prepared, likely, path):
-    "Reasons to refuse a clip, and reasons for caution."
-    refused, cautions = [], []
-    if path is not None:
-        share = colour_share(path, prepared.fan.mask() if prepared.fan else None)
-        if share > _COLOURED:
-            refused.append(f'{share:.0%} of it is coloured: a photograph, or colour Doppler')
-    if self.familiar is not None:
-        net = self.nets[0]
-        with torch.no_grad():
-            x = self.batch(prepared.images)
-            vectors = (net.features(x) + net.features(x.flip(-1))) / 2
-        far, odd = self.familiar.distance(vectors.mean(0, keepdim=True).numpy())[0], odd_fan(prepared.fan)
-        limit = self.familiar.limit_odd if odd else self.familiar.limit
-        if far > limit:
-            fan = ', and its fan is not that of a convex probe on a lung' if odd else ''
-            refused.append(f'unlike lungs: {far:.1f} from the training clips, the limit is {limit:.1f}{fan}')
-    if len(likely) > 1:
-        cautions.append(f'undecided: at {self.level:.0%} it may be any of {", ".join(likely)}')
-    if len(prepared.images) < 2:
-        cautions.append('a single frame: nothing moves, so sliding and artefacts cannot be judged')
-    return refused, cautions
+def _colour_reason(path, fan):
+    "A list of one reason to refuse a coloured file, or of none."
+    share = colour_share(path, None if fan is None else fan.mask())
+    return [f'{share:.0%} of it is coloured: a photograph, or colour Doppler'] if share > _COLOURED else []
 
-# %% ../nbs/predict.ipynb #predict
+
+@patch
+def _strange_reason(self: ClipModel, vectors, fan):
+    "A list of one reason to refuse what is unlike the training clips, or of none."
+    if self.familiar is None:
+        return []
+    far, odd = self.familiar.distance(vectors.mean(0, keepdims=True))[0], odd_fan(fan)
+    limit = self.familiar.limit_odd if odd else self.familiar.limit
+    if far <= limit:
+        return []
+    shape = ', and its fan is not that of a convex probe on a lung' if odd else ''
+    return [f'unlike lungs: {far:.1f} from the training clips, the limit is {limit:.1f}{shape}']
+
+# %% ../nbs/predict.ipynb #doubts-1
+@patch
+def _cautions(self: ClipModel, prepared, likely):
+    "Reasons for caution."
+    some = [f'undecided: at {self.level:.0%} it may be any of {", ".join(likely)}'] if len(likely) > 1 else []
+    still = 'a single frame: nothing moves, so sliding and artefacts cannot be judged'
+    return some + [still] * (len(prepared.images) < 2)
+
+# %% ../nbs/predict.ipynb #predict-parts
 def _no_answer(model, path, reason):
     "The answer for a clip that could not be prepared."
     nothing = pd.Series(dtype=float)
@@ -331,6 +352,15 @@ def _no_answer(model, path, reason):
     return Answer(path, nothing, (), nothing, frames, [reason], [])
 
 
+@patch
+def _frame_table(self: ClipModel, logits, times):
+    "A row per frame: its time and what it says by itself."
+    k = len(self.classes)
+    rows = pd.DataFrame(apply_temperature(logits[:, :k], self.temperature), columns=list(self.classes))
+    rows.insert(0, 'time', times)
+    return rows
+
+# %% ../nbs/predict.ipynb #predict
 @patch
 def predict(
     self: ClipModel,
@@ -343,15 +373,16 @@ def predict(
         prepared = self.prep(clip)
     except FanError as e:
         return _no_answer(self, path, f'no fan was found: {e}')
-    logits = self.frame_logits(prepared.images)
+    logits, vectors, maps = self.look(prepared.images)
     p, signs = self._pooled(logits)
-    likely, k = self._set(p), len(self.classes)
-    rows = pd.DataFrame(apply_temperature(logits[:, :k], self.temperature), columns=list(self.classes))
-    rows.insert(0, 'time', prepared.times)
-    where = self.heat(prepared.images, self.classes[int(p.argmax())]) if heat else None
-    shown = pd.Series(p, self.classes), likely, pd.Series(signs, self.findings, dtype=float), rows
-    doubts = self._doubts(prepared, likely, None if isinstance(clip, Clip) else clip)
-    return Answer(path, *shown, *doubts, prepared, where)
+    likely, first, where = self._set(p), int(p.argmax()), None
+    if heat:
+        where = self.heat(prepared.images, self.classes[first]) if maps is None else maps[:, first]
+    refused = [] if isinstance(clip, Clip) else _colour_reason(clip, prepared.fan)
+    refused += self._strange_reason(vectors, prepared.fan)
+    shown = pd.Series(p, self.classes), likely, pd.Series(signs, self.findings, dtype=float)
+    frames, cautions = self._frame_table(logits, prepared.times), self._cautions(prepared, likely)
+    return Answer(path, *shown, frames, refused, cautions, prepared, where)
 
 # %% ../nbs/predict.ipynb #heat
 @patch
@@ -364,15 +395,10 @@ def heat(
     names = [*self.classes, *self.findings]
     if output not in names:
         raise ValueError(f"the model's outputs are {names}, not {output!r}")
-    x, i = self.batch(images), names.index(output)
-    maps = []
-    for net in self.nets:
-        if isinstance(net, StageClassifier):
-            with torch.no_grad():
-                maps.append(class_maps(net, x)[:, i].numpy())
-        else:
-            maps.append(np.asarray(grad_cam(net, x, i)))
-    return np.mean(maps, 0)
+    maps, i = self.look(images)[2], names.index(output)
+    if maps is not None:
+        return maps[:, i]
+    return np.mean([np.asarray(grad_cam(net, self.batch(images), i)) for net in self.nets], 0)
 
 # %% ../nbs/predict.ipynb #describe
 class ModelFileError(ValueError):
@@ -405,7 +431,7 @@ def _backbone_weights(weights, prefix, normalize):
     inner.normalize = tuple(normalize)
     return inner
 
-
+# %% ../nbs/predict.ipynb #rebuild-1
 def build_network(
     shown: dict,  # from architecture
     weights: dict,  # its tensors by name
@@ -440,7 +466,7 @@ def _facts(model):
 
 _ARRAYS = 'mean', 'scale', 'known'  # of what is familiar
 
-
+# %% ../nbs/predict.ipynb #save-1
 def _tensors(model):
     "Every tensor of a model by name."
     out = {f'net{i}.{k}': v for i, net in enumerate(model.nets) for k, v in net.state_dict().items()}
@@ -451,7 +477,7 @@ def _tensors(model):
             out[f'familiar.{k}'] = torch.as_tensor(np.asarray(getattr(model.familiar, k), np.float64))
     return {k: v.detach().cpu().contiguous().clone() for k, v in out.items()}
 
-
+# %% ../nbs/predict.ipynb #save-file
 def save_model(
     model,  # a ClipModel; or a fastai Learner or a network, with the parts as further arguments
     path,  # a file named .safetensors

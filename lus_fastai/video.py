@@ -115,6 +115,8 @@ def to_grey(
 
     if im.mode.startswith(('I', 'F')):
         x = np.asarray(im).astype(np.float64)
+        if not np.isfinite(x).all():
+            raise ValueError('some of its pixels are NaN or infinite')
         lo, hi = (0, 65535) if im.mode[0] == 'I' and 0 <= x.min() and x.max() <= 65535 else (x.min(), x.max())
         return _window(x, lo, hi)
     if 'transparency' in im.info or im.mode in ('RGBA', 'LA', 'PA'):

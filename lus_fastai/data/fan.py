@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/data/fan.html.md"""
 
 # %% auto #0
 __all__ = ['FanError', 'Fan', 'add_overlays', 'find_fan', 'add_fans', 'crop_to_fan', 'fan_crop', 'fan_masks', 'frame_masks',
-           'common_fan', 'phantom_fan', 'to_polar', 'from_polar', 'find_overlays', 'remove_overlays']
+           'common_fan', 'phantom_fan', 'to_polar', 'from_polar', 'beam_values', 'find_overlays', 'remove_overlays']
 
 # %% ../../nbs/data/fan.ipynb #c003
 import json
@@ -692,6 +692,22 @@ def from_polar(
         nearest,
         outside,
     )
+
+# %% ../../nbs/data/fan.ipynb #beam-values
+def beam_values(
+    images,  # (..., h, w) array or tensor
+    fan: Fan,  # of images of this size
+    beam: float,  # 0 (left edge of the fan) to 1 (right edge)
+):  # (..., depths), same type; 0 outside the image
+    "The column of `to_polar` that holds a beam. Raises `FanError` when the sizes differ."
+    _check_fits(fan, images.shape)
+    down, across = (int(np.ceil(x)) for x in _extent(fan))
+    middle = (min(int(beam * across), across - 1) + 0.5) / across
+    depths = (np.arange(down) + 0.5) / down
+    cols, rows = (x[:, None] for x in fan.pixels(depths, np.full(down, middle)))
+    edge = 1.5 * max(x / np.ceil(x) for x in _extent(fan))
+    inside = (cols >= -edge) & (cols <= fan.size[1] + edge) & (rows >= -edge) & (rows <= fan.size[0] + edge)
+    return _resample(images, cols, rows, inside, False, 0)[..., 0]
 
 # %% ../../nbs/data/fan.ipynb #c036-1
 def find_overlays(

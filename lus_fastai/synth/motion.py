@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import progress, shipped_folder, write_json
-from ..data.fan import Fan, find_fan, phantom_fan, to_polar
+from ..data.fan import Fan, beam_values, find_fan, phantom_fan, to_polar
 from ..stats.bootstrap import auc, patient_interval
 from .phantom import PhantomClip, draw_patient, phantom_clip
 
@@ -85,10 +85,10 @@ def m_mode(
     times = clip_times(clip)
     if isinstance(beam, bool) or not isinstance(beam, (int, float, np.number)) or not 0 <= beam <= 1:
         raise ValueError(f"beam must be a number from 0 (left) to 1 (right), got {beam!r}")
-    polar = to_polar(clip.frames, clip_fan(clip) if fan is None else fan)  # (n, depths, beams)
-    column = min(int(beam * polar.shape[2]), polar.shape[2] - 1)
+    fan = clip_fan(clip) if fan is None else fan
+    image = np.stack([beam_values(frame, fan, beam) for frame in clip.frames], 1)  # (depths, n)
     depth = clip.patient.depth if isinstance(clip, PhantomClip) else None
-    return MMode(polar[:, :, column].T, times, depth, float(beam))
+    return MMode(image, times, depth, float(beam))
 
 # %% ../../nbs/synth/motion.ipynb #m023
 _GRID = (144, 160)  # depths and beams of an unrolled clip

@@ -100,8 +100,15 @@ def _split_stages(x, channels):
         raise ValueError(f"the stages have {sum(channels)} features together, got {x.shape[1]}")
     return np.split(x, np.cumsum(channels)[:-1], 1) if channels else [x]
 
+# %% ../../nbs/train/clip_heads.ipynb #likeliest
+class _Likeliest(ClassifierMixin, BaseEstimator):
+    "What gives probabilities calls the likeliest class."
+
+    def predict(self, X):
+        return self.classes_[self.predict_proba(X).argmax(1)]
+
 # %% ../../nbs/train/clip_heads.ipynb #head
-class StageHead(ClassifierMixin, BaseEstimator):
+class StageHead(_Likeliest):
     "A logistic regression on each stage's standardised features, their logits averaged."
 
     def __init__(
@@ -115,9 +122,8 @@ class StageHead(ClassifierMixin, BaseEstimator):
         self.classes_ = np.unique(np.asarray(y, str))
         if len(self.classes_) < 2:
             raise ValueError(f"two classes or more are needed, got {list(self.classes_)}")
-        stages = _split_stages(X, self.channels)
-        parts = [_raw_linear(x, y, sample_weight, self.c) for x in stages]
-        self.coef_ = np.concatenate([coef for coef, _ in parts], 1) / len(parts)  # (classes, n)
+        parts = [_raw_linear(x, y, sample_weight, self.c) for x in _split_stages(X, self.channels)]
+        self.coef_ = np.concatenate([coef for coef, _ in parts], 1) / len(parts)
         self.intercept_ = np.mean([bias for _, bias in parts], 0)
         return self
 
@@ -126,9 +132,6 @@ class StageHead(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, X):
         return softmax(self.decision_function(X), axis=1)
-
-    def predict(self, X):
-        return self.classes_[self.decision_function(X).argmax(1)]
 
 # %% ../../nbs/train/clip_heads.ipynb #to-model
 @torch.no_grad()
@@ -162,7 +165,7 @@ def _filled(p, known, classes):
     out[:, [list(classes).index(c) for c in known]] = p
     return out
 
-
+# %% ../../nbs/train/clip_heads.ipynb #held-out-1
 def predict_held_out(
     head,  # any classifier of scikit-learn; it is cloned
     x: np.ndarray,  # (clips, n) from clip_vectors, or (clips, k, n) for AttentionHead
@@ -250,7 +253,7 @@ def _descended(net, x, there, code, weight, steps, decay):
     return net
 
 # %% ../../nbs/train/clip_heads.ipynb #attention
-class AttentionHead(ClassifierMixin, BaseEstimator):
+class AttentionHead(_Likeliest):
     "Attention over the frames of a clip and a linear layer, as a classifier of scikit-learn."
 
     def __init__(
@@ -289,12 +292,3 @@ def predict_proba(
     "Probabilities of clips."
     with torch.no_grad():
         return self.net_(*self._ready(X)).softmax(1).numpy()
-
-
-@patch
-def predict(
-    self: AttentionHead,
-    X: np.ndarray,  # (clips, k, n) from stacked_vectors
-) -> np.ndarray:  # (clips,) labels
-    "The likeliest class of clips."
-    return self.classes_[self.predict_proba(X).argmax(1)]
