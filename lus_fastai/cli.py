@@ -413,7 +413,7 @@ def lus_predict(
             print(NOT_A_DEVICE)
     return int(bool(failures))  # the exit status
 
-# %% ../nbs/cli.ipynb #export-command
+# %% ../nbs/cli.ipynb #export-command-extra
 def _with_extra(call, *args):
     "What a function returns; a missing extra of the package is a mistake, and no fault of ours."
     try:
@@ -421,7 +421,7 @@ def _with_extra(call, *args):
     except ImportError as e:
         raise ValueError(str(e)) from None
 
-
+# %% ../nbs/cli.ipynb #export-command
 @call_parse(pos=[])
 def lus_export(
     web: str = None,  # an .html file: a page that runs the model in the browser

@@ -22,7 +22,6 @@ import tarfile
 import tempfile
 import warnings
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from torch import nn
 from .core import atomic_path, folder_lock, lus_home, shipped_folder
 from .data.fetching import FetchError
 from .models.backbones import input_channels
-from .models.stages import StageClassifier, class_maps
+from .models.stages import StageClassifier, stage_pass
 from .predict import ClipModel, ClipPrep, Familiar, ModelFileError
 from .video import read_clip
 
@@ -50,12 +49,10 @@ class _Outputs(nn.Module):
 
     def forward(self, frames):
         x = frames.expand(-1, self.channels, -1, -1)
-        logits = torch.stack([net(x) for net in self.nets]).mean(0)  # (n, outputs)
         if not self.exact:
-            return (logits,)
-        maps = torch.stack([class_maps(net, x) for net in self.nets]).mean(0)  # (n, outputs, side, side)
-        first = self.nets[0].features
-        return logits, maps, (first(x) + first(x.flip(-1))) / 2
+            return (torch.stack([net(x) for net in self.nets]).mean(0),)  # (n, outputs)
+        logits, vectors, maps = zip(*(stage_pass(net, x) for net in self.nets))
+        return torch.stack(logits).mean(0), torch.stack(maps).mean(0), vectors[0]
 
 # %% ../nbs/export.ipynb #facts
 _FORMAT = 1  # of the facts in an ONNX file
@@ -141,7 +138,6 @@ class OnnxNetwork(StageClassifier):
         path,  # a file of export_onnx
     ):
         nn.Module.__init__(self)
-        self.features = partial(self.run, 'features')
         with _extra():
             import onnxruntime
         settings = onnxruntime.SessionOptions()
@@ -152,20 +148,31 @@ class OnnxNetwork(StageClassifier):
             raise ModelFileError(f"{path} is no ONNX file that can be run ({e})") from None
         self.outputs = [o.name for o in self.session.get_outputs()]
 
-    def run(
-        self,
-        output: str,  # 'logits', 'maps' or 'features'
-        x: torch.Tensor,  # (n, 1, size, size) in 0..1
-    ) -> torch.Tensor:  # (n, ...)
-        "One of the outputs."
-        return torch.from_numpy(self.session.run([output], {'frames': x.numpy()})[0])
-
     def forward(self, x):
-        return self.run('logits', x)
+        return torch.from_numpy(self.run(x)['logits'])
+
+# %% ../nbs/export.ipynb #session-run
+@patch
+def run(
+    self: OnnxNetwork,
+    x: torch.Tensor,  # (n, 1, size, size) in 0..1
+) -> dict:  # 'logits', and for frozen features 'maps' and 'features': (n, ...) float32
+    "All outputs in one pass."
+    return dict(zip(self.outputs, self.session.run(None, {'frames': x.numpy()})))
 
 # %% ../nbs/export.ipynb #onnx-model
 class OnnxModel(ClipModel):
     "A finished model whose network is an ONNX file."
+
+
+@patch
+def look(
+    self: OnnxModel,
+    images: np.ndarray,  # (n, size, size) uint8
+) -> tuple:  # logits (n, outputs), vectors and maps, or None
+    "All that the file says of prepared frames."
+    seen = self.nets[0].run(self.batch(images))
+    return seen['logits'].astype(float), seen.get('features'), seen.get('maps')
 
 
 @patch
@@ -175,14 +182,12 @@ def heat(
     output: str,  # a class or finding
 ) -> np.ndarray:  # (n, side, side), signed; None where the file holds no maps
     "Where a class or sign is seen, as the file computes it."
-    names, net = [*self.classes, *self.findings], self.nets[0]
+    names, maps = [*self.classes, *self.findings], self.look(images)[2]
     if output not in names:
         raise ValueError(f"the model's outputs are {names}, not {output!r}")
-    if 'maps' not in net.outputs:
-        return None
-    return net.run('maps', self.batch(images))[:, names.index(output)].numpy()
+    return None if maps is None else maps[:, names.index(output)]
 
-# %% ../nbs/export.ipynb #load-onnx
+# %% ../nbs/export.ipynb #facts-of
 def _facts_of(net, path):
     "The facts in a file's metadata; ModelFileError for a file of another kind or version."
     text = net.session.get_modelmeta().custom_metadata_map.get('lus_fastai')
@@ -194,7 +199,7 @@ def _facts_of(net, path):
         raise ModelFileError(f"{path} has format {found}, this version reads {_FORMAT}: update lus_fastai")
     return facts
 
-
+# %% ../nbs/export.ipynb #load-onnx
 def load_onnx(
     path,  # a file of export_onnx
 ) -> OnnxModel:  # its predict gives the same answers
