@@ -142,12 +142,6 @@ const happens = (target, event, seconds) =>
     );
   });
 
-async function seek(video, time) {
-  const done = happens(video, 'seeked', 20);
-  video.currentTime = time;
-  await done;
-}
-
 // The frame that a video shows: its time, its length, and a function that gives its grey.
 function shownFrame(video) {
   const { videoWidth: w, videoHeight: h } = video;
@@ -162,22 +156,34 @@ function shownFrame(video) {
   return { time: frame.timestamp / 1e6, length, grey, close: () => frame.close() };
 }
 
+// The frame at a time. A busy browser says that it is there before it shows it, so it is waited for.
+async function videoFrameAt(video, time) {
+  const done = happens(video, 'seeked', 20);
+  video.currentTime = time;
+  await done;
+  for (let tries = 0; tries < 40; tries++) {
+    const frame = shownFrame(video);
+    if (frame.time <= time + EARLY && time < frame.time + 1.5 * frame.length) return frame;
+    frame.close?.();
+    await new Promise((go) => setTimeout(go, 25));
+  }
+  return shownFrame(video);
+}
+
 // Walk from one wanted time to the next; where the frame shown is too early, the one behind it is taken.
 async function videoFrames(video, rule, clip, maxFrames, tell) {
-  let start = null;
+  let frame = shownFrame(video);
+  const start = frame.time;
   let last = -1;
   while (clip.frames.length < maxFrames) {
-    let frame = shownFrame(video);
-    start ??= frame.time;
     if (frame.time - start + EARLY < rule.due()) {
       const next = frame.time + 1.5 * frame.length;
       frame.close?.();
       if (next > video.duration + frame.length) return;
-      await seek(video, Math.min(next, video.duration));
-      frame = shownFrame(video);
+      frame = await videoFrameAt(video, Math.min(next, video.duration));
     }
     const time = frame.time - start;
-    if (time <= last) return frame.close?.();
+    if (time <= last) break;
     last = time;
     if (rule.keep(time)) {
       addFrame(clip, await frame.grey(), time);
@@ -185,8 +191,9 @@ async function videoFrames(video, rule, clip, maxFrames, tell) {
     }
     frame.close?.();
     if (rule.due() + start > video.duration) return;
-    await seek(video, rule.due() + start + EARLY / 2);
+    frame = await videoFrameAt(video, rule.due() + start + EARLY / 2);
   }
+  frame.close?.();
 }
 
 async function readVideo(blob, rule, clip, maxFrames, tell) {
