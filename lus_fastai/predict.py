@@ -139,7 +139,7 @@ def fit_familiar(
     patients,  # (clips,) whose they are
     columns=slice(None),  # features that are looked at
     keep: int = 40,  # directions that count as known
-    shares: tuple = (0.96, 0.85),  # of held-out patients' clips within the limit, and within that of odd fans
+    shares: tuple = (0.97, 0.9),  # of held-out patients' clips within the limit, and within that of odd fans
     folds: int = 5,  # groups of patients that are held out in turn
 ) -> Familiar:
     "Known directions, and limits that a share of the clips of held-out patients keeps."
