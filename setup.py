@@ -19,8 +19,9 @@ stages = {
     '6': 'Mature',
     '7': 'Inactive',
 }
-extras = {k: cfg[f'{k}_requirements'].split() for k in ('widgets', 'imagenet', 'distributed', 'docs', 'dev')}
-extras['dev'] += extras['widgets'] + extras['imagenet'] + extras['distributed'] + extras['docs']
+parts = ('widgets', 'imagenet', 'distributed', 'onnx', 'docs')
+extras = {k: cfg[f'{k}_requirements'].split() for k in (*parts, 'dev')}
+extras['dev'] += [r for k in parts for r in extras[k]]
 
 setup(
     version=cfg['version'],

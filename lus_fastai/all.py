@@ -54,6 +54,7 @@ from lus_fastai.explain.feature_visualization import *
 from lus_fastai.explain.sanity_checks import *
 from lus_fastai.explain.embeddings import *
 from lus_fastai.predict import *
+from lus_fastai.export import *
 from lus_fastai.report import *
 from lus_fastai.clip_report import *
 from lus_fastai.widgets import *

@@ -216,6 +216,8 @@ def _still(path, codes):
         for k in range(1 if im.format == 'MPO' else getattr(im, 'n_frames', 1)):
             im.seek(k)
             yield t, partial(_still_image, im, path, codes)
+            if im.format == 'WEBP':
+                im.load()  # only then it knows how long the frame lasts
             t += (im.info.get('duration') or 1000 / _RATE) / 1000
 
 # %% ../nbs/video.ipynb #c023-1

@@ -120,7 +120,7 @@ def test_the_same_command_takes_real_clips(tmp_path, real_data):
     assert any(c['column'] == 'accuracy by patient' and 0 <= c['ours'] <= 1 for c in results['cells'])
 
 
-@pytest.mark.parametrize('name', ['lus_demo', 'lus_repro', 'lus_audit', 'lus_data'])
+@pytest.mark.parametrize('name', ['lus_demo', 'lus_repro', 'lus_audit', 'lus_data', 'lus_export'])
 def test_help_is_there_before_torch(tmp_path, name):
     loaded = "print('loaded:', sorted({'torch', 'numpy', 'pandas', 'fastai'} & set(sys.modules)))"
     done = command(tmp_path, name, '--help', after=loaded)
@@ -139,6 +139,8 @@ def test_help_is_there_before_torch(tmp_path, name):
         ('lus_audit', ['none.csv', '--label', 'folder'], 'for a folder of clips'),
         ('lus_audit', ['.', '--patient', 'file'], 'holds no clip'),
         ('lus_data', ['uscl'], 'there is: '),
+        ('lus_export', [], '--web PAGE.html'),
+        ('lus_export', ['--onnx', 'a.onnx', '--model', 'none.safetensors'], 'no model at none.safetensors'),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, name, args, said):

@@ -218,7 +218,7 @@ def test_what_is_imported_is_required():
 
     required, asked_for = (
         named('requirements'),
-        named('widgets_requirements') | named('imagenet_requirements') | named('distributed_requirements'),
+        {n for k in ('widgets', 'imagenet', 'distributed', 'onnx') for n in named(f'{k}_requirements')},
     )
     packages = {}  # what is imported as pytorch_grad_cam comes in grad-cam
     for d in distributions():
@@ -377,7 +377,7 @@ def test_wheel_holds_the_package_and_its_data_only(wheel):
     assert len(runtime) == len(settings()['requirements'].split()) and not any(
         re.search(r'[<=]=|<', r.split(';')[0].replace('>=', '')) for r in runtime
     )
-    assert {'dev', 'distributed', 'docs', 'imagenet', 'widgets'} == set(
+    assert {'dev', 'distributed', 'docs', 'imagenet', 'onnx', 'widgets'} == set(
         re.findall(r'^Provides-Extra: (\S+)', meta, re.M)
     ) and re.search(r'^Requires-Python: >=3\.10$', meta, re.M)
 
