@@ -1,4 +1,4 @@
-"""Four commands: a demo, a paper's reproduction, an audit, and data
+"""Six commands: a demo, a paper's reproduction, an audit, data, a model's answers, and a page for the browser
 
 Docs: https://lus-fastai.github.io/lus_fastai/cli.html.md"""
 

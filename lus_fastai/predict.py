@@ -239,7 +239,7 @@ class Answer:
     path: str  # the file
     probabilities: pd.Series  # of each class, sum 1; empty where the clip could not be prepared
     likely: tuple  # the set of classes at the model's level
-    findings: pd.Series  # probability of each sign
+    findings: pd.Series  # score of each sign, 0..1, fitted as if half of the clips had it
     frames: pd.DataFrame  # a row per frame: time and probability of each class
     refused: list  # reasons why there is no answer
     cautions: list  # reasons to distrust it

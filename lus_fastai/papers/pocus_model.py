@@ -501,13 +501,17 @@ def _blues_cells(run, cache):
     return {'lungs of COVID-BLUES': (table, x)}
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-card
-def _data_sentence(data, table):
-    "What the model was fitted on, with licences."
+def _data_sentence(data, table, tested):
+    "What the model was fitted on, with licences, and what the results are from."
     clips = f'{len(table)} clips and stills of {table.patient.nunique()} patients'
     if data == 'phantom':
         return f'{clips}, simulated by the phantom of this package.'
     counts = ', '.join(f'{k} ({n})' for k, n in table['licence'].value_counts().items())
-    return f'{clips} of POCUS (convex probe; Born et al. 2020). Licences of the files: {counts}.'
+    return (
+        f'{clips} of POCUS (convex probe; Born et al. 2020). Licences of the files: {counts}. The results '
+        f'are out of fold, on {len(tested)} clips of {tested.patient.nunique()} patients: these and those '
+        'under other licences, which the model is not fitted on.'
+    )
 
 
 def _card_results(results):
@@ -522,12 +526,11 @@ def _card_results(results):
     return texts
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-card-1
-def _card_facts(run, table):
+def _card_facts(run, tested):
     "The facts of the card that also travel inside the model's file."
-    fitted = 'The results are out of fold; the model is then fitted on all of these.'
     return dict(
         title='Lung ultrasound clips: covid, pneumonia or regular',
-        data=f'{_data_sentence(run.data, table)} {fitted}',
+        data=_data_sentence(run.data, tested[_licensed(tested)], tested),
         licence=_LICENCE,
         split_hash=run.protocols['patient']['split_hash'],
         results=_card_results(run.save()),
@@ -541,9 +544,9 @@ _LICENCE = (
 )
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-write
-def _write_model(run, model, table):
+def _write_model(run, model, tested):
     "The model's file and its card in the run's folder."
-    model.card = _card_facts(run, table)
+    model.card = _card_facts(run, tested)
     path = run.folder / 'pocus.safetensors'
     save_model(model, path)
     more = dict(usage="model = load_model()\nmodel.predict('clip.mp4')", settings=asdict(run.settings))
@@ -573,7 +576,7 @@ def reproduce(
     oof = rows['patient'][SHIPPED][0]
     model = finished_model(oof, x, channels, signs, s)
     run.cells += _refusal_cells(run, x, channels, table, model, blues, cache)
-    _write_model(run, model, oof[_licensed(oof)])
+    _write_model(run, model, oof)
     return model_report(run.html, run.save())
 
 # %% ../../nbs/papers/pocus_model.ipynb #report
