@@ -410,6 +410,16 @@ def process(
     return faults
 
 
+def answer_page(
+    path: Path,  # in the rendered site
+):
+    "Write the page that answers for a clip in the browser, with the model that ships; needs npm or its cache."
+    from lus_fastai.export import web_page
+    from lus_fastai.predict import load_model
+
+    web_page(load_model(), path)
+
+
 def render(
     root: Path = root,  # the project's folder
 ):
@@ -424,6 +434,7 @@ def render(
     subprocess.run(
         [sys.executable, '-c', 'from nbdev.quarto import nbdev_docs; nbdev_docs()'], cwd=root, check=True
     )
+    answer_page(root / cfg['doc_path'] / 'answer.html')
     print(f"rendered: {cfg['doc_path']}/index.html")
 
 
