@@ -413,7 +413,7 @@ def process(
 def answer_page(
     path: Path,  # in the rendered site
 ):
-    "Write the page that answers in the browser, with the model that ships; needs npm, or what it has fetched."
+    "Write the page that answers in the browser, with the model that ships; npm fetches what it needs."
     from lus_fastai.export import web_page
     from lus_fastai.predict import load_model
 
