@@ -174,9 +174,9 @@ def test_an_error_of_ours_in_one_clip_does_not_stop_the_rest(run, clip, tmp_path
         heard.append(args)
         if len(heard) == 1:
             raise KeyError('ours')
-        return [], []
+        return []
 
-    monkeypatch.setattr(ClipModel, '_doubts', once)
+    monkeypatch.setattr(ClipModel, '_cautions', once)
     status, out, err = run(clip, tmp_path / 'second.mp4')
     assert status == 1 and "KeyError: 'ours'" in err and out.startswith('2/2 ')
 
