@@ -227,7 +227,10 @@ def _npm_pack(name, folder):
     if not shutil.which('npm'):
         raise FetchError(f"npm is needed once to fetch the program that runs ONNX in a browser; or {how}")
     command = ['npm', 'pack', name, '--silent', '--pack-destination', str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600)
+    except subprocess.TimeoutExpired:
+        raise FetchError(f"npm did not bring {name} within ten minutes; {how}") from None
     packed = sorted(Path(folder).glob('*.tgz'))
     if done.returncode or not packed:
         said = (done.stderr or done.stdout).strip().splitlines()
