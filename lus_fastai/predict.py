@@ -305,14 +305,15 @@ def _pooled(self: ClipModel, logits):
 
 @patch
 def _set(self: ClipModel, p):
-    "Classes of the answer, the likeliest first; never none."
+    "Classes of the answer, the likeliest first; all of them where none fits."
     order = np.argsort(-p, kind='stable')
     if self.scores is None:
         return (self.classes[order[0]],)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that a class is in every set is said when the model is made
         inside = prediction_sets(p[None], self.scores, self.level)[0]
-    return tuple(self.classes[i] for i in order if inside[i]) or (self.classes[order[0]],)
+    fitting = [i for i in order if inside[i]]
+    return tuple(self.classes[i] for i in fitting or order)
 
 # %% ../nbs/predict.ipynb #doubts
 _COLOURED = 0.02  # share of coloured pixels above which a clip is refused; grey clips have next to none

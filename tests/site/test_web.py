@@ -12,15 +12,11 @@ from PIL import Image
 
 from lus_fastai.core import CLASSES
 from lus_fastai.data.fan import add_overlays, crop_to_fan, find_fan
-from lus_fastai.data.fetching import FetchError
 from lus_fastai.export import web_page, web_runtime
 from lus_fastai.models.stages import StageClassifier, StageFeatures
 from lus_fastai.predict import ClipModel, ClipPrep, Familiar
 from lus_fastai.synth.phantom import draw_patient, phantom_clip
 from lus_fastai.video import Clip, resize_frame, write_video
-
-pytest.importorskip('onnx')
-pytest.importorskip('onnxscript')
 
 pytestmark = pytest.mark.slow
 CLIPS = 10
@@ -67,15 +63,14 @@ def model():
 @pytest.fixture(scope='module')
 def site(model, tmp_path_factory):
     "The page's file, the page in a browser, and the addresses that it asked for."
-    api = pytest.importorskip('playwright.sync_api')
+    import playwright.sync_api as api
+
     chromium = shutil.which('chromium') or shutil.which('chromium-browser')
     if not chromium:
         pytest.skip('no chromium on the PATH: apt-get install chromium')
-    try:
-        runtime = web_runtime()
-    except FetchError as e:
-        pytest.skip(f'no program to run ONNX in a browser: {e}')
-    file = web_page(model, tmp_path_factory.mktemp('web') / 'page.html', runtime)
+    if not shutil.which('npm'):
+        pytest.skip('no npm on the PATH: apt-get install npm')
+    file = web_page(model, tmp_path_factory.mktemp('web') / 'page.html', web_runtime())
     with api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
         page, asked = browser.new_page(viewport=dict(width=1000, height=900)), []

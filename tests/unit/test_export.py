@@ -4,6 +4,7 @@ import json
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -12,9 +13,6 @@ from lus_fastai.core import CLASSES
 from lus_fastai.data.fetching import FetchError
 from lus_fastai.models.stages import StageClassifier, StageFeatures, class_maps
 from lus_fastai.predict import ClipModel, ClipPrep, ModelFileError
-
-onnx = pytest.importorskip('onnx')
-pytest.importorskip('onnxscript')
 
 
 def stage_model(stages=(0,), size=64, nets=1):

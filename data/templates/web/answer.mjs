@@ -42,7 +42,7 @@ export function likelyClasses(p, facts) {
     return (worse + 1) / (known.length + 1) > 1 - facts.level + 1e-9;
   };
   const likely = order.filter(inside);
-  return names(likely.length ? likely : order.slice(0, 1));
+  return names(likely.length ? likely : order); // none fits: it may be any
 }
 
 // Length of what the known directions leave of a clip's standardised features.
