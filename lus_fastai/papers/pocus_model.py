@@ -22,6 +22,8 @@ import pandas as pd
 import torch
 from PIL import Image
 from sklearn.dummy import DummyClassifier
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.utils.class_weight import compute_sample_weight
 
 from ..core import CLASSES, real_data
 from ..data.fan import Fan, add_fans, fan_crop
@@ -157,8 +159,7 @@ def class_weights_of_clips(
     table: pd.DataFrame,  # rows with a column label
 ) -> np.ndarray:  # (rows,) above 0, their mean is 1
     "Weights that give each class the same sum, and each of its clips the same part."
-    count = table.groupby('label')['label'].transform('size')
-    return (len(table) / (table['label'].nunique() * count)).to_numpy(float)
+    return compute_sample_weight('balanced', table['label'])
 
 # %% ../../nbs/papers/pocus_model.ipynb #cand-use-1
 def head_of(
@@ -216,8 +217,7 @@ def balanced_accuracy_of(
 ) -> float:  # 0..1
     "Mean recall of the classes that are there."
     called = np.array(pred_classes(preds))[class_probabilities(preds).argmax(1)]
-    right = pd.Series(called == preds['label'].astype(str), preds.index)
-    return float(right.groupby(preds['label']).mean().mean())
+    return float(balanced_accuracy_score(preds['label'].astype(str), called))
 
 
 def _chosen(x, channels, table, protocol, settings):
