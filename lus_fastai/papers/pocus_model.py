@@ -6,15 +6,20 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/pocus_model.html.md"""
 
 # %% auto #0
 __all__ = ['BASELINE', 'SHIPPED', 'TRIVIAL', 'NESTED', 'DEFAULT', 'QUICK', 'STAGES', 'CANDIDATES', 'PROTOCOLS', 'SIGNS', 'LEVEL',
-           'plot_candidates', 'ModelSettings', 'clips_of', 'vectors_of', 'Candidate', 'stage_columns',
-           'class_weights_of_clips', 'head_of', 'protocol_folds', 'seeds_of', 'predictions', 'balanced_accuracy_of',
-           'nested_predictions', 'candidate_cells', 'sign_scores', 'fitted_network', 'looked_at', 'finished_model',
-           'refused_share', 'refused_out_of_fold', 'reproduce', 'model_report']
+           'IDEAS', 'CHOSEN_IDEA', 'SIGN_CANDIDATES', 'CARD_ROWS', 'plot_candidates', 'ModelSettings', 'clips_of',
+           'vectors_of', 'Candidate', 'stage_columns', 'class_weights_of_clips', 'head_of', 'protocol_folds',
+           'seeds_of', 'predictions', 'balanced_accuracy_of', 'nested_predictions', 'candidate_cells', 'sign_scores',
+           'fitted_network', 'looked_at', 'finished_model', 'refused_share', 'refused_out_of_fold', 'other_images',
+           'share_cell', 'Idea', 'without_sources', 'outlined_vectors', 'idea_answers', 'idea_predictions', 'Moments',
+           'nested_signs', 'constant_predictions', 'keep_and_compare', 'coverage_cells', 'write_model', 'try_ideas',
+           'reproduce', 'model_report']
 
 # %% ../../nbs/papers/pocus_model.ipynb #imports
 import json
+import re
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +29,7 @@ from PIL import Image
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.utils.class_weight import compute_sample_weight
+from torch import nn
 
 from ..core import CLASSES, real_data
 from ..data.fan import Fan, add_fans, fan_crop
@@ -46,7 +52,7 @@ from ..plot import interval_text
 from ..predict import ClipModel, ClipPrep, Familiar, fit_familiar, odd_fan, save_model
 from ..report import Report, limits_note, model_card
 from ..runs import Settings, cell, results_table
-from ..stats.bootstrap import auc, patient_interval
+from ..stats.bootstrap import auc, paired_difference, patient_interval
 from ..stats.calibration import calibrate, ece, evaluate_forecasts
 from ..stats.classification import class_probabilities, compare_classifiers, evaluate, pred_classes
 from ..stats.conformal import conformal_coverage, conformal_scores
@@ -62,6 +68,7 @@ from lus_fastai.train.clip_heads import (
     predict_held_out,
     spread_frames,
 )
+from ..video import resize_frame
 
 # %% ../../nbs/papers/pocus_model.ipynb #names
 BASELINE, SHIPPED = 'all stages together', 'stages 1 and 3 fused'  # rows of the results
@@ -115,12 +122,12 @@ def vectors_of(
     table: pd.DataFrame,  # clip table with a column fan
     settings: ModelSettings = DEFAULT,  # sizes
     cache=None,  # default lus_home()
-    stages: tuple = STAGES,  # of the network
+    features=None,  # frozen, with channels; default: all stages of the backbone, with ImageNet's weights
 ) -> tuple:  # table of the clips, (clips, n) vectors, and the features of each stage
     "What a frozen network sees in each clip."
     s = settings
     store = sampled_store('pocus_model', table, s.size, s, cache, prepare=fan_crop)
-    features, chosen = StageFeatures(s.backbone, stages), spread_frames(store.frames, s.frames)
+    features, chosen = features or StageFeatures(s.backbone, STAGES), spread_frames(store.frames, s.frames)
     return *clip_vectors(frame_vectors(features, store, chosen), chosen), features.channels
 
 # %% ../../nbs/papers/pocus_model.ipynb #cand
@@ -201,14 +208,14 @@ def seeds_of(
 
 # %% ../../nbs/papers/pocus_model.ipynb #fit
 def predictions(
-    name: str,  # of a candidate
+    candidate: Candidate,  # such as CANDIDATES[SHIPPED]
     x: np.ndarray,  # (clips, n) vectors of all stages
     channels: list,  # features of each stage
     folds: Folds,  # of the clips
     by: str = 'patient',  # column that no fold cuts
 ) -> pd.DataFrame:  # prediction table
     "The out-of-fold predictions of one candidate."
-    head, weights, columns = head_of(CANDIDATES[name], channels)
+    head, weights, columns = head_of(candidate, channels)
     return cross_fit(head, x[:, columns], folds, weights, by)
 
 # %% ../../nbs/papers/pocus_model.ipynb #nested
@@ -220,11 +227,11 @@ def balanced_accuracy_of(
     return float(balanced_accuracy_score(preds['label'].astype(str), called))
 
 
-def _chosen(x, channels, table, protocol, settings):
-    "The candidate with the best balanced accuracy within some clips."
+def _chosen(x, channels, table, protocol, settings, candidates):
+    "The name of the candidate with the best balanced accuracy within some clips."
     inner = protocol_folds(table, protocol, settings)
-    scores = {c: balanced_accuracy_of(predictions(c, x, channels, inner, protocol)) for c in CANDIDATES}
-    return max(scores, key=scores.get)
+    tables = {k: predictions(c, x, channels, inner, protocol) for k, c in candidates.items()}
+    return max(tables, key=lambda k: balanced_accuracy_of(tables[k]))
 
 # %% ../../nbs/papers/pocus_model.ipynb #nested-1
 def nested_predictions(
@@ -233,14 +240,15 @@ def nested_predictions(
     folds: Folds,  # of the clips
     protocol: str,  # 'patient' or 'source'
     settings: ModelSettings = DEFAULT,  # number of inner folds
+    candidates: dict = CANDIDATES,  # name -> Candidate
 ) -> pd.DataFrame:  # prediction table with a column chosen
     "Predictions of the candidate that each fold's own training clips choose."
     parts = []
     for k in folds.numbers:
         held = (folds.fold == k).to_numpy()
         inside = folds.table[~held].reset_index(drop=True)
-        name = _chosen(x[~held], channels, inside, protocol, settings)
-        head, weights, columns = head_of(CANDIDATES[name], channels)
+        name = _chosen(x[~held], channels, inside, protocol, settings, candidates)
+        head, weights, columns = head_of(candidates[name], channels)
         part = predict_held_out(head, x[:, columns], folds.table, held, weights, protocol)
         parts.append(part.assign(fold=k, chosen=name))
     return pd.concat(parts).loc[folds.table.index]
@@ -300,9 +308,9 @@ def _licensed(table):
     return table['licence'].astype(str).str.startswith('CC').to_numpy()
 
 
-def _sign_rows(signs, x, channels, table):
+def _sign_rows(signs, x, channels, table, candidate):
     "Weights and biases of the signs, one output each."
-    head, weights, columns = head_of(CANDIDATES[SHIPPED], channels)
+    head, weights, columns = head_of(candidate, channels)
     rows = []
     for sign in signs:
         known = table[sign].notna().to_numpy()
@@ -319,12 +327,14 @@ def fitted_network(
     table: pd.DataFrame,  # of the clips
     signs: tuple = (),  # further outputs, from SIGNS
     settings: ModelSettings = DEFAULT,  # the backbone
+    candidate: Candidate = CANDIDATES[SHIPPED],  # the head
+    start='imagenet',  # weights of the backbone, as for StageFeatures
 ) -> StageClassifier:  # logits of the classes in alphabetical order, then of the signs
     "The frozen network with the head that is fitted on all these clips."
-    head, weights, columns = head_of(CANDIDATES[SHIPPED], channels)
+    head, weights, columns = head_of(candidate, channels)
     fit_weighted(head, x[:, columns], table['label'].astype(str).to_numpy(), weights(table))
-    rows = list(zip(head.coef_, head.intercept_)) + _sign_rows(signs, x, channels, table)
-    features = StageFeatures(settings.backbone, CANDIDATES[SHIPPED].stages)
+    rows = list(zip(head.coef_, head.intercept_)) + _sign_rows(signs, x, channels, table, candidate)
+    features = StageFeatures(settings.backbone, candidate.stages, start)
     net = StageClassifier(features, len(rows))
     net.head.weight.copy_(torch.as_tensor(np.stack([w for w, _ in rows])))
     net.head.bias.copy_(torch.as_tensor(np.array([b for _, b in rows])))
@@ -333,10 +343,10 @@ def fitted_network(
 # %% ../../nbs/papers/pocus_model.ipynb #model-make
 def looked_at(
     channels: list,  # features of each stage of the network
-) -> slice:  # of the features of the shipped model: those of its last stage
+    candidate: Candidate = CANDIDATES[SHIPPED],  # which stages a model has
+) -> slice:  # of the features of this model: those of its last stage
     "The features that tell what is familiar: late ones, which know parts and not only grain."
-    stages = CANDIDATES[SHIPPED].stages
-    return slice(sum(channels[s] for s in stages[:-1]), None)
+    return slice(sum(channels[s] for s in candidate.stages[:-1]), None)
 
 
 LEVEL = 0.8  # of the sets: with nine patients of one class a higher one would put that class into most sets
@@ -348,19 +358,21 @@ def finished_model(
     channels: list,  # features of each stage
     signs: tuple = (),  # from SIGNS
     settings: ModelSettings = DEFAULT,  # how clips are prepared
+    candidate: Candidate = CANDIDATES[SHIPPED],  # the head
+    start='imagenet',  # weights of the backbone, as for StageFeatures
 ) -> ClipModel:  # with an empty card
     "Everything that belongs to the model, from the clips whose licence allows it."
     keep, s = _licensed(oof), settings
     oof, x = oof[keep].reset_index(drop=True), x[keep]
-    columns = stage_columns(channels, CANDIDATES[SHIPPED].stages)
+    columns = stage_columns(channels, candidate.stages)
     return ClipModel(
-        fitted_network(x, channels, oof, signs, s),
+        fitted_network(x, channels, oof, signs, s, candidate, start),
         pred_classes(oof),
         ClipPrep(s.size, s.frames, s.rate, s.max_frames),
         findings=signs,
         scores=conformal_scores(oof),
         level=LEVEL,
-        familiar=fit_familiar(x[:, columns], oof['patient'], looked_at(channels)),
+        familiar=fit_familiar(x[:, columns], oof['patient'], looked_at(channels, candidate)),
     )
 
 # %% ../../nbs/papers/pocus_model.ipynb #refuse
@@ -379,12 +391,14 @@ def refused_out_of_fold(
     x: np.ndarray,  # (clips, n) vectors of all stages
     channels: list,  # features of each stage
     folds: Folds,  # of the clips
+    candidate: Candidate = CANDIDATES[SHIPPED],  # which stages a model has
 ) -> np.ndarray:  # (clips,) bool
     "Which clips are refused by limits from the other folds."
-    seen, refused = x[:, stage_columns(channels, CANDIDATES[SHIPPED].stages)], np.zeros(len(x), bool)
+    seen, refused = x[:, stage_columns(channels, candidate.stages)], np.zeros(len(x), bool)
     for k in folds.numbers:
         held = (folds.fold == k).to_numpy()
-        familiar = fit_familiar(seen[~held], folds.table['patient'][~held], looked_at(channels))
+        columns = looked_at(channels, candidate)
+        familiar = fit_familiar(seen[~held], folds.table['patient'][~held], columns)
         refused[held] = refused_share(familiar, seen[held], folds.table[held])
     return refused
 
@@ -403,8 +417,11 @@ def _drawn_table(folder, n):
         return add_fans(pd.DataFrame(rows).assign(source='drawn', probe='none'))
 
 
-def _other_images(folder, data):
-    "Name -> table of images of something else, as far as they are there."
+def other_images(
+    folder,  # where drawn images are written
+    data: str,  # 'phantom' or 'pocus'
+) -> dict:  # name -> table with a column fan
+    "Images of something else, as far as they are there."
     tables = dict(drawn=_drawn_table(folder / 'drawn', 20 if data != 'phantom' else 2))
     for source in ('busi', 'ccxs') if data != 'phantom' else ():
         if find_source(source, real_data()):
@@ -412,7 +429,11 @@ def _other_images(folder, data):
     return tables
 
 # %% ../../nbs/papers/pocus_model.ipynb #refuse-cells
-def _share_cell(row, refused, patients):
+def share_cell(
+    row: str,  # whose clips
+    refused: np.ndarray,  # (clips,) bool
+    patients,  # (clips,) whose they are
+) -> dict:  # a cell
     "The share that is refused, with its interval over patients."
     value, low, high = patient_interval(lambda x, _: float(np.mean(x)), refused, refused, patients)
     return cell('refused', row, 'share', value, (low, high), protocol='patient')
@@ -421,54 +442,243 @@ def _share_cell(row, refused, patients):
 def _refusal_cells(run, x, channels, table, model, blues, cache):
     "Shares that are refused: of lungs, and of other things."
     folds = protocol_folds(table, 'patient', run.settings)
-    cells = [_share_cell('lungs, other patients', refused_out_of_fold(x, channels, folds), table['patient'])]
-    tables = _other_images(run.folder, run.data)
+    cells = [share_cell('lungs, other patients', refused_out_of_fold(x, channels, folds), table['patient'])]
+    tables = other_images(run.folder, run.data)
     others = {k: vectors_of(t, run.settings, cache)[:2] for k, t in tables.items()}
     columns = stage_columns(channels, CANDIDATES[SHIPPED].stages)
     for name, (t, vectors) in (others | blues).items():
-        cells.append(_share_cell(name, refused_share(model.familiar, vectors[:, columns], t), t['patient']))
+        cells.append(share_cell(name, refused_share(model.familiar, vectors[:, columns], t), t['patient']))
     return cells
 
+# %% ../../nbs/papers/pocus_model.ipynb #ideas
+@dataclass(frozen=True)
+class Idea:
+    "What is done to the training clips of the head that ships."
+
+    directions: int = 0  # of the source that are removed
+    alike: bool = False  # each source of a class has the same weight
+    outlines: bool = False  # each clip a second time, with the outline of another
+
+
+IDEAS = {
+    SHIPPED: Idea(),
+    'sources alike in weights': Idea(alike=True),
+    '1 source direction removed': Idea(directions=1),
+    '3 source directions removed': Idea(directions=3),
+    'outlines of other fans added': Idea(outlines=True),
+}
+CHOSEN_IDEA = 'chosen among these within the training clips'
+
+# %% ../../nbs/papers/pocus_model.ipynb #ideas-dirs
+def without_sources(
+    x: np.ndarray,  # (clips, n) features of one stage
+    table: pd.DataFrame,  # of the clips, with label and source
+    held: np.ndarray,  # (clips,) bool: not looked at
+    k: int,  # directions to remove, from 0
+) -> np.ndarray:  # (clips, n) standardised features
+    "Features without the directions in which sources of one class differ most in the training clips."
+    z = (x - x[~held].mean(0)) / np.maximum(x[~held].std(0), 1e-12)
+    seen, t = pd.DataFrame(z[~held]), table[~held].reset_index(drop=True)
+    offset = seen - seen.groupby(t['label'].astype(str)).transform('mean')
+    groups = offset.groupby([t['label'].astype(str), t['source']])
+    weighted = groups.mean().to_numpy() * np.sqrt(groups.size().to_numpy())[:, None]
+    away = np.linalg.svd(weighted, full_matrices=False)[2][:k].T
+    return z - z @ away @ away.T
+
+# %% ../../nbs/papers/pocus_model.ipynb #ideas-outline
+def _outline(text, size):
+    "Where the fan of a clip is in its prepared frames: (size, size) uint8."
+    if not text:
+        return np.ones((size, size), np.uint8)
+    return resize_frame(Fan.from_dict(json.loads(text)).cropped().mask().astype(np.uint8), (size, size), True)
+
+
+@torch.no_grad()
+def outlined_vectors(
+    table: pd.DataFrame,  # clip table with columns fan and source
+    settings: ModelSettings = DEFAULT,  # sizes
+    cache=None,  # default lus_home()
+) -> np.ndarray:  # (clips, n) vectors of the stages of the head that ships
+    "Vectors of clips that are cut to the outline of a clip from another source."
+    s, rng, vectors = settings, np.random.default_rng(0), []
+    store = sampled_store('pocus_model', table, s.size, s, cache, prepare=fan_crop)
+    features = StageFeatures(s.backbone, CANDIDATES[SHIPPED].stages)
+    chosen = spread_frames(store.frames, s.frames)
+    for _, rows in chosen.groupby('clip', sort=False):
+        others = chosen['fan'][chosen['source'] != rows['source'].iloc[0]]
+        outline = _outline(others.iloc[rng.integers(len(others))], s.size)
+        x = torch.from_numpy(store[rows['row']] * outline)[:, None] / 255
+        vectors.append((features(x) + features(x.flip(-1))).mean(0) / 2)
+    return torch.stack(vectors).numpy()
+
+# %% ../../nbs/papers/pocus_model.ipynb #ideas-fit
+def idea_answers(
+    idea: Idea,  # what is done to the training clips
+    x: np.ndarray,  # (2, clips, n): vectors of the shipped stages as they are, and with other outlines
+    channels: list,  # features of each of these stages
+    table: pd.DataFrame,  # of the clips
+    held: np.ndarray,  # (clips,) bool: which are answered
+    by: str = 'patient',  # column that must not be cut
+) -> pd.DataFrame:  # the rows that were held out
+    "The head that ships, fitted on training clips to which an idea was applied."
+    weights = partial(class_and_patient_weights, by='source') if idea.alike else class_weights_of_clips
+    again = ~held if idea.outlines else np.zeros(len(held), bool)
+    seen, rows = np.concatenate([x[0], x[1][again]]), pd.concat([table, table[again]])
+    out = np.concatenate([held, np.zeros(again.sum(), bool)])
+    if idea.directions:
+        stages = np.split(seen, np.cumsum(channels)[:-1], 1)
+        seen = np.concatenate([without_sources(z, rows, out, idea.directions) for z in stages], 1)
+    return predict_held_out(StageHead(channels, CANDIDATES[SHIPPED].c), seen, rows, out, weights, by)
+
+# %% ../../nbs/papers/pocus_model.ipynb #ideas-fold
+def _best_idea(x, channels, table, protocol, settings):
+    "The idea with the best balanced accuracy within some clips."
+    inner = protocol_folds(table, protocol, settings)
+    tables = {k: idea_predictions(v, x, channels, inner, protocol, settings) for k, v in IDEAS.items()}
+    return IDEAS[max(tables, key=lambda k: balanced_accuracy_of(tables[k]))]
+
+
+def idea_predictions(
+    idea,  # an Idea; None: the best one within each fold's training clips
+    x: np.ndarray,  # as for idea_answers
+    channels: list,  # as for idea_answers
+    folds: Folds,  # of the clips
+    protocol: str = 'patient',  # or 'source'
+    settings: ModelSettings = DEFAULT,  # number of inner folds
+) -> pd.DataFrame:  # prediction table
+    "Out-of-fold predictions of the head that ships under an idea."
+    parts = []
+    for k in folds.numbers:
+        held = (folds.fold == k).to_numpy()
+        inside = folds.table[~held].reset_index(drop=True)
+        what = idea or _best_idea(x[:, ~held], channels, inside, protocol, settings)
+        parts.append(idea_answers(what, x, channels, folds.table, held, protocol).assign(fold=k))
+    return pd.concat(parts).loc[folds.table.index]
+
+# %% ../../nbs/papers/pocus_model.ipynb #squares
+class Moments(nn.Module):
+    "Means of the maps of frozen stages and of their squares, of each stage in turn."
+
+    def __init__(
+        self,
+        features: StageFeatures,  # frozen
+    ):
+        super().__init__()
+        self.features = features
+        self.channels = [c for c in features.channels for _ in range(2)]
+
+    def forward(self, x):
+        maps = self.features.maps(x)
+        return torch.cat([y.mean((2, 3)) for m in maps for y in (m, m * m)], 1)
+
+# %% ../../nbs/papers/pocus_model.ipynb #squares-1
+SIGN_CANDIDATES = {
+    SHIPPED: Candidate((2, 6), fused=True),  # of Moments: 2 s is the mean of stage s, 2 s + 1 its squares
+    'stages 1 and 3, with squares': Candidate((2, 3, 6, 7), fused=True),
+    'stage 3, with squares': Candidate((6, 7), fused=True),
+    'stages 2 and 3, with squares': Candidate((4, 5, 6, 7), fused=True),
+    'stages 3 and 4, with squares': Candidate((6, 7, 8, 9), fused=True),
+}
+
+# %% ../../nbs/papers/pocus_model.ipynb #squares-fit
+def _yes(candidate, x, channels, folds):
+    "Out-of-fold probabilities of a sign."
+    head, weights, columns = head_of(candidate, channels)
+    return cross_fit(head, x[:, columns], folds, weights)['p_yes'].to_numpy()
+
+
+def _yes_nested(x, channels, folds, settings):
+    "The same for the candidate that has the best AUC within each fold's training clips."
+    p, truth = np.empty(len(x)), (folds.table['label'] == 'yes').to_numpy()
+    for k in folds.numbers:
+        held = (folds.fold == k).to_numpy()
+        inner = patient_folds(folds.table[~held].reset_index(drop=True), settings.folds)
+        found = {n: auc(truth[~held], _yes(c, x[~held], channels, inner)) for n, c in SIGN_CANDIDATES.items()}
+        head, weights, columns = head_of(SIGN_CANDIDATES[max(found, key=found.get)], channels)
+        p[held] = predict_held_out(head, x[:, columns], folds.table, held, weights)['p_yes']
+    return p
+
+# %% ../../nbs/papers/pocus_model.ipynb #squares-fit-1
+def nested_signs(
+    sign: str,  # a column of 0, 1 and NaN
+    x: np.ndarray,  # (clips, n) from Moments of all stages
+    channels: list,  # its channels
+    table: pd.DataFrame,  # of the clips
+    settings: ModelSettings = DEFAULT,  # folds and seeds
+) -> tuple:  # row -> a list of (clips,) probabilities, one a seed; and the clips that are known
+    "Probabilities of a sign in clips of other patients: each candidate, and the choice among them."
+    known = table[sign].notna().to_numpy()
+    marked = table[known].reset_index(drop=True)
+    marked = marked.assign(label=np.where(marked[sign].astype(float) > 0, 'yes', 'no'))
+    draws = [patient_folds(marked, settings.folds, seed) for seed in settings.seeds]
+    rows = {k: [_yes(c, x[known], channels, f) for f in draws] for k, c in SIGN_CANDIDATES.items()}
+    return rows | {NESTED: [_yes_nested(x[known], channels, f, settings) for f in draws]}, marked
+
+# %% ../../nbs/papers/pocus_model.ipynb #squares-cells
+def _nested_sign_cells(run, sign, x, channels, table):
+    "AUC of every row for a sign, its mean over the seeds, and each minus the head that ships."
+    rows, marked = nested_signs(sign, x, channels, table, run.settings)
+    truth, who = (marked['label'] == 'yes').to_numpy(), marked['patient']
+    for row, p in rows.items():
+        value = patient_interval(lambda t, q: np.mean([auc(t, c) for c in q.T]), truth, np.stack(p, 1), who)
+        run.cells.append(cell(sign, row, 'AUC', value[0], value[1:], protocol='BLUES'))
+        if row != SHIPPED:
+            difference = paired_difference(p, rows[SHIPPED], auc, truth, who)
+            run.compare(row, SHIPPED, f'AUC, {sign}', difference, protocol='BLUES', trainings=(len(p),) * 2)
+
 # %% ../../nbs/papers/pocus_model.ipynb #run
-def _new_run(data, quick, out, cache, s):
+def _new_run(data, quick, out, cache, s, more=''):
     "The experiment of some data."
-    folder = settings_folder('pocus_model', s, data, cache)
-    return Experiment('pocus_model', 'The model that ships', data, s, folder, out=out, quick=quick)
+    folder, where = settings_folder('pocus_model', s, data, cache), dict(out=out, quick=quick)
+    title = 'The model that ships' + (': ideas' if more else '')
+    return Experiment('pocus_model', title, data, s, folder, stem=f'pocus_model-{data}{more}', **where)
 
 
-def _trivial(x, folds, protocol):
+def constant_predictions(
+    x: np.ndarray,  # (clips, n) vectors, which are not looked at
+    folds: Folds,  # of the clips
+    by: str = 'patient',  # column that no fold cuts
+) -> pd.DataFrame:  # prediction table
     "Out-of-fold predictions without a look at the clip: the share of each class in training."
-    return cross_fit(DummyClassifier(strategy='prior'), x, folds, by=protocol)
+    return cross_fit(DummyClassifier(strategy='prior'), x, folds, by=by)
 
-
+# %% ../../nbs/papers/pocus_model.ipynb #run-rows
 def _tables(run, x, channels, table, protocol):
     "Out-of-fold tables of every row, one for each seed."
     s, rows = run.settings, {}
     for seed in seeds_of(protocol, s):
         folds = protocol_folds(table, protocol, s, seed)
         run.protocol(protocol, PROTOCOLS[protocol], folds, clips=len(table), patients=table.patient.nunique())
-        found = {TRIVIAL: _trivial(x, folds, protocol)}
-        found |= {c: predictions(c, x, channels, folds, protocol) for c in CANDIDATES}
+        found = {TRIVIAL: constant_predictions(x, folds, protocol)}
+        found |= {k: predictions(c, x, channels, folds, protocol) for k, c in CANDIDATES.items()}
         found[NESTED] = nested_predictions(x, channels, folds, protocol, s)
         for row, t in found.items():
             rows.setdefault(row, []).append(t)
     return rows
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-cells
-def _keep_and_compare(run, rows, protocol):
-    "Cells of every row, their tables beside the results, and each row minus the baseline."
+def keep_and_compare(
+    run: Experiment,  # which gets all of it
+    rows: dict,  # row -> a prediction table for each seed
+    protocol: str,  # a name in PROTOCOLS
+    against: str = BASELINE,  # the row that the others are compared with
+):
+    "Cells of every row, their tables beside the results, and each row minus another one."
     for row, tables in rows.items():
         run.cells += candidate_cells(tables, row, protocol)
-        stem = f'{protocol}-{row}'.replace(' ', '-').replace(',', '')
+        stem = re.sub('[^a-z0-9]+', '-', f'{protocol}-{row}'.lower())
         for seed, t in zip(seeds_of(protocol, run.settings), tables):
             run.keep(f'{stem}-s{seed}', t, protocol=protocol, row=row)
-        if row not in (BASELINE, TRIVIAL):
-            difference = compare_classifiers(tables, rows[BASELINE], level='clip')
+        if row not in (against, TRIVIAL):
+            difference = compare_classifiers(tables, rows[against], level='clip')
             n = (len(tables),) * 2
-            run.compare(row, BASELINE, 'balanced accuracy', difference, protocol=protocol, trainings=n)
+            run.compare(row, against, 'balanced accuracy', difference, protocol=protocol, trainings=n)
 
-
-def _coverage_cells(tables, protocol):
+# %% ../../nbs/papers/pocus_model.ipynb #run-cells-1
+def coverage_cells(
+    tables: list,  # a prediction table for each seed, of which the first counts
+    protocol: str,  # a name in PROTOCOLS
+) -> list:  # of cells
     "How often the sets contain the truth, and how large they are."
     cells = []
     for r in conformal_coverage(tables[0], LEVEL).to_dict('records'):
@@ -502,7 +712,7 @@ def _blues_cells(run, cache):
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-card
 def _data_sentence(data, table, tested):
-    "What the model was fitted on, with licences, and what the results are from."
+    "What a head was fitted on, with licences, and what the results are from."
     clips = f'{len(table)} clips and stills of {table.patient.nunique()} patients'
     if data == 'phantom':
         return f'{clips}, simulated by the phantom of this package.'
@@ -514,11 +724,13 @@ def _data_sentence(data, table, tested):
     )
 
 
-def _card_results(results):
-    "What the card says was measured: of the procedure of choosing, and of the head that came out."
+CARD_ROWS = {NESTED: 'choice included', SHIPPED: 'this head, picked with these patients in view'}
+
+
+def _card_results(results, rows):
+    "What the card says was measured, such as of the choosing and of the head that came out."
     t, texts = results_table(results), {}
-    notes = {NESTED: 'choice included', SHIPPED: 'this head, picked with these patients in view'}
-    for row, note in notes.items():
+    for row, note in rows.items():
         for r in t[(t.table == 'scores') & (t.row == row) & t.column.isin(_CARD_COLUMNS)].itertuples():
             texts[f'{r.column} by {r.protocol}, {note}'] = interval_text(r.ours, r.low, r.high)
     for r in t[(t.table == 'refused')].itertuples():
@@ -526,33 +738,75 @@ def _card_results(results):
     return texts
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-card-1
-def _card_facts(run, tested):
+def _card_facts(run, tested, title, rows, network):
     "The facts of the card that also travel inside the model's file."
     return dict(
-        title='Lung ultrasound clips: covid, pneumonia or regular',
+        title=title,
         data=_data_sentence(run.data, tested[_licensed(tested)], tested),
-        licence=_LICENCE,
+        licence=f'{_LICENCE}; {network}',
         split_hash=run.protocols['patient']['split_hash'],
-        results=_card_results(run.save()),
+        results=_card_results(run.save(), rows),
     )
 
 
 _CARD_COLUMNS = 'accuracy', 'balanced accuracy', 'AUC', 'ECE'
-_LICENCE = (
-    'CC BY-NC-SA 4.0 for the fitted layer, as the strictest of the files it was fitted on; '
+_LICENCE = 'CC BY-NC-SA 4.0 for the fitted layer, as the strictest of the files it was fitted on'
+_LITE0 = (
     'Apache-2.0 for the frozen network (EfficientNet-Lite0, trained on ImageNet by the authors of TensorFlow)'
 )
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-write
-def _write_model(run, model, tested):
+def write_model(
+    run: Experiment,  # whose folder gets both, and whose results the card shows
+    model: ClipModel,  # gets its card
+    tested: pd.DataFrame,  # out-of-fold predictions of its head
+    name: str = 'pocus',  # of the files
+    title: str = 'Lung ultrasound clips: covid, pneumonia or regular',  # of the card
+    rows: dict = CARD_ROWS,  # row of the results -> what the card calls it
+    network: str = _LITE0,  # where the network comes from, and its licence
+) -> Path:  # of the model
     "The model's file and its card in the run's folder."
-    model.card = _card_facts(run, tested)
-    path = run.folder / 'pocus.safetensors'
+    model.card = _card_facts(run, tested, title, rows, network)
+    path = run.folder / f'{name}.safetensors'
     save_model(model, path)
-    more = dict(usage="model = load_model()\nmodel.predict('clip.mp4')", settings=asdict(run.settings))
-    model_card(path.with_suffix('.md'), weights=path, **more, **model.card)
+    named, settings = '' if name == 'pocus' else f"'{name}'", asdict(run.settings)
+    usage = f"model = load_model({named})\nmodel.predict('clip.mp4')"
+    model_card(path.with_suffix('.md'), weights=path, usage=usage, settings=settings, **model.card)
     print(f'model and card: {path.name} and {path.stem}.md in the folder of the run')
     return path
+
+# %% ../../nbs/papers/pocus_model.ipynb #run-ideas
+def try_ideas(
+    x: np.ndarray,  # (clips, n) vectors of all stages
+    channels: list,  # features of each stage
+    table: pd.DataFrame,  # of the clips
+    run: Experiment,  # where it is written
+    cache=None,  # where stores are kept; default lus_home()
+) -> dict:  # the results
+    "The ideas against the source, and squares for the lines of COVID-BLUES where it is there."
+    s, stages = run.settings, CANDIDATES[SHIPPED].stages
+    both = np.stack([x[:, stage_columns(channels, stages)], outlined_vectors(table, s, cache)])
+    for protocol, words in PROTOCOLS.items():
+        draws = [protocol_folds(table, protocol, s, seed) for seed in seeds_of(protocol, s)]
+        run.protocol(protocol, words, draws[0], clips=len(table), patients=table.patient.nunique())
+        sizes, rows = [channels[i] for i in stages], {}
+        for row, idea in {**IDEAS, CHOSEN_IDEA: None}.items():
+            rows[row] = [idea_predictions(idea, both, sizes, f, protocol, s) for f in draws]
+        keep_and_compare(run, rows, protocol, SHIPPED)
+    if run.data != 'phantom' and find_source('blues', real_data()):
+        _blues_squares(run, cache)
+    return run.save()
+
+# %% ../../nbs/papers/pocus_model.ipynb #run-ideas-1
+def _blues_squares(run, cache):
+    "Squares for the signs of COVID-BLUES."
+    s, table = run.settings, add_fans(index_source('blues', real_data()))
+    moments = Moments(StageFeatures(s.backbone, STAGES))
+    table, x, channels = vectors_of(table, s, cache, moments)
+    words = 'honest: five folds by patient of COVID-BLUES, drawn with each seed'
+    run.protocol('BLUES', words, patient_folds(table, s.folds), clips=len(table))
+    for sign in ('b_lines', 'a_lines'):
+        _nested_sign_cells(run, sign, x, channels, table)
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-write-1
 def reproduce(
@@ -568,24 +822,27 @@ def reproduce(
     table, x, channels = vectors_of(clips_of(data, s, cache), s, cache)
     rows = {protocol: _tables(run, x, channels, table, protocol) for protocol in PROTOCOLS}
     for protocol, tables in rows.items():
-        _keep_and_compare(run, tables, protocol)
-        run.cells += _coverage_cells(tables[SHIPPED], protocol)
+        keep_and_compare(run, tables, protocol)
+        run.cells += coverage_cells(tables[SHIPPED], protocol)
     signs = _sign_cells(run, x, channels, table)
     there = data != 'phantom' and find_source('blues', real_data())
     blues = _blues_cells(run, cache) if there else {}
     oof = rows['patient'][SHIPPED][0]
     model = finished_model(oof, x, channels, signs, s)
     run.cells += _refusal_cells(run, x, channels, table, model, blues, cache)
-    _write_model(run, model, oof)
+    write_model(run, model, oof)
+    try_ideas(x, channels, table, _new_run(data, quick, out, cache, s, '-ideas'), cache)
     return model_report(run.html, run.save())
 
 # %% ../../nbs/papers/pocus_model.ipynb #report
 def model_report(
     path,  # of the HTML file
     results: dict,  # of a run
+    title: str = 'The model that ships',  # heading
+    about: str = 'Frozen features and one linear layer, chosen and scored honestly.',  # below it
 ) -> Path:  # the file
     "Numbers and figures in one file, without images of patients."
-    r = Report('The model that ships', 'Frozen features and one linear layer, chosen and scored honestly.')
+    r = Report(title, about)
     t = results_table(results)
     t = t[(t.row == NESTED) & (t.column == 'balanced accuracy')]
     said = '; '.join(f'by {c.protocol} {interval_text(c.ours, c.low, c.high)}' for c in t.itertuples())

@@ -72,10 +72,11 @@ def clip_vectors(
 # %% ../../nbs/train/clip_heads.ipynb #weights
 def class_and_patient_weights(
     table: pd.DataFrame,  # rows with columns label and patient
+    by: str = 'patient',  # or another column, such as 'source'
 ) -> np.ndarray:  # (rows,) above 0, their mean is 1
     "Weights that give each class, and within it each patient, the same sum."
-    check_columns(table, ('label', 'patient'))
-    label, who = table['label'].astype(str), table['patient'].astype(str)
+    check_columns(table, ('label', by))
+    label, who = table['label'].astype(str), table[by].astype(str)
     of_patient = table.groupby([label, who])['label'].transform('size')
     patients = who.groupby(label).transform('nunique')
     return (len(table) / (label.nunique() * patients * of_patient)).to_numpy(float)
