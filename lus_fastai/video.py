@@ -6,8 +6,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/video.html.md"""
 
 # %% auto #0
 __all__ = ['ClipError', 'Clip', 'Limits', 'read_limits', 'check_limit', 'frame_times', 'rate_rule', 'sample_times', 'to_grey',
-           'open_image', 'decode_frames', 'resize_frame', 'read_frames', 'read_clip', 'check_sampling', 'sample_clip',
-           'write_video', 'colour_share']
+           'open_image', 'read_dicom', 'decode_frames', 'resize_frame', 'read_frames', 'read_clip', 'check_sampling',
+           'sample_clip', 'write_video', 'colour_share']
 
 # %% ../nbs/video.ipynb #imports-0
 import contextlib
@@ -176,7 +176,7 @@ def to_grey(
 # %% ../nbs/video.ipynb #c019-2
 def _window(x, lo, hi):
     "Numbers from `lo` to `hi` as bytes; what is outside is clipped."
-    x = x - lo
+    x = np.subtract(x, lo, dtype=np.float64)
     x /= max(hi - lo, 1e-9)
     np.clip(x, 0, 1, out=x)  # in place: a large image is held once
     x *= 255
@@ -414,7 +414,7 @@ def open_image(
             try:
                 im.verify()
             except Exception:
-                raise ClipError(path, 'it is damaged: a checksum differs, or it ends early') from None
+                raise ClipError(path, 'it is damaged: truncated, or a checksum differs') from None
     with Image.open(path, formats=_FORMATS) as im:
         yield im
 
@@ -449,76 +449,224 @@ def _still(path, codes):
             t += (im.info.get('duration') or 1000 / _RATE) / 1000
 
 # %% ../nbs/video.ipynb #c023-1
-def _dicom_times(ds, n):
+def _dicom_times(numbers, n):
     "Seconds of each frame from whichever of DICOM's four ways the file uses."
-    vector = ds.get('FrameTimeVector')  # milliseconds since the frame before
-    if vector is not None and np.size(vector) == n:
-        return np.cumsum(np.r_[0.0, np.atleast_1d(vector).astype(float)[1:]]) / 1000
-    if float(ds.get('FrameTime') or 0) > 0:
-        return np.arange(n) * float(ds.FrameTime) / 1000
-    return np.arange(n) / float(ds.get('RecommendedDisplayFrameRate') or ds.get('CineRate') or _RATE)
+    vector = numbers.get('FrameTimeVector', [])  # milliseconds since the frame before
+    if len(vector) == n:
+        return np.cumsum(np.r_[0.0, vector[1:]]) / 1000
+    step, *_ = numbers.get('FrameTime', [0])
+    if step > 0:
+        return np.arange(n) * step / 1000
+    rates = [numbers.get(c, [0])[0] for c in ('RecommendedDisplayFrameRate', 'CineRate')]
+    return np.arange(n) / next((r for r in rates if r > 0), _RATE)
 
 # %% ../nbs/video.ipynb #dicom-read
-def _dicom_dataset(path):
-    "The data set of a DICOM file that holds pixels, its encoding known."
+_NUMBERS = 'NumberOfFrames FrameTime FrameTimeVector RecommendedDisplayFrameRate CineRate'.split()
+_NUMBERS += 'WindowCenter WindowWidth RescaleSlope RescaleIntercept'.split()
+_LAYOUT = 'Rows Columns SamplesPerPixel BitsAllocated BitsStored HighBit PixelRepresentation'.split()
+_LAYOUT += (
+    'PlanarConfiguration ExtendedOffsetTable ExtendedOffsetTableLengths PhotometricInterpretation'.split()
+)
+_LAYOUT += [
+    f'{c}PaletteColorLookupTable{x}' for c in ('Red', 'Green', 'Blue') for x in ('Descriptor', 'Data')
+]
+_KINDS = (
+    'MONOCHROME1 MONOCHROME2',
+    'PALETTE COLOR',
+    'RGB YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT YBR_PARTIAL_420',
+)
+
+
+def read_dicom(
+    path,  # a DICOM file
+    names,  # keywords of the elements that are wanted
+):  # pydicom's Dataset with those that are there; `original_encoding` and `file_meta` too
+    "Some elements of a DICOM file; nothing else of it is kept, the patient's name least of all."
     try:
         import pydicom
     except ImportError:
         raise ClipError(path, 'DICOM needs pydicom: pip install pydicom') from None
-    ds = pydicom.dcmread(path, force=True)
+    check_limit(path, 'bytes', os.path.getsize(path))
+    try:
+        _check_deflated(path)
+        return pydicom.dcmread(path, force=True, specific_tags=list(names))
+    except ClipError:
+        raise
+    except Exception as e:  # whose words may be the patient's
+        raise ClipError(path, f'its DICOM header cannot be read ({type(e).__name__})') from None
+
+# %% ../nbs/video.ipynb #dicom-deflated
+def _check_deflated(path):
+    "`ClipError` where a compressed DICOM file grows beyond the limit; it is held twice while it is read."
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.misc import is_dicom
+
+    if not is_dicom(path):
+        return
+    meta = read_file_meta_info(path)
+    if meta.get('TransferSyntaxUID') != '1.2.840.10008.1.2.1.99':
+        return
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with open(path, 'rb') as f:
+        f.seek(144 + meta.FileMetaInformationGroupLength)
+        chunk = f.read(1 << 16)
+        while chunk:
+            size += len(inflate.decompress(chunk, 1 << 20))
+            check_limit(path, 'bytes', 2 * size)
+            chunk = inflate.unconsumed_tail or f.read(1 << 16)
+
+# %% ../nbs/video.ipynb #dicom-numbers
+def _dicom_numbers(ds, path):
+    "The numbers that are stored as text, each a list, without those that are not given; taken out of `ds`."
+    found = {}
+    for name in _NUMBERS:
+        if name not in ds:
+            continue
+        raw = ds.get_item(name).value
+        parts = raw.decode('latin-1').split('\\') if isinstance(raw, bytes) else np.atleast_1d(raw)
+        try:
+            values = [float(v) for v in parts if str(v).strip('\0 ')]
+        except (TypeError, ValueError):
+            raise ClipError(path, f'its {name} is no number') from None
+        if not np.isfinite(values).all():
+            raise ClipError(path, f'its {name} is no number')
+        del ds[name]
+        if values:
+            found[name] = values
+    return found
+
+# %% ../nbs/video.ipynb #dicom-kind
+def _dicom_kind(ds, path):
+    "The colour space of a DICOM file, one that is known."
+    raw = ds.get_item('PhotometricInterpretation') if 'PhotometricInterpretation' in ds else None
+    kind = getattr(raw, 'value', None) or b''
+    kind = (kind.decode('latin-1') if isinstance(kind, bytes) else str(kind)).strip('\0 ')
+    known = [*_KINDS[0].split(), _KINDS[1], *_KINDS[2].split()]
+    if kind not in known:
+        raise ClipError(path, f'its colour space is none of {", ".join(known)}')
+    ds.PhotometricInterpretation = kind
+    return kind
+
+# %% ../nbs/video.ipynb #dicom-sane
+def _check_dicom(ds, path, n):
+    "`ClipError` where a DICOM file asks for too much, holds less than it says, or needs a plug-in."
+    from pydicom.pixels import get_decoder
+    from pydicom.pixels.utils import get_expected_length
+
+    lacking = [
+        c for c in ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'SamplesPerPixel') if not ds.get(c)
+    ]
+    if lacking or n < 1:
+        raise ClipError(path, f'its header lacks {", ".join(lacking) or "a number of frames"}')
+    check_limit(path, 'frames', n)
+    check_limit(path, 'pixels', ds.Rows * ds.Columns)
+    check_limit(path, 'total', ds.Rows * ds.Columns * n)
+    uid = ds.file_meta.TransferSyntaxUID
+    try:
+        ready = get_decoder(uid).is_available
+    except NotImplementedError:
+        raise ClipError(path, 'its compression is not read: convert it, for instance to RLE') from None
+    if not ready:
+        needs = "that needs plug-ins of pydicom: pip install 'lus_fastai[dicom]'"
+        raise ClipError(path, f'it is compressed as {uid.name}: {needs}')
+    if not uid.is_compressed and len(ds.PixelData) < get_expected_length(ds):
+        raise ClipError(path, f'it ends early: {n} frames are more than its pixels')
+
+# %% ../nbs/video.ipynb #dicom-dataset
+def _dicom_dataset(path):
+    "The elements of a DICOM file that describe its pixels, checked; and its numbers."
+    ds = read_dicom(path, [*_LAYOUT, *_NUMBERS, 'PixelData'])
     if 'PixelData' not in ds:
         raise ClipError(path, 'it holds no DICOM image')
     if 'TransferSyntaxUID' not in ds.file_meta:  # no header: the encoding is what it was read with
         implicit, little = ds.original_encoding
         ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2' + ('' if implicit else '.1' if little else '.2')
-    return ds
+    _dicom_kind(ds, path)
+    numbers = _dicom_numbers(ds, path)
+    ds.NumberOfFrames = n = int(numbers.get('NumberOfFrames', [1])[0])
+    _check_dicom(ds, path, n)
+    return ds, numbers
 
-# %% ../nbs/video.ipynb #dicom-window
-def _dicom_window(ds):
-    "Least and greatest value to show: the window of the file, or the range of all its frames."
-    from pydicom.pixels import apply_rescale, pixel_array
-
-    named = [ds.get(c) for c in ('WindowCenter', 'WindowWidth')]
-    center, width = (np.atleast_1d(np.nan if v is None else v).astype(float)[0] for v in named)
-    if width >= 1:
-        return center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
-    every = apply_rescale(pixel_array(ds), ds)
-    return every.min(), every.max()
-
-# %% ../nbs/video.ipynb #dicom-codes
-def _dicom_codes(ds, path, k):
-    "Frame `k` of a mask, as it is stored."
+# %% ../nbs/video.ipynb #dicom-frames
+def _dicom_frames(ds, path):
+    "For each frame a function that decodes it; compressed ones are found in one walk through the file."
+    from pydicom.dataset import Dataset
+    from pydicom.encaps import encapsulate, generate_frames
     from pydicom.pixels import pixel_array
 
-    x = pixel_array(ds, index=k)
+    def alone(raw):
+        one = Dataset({e.tag: e for e in ds if e.keyword not in ('PixelData', 'NumberOfFrames')})
+        one.file_meta, one.NumberOfFrames, one.PixelData = ds.file_meta, 1, encapsulate([raw])
+        return pixel_array(one)
+
+    n = int(ds.NumberOfFrames)
+    if not ds.file_meta.TransferSyntaxUID.is_encapsulated:
+        yield from (partial(pixel_array, ds, index=k) for k in range(n))
+        return
+    there = 0
+    for raw in itertools.islice(generate_frames(ds.PixelData, number_of_frames=n), n):
+        there += 1
+        yield partial(alone, raw)
+    if there < n:
+        raise ClipError(path, f'it ends early: {there} of {n} frames are there')
+
+# %% ../nbs/video.ipynb #dicom-window
+def _rescaled(x, numbers):
+    "Stored values as the numbers that they stand for."
+    if 'RescaleSlope' not in numbers:
+        return x
+    return x.astype(np.float64) * numbers['RescaleSlope'][0] + numbers.get('RescaleIntercept', [0.0])[0]
+
+
+def _dicom_window(ds, path, numbers):
+    "Least and greatest value to show: the window of the file, or the range of all its frames."
+    center, width = (numbers.get(c, [np.nan])[0] for c in ('WindowCenter', 'WindowWidth'))
+    if width >= 1 and np.isfinite(center):
+        return center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
+    least, most = zip(
+        *((x.min(), x.max()) for x in (_rescaled(f(), numbers) for f in _dicom_frames(ds, path)))
+    )
+    return min(least), max(most)
+
+# %% ../nbs/video.ipynb #dicom-codes
+def _dicom_codes(kind, path, array):
+    "A frame of a mask, as it is stored."
+    x = array()
     if x.ndim != 2:
-        raise ClipError(path, f'a mask holds one number a pixel, this one is {ds.PhotometricInterpretation}')
+        raise ClipError(path, f'a mask holds one number a pixel, this one is {kind}')
     return x
 
 # %% ../nbs/video.ipynb #dicom-image
-def _dicom_image(ds, window, k):
-    "Frame `k` in grey; `window` is None where the values are bytes."
-    from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
+_LUMA = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 
-    x, kind = pixel_array(ds, index=k), ds.PhotometricInterpretation
+
+def _dicom_grey(ds, numbers, window, array):
+    "A frame in grey; `window` is None where the values are bytes."
+    from pydicom.pixels import apply_color_lut
+
+    x, kind = array(), ds.PhotometricInterpretation
     if kind == 'PALETTE COLOR':
         x = apply_color_lut(x, ds)
-    if x.ndim == 3:  # (h, w, colours)
-        x = np.rint(x[..., :3] @ np.array([0.299, 0.587, 0.114]) / (257 if x.dtype == np.uint16 else 1))
-    elif window:
-        x = _window(apply_rescale(x, ds), *window)
-    return 255 - x.astype(np.uint8) if kind == 'MONOCHROME1' else x.astype(np.uint8)
+    if x.ndim == 3:  # (h, w, colours), row by row, since the products take eight times the room
+        most = np.iinfo(x.dtype).max if x.dtype.itemsize > 1 else 255
+        rows = [np.rint(row[..., :3] @ _LUMA / (most / 255)).clip(0, 255).astype(np.uint8) for row in x]
+        return np.stack(rows)
+    x = _window(_rescaled(x, numbers), *window) if window else x.astype(np.uint8)
+    return 255 - x if kind == 'MONOCHROME1' else x
 
 # %% ../nbs/video.ipynb #decode-dicom
 def _dicom(path, codes):
     "Frames of a DICOM file by pydicom."
-    ds = _dicom_dataset(path)
-    kind, n = ds.PhotometricInterpretation, int(ds.get('NumberOfFrames') or 1)
-    wide = kind.startswith('MONOCHROME') and (ds.BitsStored > 8 or ds.PixelRepresentation)
-    window = _dicom_window(ds) if wide and not codes else None
-    image = partial(_dicom_codes, ds, path) if codes else partial(_dicom_image, ds, window)
-    for k, t in enumerate(_dicom_times(ds, n)):
-        yield float(t), partial(image, k)
+    ds, numbers = _dicom_dataset(path)
+    wide = ds.SamplesPerPixel == 1 and (ds.BitsStored != 8 or ds.PixelRepresentation)
+    wide &= ds.PhotometricInterpretation != 'PALETTE COLOR'
+    if codes:
+        image = partial(_dicom_codes, ds.PhotometricInterpretation, path)
+    else:
+        window = _dicom_window(ds, path, numbers) if wide else None
+        image = partial(_dicom_grey, ds, numbers, window)
+    for t, array in zip(_dicom_times(numbers, int(ds.NumberOfFrames)), _dicom_frames(ds, path)):
+        yield float(t), partial(image, array)
 
 # %% ../nbs/video.ipynb #c025-1
 _STILLS = (b'\x89PNG', b'\xff\xd8\xff', b'BM', b'II*\0', b'MM\0*', b'P2', b'P5', b'P6', b'\0\0\0\x0cjP  ')
@@ -541,9 +689,13 @@ def _decoder(path):
     return _video
 
 # %% ../nbs/video.ipynb #decoded-fault
-def _fault(path, e):
-    "The `ClipError` for whatever a decoder raised."
-    reason = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
+def _fault(path, e, words=True):
+    "The `ClipError` for whatever a decoder raised, without its words where those may be a patient's."
+    reason = getattr(e, 'strerror', None) or (f'{type(e).__name__}: {e}' if words else type(e).__name__)
+    if not words:
+        return ClipError(
+            path, f'its pixels cannot be decoded, it is damaged or of a kind not read ({reason})'
+        )
     if type(e).__name__ in ('InvalidDataError', 'EOFError'):
         reason = f'it is no image and no video, or it is damaged ({reason})'
     return ClipError(path, reason)
@@ -557,14 +709,16 @@ def decode_frames(
     "Decode the frames to keep, one after another; whatever goes wrong is a `ClipError`."
     path = os.fspath(path)
     read_limits()  # a mistake in them is no fault of the file
+    decoder = _decoder(path)
     try:
-        for k, (t, image) in enumerate(_decoder(path)(path, codes)):
+        for k, (t, image) in enumerate(decoder(path, codes)):
             if keep(k, t):
                 yield k, t, image()
     except ClipError:
         raise
     except Exception as e:
-        raise _fault(path, e) from e
+        words = decoder is not _dicom
+        raise _fault(path, e, words) from (e if words else None)
 
 # %% ../nbs/video.ipynb #c025-3
 def resize_frame(
@@ -696,9 +850,13 @@ def _still_colours(path, n):
 
 def _dicom_colours(path, n):
     "The first frame of a DICOM file in colour; grey stays grey."
-    from pydicom.pixels import pixel_array
+    ds, _numbers = _dicom_dataset(path)
+    x = next(_dicom_frames(ds, path))()
+    if ds.PhotometricInterpretation == 'PALETTE COLOR':
+        from pydicom.pixels import apply_color_lut
 
-    x = pixel_array(_dicom_dataset(path), index=0)
+        x = apply_color_lut(x, ds)
+    x = x >> 8 if x.dtype == np.uint16 else x
     return [x[..., :3] if x.ndim == 3 else np.zeros((*x.shape, 3), np.uint8)]
 
 # %% ../nbs/video.ipynb #colour-share
@@ -712,13 +870,15 @@ def colour_share(
 ) -> float:  # 0 to 1, of the most colourful of the frames
     "Share of the pixels that have a colour; raises `ClipError` if the file cannot be read."
     path = os.fspath(path)
-    read = {_video: _video_colours, _still: _still_colours, _dicom: _dicom_colours}[_decoder(path)]
+    decoder = _decoder(path)
+    read = {_video: _video_colours, _still: _still_colours, _dicom: _dicom_colours}[decoder]
     try:
         frames = read(path, n)
     except ClipError:
         raise
     except Exception as e:
-        raise _fault(path, e) from e
+        words = decoder is not _dicom
+        raise _fault(path, e, words) from (e if words else None)
     shares = []
     for x in frames:
         spread = x.max(2).astype(int) - x.min(2)  # (h, w)

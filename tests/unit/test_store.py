@@ -145,11 +145,11 @@ def test_sampling_stops_decoding_where_it_is_done(tmp_path):
         container_options=dict(movflags='faststart'),
     )
     b = (tmp_path / 'whole.mp4').read_bytes()
-    (tmp_path / 'cut.mp4').write_bytes(b[: len(b) * 3 // 4])
-    with pytest.raises(ClipError, match='ends early|damaged'):
-        read_clip(tmp_path / 'cut.mp4')
+    (tmp_path / 'blotted.mp4').write_bytes(b[: len(b) * 3 // 4] + bytes(len(b) - len(b) * 3 // 4))
+    with pytest.raises(ClipError, match='damaged'):
+        read_clip(tmp_path / 'blotted.mp4')
     np.testing.assert_array_equal(
-        sample_clip(tmp_path / 'cut.mp4', max_frames=3).frames,
+        sample_clip(tmp_path / 'blotted.mp4', max_frames=3).frames,
         sample_clip(tmp_path / 'whole.mp4', max_frames=3).frames,
     )
 
@@ -509,7 +509,8 @@ def test_a_container_that_promises_more_than_it_holds(tmp_path):
     encode(tmp_path / 'a.avi', blobs(30), 'mjpeg', 'yuvj420p', full=True)
     with av.open(str(tmp_path / 'a.avi')) as box:
         at = [p.pos for p in box.demux(video=0) if p.size][12]
-    (tmp_path / 'b.avi').write_bytes((tmp_path / 'a.avi').read_bytes()[:at])
+    b = (tmp_path / 'a.avi').read_bytes()[:at]
+    (tmp_path / 'b.avi').write_bytes(b[:4] + (len(b) - 8).to_bytes(4, 'little') + b[8:])  # its size is right
     with pytest.raises(ClipError, match='it ends early: 12 of 30 frames'):
         read_clip(tmp_path / 'b.avi')
 
