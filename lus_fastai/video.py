@@ -251,14 +251,22 @@ def _vint(f):
 
 
 def _mkv_whole(f, size):
-    "Whether the segment of a Matroska or WebM file is as long as it says; True where it does not say."
+    "Whether the elements of a Matroska or WebM file follow each other without a gap, up to the end it names."
     f.seek(4)
-    header = _vint(f)
-    f.seek(header or 0, 1)
-    if header is None or f.read(4) != b'\x18\x53\x80\x67':
-        return True  # not as we know it: libav will see
+    f.seek(_vint(f) or 0, 1)
+    if f.read(4) != b'\x18\x53\x80\x67':
+        return True  # no segment where it should be: libav will see
     segment = _vint(f)
-    return segment is None or f.tell() + segment <= size
+    end = size if segment is None else f.tell() + segment
+    while f.tell() < min(end, size):
+        name = f.read(1)
+        name += f.read(8 - name[0].bit_length() if name[0] else 0)
+        length = _vint(f)
+        if not name[0] or length is None and name != b'\x1fC\xb6u':
+            return False
+        if name != b'\x1fC\xb6u':  # the blocks of a cluster are looked at one by one
+            f.seek(length, 1)
+    return f.tell() == end <= size
 
 # %% ../nbs/video.ipynb #gif-ends
 def _gif_whole(f, size):
@@ -682,9 +690,11 @@ def _decoder(path):
         head = f.read(132)
     if not head:
         raise ClipError(path, 'the file is empty')
+    if head[128:] == b'DICM':  # before it may be a TIFF of the same image
+        return _dicom
     if head.startswith(_STILLS) or head[:4] + head[8:12] == b'RIFFWEBP':
         return _still
-    if head[128:] == b'DICM' or head[:2] in (b'\2\0', b'\10\0') or path.lower().endswith(('.dcm', '.dicom')):
+    if head[:2] in (b'\2\0', b'\10\0') or path.lower().endswith(('.dcm', '.dicom')):
         return _dicom
     return _video
 
@@ -697,7 +707,8 @@ def _fault(path, e, words=True):
             path, f'its pixels cannot be decoded, it is damaged or of a kind not read ({reason})'
         )
     if type(e).__name__ in ('InvalidDataError', 'EOFError'):
-        reason = f'it is no image and no video, or it is damaged ({reason})'
+        large = f'a frame has more than {read_limits().pixels:,.0f} pixels, the most that LUS_LIMITS allows'
+        reason = f'it is no image and no video, or it is damaged, or {large} ({reason})'
     return ClipError(path, reason)
 
 # %% ../nbs/video.ipynb #decoded

@@ -237,8 +237,22 @@ def _write_member(read, path, size, name, archive):
             raise FetchError(f"{name!r} is shorter than the archive says: {archive} is damaged")
 
 
+def _check_places(tmp, folder):
+    "FetchError where a file would take the place of a folder, or the reverse, before anything is moved."
+    for path in sorted(tmp.rglob('*')):
+        goal = path_inside(folder, path.relative_to(tmp).as_posix())
+        if goal.exists() and goal.is_dir() != path.is_dir():
+            here, there = ('folder', 'file') if goal.is_dir() else ('file', 'folder')
+            raise FetchError(
+                f"{goal} is a {here}, and a {there} in the archive: nothing was unpacked, move it away"
+            )
+    if folder.exists() and not folder.is_dir():
+        raise FetchError(f"{folder} is a file, not a folder to unpack into")
+
+
 def _move_into(tmp, folder):
     "Move everything below `tmp` to the same place below `folder`."
+    _check_places(tmp, folder)
     for path in sorted(tmp.rglob('*')):
         goal = path_inside(folder, path.relative_to(tmp).as_posix())
         if path.is_dir():

@@ -22,7 +22,7 @@ import pandas as pd
 from ..core import CLIP_COLUMNS, TableError, and_more, atomic_path, lus_home, progress
 from .audit import frame_hash, hamming
 from ..synth.radiographs import CHEST, CHEXPERT
-from ..video import ClipError, read_clip, write_video
+from ..video import ClipError, read_clip, read_dicom, write_video
 
 # %% ../../nbs/data/readers.ipynb #c006-1
 _VIDEOS = 'gif', 'mp4', 'mov', 'avi', 'mpeg', 'mpg', 'webm', 'mkv'
@@ -225,7 +225,7 @@ def _blues_row(path, name, label, row):
         source='blues',
         probe=name['probe'],
         point=name['point'],
-        severity=float(row.get('Severity Score', np.nan)),
+        severity=float(pd.to_numeric(row.get('Severity Score', np.nan), errors='coerce')),
         a_lines=_flag(row.get('A-lines')),
         b_lines=_flag(row.get('B-lines')),
     )
@@ -402,6 +402,20 @@ def _ccxs_masks(root, group):
     return ';'.join(f'{_CCXS[kind.strip()]}|{root / mask}|{x}|{y}' for kind, mask, x, y in columns)
 
 # %% ../../nbs/data/readers.ipynb #r018-1
+def _ccxs_wrong(meta):
+    "Rows of the structure sheet that name no file, one elsewhere, or a corner that is no pair of numbers."
+    corner = meta[['Top', 'Left']].apply(
+        lambda c: c.str.fullmatch(r'\s*-?[0-9]+\s*').fillna(False).astype(bool)
+    )
+    inside = (
+        meta['Mask']
+        .fillna('/')
+        .map(lambda m: not {';', '\0'} & set(m) and PurePosixPath(m).parts[:1] != ('/',))
+    )
+    inside &= ~meta['Mask'].fillna('').map(lambda m: '..' in PurePosixPath(m).parts)
+    return meta.index[~(corner.all(axis=1) & inside & meta['Filename'].notna())]
+
+
 def _ccxs_classes(table):
     "A remark: how many images have a mask of each class."
     shown = [{name for name, *_ in mask_paths(v)} for v in table['masks']]
@@ -427,8 +441,10 @@ def read_ccxs(
     meta = _csv(root / 'structure.csv', ['Template Name', 'Filename', 'Mask', 'Top', 'Left'])
     kind, files = meta['Template Name'].str.strip(), _stems(root, 'images')
     unknown = kind[~kind.isin(_CCXS)].value_counts().index
-    rows, images, lost, odd = [], [], [], []
+    rows, images, lost, odd, wrong = [], [], [], [], _ccxs_wrong(meta)
     for name, group in meta[kind.isin(_CCXS)].groupby('Filename'):
+        if wrong.isin(group.index).any():
+            continue
         path, absent = _ccxs_files(root, files, name, group)
         if absent:
             lost.append(absent)
@@ -443,7 +459,11 @@ def read_ccxs(
         )
     table, remarks = _ccxs_patients(pd.DataFrame(rows), images) if rows else (pd.DataFrame(), [])
     found = (lost, 'image(s) skipped: it, or one of its masks, is not here'), (odd, 'image(s) skipped')
-    return table, remarks + _remarks(*found, (list(unknown), 'categories unknown here, dropped'))
+    cells = (
+        [f'line {k + 2}' for k in wrong],
+        'row(s) of structure.csv with a wrong cell, their images skipped',
+    )
+    return table, remarks + _remarks(*found, cells, (list(unknown), 'categories unknown here, dropped'))
 
 # %% ../../nbs/data/readers.ipynb #c020
 def _xpie_key(path):
@@ -564,13 +584,11 @@ def siim_boxes(
 
 # %% ../../nbs/data/readers.ipynb #c025-2
 def _header(path):
-    "Patient, height and width in a DICOM header; None for what it does not say."
-    try:
-        import pydicom
-    except ImportError:
-        return None, None, None
-    ds = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    return str(ds.get('PatientID') or '').strip() or None, ds.get('Rows'), ds.get('Columns')
+    "Hash of the patient's id, height and width in a DICOM header; None for what it does not say."
+    ds = read_dicom(path, ['PatientID', 'Rows', 'Columns'])
+    raw = ds.get_item('PatientID').value if 'PatientID' in ds else None
+    who = raw.strip(b' \0') if isinstance(raw, bytes) else str(raw or '').strip().encode()
+    return hashlib.sha256(who).hexdigest()[:12] if who else None, ds.get('Rows'), ds.get('Columns')
 
 # %% ../../nbs/data/readers.ipynb #r024
 _SIIM = {
@@ -596,7 +614,10 @@ def _siim_sizes(root):
     if not (root / 'meta.csv').is_file():
         return {}
     sheet = _csv(root / 'meta.csv', ['image_id', 'dim0', 'dim1'])
-    return {row['image_id']: (int(row['dim0']), int(row['dim1'])) for _, row in sheet.iterrows()}
+    sides = sheet[['dim0', 'dim1']].apply(pd.to_numeric, errors='coerce')
+    known = (sides > 0).all(axis=1)
+    pairs = sides[known].astype(int).itertuples(index=False, name=None)
+    return dict(zip(sheet.loc[known, 'image_id'], pairs))
 
 # %% ../../nbs/data/readers.ipynb #r025
 def _siim_row(path, study, category, boxes, size):
