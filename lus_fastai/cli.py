@@ -243,15 +243,30 @@ def lus_audit(
         print(audit(clips, patient_folds(clips, folds) if folds else None))
 
 # %% ../nbs/cli.ipynb #data-command
-@call_parse(pos=['name'])
+def _deidentified(folder, out):
+    "Copy the clips of a folder without names, and say how many."
+    from lus_fastai.data.dicom import deidentify
+
+    if folder is None or out is None or not Path(folder).is_dir():
+        raise ValueError("name both folders: lus_data deidentify CLIPS --out COPIES (or --folder CLIPS)")
+    copies = deidentify(folder, out)
+    print(f"{len(copies)} copies of {copies['patient'].nunique()} patients in {out}: look before they leave")
+
+
+@call_parse(pos=['name', 'folder'])
 def lus_data(
-    name: str = None,  # a source; without it, the sources are listed
-    folder: str = None,  # where to put it; default: LUS_DATA or the package's cache
+    name: str = None,  # a source, or 'deidentify'; without it, the sources are listed
+    folder: str = None,  # where to put it; default: LUS_DATA or the package's cache; deidentify: the clips
+    out: str = None,  # deidentify: a new folder for copies that hold nothing but what is inside the fan
 ):
-    "List the registered data sets, or fetch one: resumed, verified, file by file."
+    "List the data sets, fetch one (resumed, verified), or copy clips and DICOM files without their names."
     with _command(lambda: 'what has come is kept. The same command fetches the rest.'):
         from lus_fastai.data.sources import SOURCES, fetch_source, index_source
 
+        if name == 'deidentify':
+            return _deidentified(folder, out)
+        if out is not None:
+            raise ValueError("--out is for deidentify")
         if name is None:
             for s in SOURCES.values():
                 print(f"{s.name}: {s.title} ({s.licence})")

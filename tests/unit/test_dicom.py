@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import warnings
+import zipfile
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,17 @@ import numpy as np
 import pydicom.data
 import pydicom.filereader
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage, generate_uid
 
+from lus_fastai.core import write_table
+from lus_fastai.data.dicom import Region, deidentify, dicom_fan, dicom_region
+from lus_fastai.data.fan import phantom_fan
+from lus_fastai.data.folders import read_folder
+from lus_fastai.data.store import FrameStore
+from lus_fastai.synth.phantom import draw_patient, phantom_clip
 from lus_fastai.video import ClipError, colour_share, decode_frames, read_clip, sample_clip
 
 SAMPLES = Path(pydicom.data.__file__).parent / 'test_files'
@@ -238,3 +245,130 @@ def test_damaged_pixels_do_not_bring_out_the_header(tmp_path, capfd):
     with pytest.raises(ClipError, match='cannot be decoded') as e:
         read_clip(tmp_path / 'a.dcm')
     assert e.value.__cause__ is None and 'Zwiebel' not in str(e.value) + ''.join(capfd.readouterr())
+
+
+def banner(x, text):
+    "Frames with a line of text above them."
+    line = Image.new('L', (x.shape[2], 16))
+    ImageDraw.Draw(line).text((2, 2), text, fill=240)
+    return np.concatenate([np.repeat(np.asarray(line)[None], len(x), 0), x], 1)
+
+
+def region(top, bottom, left, right, mm=(0.5, 0.25), **other):
+    item = Dataset()
+    item.RegionSpatialFormat = item.RegionDataType = 1
+    item.PhysicalUnitsXDirection = item.PhysicalUnitsYDirection = 3
+    item.RegionLocationMinY0, item.RegionLocationMaxY1 = top, bottom - 1
+    item.RegionLocationMinX0, item.RegionLocationMaxX1 = left, right - 1
+    item.PhysicalDeltaY, item.PhysicalDeltaX = mm[0] / 10, mm[1] / 10
+    for k, v in other.items():
+        setattr(item, k, v)
+    return item
+
+
+@pytest.fixture(scope='module')
+def named_clips(tmp_path_factory):
+    "Three DICOM files of two patients, whose names are in the header, in the pixels, and in file names."
+    folder = tmp_path_factory.mktemp('clips')
+    frames = phantom_clip(draw_patient(3, probe='convex'), n=6, size=(120, 120)).frames
+    x = banner(frames, 'ZWIEBELFISCH A 1948')
+    box = [region(16, 136, 0, 120)]
+    write(folder / f'a/{NAME}.dcm', x, SequenceOfUltrasoundRegions=box)
+    write(folder / 'a/2.dcm', x[::-1].copy(), SequenceOfUltrasoundRegions=box)
+    write(folder / 'b/3.dcm', x[:3].copy(), SequenceOfUltrasoundRegions=box, PatientID='other')
+    write(folder / 'b/bad.dcm', x, SequenceOfUltrasoundRegions=box, NumberOfFrames=99)
+    return folder
+
+
+def test_calibration_gives_the_fan_and_millimetres(named_clips):
+    path = named_clips / f'a/{NAME}.dcm'
+    assert dicom_region(path) == Region(16, 136, 0, 120, 0.5, 0.25)
+    fan, down, across = dicom_fan(path)
+    true = phantom_fan(draw_patient(3, probe='convex'), (120, 120))
+    assert fan.kind == 'convex' and fan.size == (136, 120) and (down, across) == (0.5, 0.25)
+    seen = fan.mask()[16:]
+    assert (seen & true.mask()).sum() / (seen | true.mask()).sum() > 0.93
+
+
+def test_which_region_counts_and_which_cannot_be(tmp_path):
+    trace = region(0, 40, 0, 56, RegionDataType=2)
+    write(
+        tmp_path / 'a.dcm',
+        scan(),
+        SequenceOfUltrasoundRegions=[trace, region(0, 9, 0, 9), region(2, 38, 4, 50)],
+    )
+    assert dicom_region(tmp_path / 'a.dcm') == Region(2, 38, 4, 50, 0.5, 0.25)
+    write(tmp_path / 'none.dcm', scan(), SequenceOfUltrasoundRegions=[trace])
+    assert dicom_region(tmp_path / 'none.dcm') is None
+    for name, wrong in (('out', region(0, 900, 0, 56)), ('flat', region(0, 40, 0, 56, mm=(0, 1)))):
+        write(tmp_path / f'{name}.dcm', scan(), SequenceOfUltrasoundRegions=[wrong])
+        with pytest.raises(ClipError, match='calibration'):
+            dicom_region(tmp_path / f'{name}.dcm')
+    lacking = region(0, 40, 0, 56)
+    del lacking.RegionLocationMaxX1
+    write(tmp_path / 'lacking.dcm', scan(), SequenceOfUltrasoundRegions=[lacking])
+    with pytest.raises(ClipError, match='regions cannot be read'):
+        dicom_region(tmp_path / 'lacking.dcm')
+
+
+def secrets_in(folder, *said):
+    "Which of the planted words are in names or bytes below a folder, packed or not, or in what was said."
+    texts = [s.encode() if isinstance(s, str) else s for s in said]
+    for p in Path(folder).rglob('*'):
+        texts.append(str(p.relative_to(folder)).encode())
+        if p.is_file():
+            texts.append(p.read_bytes())
+            if zipfile.is_zipfile(p):
+                with zipfile.ZipFile(p) as z:
+                    texts += [z.read(n) for n in z.namelist()]
+    return {
+        w for w in ('Zwiebel', 'Anneliese', NUMBER, DATE) for t in texts if w.lower().encode() in t.lower()
+    }
+
+
+def test_copies_without_names(named_clips, tmp_path, capfd):
+    table = deidentify(named_clips, tmp_path / 'out')
+    said = capfd.readouterr()
+    assert len(table) == 3 and sorted(table['patient'].value_counts()) == [1, 2]
+    assert (table['down'] == 0.5).all() and (table['across'] == 0.25).all()
+    assert '1 of 4 file(s) left out: it ends early' in said.out
+    assert secrets_in(tmp_path / 'out', *said) == set()
+    assert secrets_in(named_clips) >= {'Zwiebel', NUMBER, DATE}  # the search finds what is there
+    whole = read_clip(named_clips / 'a/2.dcm').frames[:, 16:]
+    letters = read_clip(named_clips / 'a/2.dcm').frames[0, :16] > 100
+    for name in table['file']:
+        copy = read_clip(tmp_path / 'out' / name).frames
+        assert copy.shape[1] <= 120 and copy.max() > 60  # the line above is gone, the lung is not
+        assert (copy > 0).mean() > 0.3
+    assert letters.any() and whole.max() > 60
+
+
+def test_deidentify_is_a_command(named_clips, tmp_path, capsys):
+    from lus_fastai.cli import lus_data
+
+    lus_data('deidentify', str(named_clips), str(tmp_path / 'out'))
+    assert '3 copies of 2 patients' in capsys.readouterr().out
+    for folder, out in ((None, str(tmp_path / 'x')), (str(named_clips), None), ('nowhere', 'x')):
+        with pytest.raises(ValueError, match='lus_data deidentify CLIPS'):
+            lus_data('deidentify', folder, out)
+    with pytest.raises(ValueError, match='not below'):
+        deidentify(named_clips, named_clips / 'out')
+    with pytest.raises(ValueError, match='new or empty'):
+        deidentify(named_clips, tmp_path / 'out')
+
+
+def test_a_name_in_a_header_reaches_no_table_and_no_store(named_clips, tmp_path, capfd):
+    "Files named by numbers, as scanners do: what is written of them knows no patient."
+    clips = tmp_path / 'clips'
+    for k, p in enumerate(sorted(named_clips.rglob('*.dcm'))):
+        (to := clips / ('covid', 'regular')[k % 2] / f'IM{k:04d}.dcm').parent.mkdir(
+            parents=True, exist_ok=True
+        )
+        to.write_bytes(p.read_bytes())
+    table = read_folder(clips, label='folder', patient='file')
+    write_table(table, tmp_path / 'written/table.csv')
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        store = FrameStore.build(table, tmp_path / 'written/store', size=(32, 32), workers=0)
+    said = [*capfd.readouterr(), *(str(w.message) for w in caught), repr(store), table.to_string()]
+    assert len(store) > 0 and secrets_in(tmp_path / 'written', *said) == set()
