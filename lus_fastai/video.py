@@ -13,6 +13,7 @@ __all__ = ['ClipError', 'Clip', 'Limits', 'read_limits', 'check_limit', 'frame_t
 import contextlib
 import itertools
 import math
+import mmap
 import multiprocessing
 import os
 import zlib
@@ -496,32 +497,41 @@ def read_dicom(
         raise ClipError(path, 'DICOM needs pydicom: pip install pydicom') from None
     check_limit(path, 'bytes', os.path.getsize(path))
     try:
-        _check_deflated(path)
-        return pydicom.dcmread(path, force=True, specific_tags=list(names))
+        # mapped, not read: a length of 4 GB in a small file then ends where the file ends
+        with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check_deflated(path, data)
+            return pydicom.dcmread(data, force=True, specific_tags=list(names))
     except ClipError:
         raise
     except Exception as e:  # whose words may be the patient's
         raise ClipError(path, f'its DICOM header cannot be read ({type(e).__name__})') from None
 
 # %% ../nbs/video.ipynb #dicom-deflated
-def _check_deflated(path):
-    "`ClipError` where a compressed DICOM file grows beyond the limit; it is held twice while it is read."
-    from pydicom.filereader import read_file_meta_info
-    from pydicom.misc import is_dicom
+def _transfer_syntax(data):
+    "The encoding that a DICOM header names, and where what is encoded so begins."
+    at, uid = 132, b''
+    while data[at : at + 2] == b'\2\0':  # element, two letters for its type, its length in 2 or 4 bytes
+        wide = data[at + 4 : at + 6] in (b'OB', b'OW', b'OF', b'SQ', b'UN', b'UT')
+        start = at + (12 if wide else 8)
+        end = start + int.from_bytes(data[start - (4 if wide else 2) : start], 'little')
+        if data[at + 2 : at + 4] == b'\x10\0':
+            uid = data[start:end].strip(b' \0')
+        at = end
+    return uid, at
 
-    if not is_dicom(path):
-        return
-    meta = read_file_meta_info(path)
-    if meta.get('TransferSyntaxUID') != '1.2.840.10008.1.2.1.99':
+
+def _check_deflated(path, data):
+    "`ClipError` where a compressed DICOM file grows beyond the limit; it is held twice while it is read."
+    uid, at = _transfer_syntax(data)
+    if uid != b'1.2.840.10008.1.2.1.99':
         return
     inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    with open(path, 'rb') as f:
-        f.seek(144 + meta.FileMetaInformationGroupLength)
-        chunk = f.read(1 << 16)
+    for start in range(at, len(data), 1 << 16):
+        chunk = data[start : start + (1 << 16)]
         while chunk:
             size += len(inflate.decompress(chunk, 1 << 20))
             check_limit(path, 'bytes', 2 * size)
-            chunk = inflate.unconsumed_tail or f.read(1 << 16)
+            chunk = inflate.unconsumed_tail
 
 # %% ../nbs/video.ipynb #dicom-numbers
 def _dicom_numbers(ds, path):

@@ -284,13 +284,12 @@ def extract_archive(
 ) -> Path:  # the folder
     "Unpack an untrusted archive: wholly inside `folder`, or not at all. Raises `FetchError`."
     archive, folder = Path(archive), Path(folder)
-    open_archive = _opener(archive)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
-        _unpack(archive, open_archive, tmp, folder, limit)
-    except FetchError:
-        raise
+        _unpack(archive, _opener(archive), tmp, folder, limit)
+    except FetchError as e:
+        raise e if str(archive) in str(e) else FetchError(f"{archive}: {e}") from None
     except _DAMAGED as e:
         raise FetchError(f"{archive} cannot be unpacked: {e}") from e
     finally:

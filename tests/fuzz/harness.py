@@ -135,8 +135,9 @@ def _limit_memory():
 def run_here(name, inputs, start, folder):
     "Read `inputs` damaged files in this process; counts, and what was found."
     target, counts, found, slowest = TARGETS[name], collections.Counter(), [], 0.0
-    (whole := folder / 'whole').mkdir(parents=True, exist_ok=True)
-    files = target.seeds(whole)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as empty:
+        files = target.seeds(Path(empty))
     for k, (file, data) in enumerate(files):
         (path := folder / f'{k}-{file}').write_bytes(data)
         assert (got := outcome(target, path)) == 'answer', f'{name}: the whole file {file} gives {got}'
