@@ -242,7 +242,7 @@ def lus_audit(
         clips = _table_of(table, label, patient)
         print(audit(clips, patient_folds(clips, folds) if folds else None))
 
-# %% ../nbs/cli.ipynb #data-command
+# %% ../nbs/cli.ipynb #data-deidentify
 def _deidentified(folder, out):
     "Copy the clips of a folder without names, and say how many."
     from lus_fastai.data.dicom import deidentify
@@ -252,7 +252,7 @@ def _deidentified(folder, out):
     copies = deidentify(folder, out)
     print(f"{len(copies)} copies of {copies['patient'].nunique()} patients in {out}: look before they leave")
 
-
+# %% ../nbs/cli.ipynb #data-command
 @call_parse(pos=['name', 'folder'])
 def lus_data(
     name: str = None,  # a source, or 'deidentify'; without it, the sources are listed

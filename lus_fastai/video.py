@@ -250,7 +250,7 @@ def _vint(f):
     value = int.from_bytes(bytes([first[0] & (0x7F >> n)]) + f.read(n), 'big')
     return None if value == (1 << 7 * (n + 1)) - 1 else value
 
-
+# %% ../nbs/video.ipynb #mkv-ends
 def _mkv_whole(f, size):
     "Whether the elements of a Matroska or WebM file follow each other without a gap, up to the end it names."
     f.seek(4)
@@ -485,7 +485,7 @@ _KINDS = (
     'RGB YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT YBR_PARTIAL_420',
 )
 
-
+# %% ../nbs/video.ipynb #dicom-elements
 def read_dicom(
     path,  # a DICOM file
     names,  # keywords of the elements that are wanted

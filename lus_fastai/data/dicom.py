@@ -39,7 +39,7 @@ class Region:
         "The part of frames that is the region."
         return frames[:, self.top : self.bottom, self.left : self.right]
 
-
+# %% ../../nbs/data/dicom.ipynb #d006-1
 _CORNERS = [f'RegionLocation{c}' for c in ('MinY0', 'MaxY1', 'MinX0', 'MaxX1')]
 _TISSUE = dict(RegionSpatialFormat=1, RegionDataType=1, PhysicalUnitsXDirection=3, PhysicalUnitsYDirection=3)
 
@@ -115,17 +115,28 @@ def _patient_key(path, dicom):
     who = ds.get_item('PatientID').value if 'PatientID' in ds else None
     return who or os.path.realpath(path)
 
+# %% ../../nbs/data/dicom.ipynb #d014-1
+def _files_to_copy(folder, out):
+    "The files of a folder, in an order drawn anew; ValueError where copies cannot go there."
+    if out.is_relative_to(folder) or out.exists() and any(out.iterdir()):
+        raise ValueError("the copies go to a new or empty folder that is not below the clips")
+    files = sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
+    random.SystemRandom().shuffle(files)
+    return files, out
+
+
+def _say_left_out(reasons, n):
+    "Print each reason once, with its number of files."
+    for reason in sorted(set(reasons)):
+        print(f'{reasons.count(reason)} of {n} file(s) left out: {reason}')
+
 # %% ../../nbs/data/dicom.ipynb #d015
 def deidentify(
     folder,  # of clips, stills and DICOM files, at any depth
     out,  # a folder for the copies, new or empty, and not below the other one
 ) -> pd.DataFrame:  # file, patient, frames, down, across: millimetres of a pixel, NaN where not known
     "Copies of clips that hold nothing but what is inside their fan; also written as out/clips.csv."
-    folder, out = Path(folder).resolve(), Path(out).resolve()
-    if out.is_relative_to(folder) or out.exists() and any(out.iterdir()):
-        raise ValueError("the copies go to a new or empty folder that is not below the clips")
-    files = sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
-    random.SystemRandom().shuffle(files)
+    files, out = _files_to_copy(Path(folder).resolve(), Path(out).resolve())
     out.mkdir(parents=True, exist_ok=True)
     rows, patients, reasons = [], {}, []
     for path in progress(files, desc='clips'):
@@ -142,6 +153,5 @@ def deidentify(
         rows.append((name, patient, len(frames), *mm))
     table = pd.DataFrame(rows, columns=['file', 'patient', 'frames', 'down', 'across'])
     table.to_csv(out / 'clips.csv', index=False)
-    for reason in sorted(set(reasons)):
-        print(f'{reasons.count(reason)} of {len(files)} file(s) left out: {reason}')
+    _say_left_out(reasons, len(files))
     return table

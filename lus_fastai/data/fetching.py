@@ -236,7 +236,7 @@ def _write_member(read, path, size, name, archive):
         if dst.tell() < size:
             raise FetchError(f"{name!r} is shorter than the archive says: {archive} is damaged")
 
-
+# %% ../../nbs/data/fetching.ipynb #f015-1
 def _check_places(tmp, folder):
     "FetchError where a file would take the place of a folder, or the reverse, before anything is moved."
     for path in sorted(tmp.rglob('*')):

@@ -402,20 +402,18 @@ def _ccxs_masks(root, group):
     return ';'.join(f'{_CCXS[kind.strip()]}|{root / mask}|{x}|{y}' for kind, mask, x, y in columns)
 
 # %% ../../nbs/data/readers.ipynb #r018-1
-def _ccxs_wrong(meta):
-    "Rows of the structure sheet that name no file, one elsewhere, or a corner that is no pair of numbers."
-    corner = meta[['Top', 'Left']].apply(
-        lambda c: c.str.fullmatch(r'\s*-?[0-9]+\s*').fillna(False).astype(bool)
+def _ccxs_sound(meta):
+    "The rows of the structure sheet for images without a wrong cell; and which lines have one."
+    corner = meta[['Top', 'Left']].apply(lambda c: c.fillna('').str.fullmatch(r'\s*-?[0-9]+\s*'))
+    parts = meta['Mask'].fillna('/').map(lambda m: PurePosixPath(m).parts)
+    inside = parts.map(lambda p: '/' not in p[:1] and '..' not in p) & ~meta['Mask'].str.contains(
+        '[;\0]', na=True
     )
-    inside = (
-        meta['Mask']
-        .fillna('/')
-        .map(lambda m: not {';', '\0'} & set(m) and PurePosixPath(m).parts[:1] != ('/',))
-    )
-    inside &= ~meta['Mask'].fillna('').map(lambda m: '..' in PurePosixPath(m).parts)
-    return meta.index[~(corner.all(axis=1) & inside & meta['Filename'].notna())]
+    wrong = ~(corner.all(axis=1) & inside & meta['Filename'].notna())
+    spoiled = meta['Filename'].isna() | meta['Filename'].isin(meta['Filename'][wrong])
+    return meta[~spoiled], [f'line {k + 2}' for k in meta.index[wrong]]
 
-
+# %% ../../nbs/data/readers.ipynb #r018-2
 def _ccxs_classes(table):
     "A remark: how many images have a mask of each class."
     shown = [{name for name, *_ in mask_paths(v)} for v in table['masks']]
@@ -439,12 +437,11 @@ def read_ccxs(
 ) -> tuple:  # clip table with the column masks, list of remarks
     "The radiographs of CCXS with their masks."
     meta = _csv(root / 'structure.csv', ['Template Name', 'Filename', 'Mask', 'Top', 'Left'])
+    meta, wrong = _ccxs_sound(meta)
     kind, files = meta['Template Name'].str.strip(), _stems(root, 'images')
     unknown = kind[~kind.isin(_CCXS)].value_counts().index
-    rows, images, lost, odd, wrong = [], [], [], [], _ccxs_wrong(meta)
+    rows, images, lost, odd = [], [], [], []
     for name, group in meta[kind.isin(_CCXS)].groupby('Filename'):
-        if wrong.isin(group.index).any():
-            continue
         path, absent = _ccxs_files(root, files, name, group)
         if absent:
             lost.append(absent)
@@ -454,16 +451,12 @@ def read_ccxs(
         except ClipError as e:
             odd.append(f'{path.name} ({e.reason})')
             continue
-        rows.append(
-            _still(path, 'chest', ccxs_patient(name), 'ccxs', 'x-ray', masks=_ccxs_masks(root, group))
-        )
+        masks = _ccxs_masks(root, group)
+        rows.append(_still(path, 'chest', ccxs_patient(name), 'ccxs', 'x-ray', masks=masks))
     table, remarks = _ccxs_patients(pd.DataFrame(rows), images) if rows else (pd.DataFrame(), [])
     found = (lost, 'image(s) skipped: it, or one of its masks, is not here'), (odd, 'image(s) skipped')
-    cells = (
-        [f'line {k + 2}' for k in wrong],
-        'row(s) of structure.csv with a wrong cell, their images skipped',
-    )
-    return table, remarks + _remarks(*found, cells, (list(unknown), 'categories unknown here, dropped'))
+    found += ((wrong, 'row(s) of structure.csv with a wrong cell, their images skipped'),)
+    return table, remarks + _remarks(*found, (list(unknown), 'categories unknown here, dropped'))
 
 # %% ../../nbs/data/readers.ipynb #c020
 def _xpie_key(path):
@@ -608,7 +601,7 @@ def _siim_categories(root):
         category[re.sub('_study$', '', row['id'])] = marked
     return category
 
-
+# %% ../../nbs/data/readers.ipynb #r024-1
 def _siim_sizes(root):
     "Height and width of the original images, where the folder says."
     if not (root / 'meta.csv').is_file():
