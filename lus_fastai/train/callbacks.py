@@ -6,8 +6,8 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/callbacks.html.md"""
 
 # %% auto #0
 __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'EpochLosses', 'PlateauLR', 'CosineLR', 'OneCycleLR',
-           'TrainingSettings', 'schedule_callbacks', 'EpochSeed', 'Checkpoint', 'FiniteLoss', 'fit_resumable',
-           'ClassProbs', 'PixelCounts', 'predict_table']
+           'TrainingSettings', 'schedule_callbacks', 'EpochSeed', 'save_state', 'load_state', 'Checkpoint',
+           'FiniteLoss', 'fit_resumable', 'ClassProbs', 'PixelCounts', 'predict_table']
 
 # %% ../../nbs/train/callbacks.ipynb #imports
 import copy
@@ -17,6 +17,7 @@ import math
 import random
 import time
 import warnings
+import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,6 +275,27 @@ class EpochSeed(Callback):
         seed_all(seed)
         self.dls.train.rng = random.Random(seed)
 
+# %% ../../nbs/train/callbacks.ipynb #load-state
+def save_state(
+    state,  # tensors, numbers and text, and dictionaries and lists of them
+    path,  # a .pt file
+):
+    "Write a state in one piece, atomically."
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(buffer.getbuffer())
+
+
+def load_state(
+    path,  # a file of save_state
+):  # what it holds, on the CPU
+    "Read a state without unpickling code; ValueError for a file that is damaged, in whichever byte."
+    with zipfile.ZipFile(path) as archive:
+        if (bad := archive.testzip()) is not None:
+            raise ValueError(f"its part {bad} is damaged")
+    return torch.load(path, map_location='cpu', weights_only=True)
+
 # %% ../../nbs/train/callbacks.ipynb #read-checkpoint
 def _plain(x):
     "Lists and dictionaries instead of fastai's own containers, which a safe load refuses."
@@ -287,7 +309,7 @@ def _load_checkpoint(path):
     if not path.exists():
         return dict(epoch=0)
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = load_state(path)
         if not isinstance(state, dict) or {'epoch', 'model', 'opt', 'callbacks'} - {*state}:
             raise TypeError
         return state
@@ -299,11 +321,8 @@ def _load_checkpoint(path):
 # %% ../../nbs/train/callbacks.ipynb #write-checkpoint
 def _write_checkpoint(path, state):
     "Write a checkpoint in one piece, or say that it could not be written."
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     try:
-        with atomic_path(path) as tmp:
-            tmp.write_bytes(buffer.getbuffer())
+        save_state(state, path)
     except OSError as e:
         raise OSError(
             e.errno,
