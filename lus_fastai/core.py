@@ -8,8 +8,9 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'PHANTOM_VERSION', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS',
            'dense_to_sparse', 'file_keys', 'TableError', 'and_more', 'check_columns', 'check_table', 'LeakError',
            'assert_disjoint', 'clip_ids', 'MaskSet', 'Frames', 'atomic_path', 'sweep_unfinished', 'write_json',
-           'read_json', 'csv_bytes', 'save_csv', 'load_csv', 'write_table', 'read_table', 'folder_lock', 'seed_all',
-           'frozen_eval', 'lus_home', 'shipped_folder', 'real_data', 'progress', 'duration', 'StageLog']
+           'read_json', 'save_state', 'load_state', 'csv_bytes', 'save_csv', 'load_csv', 'write_table', 'read_table',
+           'folder_lock', 'seed_all', 'frozen_eval', 'lus_home', 'shipped_folder', 'real_data', 'progress', 'duration',
+           'StageLog']
 
 # %% ../nbs/core.ipynb #c003
 import contextlib
@@ -22,6 +23,7 @@ import random
 import re
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -391,6 +393,28 @@ def read_json(
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is no JSON, or was cut short: {e}") from None
+
+# %% ../nbs/core.ipynb #load-state
+def save_state(
+    state,  # tensors, numbers and text, and dictionaries and lists of them
+    path,  # a .pt file
+):
+    "Write a state in one piece, atomically."
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(buffer.getbuffer())
+
+
+def load_state(
+    path,  # a file of save_state
+):  # what it holds, on the CPU
+    "Read a state without unpickling code; an error for a file that is damaged, in whichever byte."
+    if zipfile.is_zipfile(path):  # which the files of PyTorch before 1.6 are not
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise ValueError(f"its part {bad} is damaged")
+    return torch.load(path, map_location='cpu', weights_only=True)
 
 # %% ../nbs/core.ipynb #csv-formula
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")

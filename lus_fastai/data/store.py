@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import sys
 import threading
@@ -233,15 +234,27 @@ def _load_table(path, text):
     return load_csv(path, text)
 
 # %% ../../nbs/data/store.ipynb #store-meta
+_NAMES = dict(images='u8', masks='u8', frames='csv', skipped='csv')  # of the files of a store, and their kind
+
+
 def _is_meta(meta):
     "Whether what `meta.json` says can be meant."
     try:
-        (h, w), files, text = meta['size'], meta['files'], meta['text']
-        plain = all(name is None or Path(name).name == name for name in files.values())
-        known = {*files} == {'images', 'masks', 'frames', 'skipped'} and {*text} == {'frames', 'skipped'}
-        return plain and known and h > 0 and w > 0 and sum(n for _, n in meta['clips']) == meta['rows']
+        (h, w), files, text, clips = meta['size'], meta['files'], meta['text'], meta['clips']
+        there = {kind: name for kind, name in files.items() if (kind, name) != ('masks', None)}
+        named = all(re.fullmatch(rf'{k}-[0-9a-f]{{12}}\.{_NAMES[k]}', name) for k, name in there.items())
+        known = {*files} == {*_NAMES} and {*text} == {'frames', 'skipped'}
+        sums = meta.get('sums', {})
+        known = known and {*sums} <= {*there} and all(len(s) == len(clips) for s in sums.values())
+        return named and known and h > 0 and w > 0 and sum(n for _, n in clips) == meta['rows']
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
+
+
+def _meta_sum(meta):
+    "The checksum of what `meta.json` says, which is in it."
+    said = {k: v for k, v in meta.items() if k != 'check'}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 # %% ../../nbs/data/store.ipynb #store-meta-2
 def _read_meta(folder):
@@ -257,7 +270,7 @@ def _read_meta(folder):
         raise ValueError(f"{e}: build the store again") from None
     if isinstance(meta, dict) and meta.get('format', _FORMAT) != _FORMAT:
         raise ValueError(f"{folder} was written by another version of lus_fastai: build the store again")
-    if not _is_meta(meta):
+    if not _is_meta(meta) or meta.get('check', _meta_sum(meta)) != _meta_sum(meta):
         raise ValueError(f"{folder / 'meta.json'} is damaged: build the store again")
     return meta
 
@@ -601,6 +614,7 @@ def _write(folder, table, settings, good, keys, masks, clip, skipped, was, prepa
         clips=[[key, len(t)] for key, t in zip(keys, times)],
         sums={kind: [s[kind] for s in sums] for kind in ('images', 'masks') if files[kind]},
     )
+    meta['check'] = _meta_sum(meta)
     if meta != was:
         write_json(folder / 'meta.json', meta)
     _sweep(folder, files.values())

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import and_more, atomic_path
+from ..core import and_more, atomic_path, load_state
 
 # %% ../../nbs/models/transfer.ipynb #c007
 def param_count(
@@ -270,7 +270,7 @@ def load_weights(
     try:
         if path.suffix == '.safetensors':
             return _checked(_load_safetensors(path))
-        return Weights(_checked(torch.load(path, map_location='cpu', weights_only=True)))
+        return Weights(_checked(load_state(path)))
     except Exception as e:
         why = f"({type(e).__name__}: {e}): is it cut short, or not a weights file?"
         raise ValueError(f"{path} holds no weights that can be read safely {why}") from e

@@ -6,18 +6,16 @@ Docs: https://lus-fastai.github.io/lus_fastai/train/callbacks.html.md"""
 
 # %% auto #0
 __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'EpochLosses', 'PlateauLR', 'CosineLR', 'OneCycleLR',
-           'TrainingSettings', 'schedule_callbacks', 'EpochSeed', 'save_state', 'load_state', 'Checkpoint',
-           'FiniteLoss', 'fit_resumable', 'ClassProbs', 'PixelCounts', 'predict_table']
+           'TrainingSettings', 'schedule_callbacks', 'EpochSeed', 'Checkpoint', 'FiniteLoss', 'fit_resumable',
+           'ClassProbs', 'PixelCounts', 'predict_table']
 
 # %% ../../nbs/train/callbacks.ipynb #imports
 import copy
 import gc
-import io
 import math
 import random
 import time
 import warnings
-import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ import torch.distributed as dist
 from fastai.vision.all import Callback, CancelBatchException, L, combined_cos
 from fastcore.basics import patch
 
-from ..core import atomic_path, folder_lock, frozen_eval, seed_all, sweep_unfinished
+from ..core import folder_lock, frozen_eval, load_state, save_state, seed_all, sweep_unfinished
 from ..runs import Settings
 from lus_fastai.stats.classification import (
     confusion_columns,
@@ -274,27 +272,6 @@ class EpochSeed(Callback):
         seed = (self.seed * 1_000_003 + self.epoch) % 2**32
         seed_all(seed)
         self.dls.train.rng = random.Random(seed)
-
-# %% ../../nbs/train/callbacks.ipynb #load-state
-def save_state(
-    state,  # tensors, numbers and text, and dictionaries and lists of them
-    path,  # a .pt file
-):
-    "Write a state in one piece, atomically."
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with atomic_path(path) as tmp:
-        tmp.write_bytes(buffer.getbuffer())
-
-
-def load_state(
-    path,  # a file of save_state
-):  # what it holds, on the CPU
-    "Read a state without unpickling code; ValueError for a file that is damaged, in whichever byte."
-    with zipfile.ZipFile(path) as archive:
-        if (bad := archive.testzip()) is not None:
-            raise ValueError(f"its part {bad} is damaged")
-    return torch.load(path, map_location='cpu', weights_only=True)
 
 # %% ../../nbs/train/callbacks.ipynb #read-checkpoint
 def _plain(x):

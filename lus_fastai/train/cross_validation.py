@@ -30,8 +30,10 @@ from lus_fastai.core import (
     folder_lock,
     frozen_eval,
     load_csv,
+    load_state,
     progress,
     save_csv,
+    save_state,
     seed_all,
     write_json,
 )
@@ -56,9 +58,7 @@ from lus_fastai.train.callbacks import (
     TrainingSettings,
     fit_resumable,
     has_bf16,
-    load_state,
     predict_table,
-    save_state,
     schedule_callbacks,
 )
 

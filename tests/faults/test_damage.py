@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lus_fastai.core import save_csv, shipped_folder, write_json
+from lus_fastai.core import load_state, save_csv, save_state, shipped_folder, write_json
 from lus_fastai.data.folds import patient_folds
 from lus_fastai.models.transfer import load_weights
 from lus_fastai.predict import ModelFileError, load_model
 from lus_fastai.runs import claim_folder, read_results
-from lus_fastai.train.callbacks import Checkpoint, load_state, save_state
+from lus_fastai.train.callbacks import Checkpoint
 from lus_fastai.train.cross_validation import fold_history, last_epoch
 
 COLUMNS = ['p_a', 'p_b']
