@@ -540,7 +540,7 @@ def _check_facts(facts):
     if not (0 < facts['temperature'] < 1e6 and 0 < facts['level'] < 1):
         raise ValueError(f"temperature {facts['temperature']}, level {facts['level']}")
 
-
+# %% ../nbs/predict.ipynb #load-parts-2
 def _assembled(facts, weights):
     "The model that facts and tensors describe."
     _check_facts(facts)

@@ -470,7 +470,7 @@ def _start_again(learn, stateful, start):
     gc.collect()
     torch.cuda.empty_cache()
 
-
+# %% ../../nbs/train/callbacks.ipynb #halve-2
 def _halve(loaders, where, done):
     "Make batches half as large, and say so."
     old = loaders[0].bs
