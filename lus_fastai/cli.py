@@ -102,6 +102,14 @@ def _clips_of(folder, label, patient):
     os.environ['LUS_DATA'] = str(folder)
     return 'pocus'
 
+# %% ../nbs/cli.ipynb #check-out
+def _check_folder(option, path):
+    "ValueError where no folder can be made, or written to, before hours are spent on what goes there."
+    path = Path(path).absolute()
+    above = next(p for p in (path, *path.parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: {above} is no folder, or read-only")
+
 # %% ../nbs/cli.ipynb #demo-time
 DEMO_TIME = 'about 4 minutes on two cores (7 minutes of CPU time)'  # on the phantom, without bfloat16
 
@@ -132,6 +140,7 @@ def lus_demo(
     with _command(lambda: _kept(runs) if runs else 'nothing had begun.'):
         from lus_fastai.core import duration
 
+        _check_folder('--out', out)
         gare, start = _reproduction('gare'), (time.perf_counter(), _cpu())
         clips = _clips_of(data, label, patient)
         phantom = gare.data_name(clips) == 'phantom'
@@ -200,6 +209,7 @@ def lus_repro(
         return _kept(lus_home() / ('' if paper == 'all' else paper))
 
     with _command(kept):
+        _check_folder('--out', out)
         for name, kind in _papers_to_do(paper, data, quick, out, resume):
             module = _reproduction(name)
             chosen = None if settings is None else _settings_of(module, settings)
