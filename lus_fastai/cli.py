@@ -236,21 +236,80 @@ def _table_of(name, label, patient):
         )
     return index_source(name, real_data())
 
+# %% ../nbs/cli.ipynb #audit-2
+def _audit_table(names, label, patient):
+    "One clip table of all that is named."
+    import pandas as pd
+
+    from lus_fastai.core import check_table
+
+    if not names:
+        raise ValueError("name a folder of clips, a clip table (CSV), or a source of LUS_DATA")
+    tables = [_table_of(name, label, patient) for name in names]
+    return tables[0] if len(tables) == 1 else check_table(pd.concat(tables, ignore_index=True), exists=False)
+
+
+def _audit_store(table, folder):
+    "The frame store in a folder, built where it is missing; None without a folder."
+    from lus_fastai.data.store import FrameStore
+
+    if folder is None:
+        return None
+    there = (Path(folder) / 'meta.json').exists()
+    return FrameStore(folder) if there else FrameStore.build(table, folder)
+
+# %% ../nbs/cli.ipynb #audit-3
+def _audit_split(table, split, folds, store):
+    "The split that is named, or folds by patient, or none; with its store and what lies outside the fan."
+    from lus_fastai.data.folds import patient_folds
+    from lus_fastai.data.leaks import Split, look_outside, read_split
+
+    if split and folds:
+        raise ValueError("--split and --folds are two splits: give one of them")
+    if split:
+        out = read_split(split, table)
+    else:
+        out = Split(table, patient_folds(table, folds).fold if folds else None)
+    out.store = _audit_store(table, store)
+    if out.store is not None:
+        out.looks = look_outside(out.table)
+    return out
+
+# %% ../nbs/cli.ipynb #audit-4
+def _print_audit(found, as_json):
+    "An audit as text or as JSON."
+    from json import dumps
+
+    if as_json:
+        print(dumps(found.to_dict(), allow_nan=False, default=str), flush=True)
+        return
+    for line in repr(found).split('\n'):
+        _print_line(line, sys.stdout)
+
 # %% ../nbs/cli.ipynb #audit
 @call_parse
 def lus_audit(
-    table: str,  # a folder of clips, a clip table (CSV), or a source of LUS_DATA, such as pocus
-    folds: int = 0,  # also split into this many patient folds and look across them
+    *tables: str,  # folders of clips, clip tables (CSV), or sources of LUS_DATA, such as pocus
+    split: str = None,  # a CSV file with path and side (train, valid, test) or fold
+    folds: int = 0,  # instead: split into this many patient folds
+    store: str = None,  # a frame store of the clips, built where it is missing: to look at images
+    report: str = None,  # also write a page (.html)
+    json: bool = False,  # print one JSON object, and nothing else
     label: str = None,  # a folder's: 'folder', a pattern, a .csv file; default: clips.csv, or 'folder'
     patient: str = None,  # a folder's: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
 ):
-    "Who is in a folder or table, by label, source and probe, and what predicts a label."
+    "Who is in a table, which of eight leaks its split has, and what they are worth; status 1 for a leak."
     with _command(lambda: 'nothing was changed.'):
-        from lus_fastai.data.audit import audit
-        from lus_fastai.data.folds import patient_folds
+        from lus_fastai.split_audit import audit_report, audit_split
 
-        clips = _table_of(table, label, patient)
-        print(audit(clips, patient_folds(clips, folds) if folds else None))
+        _check_place('--report', report, '.html', [])
+        with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+            clips = _audit_table(tables, label, patient)
+            found = audit_split(_audit_split(clips, split, folds, store))
+        _print_audit(found, json)
+        if report:
+            _print_line(f'report: {audit_report(found, report)}', sys.stderr if json else sys.stdout)
+        return int(bool(found.leaks))  # the exit status
 
 # %% ../nbs/cli.ipynb #data-deidentify
 def _deidentified(folder, out):
