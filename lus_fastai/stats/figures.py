@@ -24,7 +24,7 @@ def _confusion_cell(ax, i, j, count, share, size):
 
     style = dict(facecolor=PALETTE[0], alpha=0.04 + 0.96 * share, lw=0)
     ax.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, **style))
-    text = dict(ha='center', va='center', color='white' if share > 0.5 else INK)
+    text = dict(ha='center', va='center', color='white' if share > 0.9 else INK)
     ax.text(j, i - 0.1, f'{int(count)}', size=size, weight='bold' if i == j else 'normal', **text)
     ax.text(j, i + 0.25, f'{share:.0%}', **text)
 
