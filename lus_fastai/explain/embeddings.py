@@ -403,7 +403,7 @@ def plot_embedding(
     table: pd.DataFrame,  # frame table of N rows
     by='label',  # column that colours the points, or several: a panel each
     style: str = None,  # column that gives them different marks
-    trace: str = None,  # column whose points are joined in the order of `time`, such as 'clip'
+    trace: str = None,  # column whose points are joined in the order of time, such as 'clip'
     title: str = '',  # above the figure
 ):  # matplotlib Figure; a column of more than 12 values gets no legend
     "Points of a map, coloured by label, patient, source or any other column."
