@@ -105,6 +105,8 @@ class Marks:
 # %% ../nbs/exercises.ipynb #marks-lines
 def _shown(x):
     "An answer as a short text."
+    if isinstance(x, (tuple, list)):
+        return _shown(', '.join(_shown(v) for v in x))
     text = f'{x:.4g}' if isinstance(x, (float, np.floating)) else ' '.join(str(x).split())
     return text if len(text) < 80 else text[:77] + '...'
 
