@@ -61,7 +61,7 @@ def stub(
 
 def _imports(code):
     "Whether a cell only imports."
-    body = [] if code.lstrip().startswith(('%', '!')) else ast.parse(code).body
+    body = [] if re.search(r'^[%!]', code, re.M) else ast.parse(code).body  # those are for IPython
     return bool(body) and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in body)
 
 

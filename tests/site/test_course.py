@@ -22,7 +22,7 @@ def cell(kind, code):
 SMALL = [
     cell('markdown', '# A lesson\n\n> Its line'),
     cell('code', '#| eval: false\n! pip'),
-    cell('code', 'import math\nfrom a import b, c'),
+    cell('code', 'import math\nfrom a import unused, c'),
     cell('code', 'x = 1'),
     cell('markdown', '## Exercise 1'),
     cell('code', '#| exercise\nE = math.pi + c'),
