@@ -105,6 +105,8 @@ class Marks:
 # %% ../nbs/exercises.ipynb #marks-lines
 def _shown(x):
     "An answer as a short text."
+    if isinstance(x, (tuple, list)):
+        return _shown(', '.join(_shown(v) for v in x))
     text = f'{x:.4g}' if isinstance(x, (float, np.floating)) else ' '.join(str(x).split())
     return text if len(text) < 80 else text[:77] + '...'
 
@@ -115,7 +117,7 @@ def _first_fault(rows):
     if fault['mark'] == 'no answer':
         return f"seed {fault['seed']}", f"the function gave None, the answer is {_shown(fault['truth'])}"
     if fault['mark'] == 'error':
-        call = f"call it with question({fault['seed']}) to see where"
+        call = f"to see where, call it with *exercise.arguments({fault['seed']})"
         return f"seed {fault['seed']}", f"the function raised {_shown(fault['answer'])}; {call}"
     return (
         f"seed {fault['seed']}",
@@ -163,27 +165,44 @@ def _repr_html_(self: Marks):
     return f'<p><strong>{escape(self.verdict())}</strong></p>{table}'
 
 # %% ../nbs/exercises.ipynb #ex
-@dataclass
+@dataclass(repr=False)
 class Exercise:
     "A function to write, with a question for each seed and a check of the answers."
 
     name: str  # short, such as 'count the B-lines'
     ask: str  # what the function is to do, Markdown
-    question: object  # function: seed -> what the learner's function gets; a tuple is several arguments
+    question: object  # function: seed -> question; a tuple is several arguments for what follows
     truth: object  # function of the question: the right answer
     right: object = same_answer  # function (answer, truth) -> whether the answer counts
+    given: object = None  # function of the question: what the learner's function gets; None: all of it
 
-    def _repr_markdown_(self):
+    def __repr__(self):
         return f'**{self.name[0].upper() + self.name[1:]}.** {self.ask}'
 
+    _repr_markdown_ = __repr__
+
 # %% ../nbs/exercises.ipynb #ex-mark
+def _tuple(x):
+    "A tuple as it is, anything else as a tuple of one."
+    return x if isinstance(x, tuple) else (x,)
+
+
+@patch
+def arguments(
+    self: Exercise,
+    seed,  # of the question
+) -> tuple:
+    "What the learner's function gets for a seed, to look at it or to call the function by hand."
+    asked = _tuple(self.question(seed))
+    return asked if self.given is None else _tuple(self.given(*asked))
+
+
 def _mark(exercise, fn, seed):
     "The row of one seed; whatever the learner's function raises is part of it."
-    question = exercise.question(seed)
-    given = question if isinstance(question, tuple) else (question,)
-    row = dict(seed=seed, mark='no answer', answer=None, truth=exercise.truth(*given))
+    truth = exercise.truth(*_tuple(exercise.question(seed)))
+    row = dict(seed=seed, mark='no answer', answer=None, truth=truth)
     try:
-        row['answer'] = fn(*given)
+        row['answer'] = fn(*exercise.arguments(seed))
         if row['answer'] is not None:
             row['mark'] = 'right' if exercise.right(row['answer'], row['truth']) else 'wrong'
     except Exception as e:
@@ -256,7 +275,7 @@ def _quiz_marks(questions, answers, confidence):
     return Marks('quiz', pd.DataFrame(rows), confidence)
 
 # %% ../nbs/exercises.ipynb #quiz-class
-@dataclass
+@dataclass(repr=False)
 class Quiz:
     "Questions, numbered from 1."
 
@@ -266,11 +285,13 @@ class Quiz:
     def key(self):
         return {i: q.key for i, q in enumerate(self.questions, 1)}  # number -> letter
 
-    def _repr_markdown_(self):
+    def __repr__(self):
         out = []
         for i, q in enumerate(self.questions, 1):
             out += [f'**{i}.** {q.ask}', '\n'.join(f'- {a}: {text}' for a, text in q.shuffled.items())]
         return '\n\n'.join(out)
+
+    _repr_markdown_ = __repr__
 
     def check(
         self,
