@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from gallery import gallery_page
 
 root = Path(__file__).resolve().parents[1]
 
@@ -226,6 +227,7 @@ def derive(
     shutil.copyfile(root / 'styles.css', nbs / 'styles.css')
     (nbs / 'results.qmd').write_text(results_page(root / 'results'), encoding='utf-8')
     (nbs / 'notebooks.qmd').write_text(notebooks_page(root), encoding='utf-8')
+    gallery_page(root)
     toml = root / 'pyproject.toml'
     if not toml.is_file() or toml.read_text(encoding='utf-8') != pyproject(cfg):
         toml.write_text(pyproject(cfg), encoding='utf-8')  # make installs again when it is touched
