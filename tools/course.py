@@ -61,8 +61,20 @@ def stub(
 
 def _imports(code):
     "Whether a cell only imports."
-    body = [] if code.lstrip().startswith(('%', '!')) else ast.parse(code).body
+    body = [] if re.search(r'^[%!]', code, re.M) else ast.parse(code).body  # those are for IPython
     return bool(body) and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in body)
+
+
+def _used(code, others):
+    "A cell of imports without those that other code does not use."
+    body, out = ast.parse(code).body, []
+    for s in body:
+        names = [a.asname or a.name.split('.')[0] for a in s.names]
+        used = [a for a, n in zip(s.names, names) if n == '*' or re.search(rf'\b{n}\b', others)]
+        if used != s.names:
+            s.names, code = used, ''
+        out += [ast.unparse(s)] if used else []
+    return code or '\n'.join(out)
 
 
 def _cell(cell, code):
@@ -99,7 +111,11 @@ def solutions(
             keep = marked(c, 'solution') or marked(c, 'exercise') or 'eval: false' in code or _imports(code)
         if keep:
             out.append(_cell(c, re.sub(r'\A#\| (solution|exercise)\n', '', code)))
-    return out
+    code = '\n'.join(text(c) for c in out if c['cell_type'] == 'code' and not _imports(text(c)))
+    out = [
+        _cell(c, _used(text(c), code)) if c['cell_type'] == 'code' and _imports(text(c)) else c for c in out
+    ]
+    return [c for c in out if text(c)]
 
 
 def derived(

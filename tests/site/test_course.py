@@ -22,10 +22,10 @@ def cell(kind, code):
 SMALL = [
     cell('markdown', '# A lesson\n\n> Its line'),
     cell('code', '#| eval: false\n! pip'),
-    cell('code', 'import math'),
+    cell('code', 'import math\nfrom a import unused, c'),
     cell('code', 'x = 1'),
     cell('markdown', '## Exercise 1'),
-    cell('code', '#| exercise\nE = 3'),
+    cell('code', '#| exercise\nE = math.pi + c'),
     cell('code', '#| solution\ndef f(\n    a,  # a number\n):\n    "Twice."\n    b = 2\n    return b * a'),
     cell('code', '#| solution\nanswers = {1: "a"}'),
     cell('markdown', '## Further reading'),
@@ -36,7 +36,7 @@ SMALL = [
 def test_a_lesson_has_stubs():
     got = [course.text(c) for c in course.lesson(SMALL)]
     assert got[6] == 'def f(\n    a,  # a number\n):\n    "Twice."\n    ...  # your turn'
-    assert got[7] == 'answers = {}  # your turn' and got[5] == 'E = 3'
+    assert got[7] == 'answers = {}  # your turn' and got[5] == 'E = math.pi + c'
     assert len(got) == len(SMALL) and got[:5] == [course.text(c) for c in SMALL[:5]]
     assert [c['outputs'] for c in course.lesson(SMALL) if c['cell_type'] == 'code'] == [[]] * 6
 
@@ -44,7 +44,7 @@ def test_a_lesson_has_stubs():
 def test_solutions_hold_the_exercises_alone():
     got = [course.text(c) for c in course.solutions(SMALL)]
     assert got[0].startswith('# Solutions: A lesson\n\n> ')
-    kept = ['#| eval: false\n! pip', 'import math', '## Exercise 1', 'E = 3']
+    kept = ['#| eval: false\n! pip', 'import math\nfrom a import c', '## Exercise 1', 'E = math.pi + c']
     assert got[1:5] == kept and len(got) == 7
     assert got[5].endswith('return b * a') and got[6] == 'answers = {1: "a"}'
 
