@@ -64,7 +64,7 @@ class AnswerLog:
         table = pd.DataFrame(self.rows, columns=['name', 'confidence', 'right'])
         return table.drop_duplicates('name', ignore_index=True)  # the first attempt at each
 
-
+# %% ../nbs/exercises.ipynb #log-file
 @patch
 def keep(
     self: AnswerLog,
@@ -196,7 +196,7 @@ def arguments(
     asked = _tuple(self.question(seed))
     return asked if self.given is None else _tuple(self.given(*asked))
 
-
+# %% ../nbs/exercises.ipynb #ex-row
 def _mark(exercise, fn, seed):
     "The row of one seed; whatever the learner's function raises is part of it."
     truth = exercise.truth(*_tuple(exercise.question(seed)))
