@@ -6,12 +6,13 @@ BIN    := .venv/bin
 STAMP  := .venv/.installed
 PLAIN  := .venv/.plain
 
-.PHONY: help demo lint quick test docs bench clean
+.PHONY: help demo lint quick test docs preview bench clean
 help:
 	@echo 'make demo   train on the phantom, from command line to report.html (ARGS="--data FOLDER" for real clips)'
 	@echo 'make quick  lint, the fast tests, and whether modules are what their notebooks export: within three minutes'
 	@echo 'make test   every test: tests/ and every notebook, executed in a fresh kernel (ARGS="-k folds" for some)'
 	@echo 'make docs   README.md and the site: derived, checked, and rendered where the quarto program is installed'
+	@echo 'make preview  every page as HTML without quarto, looked at by a browser (ARGS="core.ipynb" for some)'
 	@echo 'make bench  every measurement of benchmarks/, one after another'
 	@echo 'make clean  remove what was built, .venv included'
 
@@ -45,10 +46,14 @@ test: lint
 docs: $(STAMP)
 	@$(BIN)/python tools/docs.py all
 
+preview: $(STAMP)
+	@$(BIN)/python tools/docs.py preview $(ARGS)
+
 bench: $(STAMP)
 	@set -e; for f in benchmarks/bench_*.py; do $(BIN)/python $$f; done
 
 clean:
-	rm -rf .venv .plain build dist *.egg-info _docs _proc .pytest_cache .hypothesis
-	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/results.qmd nbs/notebooks.qmd
+	rm -rf .venv .plain build dist *.egg-info _docs _preview _proc nbs/results .pytest_cache .hypothesis
+	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/references.bib
+	rm -f nbs/api.qmd nbs/notebooks.qmd nbs/references.qmd nbs/results.qmd
 	find lus_fastai tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
