@@ -1,5 +1,6 @@
 __version__ = "0.2.0"
 
+import sys
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit.script. is deprecated', FutureWarning)   # raised by importing fastai; nothing a user can do about it
 
@@ -15,3 +16,7 @@ def __getattr__(name):
         return every.__all__
     if name not in every.__all__: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(every, name)
+
+if 'ipykernel' in sys.modules:  # a notebook: its figures get the style of the package
+    from lus_fastai.plot import style_notebook
+    style_notebook()

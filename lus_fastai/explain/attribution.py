@@ -559,11 +559,11 @@ def show_map(
     import matplotlib.pyplot as plt
 
     if ax is None:
-        ax = plt.subplots(figsize=(3, 3), dpi=80)[1]
+        ax = plt.subplots(figsize=(3, 3))[1]
     ax.imshow(map_rgb(frame, map, limit=limit), interpolation='nearest')
     if fan is not None:
         _draw_outline(ax, fan)
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title)
     ax.set_axis_off()
     return ax
 
@@ -574,7 +574,7 @@ def _panels(n, columns, shape):
 
     rows, columns = math.ceil(n / columns), min(columns, n)
     size = (1.75 * columns + 0.9, (1.95 * shape[0] / shape[1]) * rows)
-    fig, axs = plt.subplots(rows, columns, figsize=size, dpi=80, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
     for ax in axs.flat:
         ax.set_axis_off()
     return fig, axs
@@ -589,7 +589,6 @@ def _colour_bar(fig, axs, labels):
     scale = plt.cm.ScalarMappable(plt.Normalize(-1, 1), ListedColormap(strip))
     bar = fig.colorbar(scale, ax=axs, shrink=0.85, pad=0.01)
     bar.set_ticks([-1, 0, 1], labels=labels)
-    bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
 
 # %% ../../nbs/explain/attribution.ipynb #c052

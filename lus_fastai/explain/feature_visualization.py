@@ -139,7 +139,7 @@ def _draw_row(axs, images, names, scores):
     "A row of images with names and final scores."
     for ax, name, image, score in zip(axs, names, images, scores):
         _show_image(ax, image)
-        ax.set_title(f'{name}: {score[-1]:.0f}', fontsize=9)
+        ax.set_title(f'{name}: {score[-1]:.0f}')
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c022
 @delegates(maximise_class)
@@ -162,11 +162,11 @@ def show_class_images(
         rules = {True: 'one channel'}
     classes, figsize = range(len(names)), (1.6 * len(names), 1.8 * len(rules))
     out = {gray: maximise_class(model, classes, size, channels, gray=gray, **kwargs) for gray in rules}
-    fig, axs = plt.subplots(len(rules), len(names), figsize=figsize, dpi=72, squeeze=False)
+    shape = dict(squeeze=False, figsize=figsize, layout='constrained')
+    fig, axs = plt.subplots(len(rules), len(names), **shape)
     for row, (gray, (images, scores)) in zip(axs, out.items()):
         _draw_row(row, _to_unit(images, kwargs.get('clamp', (0, 1))), names, scores)
-        row[0].set_ylabel(rules[gray], fontsize=9)
-    fig.tight_layout()
+        row[0].set_ylabel(rules[gray])
     return out
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c029-1
@@ -263,13 +263,12 @@ def _draw_columns(columns, titles):
     import matplotlib.pyplot as plt
 
     n, c = columns[0].shape[:2]
-    figsize = (1.35 * len(columns), 1.5 * n)
-    fig, axs = plt.subplots(n, len(columns), figsize=figsize, dpi=72, squeeze=False)
+    shape = dict(squeeze=False, figsize=(1.35 * len(columns), 1.5 * n), layout='constrained')
+    fig, axs = plt.subplots(n, len(columns), **shape)
     for column, images, title in zip(axs.T, columns, titles):
-        column[0].set_title(title, fontsize=9)
+        column[0].set_title(title)
         for ax, image in zip(column, images):
             _show_image(ax, image if c in (1, 3) else image.mean(0, keepdim=True))
-    fig.tight_layout()
 
 # %% ../../nbs/explain/feature_visualization.ipynb #c034
 @delegates(invert_features)

@@ -349,15 +349,15 @@ def show_deletion(
     "Deletion and insertion curves, means over the frames, with both baselines."
     import matplotlib.pyplot as plt
 
-    axs = plt.subplots(1, 2, figsize=(7, 2.8), dpi=80, sharey=True)[1] if axs is None else axs
+    if axs is None:
+        axs = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True, layout='constrained')[1]
     mean = curves.groupby(['mode', 'order', 'share'])['probability'].mean()
     for ax, mode in zip(axs, ('deletion', 'insertion')):
         for order, style in dict(map='-', random='--', reversed=':').items():
             ax.plot(mean[mode, order].index, mean[mode, order], style, label=order)
         ax.set(title=mode, xlabel='share of the pixels', ylim=(0, 1.02))
     axs[0].set_ylabel('probability')
-    axs[0].legend(frameon=False, fontsize=8)
-    axs[0].figure.tight_layout()
+    axs[0].legend()
     return axs
 
 # %% ../../nbs/explain/sanity_checks.ipynb #c029-1

@@ -26,7 +26,7 @@ def _confusion_cell(ax, i, j, count, share, size):
     ax.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, **style))
     text = dict(ha='center', va='center', color='white' if share > 0.5 else INK)
     ax.text(j, i - 0.1, f'{int(count)}', size=size, weight='bold' if i == j else 'normal', **text)
-    ax.text(j, i + 0.25, f'{share:.0%}', size=8, **text)
+    ax.text(j, i + 0.25, f'{share:.0%}', **text)
 
 
 def _confusion_axes(ax, names, title):
@@ -89,7 +89,7 @@ def plot_roc(
             if name not in _MEANS:
                 ax.fill_between(g.fpr, g.low, g.high, color=colors[name], alpha=0.15, lw=0)
         ax.set(xlabel='1 − specificity', ylabel='sensitivity', title=title)
-        ax.legend(title='area under the curve', loc='lower right', title_fontsize=9, alignment='left')
+        ax.legend(title='area under the curve', loc='lower right', alignment='left')
     return fig
 
 # %% ../../nbs/stats/figures.ipynb #c015
@@ -100,7 +100,7 @@ def plot_pr(
 ):  # matplotlib Figure
     "One-against-rest precision-recall staircases, means dashed, average precisions below, ticks at chance."
     area = areas.set_index('class')
-    legend = dict(title='average precision', title_fontsize=9, alignment='left')
+    legend = dict(title='average precision', alignment='left')
     with figure_canvas(4.6, 5.3) as fig:
         ax = fig.add_subplot()
         shown = area[['ap', 'low', 'high']]
@@ -274,8 +274,7 @@ def _loss_panel(ax, name, trainings):
         ax.plot(
             range(1, len(t['losses']) + 1), t['losses'], color=PALETTE[3 if short else 0], lw=1.2, alpha=0.8
         )
-    ax.set_title(f'{name}\n(undertrained)' if short else name, size=9)
-    ax.tick_params(labelsize=8)
+    ax.set_title(f'{name}\n(undertrained)' if short else name)
 
 # %% ../../nbs/stats/figures.ipynb #losses-2
 def plot_losses(
@@ -296,6 +295,6 @@ def plot_losses(
             _loss_panel(ax, f'{row}\n{protocol}', part)
         for ax in axs[len(panels) :]:
             ax.axis('off')
-        fig.supxlabel('epoch', size=9)
-        fig.supylabel('training loss', size=9)
+        fig.supxlabel('epoch')
+        fig.supylabel('training loss')
     return fig

@@ -1338,7 +1338,7 @@ def show_phantom(
             axs[1].contour(mask[k], [0.5], colors=color, linewidths=0.8)
     for ax in axs:
         ax.set_axis_off()
-    axs[0].set_title(f'{clip.patient.label}, {clip.patient.probe}', fontsize=9)
+    axs[0].set_title(f'{clip.patient.label}, {clip.patient.probe}')
     return axs
 
 # %% ../../nbs/synth/phantom.ipynb #c054v
