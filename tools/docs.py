@@ -195,7 +195,6 @@ def derive(
             'description': cfg['description'],
             'repo-branch': cfg['branch'],
             'repo-url': cfg['git_url'],
-            'repo-subdir': cfg['nbs_path'],
         },
     }
     nbs, head = root / 'nbs', '# derived by tools/docs.py: edit _quarto.yml at the root\n'

@@ -229,7 +229,7 @@ def render_page(
         '--toc',
         '--toc-depth=3',
         '--mathml',
-        f'--template={tools / "preview.html"}',
+        f'--template={tools / "preview.template"}',
         '--wrap=none',
     ]
     if (site.root / 'references.bib').is_file():

@@ -431,4 +431,4 @@ def test_every_folder_of_pages_is_cleaned_and_ignored():
     ignored, make = ((ROOT / n).read_text(encoding='utf-8') for n in ('.gitignore', 'Makefile'))
     for name in ('_preview', 'nbs/api.qmd', 'nbs/results.qmd', 'nbs/references.bib', 'nbs/results/'):
         assert name in ignored and name.removesuffix('/') in make, name
-    assert Path(ROOT / 'tools/preview.html').is_file()
+    assert Path(ROOT / 'tools/preview.template').is_file()
