@@ -1,7 +1,8 @@
 """What the site makes of the cells of a notebook, after nbdev's own processing.
 
-nbdev runs these three (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, code
-in lines that fit the page, and folded tests and plots. The notebooks themselves stay as they are.
+nbdev runs these four (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
+links for private names, code in lines that fit the page, and folded tests and plots. The notebooks stay as
+they are.
 """
 
 import ast
@@ -104,6 +105,14 @@ def fit_code(
     if code and options.get('echo') != 'false':
         head = cell.source[: cell.source.index(code)]
         cell.source = head + _formatted(code)
+
+
+def unlink_private(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Take away the links that nbdev makes of private names, which no page documents."
+    if cell.cell_type == 'markdown':
+        cell.source = re.sub(r'\[(`_\w+`)\]\(https?://[^)]*\)', r'\1', cell.source)
 
 
 def is_test(

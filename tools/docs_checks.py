@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from docs_cells import FITS, split_options
 
-_link = re.compile(r'(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)((?:\s+"[^"]*")?\))')
+LINK = re.compile(r'(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)((?:\s+"[^"]*")?\))')
 _away = re.compile(r'^(?:[a-z][a-z0-9+.-]*:|//|#)', re.I)
 _mention = re.compile(r'(?<![\w/.@\\])@([A-Za-z][\w:.-]*\w)')  # a citation or a cross-reference of Pandoc
 _image = re.compile(r'!\[([^\]]*)\]\(')
@@ -59,7 +59,7 @@ def links_of(
     text: str,  # Markdown
 ) -> list:  # addresses
     "What the prose of a page links to, images included."
-    return [m[2] for m in _link.finditer(prose_of(text))]
+    return [m[2] for m in LINK.finditer(prose_of(text))]
 
 
 def is_away(

@@ -268,7 +268,10 @@ def render(
     out.mkdir(parents=True, exist_ok=True)
     for f in (root / 'styles.css', tools / 'preview.css'):
         shutil.copyfile(f, out / f.name)
-    shutil.copytree(site.nbs / 'images', out / 'images', dirs_exist_ok=True)
+    for f in (*site.nbs.rglob('*.png'), *site.nbs.rglob('*.svg')):
+        to = out / f.relative_to(site.nbs)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(f, to)
     return [render_page(site, page, source, out) for page, source in sources.items()]
 
 

@@ -258,6 +258,12 @@ def test_a_cell_is_folded_once_and_not_against_its_will(cells):
         assert cell.source == own + tests
 
 
+def test_private_names_are_no_links(cells):
+    cell = Cell(markdown('[`_a`](https://lus.org/b.html#_a) and [`b`](https://lus.org/b.html#b)'))
+    cells.unlink_private(cell)
+    assert cell.source == '`_a` and [`b`](https://lus.org/b.html#b)'
+
+
 def test_code_is_broken_to_fit_and_means_the_same(cells):
     words = 'a long message with many words, ' * 3
     text = f"#| label: a\nprint(\n    f'{words}{{x:.3f}} {words}'\n)\ny = [{', '.join(map(str, range(40)))}]"
