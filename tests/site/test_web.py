@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,40 @@ def test_colour_is_refused(site, model, tmp_path):
         reasons = answer(page, tmp_path / f'{name}.png')[1]
         here = model.predict(tmp_path / f'{name}.png', heat=False).refused
         assert any('coloured' in r for r in reasons) == any('coloured' in r for r in here) == reason
+
+
+def write_colours(path, frames, rate):
+    "Frames (n, h, w, 3) as a GIF, or as a video with colours."
+    if path.suffix == '.gif':
+        first, *others = [Image.fromarray(x) for x in frames]
+        return first.save(path, save_all=True, append_images=others, duration=round(1000 / rate))
+    with av.open(str(path), 'w') as out:
+        stream = out.add_stream('libx264', rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
+        stream.options = dict(crf='8')
+        for x in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(x, format='rgb24')))
+        out.mux(stream.encode())
+
+
+def share_of(reasons):
+    "Percent that is coloured, by the reasons to refuse; None where none of them says so."
+    return next((int(re.match(r'\d+', r)[0]) for r in reasons if 'coloured' in r), None)
+
+
+@pytest.mark.parametrize('suffix', ['.gif', '.mp4'])
+def test_colour_is_looked_for_in_the_same_frames(site, model, tmp_path, suffix):
+    _, page, _ = site
+    grey = np.repeat(phantom(0, 25)[..., None], 3, 3)
+    shares = {}
+    for at in (0, 7, 10, 20):  # the page samples frame 7, and looks for colour in the others
+        frames, file = grey.copy(), tmp_path / f'{at}{suffix}'
+        frames[at, 64:112, 64:112] = 220, 20, 20
+        write_colours(file, frames, 10)
+        shares[at] = share_of(answer(page, file)[1])
+        here = share_of(model.predict(file, heat=False).refused)
+        assert shares[at] == here if here is None else abs(shares[at] - here) <= 1, at
+    assert [at for at, share in shares.items() if share] == [0, 10, 20]
 
 
 def test_controls(site):

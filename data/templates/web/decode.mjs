@@ -23,6 +23,8 @@ export function rateRule(rate) {
   };
 }
 
+const COLOURED = [0, 10, 20]; // frames of a video that are looked at in colour, as colour_share does
+
 // ---- pixels ----
 
 // The colours of anything that a canvas can draw.
@@ -87,13 +89,16 @@ function typeOf(bytes) {
   return 'video/mp4';
 }
 
-async function animationFrames(decoder, rule, clip, maxFrames, tell) {
+async function animationFrames(decoder, coloured, rule, clip, maxFrames, tell) {
   const count = decoder.tracks.selectedTrack.frameCount;
   let time = 0;
-  for (let k = 0; k < count && clip.frames.length < maxFrames; k++) {
+  for (let k = 0; k < count && (clip.frames.length < maxFrames || k <= coloured.at(-1)); k++) {
     const { image: frame } = await decoder.decode({ frameIndex: k });
-    if (rule.keep(time)) {
-      addFrame(clip, await greyOfImage(frame), time);
+    const sampled = clip.frames.length < maxFrames && rule.keep(time);
+    const picture = sampled || coloured.includes(k) ? await greyOfImage(frame) : null;
+    if (coloured.includes(k)) clip.spreads.push(picture.spread());
+    if (sampled) {
+      addFrame(clip, picture, time);
       tell(clip.frames.length);
     }
     time += frame.duration ? frame.duration / 1e6 : NOMINAL;
@@ -113,7 +118,8 @@ async function readAnimation(bytes, type, rule, clip, maxFrames, tell) {
     await decoder.tracks.ready;
     await decoder.completed;
     if (decoder.tracks.selectedTrack.frameCount < 2) return false;
-    await animationFrames(decoder, rule, clip, maxFrames, tell);
+    const coloured = type === 'image/gif' ? COLOURED : [0]; // Python reads a GIF as a video
+    await animationFrames(decoder, coloured, rule, clip, maxFrames, tell);
     return true;
   } finally {
     decoder.close();
@@ -122,7 +128,9 @@ async function readAnimation(bytes, type, rule, clip, maxFrames, tell) {
 
 async function readStill(blob, clip) {
   const bitmap = await createImageBitmap(blob, { colorSpaceConversion: 'none', premultiplyAlpha: 'none' });
-  addFrame(clip, drawnPicture(bitmap, bitmap.width, bitmap.height), 0);
+  const picture = drawnPicture(bitmap, bitmap.width, bitmap.height);
+  addFrame(clip, picture, 0);
+  clip.spreads.push(picture.spread());
 }
 
 // ---- video ----
@@ -196,6 +204,17 @@ async function videoFrames(video, rule, clip, maxFrames, tell) {
   frame.close?.();
 }
 
+// The colours of some frames, by their numbers: the first one's length says when the others are shown.
+async function videoColours(video, { time: start, length }, clip) {
+  for (const k of COLOURED) {
+    const time = start + k * length;
+    if (k && time + length / 2 > start + video.duration) return;
+    const frame = await videoFrameAt(video, time + EARLY / 2);
+    clip.spreads.push((await frame.grey()).spread());
+    frame.close?.();
+  }
+}
+
 async function readVideo(blob, rule, clip, maxFrames, tell) {
   const video = document.createElement('video');
   const url = URL.createObjectURL(blob);
@@ -205,7 +224,10 @@ async function readVideo(blob, rule, clip, maxFrames, tell) {
     video.src = url;
     await ready;
     if (!video.videoWidth) throw new ClipFault('It holds no picture.');
+    const first = shownFrame(video);
+    first.close?.();
     await videoFrames(video, rule, clip, maxFrames, tell);
+    await videoColours(video, first, clip);
   } finally {
     video.removeAttribute('src');
     video.load();
@@ -215,16 +237,13 @@ async function readVideo(blob, rule, clip, maxFrames, tell) {
 
 // ---- any file ----
 
-const COLOURS = 3; // the first frames, which are looked at in colour as well
-
-function addFrame(clip, { grey, spread, width, height }, time) {
+function addFrame(clip, { grey, width, height }, time) {
   if (clip.frames.length && (width !== clip.width || height !== clip.height)) {
     throw new ClipFault(`Its frames change from ${clip.width}x${clip.height} to ${width}x${height} pixels.`);
   }
   Object.assign(clip, { width, height });
   clip.frames.push(grey);
   clip.times.push(time);
-  if (spread && clip.spreads.length < COLOURS) clip.spreads.push(spread());
 }
 
 // The sampled frames of a file: { name, width, height, frames, times, spreads, note }; ClipFault with a sentence.
