@@ -24,6 +24,7 @@ from lus_fastai.data.sources import *
 from lus_fastai.data.mask_sets import *
 from lus_fastai.data.folders import *
 from lus_fastai.data.fan import *
+from lus_fastai.data.dicom import *
 from lus_fastai.synth.motion import *
 from lus_fastai.data.realism import *
 from lus_fastai.data.despeckling import *

@@ -102,6 +102,14 @@ def _clips_of(folder, label, patient):
     os.environ['LUS_DATA'] = str(folder)
     return 'pocus'
 
+# %% ../nbs/cli.ipynb #check-out
+def _check_folder(option, path):
+    "ValueError where no folder can be made, or written to, before hours are spent on what goes there."
+    path = Path(path).absolute()
+    above = next(p for p in (path, *path.parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: {above} is no folder, or read-only")
+
 # %% ../nbs/cli.ipynb #demo-time
 DEMO_TIME = 'about 4 minutes on two cores (7 minutes of CPU time)'  # on the phantom, without bfloat16
 
@@ -132,6 +140,7 @@ def lus_demo(
     with _command(lambda: _kept(runs) if runs else 'nothing had begun.'):
         from lus_fastai.core import duration
 
+        _check_folder('--out', out)
         gare, start = _reproduction('gare'), (time.perf_counter(), _cpu())
         clips = _clips_of(data, label, patient)
         phantom = gare.data_name(clips) == 'phantom'
@@ -200,6 +209,7 @@ def lus_repro(
         return _kept(lus_home() / ('' if paper == 'all' else paper))
 
     with _command(kept):
+        _check_folder('--out', out)
         for name, kind in _papers_to_do(paper, data, quick, out, resume):
             module = _reproduction(name)
             chosen = None if settings is None else _settings_of(module, settings)
@@ -242,16 +252,31 @@ def lus_audit(
         clips = _table_of(table, label, patient)
         print(audit(clips, patient_folds(clips, folds) if folds else None))
 
+# %% ../nbs/cli.ipynb #data-deidentify
+def _deidentified(folder, out):
+    "Copy the clips of a folder without names, and say how many."
+    from lus_fastai.data.dicom import deidentify
+
+    if folder is None or out is None or not Path(folder).is_dir():
+        raise ValueError("name both folders: lus_data deidentify CLIPS --out COPIES (or --folder CLIPS)")
+    copies = deidentify(folder, out)
+    print(f"{len(copies)} copies of {copies['patient'].nunique()} patients in {out}: look before they leave")
+
 # %% ../nbs/cli.ipynb #data-command
-@call_parse(pos=['name'])
+@call_parse(pos=['name', 'folder'])
 def lus_data(
-    name: str = None,  # a source; without it, the sources are listed
-    folder: str = None,  # where to put it; default: LUS_DATA or the package's cache
+    name: str = None,  # a source, or 'deidentify'; without it, the sources are listed
+    folder: str = None,  # where to put it; default: LUS_DATA or the package's cache; deidentify: the clips
+    out: str = None,  # deidentify: a new folder for copies that hold nothing but what is inside the fan
 ):
-    "List the registered data sets, or fetch one: resumed, verified, file by file."
+    "List the data sets, fetch one (resumed, verified), or copy clips and DICOM files without their names."
     with _command(lambda: 'what has come is kept. The same command fetches the rest.'):
         from lus_fastai.data.sources import SOURCES, fetch_source, index_source
 
+        if name == 'deidentify':
+            return _deidentified(folder, out)
+        if out is not None:
+            raise ValueError("--out is for deidentify")
         if name is None:
             for s in SOURCES.values():
                 print(f"{s.name}: {s.title} ({s.licence})")

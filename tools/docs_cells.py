@@ -84,6 +84,8 @@ def _formatted(code):
         '-',
     ]
     done = subprocess.run(command, input=code, capture_output=True, text=True, cwd=where)
+    if 'No module named' in done.stderr:
+        raise ModuleNotFoundError('ruff breaks long lines of code: pip install "lus_fastai[docs]"')
     if done.returncode:  # a magic
         return code
     whole = done.stdout.rstrip('\n')

@@ -380,7 +380,7 @@ def test_wheel_holds_the_package_and_its_data_only(wheel):
     assert len(runtime) == len(settings()['requirements'].split()) and not any(
         re.search(r'[<=]=|<', r.split(';')[0].replace('>=', '')) for r in runtime
     )
-    assert {'dev', 'distributed', 'docs', 'imagenet', 'onnx', 'widgets'} == set(
+    assert {'dev', 'dicom', 'distributed', 'docs', 'imagenet', 'onnx', 'widgets'} == set(
         re.findall(r'^Provides-Extra: (\S+)', meta, re.M)
     ) and re.search(r'^Requires-Python: >=3\.10$', meta, re.M)
 
