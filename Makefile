@@ -7,7 +7,7 @@ STAMP  := .venv/.installed
 PLAIN  := .venv/.plain
 OLDEST := .venv/oldest
 
-.PHONY: help demo lint quick test test-oldest fuzz docs bench clean
+.PHONY: help demo lint quick test test-oldest fuzz docs preview bench clean
 help:
 	@echo 'make demo   train on the phantom, from command line to report.html (ARGS="--data FOLDER" for real clips)'
 	@echo 'make quick  lint, the fast tests, and whether modules are what their notebooks export: within three minutes'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-oldest  the fast tests with the oldest release of every library that settings.ini allows'
 	@echo 'make fuzz   10,000 damaged files for each kind of file that is read, counted by outcome (ARGS="mask" for one)'
 	@echo 'make docs   README.md and the site: derived, checked, and rendered where the quarto program is installed'
+	@echo 'make preview  every page as HTML without quarto, looked at by a browser (ARGS="core.ipynb" for some)'
 	@echo 'make bench  every measurement of benchmarks/, one after another'
 	@echo 'make clean  remove what was built, .venv included'
 
@@ -62,10 +63,14 @@ fuzz: $(STAMP)
 docs: $(STAMP)
 	@$(BIN)/python tools/docs.py all
 
+preview: $(STAMP)
+	@$(BIN)/python tools/docs.py preview $(ARGS)
+
 bench: $(STAMP)
 	@set -e; for f in benchmarks/bench_*.py; do $(BIN)/python $$f; done
 
 clean:
-	rm -rf .venv .plain build dist *.egg-info _docs _proc .pytest_cache .hypothesis
-	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/results.qmd nbs/notebooks.qmd
+	rm -rf .venv .plain build dist *.egg-info _docs _preview _proc nbs/results .pytest_cache .hypothesis
+	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/references.bib
+	rm -f nbs/api.qmd nbs/notebooks.qmd nbs/references.qmd nbs/results.qmd
 	find lus_fastai tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
