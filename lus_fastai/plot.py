@@ -77,7 +77,7 @@ def _small_png(image):
     palette.save(out, 'PNG', optimize=True)
     return out.getvalue()
 
-
+# %% ../nbs/plot.ipynb #png-2
 def figure_png(
     fig,  # matplotlib Figure
 ):  # the bytes of a PNG, and the size at which a notebook shows it: dict(width=, height=) in pixels

@@ -274,22 +274,4 @@ def process(
         if not (yaml.safe_load(front) or {}).get('title'):
             faults.append(f'{name}: nbdev finds no title in it')
         faults += [f'{name}: {what}' for what in cell_faults(cells, p, known)]
-    return without_debts(faults, root, names)
-
-
-def without_debts(
-    faults: list,  # sentences
-    root: Path,  # the project's folder
-    names=None,  # pages that were looked at; None: all, so that what is paid is a fault as well
-) -> list:  # sentences
-    "Faults but those of figures that are listed as waiting for a caption; the list can only become shorter."
-    listed = Path(root / 'tools/uncaptioned.txt')
-    debts = listed.read_text(encoding='utf-8').split('\n')[:-1] if listed.is_file() else []
-    owed = {
-        f.split(': its figure has no')[0].replace(': cell ', ' ')
-        for f in faults
-        if ': its figure has no' in f
-    }
-    paid = [] if names else [d for d in debts if d not in owed]
-    left = [f for f in faults if f.split(': its figure has no')[0].replace(': cell ', ' ') not in debts]
-    return left + [f'tools/uncaptioned.txt: {d} has its caption: take it off the list' for d in paid]
+    return faults

@@ -207,18 +207,6 @@ def test_an_error_in_a_documented_name_is_told(checks):
     assert checks.told(code('show_doc(overlay)', failed)) == 'TypeError: ambiguous array'
 
 
-def test_figures_without_a_caption_are_listed_until_they_have_one(checks, tmp_path):
-    (tmp_path / 'tools').mkdir()
-    (tmp_path / 'tools/uncaptioned.txt').write_text('a.ipynb one\nb.ipynb two\n', encoding='utf-8')
-    faults = [
-        'a.ipynb: cell one: its figure has no caption: "#| fig-cap: ..."',
-        'a.ipynb: cell three: its figure',
-    ]
-    paid = 'tools/uncaptioned.txt: b.ipynb two has its caption: take it off the list'
-    assert checks.without_debts(faults, tmp_path) == [faults[1], paid]
-    assert checks.without_debts(faults, tmp_path, ['a.ipynb']) == [faults[1]]
-
-
 @pytest.mark.slow
 def test_nbdev_processes_every_notebook(checks, monkeypatch):
     monkeypatch.chdir(ROOT)
