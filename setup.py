@@ -19,7 +19,7 @@ stages = {
     '6': 'Mature',
     '7': 'Inactive',
 }
-parts = ('widgets', 'imagenet', 'distributed', 'onnx', 'docs')
+parts = ('widgets', 'imagenet', 'dicom', 'distributed', 'onnx', 'docs')
 extras = {k: cfg[f'{k}_requirements'].split() for k in (*parts, 'dev')}
 extras['dev'] += [r for k in parts for r in extras[k]]
 

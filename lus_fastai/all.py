@@ -24,6 +24,8 @@ from lus_fastai.data.sources import *
 from lus_fastai.data.mask_sets import *
 from lus_fastai.data.folders import *
 from lus_fastai.data.fan import *
+from lus_fastai.data.leaks import *
+from lus_fastai.data.dicom import *
 from lus_fastai.synth.motion import *
 from lus_fastai.data.realism import *
 from lus_fastai.data.despeckling import *
@@ -57,9 +59,11 @@ from lus_fastai.predict import *
 from lus_fastai.export import *
 from lus_fastai.report import *
 from lus_fastai.clip_report import *
+from lus_fastai.split_audit import *
 from lus_fastai.widgets import *
 from lus_fastai.cli import *
-from lus_fastai.papers import experiment, gare, cheng_lam, arora, uscl, merand, sim_to_real, pocus_model  # a paper is a module
+from lus_fastai.exercises import *
+from lus_fastai.papers import experiment, gare, cheng_lam, arora, uscl, merand, sim_to_real, pocus_model, splits  # a paper is a module
 
 _shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our package: a star import brings neither
 

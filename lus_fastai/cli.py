@@ -102,6 +102,14 @@ def _clips_of(folder, label, patient):
     os.environ['LUS_DATA'] = str(folder)
     return 'pocus'
 
+# %% ../nbs/cli.ipynb #check-out
+def _check_folder(option, path):
+    "ValueError where no folder can be made, or written to, before hours are spent on what goes there."
+    path = Path(path).absolute()
+    above = next(p for p in (path, *path.parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: {above} is no folder, or read-only")
+
 # %% ../nbs/cli.ipynb #demo-time
 DEMO_TIME = 'about 4 minutes on two cores (7 minutes of CPU time)'  # on the phantom, without bfloat16
 
@@ -132,6 +140,7 @@ def lus_demo(
     with _command(lambda: _kept(runs) if runs else 'nothing had begun.'):
         from lus_fastai.core import duration
 
+        _check_folder('--out', out)
         gare, start = _reproduction('gare'), (time.perf_counter(), _cpu())
         clips = _clips_of(data, label, patient)
         phantom = gare.data_name(clips) == 'phantom'
@@ -200,6 +209,7 @@ def lus_repro(
         return _kept(lus_home() / ('' if paper == 'all' else paper))
 
     with _command(kept):
+        _check_folder('--out', out)
         for name, kind in _papers_to_do(paper, data, quick, out, resume):
             module = _reproduction(name)
             chosen = None if settings is None else _settings_of(module, settings)
@@ -226,32 +236,106 @@ def _table_of(name, label, patient):
         )
     return index_source(name, real_data())
 
+# %% ../nbs/cli.ipynb #audit-2
+def _audit_table(names, label, patient):
+    "One clip table of all that is named."
+    import pandas as pd
+
+    from lus_fastai.core import check_table
+
+    if not names:
+        raise ValueError("name a folder of clips, a clip table (CSV), or a source of LUS_DATA")
+    tables = [_table_of(name, label, patient) for name in names]
+    return tables[0] if len(tables) == 1 else check_table(pd.concat(tables, ignore_index=True), exists=False)
+
+
+def _audit_store(table, folder):
+    "The frame store in a folder, built where it is missing; None without a folder."
+    from lus_fastai.data.store import FrameStore
+
+    if folder is None:
+        return None
+    there = (Path(folder) / 'meta.json').exists()
+    return FrameStore(folder) if there else FrameStore.build(table, folder)
+
+# %% ../nbs/cli.ipynb #audit-3
+def _audit_split(table, split, folds, store):
+    "The split that is named, or folds by patient, or none; with its store and what lies outside the fan."
+    from lus_fastai.data.folds import patient_folds
+    from lus_fastai.data.leaks import Split, look_outside, read_split
+
+    if split and folds:
+        raise ValueError("--split and --folds are two splits: give one of them")
+    if split:
+        out = read_split(split, table)
+    else:
+        out = Split(table, patient_folds(table, folds).fold if folds else None)
+    out.store = _audit_store(table, store)
+    if out.store is not None:
+        out.looks = look_outside(out.table)
+    return out
+
+# %% ../nbs/cli.ipynb #audit-4
+def _print_audit(found, as_json):
+    "An audit as text or as JSON."
+    from json import dumps
+
+    if as_json:
+        print(dumps(found.to_dict(), allow_nan=False, default=str), flush=True)
+        return
+    for line in repr(found).split('\n'):
+        _print_line(line, sys.stdout)
+
 # %% ../nbs/cli.ipynb #audit
 @call_parse
 def lus_audit(
-    table: str,  # a folder of clips, a clip table (CSV), or a source of LUS_DATA, such as pocus
-    folds: int = 0,  # also split into this many patient folds and look across them
+    *tables: str,  # folders of clips, clip tables (CSV), or sources of LUS_DATA, such as pocus
+    split: str = None,  # a CSV file with path and side (train, valid, test) or fold
+    folds: int = 0,  # instead: split into this many patient folds
+    store: str = None,  # a frame store of the clips, built where it is missing: to look at images
+    report: str = None,  # also write a page (.html)
+    json: bool = False,  # print one JSON object, and nothing else
     label: str = None,  # a folder's: 'folder', a pattern, a .csv file; default: clips.csv, or 'folder'
     patient: str = None,  # a folder's: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
 ):
-    "Who is in a folder or table, by label, source and probe, and what predicts a label."
+    "Who is in a table, which of eight leaks its split has, and what they are worth; status 1 for a leak."
     with _command(lambda: 'nothing was changed.'):
-        from lus_fastai.data.audit import audit
-        from lus_fastai.data.folds import patient_folds
+        from lus_fastai.split_audit import audit_report, audit_split
 
-        clips = _table_of(table, label, patient)
-        print(audit(clips, patient_folds(clips, folds) if folds else None))
+        _check_place('--report', report, '.html', [])
+        with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+            clips = _audit_table(tables, label, patient)
+            found = audit_split(_audit_split(clips, split, folds, store))
+        _print_audit(found, json)
+        if report:
+            _print_line(f'report: {audit_report(found, report)}', sys.stderr if json else sys.stdout)
+        return int(bool(found.leaks))  # the exit status
+
+# %% ../nbs/cli.ipynb #data-deidentify
+def _deidentified(folder, out):
+    "Copy the clips of a folder without names, and say how many."
+    from lus_fastai.data.dicom import deidentify
+
+    if folder is None or out is None or not Path(folder).is_dir():
+        raise ValueError("name both folders: lus_data deidentify CLIPS --out COPIES (or --folder CLIPS)")
+    copies = deidentify(folder, out)
+    print(f"{len(copies)} copies of {copies['patient'].nunique()} patients in {out}: look before they leave")
 
 # %% ../nbs/cli.ipynb #data-command
-@call_parse(pos=['name'])
+@call_parse(pos=['name', 'folder'])
 def lus_data(
-    name: str = None,  # a source; without it, the sources are listed
-    folder: str = None,  # where to put it; default: LUS_DATA or the package's cache
+    name: str = None,  # a source, or 'deidentify'; without it, the sources are listed
+    folder: str = None,  # where to put it; default: LUS_DATA or the package's cache; deidentify: the clips
+    out: str = None,  # deidentify: a new folder for copies that hold nothing but what is inside the fan
 ):
-    "List the registered data sets, or fetch one: resumed, verified, file by file."
+    "List the data sets, fetch one (resumed, verified), or copy clips and DICOM files without their names."
     with _command(lambda: 'what has come is kept. The same command fetches the rest.'):
         from lus_fastai.data.sources import SOURCES, fetch_source, index_source
 
+        if name == 'deidentify':
+            return _deidentified(folder, out)
+        if out is not None:
+            raise ValueError("--out is for deidentify")
         if name is None:
             for s in SOURCES.values():
                 print(f"{s.name}: {s.title} ({s.licence})")

@@ -7,18 +7,23 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'PHANTOM_VERSION', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS',
            'dense_to_sparse', 'file_keys', 'TableError', 'and_more', 'check_columns', 'check_table', 'LeakError',
-           'assert_disjoint', 'clip_ids', 'write_table', 'read_table', 'MaskSet', 'Frames', 'atomic_path', 'write_json',
+           'assert_disjoint', 'clip_ids', 'MaskSet', 'Frames', 'atomic_path', 'sweep_unfinished', 'write_json',
+           'read_json', 'save_state', 'load_state', 'csv_bytes', 'save_csv', 'load_csv', 'write_table', 'read_table',
            'folder_lock', 'seed_all', 'frozen_eval', 'lus_home', 'shipped_folder', 'real_data', 'progress', 'duration',
            'StageLog']
 
 # %% ../nbs/core.ipynb #c003
 import contextlib
+import csv
+import errno
+import io
 import json
 import os
 import random
+import re
 import sys
-import tempfile
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -251,39 +256,6 @@ def clip_ids(
         [Path(os.path.relpath(p, top)).as_posix() for p in paths], index=table.index, name='clip'
     )
 
-# %% ../nbs/core.ipynb #c029-1
-def write_table(
-    table: pd.DataFrame,  # a clip table with absolute paths
-    csv,  # where to write it; paths become relative to its folder
-):
-    "Write a clip table as CSV, its paths relative to the file's own folder."
-    csv, out = Path(csv), table.copy()
-    for c in ('path', 'mask', 'findings'):
-        if c in out:
-            out[c] = [
-                Path(os.path.relpath(p, csv.parent)).as_posix() if isinstance(p, (str, os.PathLike)) else p
-                for p in out[c]
-            ]
-    with atomic_path(csv) as tmp:
-        out.to_csv(tmp, index=False)
-
-# %% ../nbs/core.ipynb #c029
-def read_table(
-    csv,  # a CSV file written by write_table, or by hand
-) -> pd.DataFrame:  # clip table with absolute paths, checked but for the files' existence
-    "Read a clip table; relative paths count from the file's own folder."
-    csv = Path(csv)
-    try:
-        table = pd.read_csv(csv, dtype={c: str for c in CLIP_COLUMNS})
-    except pd.errors.EmptyDataError:
-        raise TableError(f"{csv} is empty") from None
-    for c in ('path', 'mask', 'findings'):
-        if c in table:
-            table[c] = [
-                os.path.join(os.path.abspath(csv.parent), p) if isinstance(p, str) else p for p in table[c]
-            ]
-    return check_table(table, exists=False)
-
 # %% ../nbs/core.ipynb #ms-images
 def _grey_bytes(images):
     "The shape (n, h, w) of grey images; ValueError where they are no bytes or no stack."
@@ -360,6 +332,18 @@ def frames(self: MaskSet) -> pd.DataFrame:  # the table with row numbers in this
     return self.table.drop(columns='store', errors='ignore').assign(row=range(len(self)))
 
 # %% ../nbs/core.ipynb #c035-1
+_NO_ROOM = [getattr(errno, c) for c in ('ENOSPC', 'EDQUOT', 'EFBIG') if hasattr(errno, c)]
+
+
+def _system_code(e, tmp):
+    "The system's number of an error in writing `tmp`; None for any other error."
+    if isinstance(e, OSError):
+        ours = e.filename is None and e.errno in _NO_ROOM or e.filename == str(tmp)
+        return e.errno if ours else None
+    found = re.search(r'\(os error (\d+)\)', str(e))  # as safetensors says it
+    return int(found[1]) if found else None
+
+# %% ../nbs/core.ipynb #atomic
 @contextlib.contextmanager
 def atomic_path(
     path,  # the file that should appear, whole, at the end
@@ -367,20 +351,28 @@ def atomic_path(
     "Write a file whole or not at all: a temporary file is renamed when the block ends without an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp' + path.suffix, dir=path.parent)
-    os.close(fd)
+    tmp = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.tmp{path.suffix}')
     try:
-        yield Path(tmp)
+        open(tmp, 'xb').close()
+        yield tmp
         with open(tmp, 'rb+') as f:
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(tmp, 0o666 & ~umask)
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(tmp)
-        raise
+        if (code := _system_code(e, tmp)) is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from e
+
+# %% ../nbs/core.ipynb #sweep
+def sweep_unfinished(
+    folder,  # that no other process writes to now: its lock is held
+):
+    "Remove the temporary files of `atomic_path` that a killed process left in a folder."
+    for f in Path(folder).glob('.*.tmp*'):
+        if re.fullmatch(r'\..+\.\w{8}\.tmp(\.\w+)?', f.name):
+            f.unlink(missing_ok=True)
 
 # %% ../nbs/core.ipynb #c035
 def write_json(
@@ -391,6 +383,196 @@ def write_json(
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as tmp:
         tmp.write_text(text + '\n', encoding='utf-8')
+
+# %% ../nbs/core.ipynb #read-json
+def read_json(
+    path,  # a file of write_json, or any other JSON
+):  # what it holds
+    "Read JSON; ValueError that names the file where it is none."
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no JSON, or was cut short: {e}") from None
+
+# %% ../nbs/core.ipynb #load-state
+def save_state(
+    state,  # tensors, numbers and text, and dictionaries and lists of them
+    path,  # a .pt file
+):
+    "Write a state in one piece, atomically."
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(buffer.getbuffer())
+
+
+def load_state(
+    path,  # a file of save_state
+):  # what it holds, on the CPU
+    "Read a state without unpickling code; an error for a file that is damaged, in whichever byte."
+    if zipfile.is_zipfile(path):  # which the files of PyTorch before 1.6 are not
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise ValueError(f"its part {bad} is damaged")
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+# %% ../nbs/core.ipynb #csv-formula
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+def _is_number(text):
+    "Whether a text is a number, which no spreadsheet runs."
+    try:
+        return float(text) is not None
+    except ValueError:
+        return False
+
+
+def _harmless(x):
+    "A text that a spreadsheet would run, behind an apostrophe; anything else as it is."
+    text = os.fspath(x) if isinstance(x, os.PathLike) else x
+    runs = isinstance(text, str) and _FORMULA.match(text) and not _is_number(text)
+    return "'" + text if runs else x
+
+
+def _as_meant(x):
+    "A text without the apostrophe of `_harmless`."
+    return x[1:] if isinstance(x, str) and x.startswith("'") and _FORMULA.match(x) else x
+
+# %% ../nbs/core.ipynb #csv-bytes
+def _texts(table):
+    "The columns that may hold text."
+    return [c for c in table if table[c].dtype.kind not in 'biufcmM']
+
+
+def _no_text(x):
+    "Whether something has a zero byte, or half a character as a file's name that is not UTF-8 has."
+    x = str(x)
+    return not x.isprintable() and any(c == '\0' or '\ud800' <= c <= '\udfff' for c in x)
+
+
+def _cells_for_csv(table):
+    "A table with harmless cells; TableError that names the rows which are no text."
+    if not table.columns.is_unique:
+        raise TableError(f"the table has a column more than once: {list(table.columns)}")
+    out = table.copy()
+    for c in _texts(out):
+        bad = out.index[[_no_text(x) for x in out[c]]]
+        if len(bad):
+            raise TableError(f"column '{c}' holds what is no text (not UTF-8) in row(s) {and_more(bad)}")
+        out[c] = out[c].astype(object).map(_harmless)
+    return out.rename(columns=_harmless)
+
+# %% ../nbs/core.ipynb #csv-bytes-2
+def csv_bytes(
+    table: pd.DataFrame,  # written without its index
+) -> bytes:  # UTF-8
+    "A table as a CSV file that no spreadsheet runs; TableError that names the rows which are no text."
+    out = _cells_for_csv(table)
+    returns = any(out[c].astype(str).str.contains('\r', regex=False).any() for c in _texts(out))
+    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL  # which leaves '\r' bare
+    return out.to_csv(index=False, lineterminator='\n', quoting=quoting).encode()
+
+# %% ../nbs/core.ipynb #csv-save
+def save_csv(
+    table: pd.DataFrame,  # written without its index
+    path,  # a .csv file
+):
+    "Write a table as CSV, atomically; see `csv_bytes`."
+    text = csv_bytes(table)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(text)
+
+# %% ../nbs/core.ipynb #csv-text
+def _csv_text(path):
+    "The text of a CSV file; TableError that names the line which is not UTF-8."
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        line, bad = data.count(b'\n', 0, e.start) + 1, data[e.start]
+        raise TableError(
+            f"{path}, line {line}: byte {bad:#04x} is not UTF-8: save the table as 'CSV UTF-8'"
+        ) from None
+    if '\0' in text:
+        raise TableError(f"{path} has zero bytes and is no CSV: save the table as 'CSV UTF-8'")
+    return text
+
+# %% ../nbs/core.ipynb #csv-columns
+def _csv_columns(names, path):
+    "The names of a CSV file's columns; TableError for those that cannot be meant."
+    names = [_as_meant(n.strip()) for n in names]
+    if not any(names):
+        raise TableError(f"{path} is empty")
+    if len(names) == 1 and ';' in names[0]:
+        raise TableError(f"{path} has ';' between its columns: save it with commas")
+    if twice := sorted({n for n in names if n and names.count(n) > 1}):
+        raise TableError(f"{path} has the column(s) {twice} more than once")
+    return names
+
+
+def _csv_shape(text, path):
+    "The columns of a CSV file; TableError that names the line which has more or fewer cells."
+    rows = csv.reader(io.StringIO(text, newline=''), strict=True)
+    try:
+        names = _csv_columns(next((row for row in rows if row), []), path)
+        for row in rows:
+            if row and len(row) != len(names):
+                raise TableError(f"{path}, line {rows.line_num}: {len(row)} cells, not {len(names)}")
+    except csv.Error as e:
+        raise TableError(f"{path}, line {rows.line_num}: {e}") from None
+    return names
+
+# %% ../nbs/core.ipynb #csv-load
+def load_csv(
+    path,  # a .csv file, of save_csv or by hand
+    text=None,  # columns that stay text, whatever they look like; None: all
+) -> pd.DataFrame:  # only an empty cell is missing (NaN)
+    "Read a CSV file; TableError that names the file, and the line, where it would be misread."
+    content = _csv_text(path)
+    names = _csv_shape(content, path)
+    kinds = str if text is None else dict.fromkeys(text, str)
+    how = dict(keep_default_na=False, na_values=[''], index_col=False, low_memory=False)
+    names = [n or f'column {i + 1}' for i, n in enumerate(names)]
+    try:
+        table = pd.read_csv(io.StringIO(content, newline=''), names=names, header=0, dtype=kinds, **how)
+    except (ValueError, OverflowError) as e:
+        raise TableError(f"{path} cannot be read as CSV: {e}") from None
+    for c in _texts(table):
+        table[c] = table[c].map(_as_meant)
+    return table
+
+# %% ../nbs/core.ipynb #c029-1
+_PATHS = 'path', 'mask', 'findings'
+
+
+def write_table(
+    table: pd.DataFrame,  # a clip table with absolute paths
+    csv,  # where to write it; paths become relative to its folder
+):
+    "Write a clip table as CSV, its paths relative to the file's own folder."
+    csv, out = Path(csv), table.copy()
+    for c in _PATHS:
+        if c in out:
+            out[c] = [
+                Path(os.path.relpath(p, csv.parent)).as_posix() if isinstance(p, (str, os.PathLike)) else p
+                for p in out[c]
+            ]
+    save_csv(out, csv)
+
+# %% ../nbs/core.ipynb #c029
+def read_table(
+    csv,  # a CSV file written by write_table, or by hand
+) -> pd.DataFrame:  # clip table with absolute paths, checked but for the files' existence
+    "Read a clip table; relative paths count from the file's own folder."
+    table, here = load_csv(csv, text=(*CLIP_COLUMNS, *_PATHS)), os.path.abspath(Path(csv).parent)
+    for c in _PATHS:
+        if c in table:
+            table[c] = [os.path.join(here, p) if isinstance(p, str) else p for p in table[c]]
+    try:
+        return check_table(table, exists=False)
+    except TableError as e:
+        raise TableError(f"{csv} (its first row is row 0): {e}") from None
 
 # %% ../nbs/core.ipynb #lock-b
 @contextlib.contextmanager

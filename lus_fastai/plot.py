@@ -46,6 +46,7 @@ _RC = {
     'image.interpolation': 'nearest',
     'svg.fonttype': 'none',
     'svg.hashsalt': 'lus_fastai',
+    'text.parse_math': False,  # a label may have dollars
     'lines.linewidth': 1.8,
     **{k: INK for k in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color')},
 }
@@ -59,7 +60,7 @@ def save_figure(
     import matplotlib as mpl
 
     out = io.BytesIO()
-    with mpl.rc_context({k: _RC[k] for k in ('svg.fonttype', 'svg.hashsalt')}):
+    with mpl.rc_context({k: _RC[k] for k in ('svg.fonttype', 'svg.hashsalt', 'text.parse_math')}):
         fig.savefig(out, **kw)
     return out.getvalue()
 
@@ -76,7 +77,7 @@ def _small_png(image):
     palette.save(out, 'PNG', optimize=True)
     return out.getvalue()
 
-
+# %% ../nbs/plot.ipynb #png-2
 def figure_png(
     fig,  # matplotlib Figure
 ):  # the bytes of a PNG, and the size at which a notebook shows it: dict(width=, height=) in pixels

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from scipy.special import expit, softmax
 from torch import nn
 
-from .core import and_more, atomic_path, shipped_folder
+from .core import atomic_path, shipped_folder
 from .data.fan import Fan, FanError, crop_to_fan, find_fan
 from .explain.attribution import grad_cam
 from .models.backbones import create_backbone, input_channels
@@ -528,15 +528,22 @@ def _part(weights, prefix):
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def _check_finite(weights, path):
-    "ModelFileError for tensors with NaN or infinite numbers."
-    bad = [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if bad:
-        raise ModelFileError(f"{path} has NaN or infinite numbers in {and_more(bad)}")
+_LARGEST = 2048  # height and width of the frames that a model may ask for
 
 
+def _check_facts(facts):
+    "ValueError for what would be built, and take memory, in vain."
+    n, size = len([*facts['classes'], *facts['findings']]), facts['prep']['size']
+    outputs = [shown['outputs'] for shown in facts['networks']]
+    if any(k != n for k in outputs) or not 1 <= size <= _LARGEST:
+        raise ValueError(f"{n} names for {outputs} outputs, frames of {size} pixels (at most {_LARGEST})")
+    if not (0 < facts['temperature'] < 1e6 and 0 < facts['level'] < 1):
+        raise ValueError(f"temperature {facts['temperature']}, level {facts['level']}")
+
+# %% ../nbs/predict.ipynb #load-parts-2
 def _assembled(facts, weights):
     "The model that facts and tensors describe."
+    _check_facts(facts)
     nets = [build_network(shown, _part(weights, f'net{i}.')) for i, shown in enumerate(facts['networks'])]
     names = ('classes', 'findings', 'pooling', 'temperature', 'level', 'card')
     parts = dict({k: facts[k] for k in names}, prep=ClipPrep(**facts['prep']))
@@ -553,9 +560,13 @@ def load_model(
 ) -> ClipModel:
     "Read a finished model; ModelFileError, naming the file, for anything else."
     path = shipped_folder('data') / 'weights' / 'pocus.safetensors' if path is None else Path(path)
-    facts, weights = _read_facts(path), load_weights(path)
-    _check_finite(weights, path)
+    facts = _read_facts(path)
+    try:
+        weights = load_weights(path)
+    except ValueError as e:
+        raise ModelFileError(str(e)) from e
     try:
         return _assembled(facts, weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ModelFileError(f"the parts of {path} do not fit together: {e}") from e
+    except Exception as e:
+        why = f'{type(e).__name__}: {e}'
+        raise ModelFileError(f"the parts of {path} do not fit together ({why})") from e

@@ -6,7 +6,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/runs.html.md"""
 
 # %% auto #0
 __all__ = ['short_hash', 'tensor_bytes', 'weights_hash', 'function_key', 'function_name', 'structure_text', 'stable_repr',
-           'Settings', 'claim_folder', 'versions', 'device_name', 'plain_json', 'without_folders', 'cell',
+           'Settings', 'read_claim', 'claim_folder', 'versions', 'device_name', 'plain_json', 'without_folders', 'cell',
            'undertrained', 'results_json', 'read_results', 'results_table', 'trainings_table', 'differences_table']
 
 # %% ../nbs/runs.ipynb #imports
@@ -32,7 +32,7 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
-from .core import PHANTOM_VERSION, shipped_folder, write_json
+from .core import PHANTOM_VERSION, read_json, shipped_folder, write_json
 
 # %% ../nbs/runs.ipynb #short-hash
 def short_hash(
@@ -291,6 +291,19 @@ class Settings:
     def _changed(self, field):
         return field.default is MISSING or getattr(self, field.name) != field.default
 
+# %% ../nbs/runs.ipynb #read-claim
+def read_claim(
+    path,  # a folder that claim_folder has bound
+    *keys,  # what must be among the settings
+) -> dict:
+    "The settings of a run; ValueError that names the file where it is damaged."
+    file = Path(path) / 'run.json'
+    claim = read_json(file)
+    if not isinstance(claim, dict) or (missing := [k for k in keys if k not in claim]):
+        why = f"misses {missing}" if isinstance(claim, dict) else "holds no settings"
+        raise ValueError(f"{file} {why}: it is of another kind of run, or damaged")
+    return claim
+
 # %% ../nbs/runs.ipynb #claim-folder
 def claim_folder(
     path,  # the folder, as a Path
@@ -300,7 +313,7 @@ def claim_folder(
     claim = path / 'run.json'
     if not claim.exists():
         return write_json(claim, settings)
-    old, settings = json.loads(claim.read_text()), json.loads(json.dumps(settings))
+    old, settings = read_claim(path), json.loads(json.dumps(settings))
     if old == settings:
         return
     differ = [k for k in {**settings, **old} if old.get(k) != settings.get(k)]
@@ -406,19 +419,26 @@ def undertrained(
 
 # %% ../nbs/runs.ipynb #check-cell
 def _is_number(x):
-    "Whether x is a plain number or null."
-    return x is None or isinstance(x, (int, float)) and not isinstance(x, bool)
+    "Whether x is a plain number, which NaN and infinity are not."
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e300
 
 
 def _is_interval(x):
     "Whether x is [low, high] or null."
-    return x is None or isinstance(x, list) and len(x) == 2 and x[0] <= x[1]
+    return isinstance(x, list) and len(x) == 2 and all(map(_is_number, x)) and x[0] <= x[1]
 
 
+def _missing(x, keys):
+    "Which keys a dictionary has not; all of them for what is no dictionary."
+    return [k for k in keys if not isinstance(x, dict) or k not in x]
+
+# %% ../nbs/runs.ipynb #check-cell-2
 def _cell_complaints(c, protocols, seen):
     "What is wrong with one cell; `seen` holds the keys of the cells before it."
-    if missing := [k for k in _CELL_KEYS if k not in c]:
+    if missing := _missing(c, _CELL_KEYS):
         yield f" misses {missing}"
+    if other := [k for k in _CELL_KEYS[:4] if not isinstance(c[k], str)]:
+        yield f": {other} must be text"
     if c['protocol'] not in protocols:
         yield f" names protocol {c['protocol']!r}, there is {list(protocols)}"
     key = tuple(c[k] for k in _CELL_KEYS[:4])
@@ -426,9 +446,9 @@ def _cell_complaints(c, protocols, seen):
         yield f" repeats {key}"
     seen.add(key)
     for k in ('ours', 'theirs'):
-        if not _is_number(c[k]):
+        if not (c[k] is None or _is_number(c[k])):
             yield f": {k} is a number or null, got {c[k]!r}"
-    if not _is_interval(c['interval']):
+    if not (c['interval'] is None or _is_interval(c['interval'])):
         yield f": the interval is [low, high] or null, got {c['interval']!r}"
 
 # %% ../nbs/runs.ipynb #check-head
@@ -445,22 +465,50 @@ def _head_complaints(results):
         yield f"missing {missing}; results have {list(_RESULT_KEYS)}"
     if empty := [k for k in texts if not isinstance(results[k], str) or not results[k]]:
         yield f"{empty} must be text"
-    if not isinstance(results['hours'], (int, float)) or results['hours'] < 0:
+    if not _is_number(results['hours']) or results['hours'] < 0:
         yield f"hours is a number from 0, got {results['hours']!r}"
     if not isinstance(results['seeds'], list) or not results['seeds']:
         yield "seeds is a list with at least one seed"
-    if not results['protocols']:
-        yield "protocols is empty: describe at least one, {name: {'split_hash': ..., 'description': ...}}"
-    for name, p in results['protocols'].items():
-        if not isinstance(p, dict) or {'split_hash', 'description'} - set(p):
-            yield f"protocol {name!r} needs split_hash and description"
     if other := set(results) - {*_RESULT_KEYS, *_EVIDENCE}:
         yield f"{sorted(other)} is not known; beside {list(_RESULT_KEYS)} there may be {list(_EVIDENCE)}"
+
+# %% ../nbs/runs.ipynb #check-evidence
+_TRAINING = ('protocol', 'row', 'seed', 'epochs', 'reasons')
+_DIFFERENCE = ('protocol', 'column', 'a', 'b', 'value', 'low', 'high', 'p', 'spread', 'trainings')
+
+
+def _evidence_complaints(results):
+    "What is wrong with the form of trainings and differences."
+    for name, t in results.get('trainings', {}).items():
+        if missing := _missing(t, _TRAINING):
+            yield f"training {name!r} misses {missing}"
+        texts = [t['protocol'], t['row'], *(t['reasons'] if isinstance(t['reasons'], list) else [None])]
+        if not all(isinstance(x, str) for x in texts):
+            yield f"training {name!r} needs text as protocol and row, and a list of texts as reasons"
+    for i, d in enumerate(results.get('differences', [])):
+        if missing := _missing(d, _DIFFERENCE):
+            yield f"difference {i} misses {missing}"
+        if other := [k for k in _DIFFERENCE[:4] if not isinstance(d[k], str)]:
+            yield f"difference {i}: {other} must be text"
+
+# %% ../nbs/runs.ipynb #check-parts
+def _part_complaints(results):
+    "What is wrong with the form of protocols, cells, trainings and differences."
+    if not isinstance(results['protocols'], dict) or not results['protocols']:
+        yield "protocols is empty: describe at least one, {name: {'split_hash': ..., 'description': ...}}"
+    for name, p in results['protocols'].items():
+        if missing := _missing(p, ('split_hash', 'description')):
+            yield f"protocol {name!r} misses {missing}"
+    for kind, form in dict(cells=list, trainings=dict, differences=list).items():
+        if not isinstance(results.get(kind, form()), form):
+            yield f"{kind} is a {form.__name__}, not {type(results[kind]).__name__}"
+    yield from _evidence_complaints(results)
 
 # %% ../nbs/runs.ipynb #check
 def _complaints(results):
     "Everything that is wrong with a results dictionary, the most general first."
     yield from _head_complaints(results)
+    yield from _part_complaints(results)
     seen = set()
     for i, c in enumerate(results['cells']):
         for why in _cell_complaints(c, results['protocols'], seen):
@@ -512,10 +560,7 @@ def read_results(
     "Read results back; an error names the file and what is missing, or lists the names that there are."
     if isinstance(path, str) and not Path(path).suffix:
         path = _shipped_results(path)
-    try:
-        return _check_results(json.loads(Path(path).read_text(encoding='utf-8')), str(path))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is no JSON: {e}") from None
+    return _check_results(read_json(path), str(path))
 
 # %% ../nbs/runs.ipynb #results-table
 def results_table(
@@ -548,9 +593,6 @@ def trainings_table(
     ]
     columns = ['training', 'protocol', 'row', 'seed', 'epochs', 'undertrained']
     return pd.DataFrame(rows, columns=columns).set_index('training')
-
-
-_DIFFERENCE = ('protocol', 'column', 'a', 'b', 'value', 'low', 'high', 'p', 'spread', 'trainings')
 
 # %% ../nbs/runs.ipynb #trainings-table-2
 def differences_table(

@@ -1,14 +1,12 @@
 """The documentation without the Quarto program.
 
-Derive what nbdev wants in nbs/, make README.md, check the sources, render if possible:
+Derive what nbdev wants in nbs/, make README.md, check the sources, show the pages, render if possible:
 
-python tools/docs.py all | derive | readme | check
+python tools/docs.py all | derive | readme | check | preview [PAGE ...]
 """
 
+import ast
 import configparser
-import contextlib
-import io
-import json
 import os
 import re
 import shutil
@@ -17,6 +15,21 @@ import sys
 from pathlib import Path
 
 import yaml
+from docs_checks import (
+    LINK,
+    cells_of,
+    is_away,
+    joined,
+    keys_of,
+    labels_of,
+    notebooks_in,
+    process,
+    processed,
+    prose_faults,
+    split_fences,
+    title_faults,
+)
+from docs_results import paper_pages, plain, read_all, summary_page
 from gallery import gallery_page
 
 root = Path(__file__).resolve().parents[1]
@@ -48,99 +61,8 @@ def pages(
     if isinstance(o, list):
         return [p for v in o for p in pages(v)]
     if isinstance(o, dict):
-        return ([o['href']] if 'href' in o else []) + pages(o.get('contents', []))
+        return ([o['href']] if 'href' in o else []) + pages(o.get('contents', o.get('menu', [])))
     return []
-
-
-def _cell(x, digits=3):
-    return '' if x is None else f'{x:.{digits}f}' if isinstance(x, float) else str(x).replace('|', '\\|')
-
-
-def _rows(cells):
-    "One Markdown table; `theirs` only where the paper gives a number."
-    theirs = any(c.get('theirs') is not None for c in cells)
-    out = ['| row | column | ours | interval |' + ' theirs |' * theirs, '|---|---|--:|---|' + '--:|' * theirs]
-    for c in cells:
-        i = c.get('interval')
-        span = f'{_cell(i[0])} to {_cell(i[1])}' if isinstance(i, (list, tuple)) and len(i) == 2 else _cell(i)
-        out.append(
-            f"| {_cell(c.get('row'))} | {_cell(c.get('column'))} | {_cell(c.get('ours'))} | {span} |"
-            + f" {_cell(c.get('theirs'))} |" * theirs
-        )
-    return out + ['']
-
-
-def _evidence(r):
-    "Paired differences, undertrained rows, other builds, and what was not run, if there are any."
-    short = {}
-    for t in r.get('trainings', {}).values():
-        if t['reasons']:
-            short.setdefault((t['protocol'], t['row']), []).append('; '.join(t['reasons']))
-    out = []
-    if r.get('differences'):
-        out += ['### Paired differences', '', '| protocol | score | a | minus b | difference | p |']
-        out += ['|---|---|---|---|---|--:|']
-        for d in r['differences']:
-            mark = ' (undertrained)' * any((d['protocol'], d[k]) in short for k in 'ab')
-            value = f"{d['value']:+.3f} ({_cell(d['low'])} to {_cell(d['high'])}){mark}"
-            names = ' | '.join(_cell(d[k]) for k in ('protocol', 'column', 'a', 'b'))
-            out.append(f"| {names} | {value} | {_cell(d['p'])} |")
-        out.append('')
-    for (protocol, row), reasons in short.items():
-        out += [f'- Undertrained: {row}, {protocol} ({len(reasons)} trainings; {reasons[0]}).']
-    out += [''] * bool(short)
-    if len(r.get('builds', [])) > 1:
-        apart = [
-            f"{', '.join(b['trainings'])}: torch {b['torch']}, {b['device']}, {b['precision']}"
-            for b in r['builds']
-        ]
-        out += ['Trained apart: ' + '; '.join(apart) + '.', '']
-    if r.get('not_run'):
-        out += ['Not run: ' + ', '.join(r['not_run']) + '.', '']
-    return out
-
-
-def results_page(
-    folder: Path,  # holds one JSON a reproduction
-) -> str:  # a Quarto page
-    "Ours beside theirs: a section a results file, in it one a protocol, in it a table for each of its paper."
-    out = [
-        '---',
-        'title: Results',
-        'description: Ours beside theirs, as the code wrote them',
-        '---',
-        '',
-        'Each section is one file of `results/`, written by `lus_repro`, settings and versions included. '
-        'Intervals come from a bootstrap over patients.',
-        '',
-    ]
-    for f in sorted(Path(folder).glob('*.json')):
-        r = json.loads(f.read_text(encoding='utf-8'))
-        out += [
-            f"## {r.get('paper', f.stem)} on {r.get('data', '?')}" + ' (quick)' * f.stem.endswith('-quick'),
-            '',
-        ]
-        out += [
-            f"`{r.get('command', '?')}`, {_cell(r.get('hours'), 1)} hours of training "
-            f"on {r.get('device', '?')}; seeds {', '.join(map(str, r.get('seeds', [])))}; "
-            f"phantom {r.get('versions', {}).get('phantom', '1')}. From `{f.name}`.",
-            '',
-        ]
-        for name in dict.fromkeys(c.get('protocol', '') for c in r.get('cells', [])):
-            protocol, own = (
-                r.get('protocols', {}).get(name, {}),
-                [c for c in r['cells'] if c.get('protocol', '') == name],
-            )
-            out += [
-                f'### {name}',
-                '',
-                f"{protocol.get('description', '')} (split {protocol.get('split_hash', '?')}).",
-                '',
-            ]
-            for table in dict.fromkeys(c.get('table', '') for c in own):
-                out += [f'**{table}**', '', *_rows([c for c in own if c.get('table', '') == table])]
-        out += _evidence(r)
-    return '\n'.join(out).rstrip() + '\n'
 
 
 def notebooks_page(
@@ -161,9 +83,35 @@ def notebooks_page(
             continue
         out += [f"## {section['section']}", '', '| | what you find | |', '|---|---|---|']
         for p in notebooks:
-            title, line = re.match(r'# (\S.*)\s+> (\S.*)', _join(_cells(root / p)[0]['source'])).groups()
+            title, line = re.match(r'# (\S.*)\s+> (\S.*)', joined(cells_of(root / p)[0]['source'])).groups()
             out.append(f"| [{title}]({p.removeprefix('nbs/')}) | {line} | [Colab]({colab}/{p}) |")
         out.append('')
+    return '\n'.join(out).rstrip() + '\n'
+
+
+def api_page(
+    root: Path,  # the project's folder
+) -> str:  # a Quarto page
+    "Every documented name by module, with its line and the place that explains it."
+    out = ['---', 'title: API', 'description: Every name, and where it is explained', '---', '']
+    out += ['`from lus_fastai import *` brings all of them; a paper comes as a module.', '']
+    sidebar = yaml.safe_load((root / '_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar'][
+        'contents'
+    ]
+    for page in (p for p in pages(sidebar) if p.endswith('.ipynb')):
+        module = root / 'lus_fastai' / Path(page).relative_to('nbs').with_suffix('.py')
+        if not module.is_file():
+            continue
+        tree, rows = ast.parse(module.read_text(encoding='utf-8')), []
+        named = next(n.value for n in tree.body if ast.unparse(n).startswith('__all__ = '))
+        for node in tree.body:
+            if getattr(node, 'name', None) in ast.literal_eval(named):
+                link = f'{page.removeprefix("nbs/")}#{node.name.lower()}'
+                line = (ast.get_docstring(node) or ' ').splitlines()[0]
+                rows.append(f'| [`{node.name}`]({link}) | {plain(line)} |')
+        if rows:
+            name = Path(page).relative_to('nbs').with_suffix('').as_posix().replace('/', '.')
+            out += [f'## {name}', '', '| | |', '|---|---|', *rows, '']
     return '\n'.join(out).rstrip() + '\n'
 
 
@@ -199,7 +147,36 @@ doc_path = "{cfg['doc_path']}"
 readme_nb = "{cfg['readme_nb']}"
 tst_flags = "{cfg['tst_flags']}"
 custom_sidebar = {cfg['custom_sidebar'].lower()}
+doc_procs = [
+    "docs_cells:SiteLinks", "docs_cells:unlink_private", "docs_cells:fit_code", "docs_cells:fold_code",
+]
 '''
+
+
+REFERENCES = """---
+title: References
+description: The papers and the data sets, from references.bib
+nocite: '@*'
+---
+
+::: {#refs}
+:::
+"""
+COPIED = 'styles.css', 'references.bib'  # what Quarto looks for beside the pages
+
+
+def made_pages(
+    root: Path,  # the project's folder
+) -> dict:  # name below nbs/ -> text
+    "The pages that are written by code."
+    runs = read_all(root / 'results')
+    found = {f'results/{name}.qmd': text for name, text in paper_pages(runs).items()}
+    return found | {
+        'results.qmd': summary_page(runs),
+        'notebooks.qmd': notebooks_page(root),
+        'api.qmd': api_page(root),
+        'references.qmd': REFERENCES,
+    }
 
 
 def derive(
@@ -224,29 +201,15 @@ def derive(
         (nbs / name).write_text(
             head + yaml.safe_dump(o, sort_keys=False, allow_unicode=True), encoding='utf-8'
         )
-    shutil.copyfile(root / 'styles.css', nbs / 'styles.css')
-    (nbs / 'results.qmd').write_text(results_page(root / 'results'), encoding='utf-8')
-    (nbs / 'notebooks.qmd').write_text(notebooks_page(root), encoding='utf-8')
+    for name in COPIED:
+        shutil.copyfile(root / name, nbs / name)
+    for name, text in made_pages(root).items():
+        (nbs / name).parent.mkdir(exist_ok=True)
+        (nbs / name).write_text(text, encoding='utf-8')
     gallery_page(root)
     toml = root / 'pyproject.toml'
     if not toml.is_file() or toml.read_text(encoding='utf-8') != pyproject(cfg):
         toml.write_text(pyproject(cfg), encoding='utf-8')  # make installs again when it is touched
-
-
-_link = re.compile(r'(\]\()([^)\s]+)((?:\s+"[^"]*")?\))')
-_away = re.compile(r'^(?:[a-z][a-z0-9+.-]*:|//|#)', re.I)
-
-
-def _cells(path):
-    return json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-
-
-def _join(x):
-    return x if isinstance(x, str) else ''.join(x)
-
-
-def _split_fences(text):
-    return re.split(r'(^```.*?^```[^\n]*$)', text, flags=re.M | re.S)  # odd parts are fenced code
 
 
 def readme(
@@ -254,15 +217,15 @@ def readme(
 ) -> str:  # the text README.md has to have
     "README.md from the index notebook: its words, code and printed output; images stay files."
     cfg, out = settings(root), []
-    for c in _cells(root / 'nbs' / cfg['readme_nb']):
-        src = _join(c['source'])
+    for c in cells_of(root / 'nbs' / cfg['readme_nb']):
+        src = joined(c['source'])
         directives = re.findall(r'^#\|\s*(.+?)\s*$', src, re.M)
         if any(d.split(':')[0].split()[0] in ('hide', 'default_exp') for d in directives):
             continue
         if c['cell_type'] == 'markdown':
-            parts = _split_fences(src)
+            parts = split_fences(src)
             parts[::2] = [
-                _link.sub(lambda m: m[1] + ('' if _away.match(m[2]) else 'nbs/') + m[2] + m[3], p)
+                LINK.sub(lambda m: m[1] + ('' if is_away(m[2]) else 'nbs/') + m[2] + m[3], p)
                 for p in parts[::2]
             ]
             out.append(''.join(parts))
@@ -273,14 +236,14 @@ def readme(
             for o in c['outputs']:
                 data = o.get('data', {})
                 if 'text/markdown' in data:
-                    out.append(_join(data['text/markdown']))
+                    out.append(joined(data['text/markdown']))
                     continue
                 text = (
-                    _join(o['text'])
+                    joined(o['text'])
                     if o.get('name') == 'stdout'
                     else ''
                     if any(k.startswith('image') for k in data)
-                    else _join(data.get('text/plain', ''))
+                    else joined(data.get('text/plain', ''))
                 )
                 if text.strip() and not re.match(r'<[\w.]+ object>|<Figure', text):
                     out.append('\n'.join('    ' + line for line in text.rstrip().splitlines()))
@@ -294,10 +257,10 @@ def readme(
 def check(
     root: Path = root,  # the project's folder; `derive` has run
 ) -> list:  # sentences, one a fault; empty when the site is sound
-    "Faults of the site's sources: missing pages, broken links, front matter, a stale README."
-    faults, nbs = [], root / 'nbs'
-    made = {}
-    for name in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml', 'results.qmd', 'notebooks.qmd'):
+    "Faults of the site's sources: missing pages, broken links, front matter, citations, a stale README."
+    faults, nbs, made = [], root / 'nbs', {}
+    qmd = sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob('*.qmd') if '_proc' not in p.parts)
+    for name in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml', *qmd):
         try:
             text = (nbs / name).read_text(encoding='utf-8')
             made[name] = yaml.safe_load(text.split('---')[1] if name.endswith('.qmd') else text)
@@ -305,111 +268,71 @@ def check(
             faults.append(f'nbs/{name}: {e}')
     if faults:
         return faults
-    sidebar, navbar = (
-        pages(made['sidebar.yml']['website']['sidebar']['contents']),
-        pages(made['_quarto.yml']['website']['navbar']['left']),
-    )
-    for where, names in (('sidebar', sidebar), ('navbar', navbar)):
-        faults += [
-            f'_quarto.yml: the {where} names nbs/{p}, which does not exist'
-            for p in names
-            if not _away.match(p) and not (nbs / p).is_file()
-        ]
-    faults += [
-        f'_quarto.yml: the sidebar names nbs/{p} twice'
-        for p in dict.fromkeys(sidebar)
-        if sidebar.count(p) > 1
-    ]
-    notebooks = sorted(
-        p for p in nbs.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(nbs).parts)
-    )
-    faults += [
-        f'_quarto.yml: nbs/{p.relative_to(nbs).as_posix()} is not in the sidebar, so no reader finds it'
-        for p in notebooks
-        if p.relative_to(nbs).as_posix() not in sidebar
-    ]
-    for p in notebooks:
-        cells = _cells(p)
-        first = _join(cells[0]['source']) if cells and cells[0]['cell_type'] == 'markdown' else ''
-        if not re.match(r'# \S.*\n(?:\s*\n)?> \S.*', first):
-            faults.append(f'{p.relative_to(nbs)}: the first cell is not "# title" with a "> line" under it')
+    faults += navigation_faults(made, nbs, [p.relative_to(nbs).as_posix() for p in notebooks_in(nbs)] + qmd)
+    known = keys_of(root / 'references.bib')
+    for p in notebooks_in(nbs):
+        cells, name = cells_of(p), p.relative_to(nbs).as_posix()
+        found, labels = title_faults(cells), labels_of(cells)
         for i, c in enumerate(cells):
-            src = _join(c['source'])
-            if c['cell_type'] == 'raw' and src.strip().startswith('---'):
-                try:
-                    yaml.safe_load(src.strip().strip('-'))
-                except yaml.YAMLError as e:
-                    faults.append(f'{p.relative_to(nbs)}: cell {i}: front matter: {e}')
-            if c['cell_type'] != 'markdown':
-                continue
-            for part in _split_fences(src)[::2]:
-                for m in _link.finditer(re.sub(r'`[^`\n]*`', '', part)):
-                    target = m[2].split('#')[0].split('?')[0]
-                    if target and not _away.match(m[2]) and not (p.parent / target).exists():
-                        faults.append(
-                            f'{p.relative_to(nbs)}: cell {i}: links to {m[2]}, which does not exist'
-                        )
-    made_readme = readme(root)
-    if 'data:image' in made_readme:
+            text = joined(c['source']) if c['cell_type'] == 'markdown' else ''
+            found += [f'cell {i}: {what}' for what in prose_faults(text, p, known | labels)]
+        faults += [f'{name}: {what}' for what in found]
+    for name in qmd:
+        text = (nbs / name).read_text(encoding='utf-8').split('---', 2)[2]
+        faults += [f'{name}: {what}' for what in prose_faults(text, nbs / name, known)]
+    return faults + readme_faults(root)
+
+
+def navigation_faults(
+    made: dict,  # name -> content of the derived files
+    nbs: Path,  # the folder of pages
+    there: list,  # every page, below nbs/
+) -> list:  # sentences
+    "Pages that are named and missing, named twice, or in no menu."
+    sidebar = pages(made['sidebar.yml']['website']['sidebar']['contents'])
+    navbar = pages(made['_quarto.yml']['website']['navbar']['left'])
+    faults = []
+    for where, names in (('sidebar', sidebar), ('navbar', navbar)):
+        lost = (p for p in names if not is_away(p) and not (nbs / p).is_file())
+        faults += [f'_quarto.yml: the {where} names nbs/{p}, which does not exist' for p in lost]
+    twice = [p for p in dict.fromkeys(sidebar) if sidebar.count(p) > 1]
+    faults += [f'_quarto.yml: the sidebar names nbs/{p} twice' for p in twice]
+    lost = [p for p in there if p not in sidebar]
+    return faults + [f'_quarto.yml: nbs/{p} is not in the sidebar, so no reader finds it' for p in lost]
+
+
+def readme_faults(
+    root: Path,  # the project's folder
+) -> list:  # sentences
+    "A README that is not what the first notebook gives, or that embeds an image."
+    faults, made = [], readme(root)
+    if 'data:image' in made:
         faults.append('README.md would embed an image: save it under nbs/images and link to it')
-    if not (root / 'README.md').is_file() or (root / 'README.md').read_text(encoding='utf-8') != made_readme:
+    if not (root / 'README.md').is_file() or (root / 'README.md').read_text(encoding='utf-8') != made:
         faults.append('README.md is not what nbs/index.ipynb gives: run `make docs`')
     return faults
 
 
-def _undocumented(cell):
-    "The `show_doc` call of a cell that gave no Markdown, or None."
-    call = re.search(r'^show_doc\(.*\)', cell.source, re.M) if cell.cell_type == 'code' else None
-    return (
-        None if call and any('text/markdown' in o.get('data', {}) for o in cell.get('outputs', [])) else call
-    )
-
-
-def _told(cell):
-    "What a cell's outputs say of an error, in one line."
-    errors = [
-        f"{o['ename']}: {o['evalue']}" for o in cell.get('outputs', []) if o.get('output_type') == 'error'
-    ]
-    return ' '.join('; '.join(errors).split()) or 'no output'
-
-
-def process(
-    root: Path = root,  # the project's folder
-) -> list:  # sentences, one a notebook that nbdev could not process
-    "nbdev's own processing of each notebook; a `show_doc` cell without Markdown would stall Pandoc."
-    from fastcore.nbio import read_nb
-    from nbdev.processors import FilterDefaults
+def preview(
+    root: Path = root,  # the project's folder; `derive` has run
+    names=None,  # pages, such as 'core.ipynb'; default: all
+) -> list:  # sentences, one a fault
+    "HTML of every page in _preview, without Quarto, and what a browser finds in it."
+    from preview import anchor_faults, browser_faults, render
 
     os.chdir(root)
     os.environ['IN_TEST'] = '1'
-    faults = []
-    for p in sorted(
-        p
-        for p in (root / 'nbs').rglob('*.ipynb')
-        if not any(part[0] in '._' for part in p.relative_to(root).parts)
-    ):
-        nb, printed = read_nb(p), io.StringIO()
-        try:
-            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-                FilterDefaults()(nb)
-            front = (
-                yaml.safe_load(nb.cells[0].source.strip().strip('-'))
-                if nb.cells[0].cell_type == 'raw'
-                else {}
-            )
-            if not front.get('title'):
-                faults.append(f'{p.relative_to(root / "nbs")}: nbdev finds no title in it')
-            faults += [
-                f'{p.name}: {shown[0]} has no documentation: {_told(c)}'
-                for c in nb.cells
-                if (shown := _undocumented(c))
-            ]
-        except Exception as e:
-            why = f' ({type(e.__cause__).__name__}: {e.__cause__})' if e.__cause__ else ''
-            faults.append(
-                f'{p.relative_to(root / "nbs")}: nbdev could not process it: {" ".join(str(e).split())}{why}'
-            )
-    return faults
+    nbs, out = root / 'nbs', root / '_preview'
+    there = [*notebooks_in(nbs), *sorted(nbs.rglob('*.qmd'))]
+    names = names or [p.relative_to(nbs).as_posix() for p in there]
+    sources = {n: processed(nbs / n, root) if n.endswith('.ipynb') else nbs / n for n in names}
+    made = render(root, sources, out)
+    (out / 'answer.html').write_text('made by `make docs`, where npm is')  # with the model that ships
+    faults = anchor_faults(out) if len(names) == len(there) else []
+    if not (shutil.which('chromium') or shutil.which('chromium-browser')):
+        print('no chromium on the PATH, so no browser has looked at the pages')
+        return faults
+    return faults + browser_faults(made, shots=out / 'shots')
 
 
 def answer_page(
@@ -433,15 +356,15 @@ def render(
             "(https://quarto.org/docs/get-started) and run `make docs` again"
         )
     (root / 'README.md').touch()  # nbdev would otherwise make its own from the index
-    subprocess.run(
-        [sys.executable, '-c', 'from nbdev.quarto import nbdev_docs; nbdev_docs()'], cwd=root, check=True
-    )
+    tools = os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])
+    command = [sys.executable, '-c', 'from nbdev.quarto import nbdev_docs; nbdev_docs()']
+    subprocess.run(command, cwd=root, check=True, env={**os.environ, 'PYTHONPATH': tools})  # for doc_procs
     answer_page(root / cfg['doc_path'] / 'answer.html')
     print(f"rendered: {cfg['doc_path']}/index.html")
 
 
-def main(what='all'):
-    if what not in ('all', 'derive', 'readme', 'check'):
+def main(what='all', *names):
+    if what not in ('all', 'derive', 'readme', 'check', 'preview'):
         sys.exit(__doc__)
     derive()
     if what == 'derive':
@@ -451,12 +374,14 @@ def main(what='all'):
         print('README.md made from nbs/index.ipynb')
     if what == 'readme':
         return
-    faults = check() + process()
+    faults = preview(root, names) if what == 'preview' else check() + process(root)
     if faults:
         sys.exit('\n'.join(faults))
+    if what == 'preview':
+        return print('previewed: _preview/index.html, pictures of each page in _preview/shots')
     print(
-        "the site's sources are sound: every page exists and is reachable, every internal link resolves, "
-        "every name is documented"
+        "the site's sources are sound: every page exists and is reachable, every link and citation resolves, "
+        "every name is documented, every figure has a caption and alternative text, every line of code fits"
     )
     if what == 'all':
         render()

@@ -44,7 +44,7 @@ def gallery_page(
     blocks = []
     for name, e in sorted(shown.items(), key=lambda item: item[1]['title']):
         (folder / f'thumbs/{name}.png').write_bytes(e['png'])
-        image = f'[![](thumbs/{name}.png){{fig-alt="{e["alt"]}"}}]({name}.ipynb)'
+        image = f'[![{e["alt"]}](thumbs/{name}.png)]({name}.ipynb)'
         blocks.append(
             f'::: {{.g-col-12 .g-col-md-4}}\n{image}\n\n**[{e["title"]}]({name}.ipynb)** {e["line"]}\n:::'
         )

@@ -236,9 +236,23 @@ def _write_member(read, path, size, name, archive):
         if dst.tell() < size:
             raise FetchError(f"{name!r} is shorter than the archive says: {archive} is damaged")
 
+# %% ../../nbs/data/fetching.ipynb #f015-1
+def _check_places(tmp, folder):
+    "FetchError where a file would take the place of a folder, or the reverse, before anything is moved."
+    for path in sorted(tmp.rglob('*')):
+        goal = path_inside(folder, path.relative_to(tmp).as_posix())
+        if goal.exists() and goal.is_dir() != path.is_dir():
+            here, there = ('folder', 'file') if goal.is_dir() else ('file', 'folder')
+            raise FetchError(
+                f"{goal} is a {here}, and a {there} in the archive: nothing was unpacked, move it away"
+            )
+    if folder.exists() and not folder.is_dir():
+        raise FetchError(f"{folder} is a file, not a folder to unpack into")
+
 
 def _move_into(tmp, folder):
     "Move everything below `tmp` to the same place below `folder`."
+    _check_places(tmp, folder)
     for path in sorted(tmp.rglob('*')):
         goal = path_inside(folder, path.relative_to(tmp).as_posix())
         if path.is_dir():
@@ -270,13 +284,12 @@ def extract_archive(
 ) -> Path:  # the folder
     "Unpack an untrusted archive: wholly inside `folder`, or not at all. Raises `FetchError`."
     archive, folder = Path(archive), Path(folder)
-    open_archive = _opener(archive)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
-        _unpack(archive, open_archive, tmp, folder, limit)
-    except FetchError:
-        raise
+        _unpack(archive, _opener(archive), tmp, folder, limit)
+    except FetchError as e:
+        raise e if str(archive) in str(e) else FetchError(f"{archive}: {e}") from None
     except _DAMAGED as e:
         raise FetchError(f"{archive} cannot be unpacked: {e}") from e
     finally:

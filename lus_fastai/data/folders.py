@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from ..core import CLIP_COLUMNS, TableError, and_more, check_table, progress, read_table
+from ..core import CLIP_COLUMNS, TableError, and_more, check_table, load_csv, progress, read_table
 from ..video import ClipError, sample_clip
 
 # %% ../../nbs/data/folders.ipynb #kind
@@ -63,14 +63,6 @@ def _file_of(path, files, folder):
             f"{text} is the name of {len(same)} files below {folder} ({and_more(same)}): give its path"
         )
     return same[0] if same else None
-
-# %% ../../nbs/data/folders.ipynb #find
-def _spreadsheet(csv):
-    "A CSV file, every column as text."
-    try:
-        return pd.read_csv(csv, dtype=str, encoding='utf-8-sig').rename(columns=str.strip)
-    except ValueError as e:
-        raise TableError(f"{csv} cannot be read as CSV: {e}") from None
 
 # %% ../../nbs/data/folders.ipynb #table
 def _by_table(name, table, files, folder, where):
@@ -126,7 +118,7 @@ def _given_values(name, given, files, folder):
     if isinstance(given, pd.DataFrame):
         return _by_table(name, given, files, folder, f'table for {name}')
     if _is_csv(given):
-        return _by_table(name, _spreadsheet(given), files, folder, os.fspath(given))
+        return _by_table(name, load_csv(given), files, folder, os.fspath(given))
     if not isinstance(given, str):
         raise ValueError(f"{name} is given as {_WAYS}, not as {type(given).__name__}")
     return _by_word(name, given, files)
@@ -150,10 +142,14 @@ def _look(folder, given):
     for path in progress(sorted(p for p in folder.rglob('*') if p.is_file()), desc='files'):
         if any(path.samefile(g) for g in given):
             continue
+        file = path.relative_to(folder).as_posix()
         try:
-            kinds[path.relative_to(folder).as_posix()] = clip_kind(path)
+            file.encode()
+            kinds[file] = clip_kind(path)
+        except UnicodeEncodeError:
+            other[file.encode('utf-8', 'backslashreplace').decode()] = 'its name is not UTF-8: rename it'
         except ClipError as e:
-            other[path.relative_to(folder).as_posix()] = e.reason
+            other[file] = e.reason
     said = [f'{f} ({reason})' for f, reason in other.items()]
     if not kinds:
         raise TableError(f"{folder} holds no clip{': ' + and_more(said) if said else ', and no other file'}")
@@ -204,7 +200,7 @@ def read_folder(
 ) -> pd.DataFrame:  # a clip table, checked
     "The clip table of a folder by its own `clips.csv`, or as the arguments say."
     csv = Path(folder) / 'clips.csv'
-    columns = list(_spreadsheet(csv).columns) if csv.is_file() else []
+    columns = list(load_csv(csv).columns) if csv.is_file() else []
     whole = set(CLIP_COLUMNS) <= set(columns)
     if whole and label is None and patient is None:
         return check_table(read_table(csv))

@@ -18,24 +18,24 @@ from ..core import MaskSet, TableError, and_more, clip_ids, progress
 from .readers import lesion_paths, mask_paths
 from ..synth.radiographs import CATEGORIES, CHEST
 from ..synth.shapes import fill_boxes
-from ..video import ClipError, read_clip
+from ..video import ClipError, open_image, read_clip
 
 # %% ../../nbs/data/mask_sets.ipynb #c028-1
 def read_mask(
     path,  # an image file: 0 and 1, 0 and 255, a palette, a colour on black, or transparent outside
 ) -> np.ndarray:  # (h, w) bool
     "Read a mask, whatever it is stored as; raises `ClipError` that names the file."
-    from PIL import Image
-
     try:
-        with Image.open(path) as im:
+        with open_image(path) as im:
             if im.mode in ('1', 'L', 'I', 'F') or im.mode.startswith('I;'):
                 x = np.asarray(im.convert('F') if im.mode != '1' else im.convert('L'), np.float32)
             else:
-                rgba = np.asarray(im.convert('RGBA'), np.float32)
+                rgba = np.asarray(im.convert('RGBA'))
                 x = rgba[..., 3] if rgba[..., 3].min() < 128 else rgba[..., :3].max(-1)
     except FileNotFoundError:
         raise ClipError(path, 'no such file') from None
+    except ClipError:
+        raise
     except Exception as e:
         raise ClipError(path, f'cannot be read as a mask: {e}') from None
     return x > x.max() / 2

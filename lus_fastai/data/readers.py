@@ -22,7 +22,7 @@ import pandas as pd
 from ..core import CLIP_COLUMNS, TableError, and_more, atomic_path, lus_home, progress
 from .audit import frame_hash, hamming
 from ..synth.radiographs import CHEST, CHEXPERT
-from ..video import ClipError, read_clip, write_video
+from ..video import ClipError, read_clip, read_dicom, write_video
 
 # %% ../../nbs/data/readers.ipynb #c006-1
 _VIDEOS = 'gif', 'mp4', 'mov', 'avi', 'mpeg', 'mpg', 'webm', 'mkv'
@@ -225,7 +225,7 @@ def _blues_row(path, name, label, row):
         source='blues',
         probe=name['probe'],
         point=name['point'],
-        severity=float(row.get('Severity Score', np.nan)),
+        severity=float(pd.to_numeric(row.get('Severity Score', np.nan), errors='coerce')),
         a_lines=_flag(row.get('A-lines')),
         b_lines=_flag(row.get('B-lines')),
     )
@@ -402,6 +402,18 @@ def _ccxs_masks(root, group):
     return ';'.join(f'{_CCXS[kind.strip()]}|{root / mask}|{x}|{y}' for kind, mask, x, y in columns)
 
 # %% ../../nbs/data/readers.ipynb #r018-1
+def _ccxs_sound(meta):
+    "The rows of the structure sheet for images without a wrong cell; and which lines have one."
+    corner = meta[['Top', 'Left']].apply(lambda c: c.fillna('').str.fullmatch(r'\s*-?[0-9]+\s*'))
+    parts = meta['Mask'].fillna('/').map(lambda m: PurePosixPath(m).parts)
+    inside = parts.map(lambda p: '/' not in p[:1] and '..' not in p) & ~meta['Mask'].str.contains(
+        '[;\0]', na=True
+    )
+    wrong = ~(corner.all(axis=1) & inside & meta['Filename'].notna())
+    spoiled = meta['Filename'].isna() | meta['Filename'].isin(meta['Filename'][wrong])
+    return meta[~spoiled], [f'line {k + 2}' for k in meta.index[wrong]]
+
+# %% ../../nbs/data/readers.ipynb #r018-2
 def _ccxs_classes(table):
     "A remark: how many images have a mask of each class."
     shown = [{name for name, *_ in mask_paths(v)} for v in table['masks']]
@@ -425,6 +437,7 @@ def read_ccxs(
 ) -> tuple:  # clip table with the column masks, list of remarks
     "The radiographs of CCXS with their masks."
     meta = _csv(root / 'structure.csv', ['Template Name', 'Filename', 'Mask', 'Top', 'Left'])
+    meta, wrong = _ccxs_sound(meta)
     kind, files = meta['Template Name'].str.strip(), _stems(root, 'images')
     unknown = kind[~kind.isin(_CCXS)].value_counts().index
     rows, images, lost, odd = [], [], [], []
@@ -438,11 +451,11 @@ def read_ccxs(
         except ClipError as e:
             odd.append(f'{path.name} ({e.reason})')
             continue
-        rows.append(
-            _still(path, 'chest', ccxs_patient(name), 'ccxs', 'x-ray', masks=_ccxs_masks(root, group))
-        )
+        masks = _ccxs_masks(root, group)
+        rows.append(_still(path, 'chest', ccxs_patient(name), 'ccxs', 'x-ray', masks=masks))
     table, remarks = _ccxs_patients(pd.DataFrame(rows), images) if rows else (pd.DataFrame(), [])
     found = (lost, 'image(s) skipped: it, or one of its masks, is not here'), (odd, 'image(s) skipped')
+    found += ((wrong, 'row(s) of structure.csv with a wrong cell, their images skipped'),)
     return table, remarks + _remarks(*found, (list(unknown), 'categories unknown here, dropped'))
 
 # %% ../../nbs/data/readers.ipynb #c020
@@ -564,13 +577,11 @@ def siim_boxes(
 
 # %% ../../nbs/data/readers.ipynb #c025-2
 def _header(path):
-    "Patient, height and width in a DICOM header; None for what it does not say."
-    try:
-        import pydicom
-    except ImportError:
-        return None, None, None
-    ds = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    return str(ds.get('PatientID') or '').strip() or None, ds.get('Rows'), ds.get('Columns')
+    "Hash of the patient's id, height and width in a DICOM header; None for what it does not say."
+    ds = read_dicom(path, ['PatientID', 'Rows', 'Columns'])
+    raw = ds.get_item('PatientID').value if 'PatientID' in ds else None
+    who = raw.strip(b' \0') if isinstance(raw, bytes) else str(raw or '').strip().encode()
+    return hashlib.sha256(who).hexdigest()[:12] if who else None, ds.get('Rows'), ds.get('Columns')
 
 # %% ../../nbs/data/readers.ipynb #r024
 _SIIM = {
@@ -590,13 +601,16 @@ def _siim_categories(root):
         category[re.sub('_study$', '', row['id'])] = marked
     return category
 
-
+# %% ../../nbs/data/readers.ipynb #r024-1
 def _siim_sizes(root):
     "Height and width of the original images, where the folder says."
     if not (root / 'meta.csv').is_file():
         return {}
     sheet = _csv(root / 'meta.csv', ['image_id', 'dim0', 'dim1'])
-    return {row['image_id']: (int(row['dim0']), int(row['dim1'])) for _, row in sheet.iterrows()}
+    sides = sheet[['dim0', 'dim1']].apply(pd.to_numeric, errors='coerce')
+    known = (sides > 0).all(axis=1)
+    pairs = sides[known].astype(int).itertuples(index=False, name=None)
+    return dict(zip(sheet.loc[known, 'image_id'], pairs))
 
 # %% ../../nbs/data/readers.ipynb #r025
 def _siim_row(path, study, category, boxes, size):

@@ -17,11 +17,13 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import sys
 import threading
 import time
 import warnings
+import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -33,11 +35,15 @@ from fastcore.basics import patch
 from lus_fastai.core import (
     DENSE,
     TableError,
+    and_more,
     atomic_path,
     check_table,
     clip_ids,
+    csv_bytes,
     folder_lock,
+    load_csv,
     progress,
+    read_json,
     write_json,
 )
 from ..runs import function_key, function_name
@@ -84,6 +90,14 @@ def _stamp(path):
     return [os.path.abspath(path), s.st_size, s.st_mtime_ns]
 
 # %% ../../nbs/data/store.ipynb #c040-2
+def _is_utf8(path):
+    "Whether the name of a file is text; Linux allows any bytes."
+    try:
+        return bool(os.fspath(path).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _key(path, mask, settings, prepared, row):
     "Hash of all that decides a part; `prepared` is the `function_key` of `prepare`, or None."
     more = [] if prepared is None else [prepared, json.dumps(row, default=str)]
@@ -102,6 +116,8 @@ def _make_part(part, path, mask, settings, prepare, row):
     "Sample one clip into the file `part`; returns the reason if it cannot be read."
     # failing to write is an OSError, and no fault of the clip
     size, rate, max_frames = settings
+    if any(not _is_utf8(p) for p in (path, mask) if p):
+        return 'its name, or that of its mask or a folder, is not UTF-8: rename it'
     try:
         clip, shape = read_frames(path, rate_rule(rate), max_frames, None if prepare else size)
         arrays = dict(images=clip.frames, times=clip.times, index=clip.index)
@@ -206,29 +222,56 @@ def _explain_full_disk(folder):
         ) from e
 
 # %% ../../nbs/data/store.ipynb #c044-3
-def _csv(table):
-    "A table as the bytes of a CSV file."
-    return table.to_csv(index=False, lineterminator='\n').encode()
+def _table_name(kind, text):
+    "The name of a store's table with these bytes."
+    return f'{kind}-{hashlib.sha1(text).hexdigest()[:12]}.csv'
 
 
-def _read_csv(path, text):
-    "A table from CSV; the columns `text` stay text, whatever they look like."
-    return pd.read_csv(path, dtype={c: str for c in text}, keep_default_na=False, na_values=[''])
+def _load_table(path, text):
+    "A table of a store; ValueError where its bytes are not those that it is named after."
+    if _table_name(path.name.split('-')[0], path.read_bytes()) != path.name:
+        raise ValueError(f"{path} is damaged: build the store again")
+    return load_csv(path, text)
 
 # %% ../../nbs/data/store.ipynb #store-meta
+_NAMES = dict(images='u8', masks='u8', frames='csv', skipped='csv')  # of the files of a store, and their kind
+
+
+def _is_meta(meta):
+    "Whether what `meta.json` says can be meant."
+    try:
+        (h, w), files, text, clips = meta['size'], meta['files'], meta['text'], meta['clips']
+        there = {kind: name for kind, name in files.items() if (kind, name) != ('masks', None)}
+        named = all(re.fullmatch(rf'{k}-[0-9a-f]{{12}}\.{_NAMES[k]}', name) for k, name in there.items())
+        known = {*files} == {*_NAMES} and {*text} == {'frames', 'skipped'}
+        sums = meta.get('sums', {})
+        known = known and {*sums} <= {*there} and all(len(s) == len(clips) for s in sums.values())
+        return named and known and h > 0 and w > 0 and sum(n for _, n in clips) == meta['rows']
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _meta_sum(meta):
+    "The checksum of what `meta.json` says, which is in it."
+    said = {k: v for k, v in meta.items() if k != 'check'}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
+
+# %% ../../nbs/data/store.ipynb #store-meta-2
 def _read_meta(folder):
     "What `meta.json` of a finished store says."
     try:
-        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        meta = read_json(folder / 'meta.json')
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} holds no finished frame store: FrameStore.build(table, folder) makes one, "
             f"and goes on where a build was interrupted"
         ) from None
-    except ValueError:
-        raise ValueError(f"{folder / 'meta.json'} is damaged: build the store again") from None
-    if meta.get('format') != _FORMAT:
+    except ValueError as e:
+        raise ValueError(f"{e}: build the store again") from None
+    if isinstance(meta, dict) and meta.get('format', _FORMAT) != _FORMAT:
         raise ValueError(f"{folder} was written by another version of lus_fastai: build the store again")
+    if not _is_meta(meta) or meta.get('check', _meta_sum(meta)) != _meta_sum(meta):
+        raise ValueError(f"{folder / 'meta.json'} is damaged: build the store again")
     return meta
 
 # %% ../../nbs/data/store.ipynb #store-map
@@ -254,8 +297,8 @@ class FrameStore:
         shape = (self.meta['rows'], *self.size)  # (N, h, w)
         self.images = _map_bytes(self.folder / files['images'], shape)
         self.masks = _map_bytes(self.folder / files['masks'], shape) if files['masks'] else None
-        self.frames = _read_csv(self.folder / files['frames'], text['frames'])
-        self.skipped = _read_csv(self.folder / files['skipped'], text['skipped'])
+        self.frames = _load_table(self.folder / files['frames'], text['frames'])
+        self.skipped = _load_table(self.folder / files['skipped'], text['skipped'])
         self.frames['store'] = pd.Categorical.from_codes(np.zeros(len(self.frames), np.int8), [self.id])
 
     def __len__(self):
@@ -281,6 +324,40 @@ def holds(
 ) -> bool:  # whichever folder it is in
     "Whether an id names this store's content."
     return Path(id).name == Path(self.id).name
+
+# %% ../../nbs/data/store.ipynb #verify-damage
+def _spans(meta):
+    "The rows of each clip of a store."
+    ends = np.cumsum([n for _, n in meta['clips']])
+    return [slice(int(end) - n, int(end)) for (_, n), end in zip(meta['clips'], ends)]
+
+
+def _sum(pixels):
+    "The checksum of the images or masks of a clip."
+    return zlib.crc32(np.ascontiguousarray(pixels))
+
+
+@patch
+def _damaged(self: FrameStore):
+    "Which clips, by number, have other pixels than were written; without checksums none is known."
+    bad = set()
+    for kind, sums in self.meta.get('sums', {}).items():
+        pixels = getattr(self, kind)  # images or masks
+        bad |= {i for i, (rows, s) in enumerate(zip(_spans(self.meta), sums)) if _sum(pixels[rows]) != s}
+    return sorted(bad)
+
+# %% ../../nbs/data/store.ipynb #verify
+@patch
+def verify(self: FrameStore):
+    "Read all pixels; ValueError that names the clips whose pixels are not those that were written."
+    if 'sums' not in self.meta:
+        raise ValueError(f"{self.folder} was written without checksums: FrameStore.build adds them")
+    if bad := self._damaged():
+        names = [self.frames['clip'].iloc[_spans(self.meta)[i].start] for i in bad]
+        raise ValueError(
+            f"{self.folder}: the pixels of {len(bad)} clip(s) changed since they were written "
+            f"({and_more(names)}): FrameStore.build decodes them again"
+        )
 
 # %% ../../nbs/data/store.ipynb #store-repr
 @patch
@@ -384,13 +461,14 @@ def _mask_paths(table):
 
 # %% ../../nbs/data/store.ipynb #build-there
 def _kept(cls, folder):
-    "The store that is in a folder, or None, and the rows of each of its clips by key."
+    "The store in a folder or None, the rows of its whole clips by key, and its meta if all are whole."
     try:
         old = cls(folder)
-    except (OSError, ValueError, KeyError):
-        return None, {}
-    ends = np.cumsum([n for _, n in old.meta['clips']])
-    return old, {key: slice(int(end) - n, int(end)) for (key, n), end in zip(old.meta['clips'], ends)}
+    except (OSError, ValueError):
+        return None, {}, {}
+    bad = old._damaged()
+    clips = enumerate(zip(old.meta['clips'], _spans(old.meta)))
+    return old, {key: rows for i, ((key, _), rows) in clips if i not in bad}, {} if bad else old.meta
 
 
 def _part_path(folder, key):
@@ -430,14 +508,15 @@ def _jobs(table, folder, settings, prepare):
 def _build(cls, table, folder, settings, workers, prepare):
     "Decode what is missing, then write the store of all clips that can be read."
     keys, jobs = _jobs(table, folder, settings, prepare)
-    old, kept = _kept(cls, folder)
+    old, kept, was = _kept(cls, folder)
     todo = {k: job for k, job in zip(keys, jobs) if k not in kept and _load_part(job[0]) is None}
     faults = _decode_missing(todo.values(), workers if _can_travel(prepare) else 0)
     good = [i for i, k in enumerate(keys) if k not in faults]
     bad = [i for i, k in enumerate(keys) if k in faults]
     if not good:
         raise TableError(f"none of the {len(keys)} clips can be read, first {jobs[0][1]}: {faults[keys[0]]}")
-    skipped = dict(path=[jobs[i][1] for i in bad], reason=[faults[keys[i]] for i in bad])
+    paths = [jobs[i][1].encode('utf-8', 'backslashreplace').decode() for i in bad]
+    skipped = dict(path=paths, reason=[faults[keys[i]] for i in bad])
     _write(
         folder,
         table,
@@ -447,23 +526,23 @@ def _build(cls, table, folder, settings, workers, prepare):
         [jobs[i][2] for i in good],  # masks
         lambda key: _clip_arrays(folder, old, kept, key),
         pd.DataFrame(skipped, dtype=str),
-        old.meta if old else {},
+        was,
         None if prepare is None else function_name(prepare),
     )
 
 # %% ../../nbs/data/store.ipynb #write-clip
 def _write_clip(out, c, has_mask):
-    "Append a clip to the open files of a store; code 255 where it has no mask."
-    if 'images' in out:
-        out['images'].write(memoryview(np.ascontiguousarray(c['images'])))
-    if 'masks' in out:
-        masks = c['masks'] if has_mask else np.full(c['images'].shape, 255, np.uint8)
-        out['masks'].write(memoryview(np.ascontiguousarray(masks)))
+    "Append a clip to the open files of a store, code 255 where it has no mask; returns its checksums."
+    masks = c['masks'] if has_mask else np.full(c['images'].shape, 255, np.uint8)
+    pixels = dict(images=np.ascontiguousarray(c['images']), masks=np.ascontiguousarray(masks))
+    for kind, f in out.items():
+        f.write(memoryview(pixels[kind]))
+    return {kind: _sum(x) for kind, x in pixels.items()}
 
 # %% ../../nbs/data/store.ipynb #write-pixels
 def _write_pixels(paths, keys, masks, clip):
-    "Write the clips end to end to the missing files; returns times and frame numbers of each."
-    times, index = [], []
+    "Write the clips end to end to the missing files; returns times, frame numbers and checksums of each."
+    times, index, sums = [], [], []
     with contextlib.ExitStack() as whole:
         out = {kind: open(whole.enter_context(atomic_path(path)), 'wb') for kind, path in paths.items()}
         with contextlib.ExitStack() as opened:  # closed before they get their names
@@ -473,8 +552,8 @@ def _write_pixels(paths, keys, masks, clip):
                 c = clip(key)
                 times.append(c['times'])
                 index.append(c['index'])
-                _write_clip(out, c, mask is not None)
-    return times, index
+                sums.append(_write_clip(out, c, mask is not None))
+    return times, index, sums
 
 # %% ../../nbs/data/store.ipynb #write-table
 def _frame_table(table, good, times, index):
@@ -496,8 +575,8 @@ def _text_columns(t):
 # %% ../../nbs/data/store.ipynb #write-csv
 def _write_csv(folder, kind, table, there):
     "Write a table to a file named after its content, unless it is there; returns the name."
-    text = _csv(table)
-    name = f'{kind}-{hashlib.sha1(text).hexdigest()[:12]}.csv'
+    text = csv_bytes(table)
+    name = _table_name(kind, text)
     if name not in there:
         with atomic_path(folder / name) as tmp:
             tmp.write_bytes(text)
@@ -522,7 +601,7 @@ def _write(folder, table, settings, good, keys, masks, clip, skipped, was, prepa
     if any(m is not None for m in masks):
         files['masks'] = f'masks-{stem}.u8'
     new = {kind: folder / name for kind, name in files.items() if name and name not in there}
-    times, index = _write_pixels(new, keys, masks, clip)
+    times, index, sums = _write_pixels(new, keys, masks, clip)
     tables = dict(frames=_frame_table(table, good, times, index), skipped=skipped)
     files |= {kind: _write_csv(folder, kind, t, there) for kind, t in tables.items()}
     meta = dict(
@@ -533,7 +612,9 @@ def _write(folder, table, settings, good, keys, masks, clip, skipped, was, prepa
         text={kind: _text_columns(t) for kind, t in tables.items()},
         prepare=prepare,
         clips=[[key, len(t)] for key, t in zip(keys, times)],
+        sums={kind: [s[kind] for s in sums] for kind in ('images', 'masks') if files[kind]},
     )
+    meta['check'] = _meta_sum(meta)
     if meta != was:
         write_json(folder / 'meta.json', meta)
     _sweep(folder, files.values())
@@ -542,6 +623,7 @@ def _write(folder, table, settings, good, keys, masks, clip, skipped, was, prepa
 def _check_build(table, size, rate, max_frames, workers):
     "The sampling, checked together with the table and the number of processes."
     check_table(table, exists=False)
+    csv_bytes(table.drop(columns=['path', 'mask', 'store'], errors='ignore'))  # complains of what is no text
     if 'store' in table and 'row' not in table:
         raise TableError(
             "column 'store' is where a frame table names its store: "
@@ -580,7 +662,7 @@ def build(
     folder = Path(folder).absolute()
     with _explain_full_disk(folder), folder_lock(folder, wait=True):
         _build(cls, table, folder, settings, int(workers), prepare)
-    store = cls(folder)
+        store = cls(folder)  # before another build may replace it
     if len(store.skipped):
         warnings.warn(_skip_note(store, table), stacklevel=2)
     return store

@@ -390,12 +390,20 @@ def _colored_points(ax, points, column, marks):
         below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.01), ncols=figure_columns(names, 3.2))
         ax.legend(**below, handletextpad=0.1, columnspacing=1)
 
+# %% ../../nbs/explain/embeddings.ipynb #trace
+def _traces(points, table, column):
+    "The points of each value of a column in the order of time, an array (n, 2) each."
+    _named(table, [column, 'time'])
+    by_time = table.assign(at=range(len(table))).sort_values('time', kind='stable')
+    return [points[at] for at in by_time.groupby(column)['at'].agg(list)]
+
 # %% ../../nbs/explain/embeddings.ipynb #c021
 def plot_embedding(
     points,  # (N, 2), such as tsne_map(x).points
     table: pd.DataFrame,  # frame table of N rows
     by='label',  # column that colours the points, or several: a panel each
     style: str = None,  # column that gives them different marks
+    trace: str = None,  # column whose points are joined in the order of time, such as 'clip'
     title: str = '',  # above the figure
 ):  # matplotlib Figure; a column of more than 12 values gets no legend
     "Points of a map, coloured by label, patient, source or any other column."
@@ -404,12 +412,15 @@ def plot_embedding(
     points = _points(points, len(table), 'rows in the table')
     columns = _named(table, [*by, *([style] if style else [])])
     marks = _marks(columns[style]) if style else {}
+    lines = _traces(points, table, trace) if trace else []
     names = [sorted(columns[c].unique()) for c in by]
     legends = [math.ceil(len(v) / figure_columns(v, 3.2)) for v in names if len(v) <= _MOST_NAMES]
     rows = max(legends, default=0) + bool(style)  # of the tallest legend
     with figure_canvas(3.3 * len(by), 3.5 + 0.2 * rows) as fig:
         for ax, c in zip(fig.subplots(1, len(by), squeeze=False)[0], by):
             _colored_points(ax, points, columns[c], marks)
+            for line in lines:
+                ax.plot(*line.T, color=INK, lw=0.7, alpha=0.45, zorder=0)
         if title:
             fig.suptitle(title)
     return fig

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import and_more, atomic_path
+from ..core import and_more, atomic_path, load_state
 
 # %% ../../nbs/models/transfer.ipynb #c007
 def param_count(
@@ -249,6 +249,16 @@ def _load_safetensors(path):
             setattr(weights, k, tuple(json.loads(metadata[k])))
     return weights
 
+# %% ../../nbs/models/transfer.ipynb #names-load-check
+def _checked(weights):
+    "The weights, if they are tensors of finite numbers by name."
+    if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
+        raise TypeError('it holds no dictionary of tensors')
+    bad = [str(k) for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise ValueError(f"NaN or infinite numbers in {and_more(bad)}")
+    return weights
+
 # %% ../../nbs/models/transfer.ipynb #names-load
 def load_weights(
     path,  # .safetensors, or a PyTorch file that holds nothing but tensors
@@ -259,8 +269,8 @@ def load_weights(
         raise FileNotFoundError(f"no weights at {path}")
     try:
         if path.suffix == '.safetensors':
-            return _load_safetensors(path)
-        return Weights(torch.load(path, map_location='cpu', weights_only=True))
+            return _checked(_load_safetensors(path))
+        return Weights(_checked(load_state(path)))
     except Exception as e:
         why = f"({type(e).__name__}: {e}): is it cut short, or not a weights file?"
         raise ValueError(f"{path} holds no weights that can be read safely {why}") from e

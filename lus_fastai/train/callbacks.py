@@ -10,10 +10,12 @@ __all__ = ['has_bf16', 'autocast_for', 'AutoPrecision', 'EpochEnd', 'EpochLosses
            'ClassProbs', 'PixelCounts', 'predict_table']
 
 # %% ../../nbs/train/callbacks.ipynb #imports
-import io
+import copy
+import gc
 import math
 import random
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastai.vision.all import Callback, L, combined_cos
+from fastai.vision.all import Callback, CancelBatchException, L, combined_cos
 from fastcore.basics import patch
 
-from ..core import atomic_path, folder_lock, frozen_eval, seed_all
+from ..core import folder_lock, frozen_eval, load_state, save_state, seed_all, sweep_unfinished
 from ..runs import Settings
 from lus_fastai.stats.classification import (
     confusion_columns,
@@ -284,7 +286,10 @@ def _load_checkpoint(path):
     if not path.exists():
         return dict(epoch=0)
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        state = load_state(path)
+        if not isinstance(state, dict) or {'epoch', 'model', 'opt', 'callbacks'} - {*state}:
+            raise TypeError
+        return state
     except Exception as e:
         raise ValueError(
             f"{path} is no checkpoint that can be read ({type(e).__name__}): delete it to start this fit anew"
@@ -293,11 +298,8 @@ def _load_checkpoint(path):
 # %% ../../nbs/train/callbacks.ipynb #write-checkpoint
 def _write_checkpoint(path, state):
     "Write a checkpoint in one piece, or say that it could not be written."
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     try:
-        with atomic_path(path) as tmp:
-            tmp.write_bytes(buffer.getbuffer())
+        save_state(state, path)
     except OSError as e:
         raise OSError(
             e.errno,
@@ -371,12 +373,13 @@ def after_fit(self: Checkpoint):
         self._restore(self.n_epoch)
 
 # %% ../../nbs/train/callbacks.ipynb #finite-loss
-def _check_finite(total, where, which, epoch):
-    "ValueError for a sum of losses that is no number."
+def _check_finite(total, good, where, which, epoch):
+    "ValueError for a sum of losses that is no number, which it was for the first `good` batches."
     if math.isfinite(total):
         return
     raise ValueError(
-        f"{where}: the {which} loss of epoch {epoch} is {total}. Nothing of that epoch was written; what "
+        f"{where}: the {which} loss of epoch {epoch} is {float(total)} from batch {int(good)} on "
+        "(both count from 0). Nothing of that epoch was written; what "
         "was there before is kept. Lower the learning rate, or look at the inputs, and train in a new folder"
     )
 
@@ -393,29 +396,105 @@ class FiniteLoss(EpochEnd):
         self.where = where
 
     def before_train(self):
-        self.total = {True: torch.zeros(()), False: torch.zeros(())}
+        self.total = {True: torch.zeros(2), False: torch.zeros(2)}  # of losses, and of batches while finite
 
 # %% ../../nbs/train/callbacks.ipynb #finite-events
 @patch
 def after_loss(self: FiniteLoss):
     "Add up the losses, without waiting for the device."
-    total = self.total[self.training].to(self.loss.device)
-    self.total[self.training] = self.loss.detach().float() + total
+    total, good = self.total[self.training].to(self.loss.device)
+    total = total + self.loss.detach().float()
+    self.total[self.training] = torch.stack([total, good + torch.isfinite(total)])
 
 
 @patch
 def after_train(self: FiniteLoss):
     "Look at the training loss before anything is validated."
     EpochEnd.after_train(self)
-    _check_finite(float(self.total[True]), self.where, 'training', self.epoch)
+    _check_finite(*self.total[True], self.where, 'training', self.epoch)
 
 
 @patch
 def end_epoch(self: FiniteLoss):
     "Look at the validation loss."
-    _check_finite(float(self.total[False]), self.where, 'validation', self.epoch)
+    _check_finite(*self.total[False], self.where, 'validation', self.epoch)
+
+# %% ../../nbs/train/callbacks.ipynb #accumulate
+class _Accumulate(Callback):
+    "Steps after n items, however many batches these are."
+
+    order, run_valid = -5, False
+
+    def __init__(self, n):
+        self.n = n
+
+    def before_train(self):
+        self.seen = 0
+        self.opt.zero_grad()
+
+    def after_loss(self):
+        self.learn.loss_grad = self.loss_grad * (len(self.xb[0]) / self.n)
+
+    def before_step(self):
+        self.seen += len(self.xb[0])
+        if self.seen < self.n:
+            raise CancelBatchException
+        self.seen = 0
+
+# %% ../../nbs/train/callbacks.ipynb #fits
+def _fits(learn, epochs, lr, cbs, done):
+    "Fit, and whether there was memory enough; one item a batch, and several processes, get the error."
+    try:
+        learn.fit(epochs, lr, cbs=cbs, start_epoch=done)
+    except torch.cuda.OutOfMemoryError:
+        if learn.dls.train.bs < 2 or dist.is_available() and dist.is_initialized():
+            raise
+        return False
+    return True
+
+# %% ../../nbs/train/callbacks.ipynb #halve
+def _start(learn, stateful):
+    "The state before a fit, on the CPU."
+    model = {k: v.detach().cpu().clone() for k, v in learn.model.state_dict().items()}
+    return model, copy.deepcopy([cb.state_dict() for cb in stateful])
+
+
+def _start_again(learn, stateful, start):
+    "Give a Learner, and callbacks, the state before a fit, and the device its memory."
+    model, states = start
+    learn.opt.zero_grad()
+    learn.opt.clear_state()
+    learn.model.load_state_dict(model)
+    for cb, s in zip(stateful, copy.deepcopy(states)):
+        cb.load_state_dict(s)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+# %% ../../nbs/train/callbacks.ipynb #halve-2
+def _halve(loaders, where, done):
+    "Make batches half as large, and say so."
+    old = loaders[0].bs
+    for dl in loaders:
+        dl.bs = (dl.bs + 1) // 2
+    new, why = loaders[0].bs, f"{where}: no memory for batches of {old}"
+    said = f"{why}; goes on after {done} epochs with batches of {new}"
+    warnings.warn(f"{said}, and steps after {old} items or more as before", stacklevel=4)
 
 # %% ../../nbs/train/callbacks.ipynb #fit-resumable
+def _fit_smaller(learn, epochs, lr, cbs, checkpoint):
+    "Fit, with smaller batches from wherever the memory does not suffice; afterwards they are as before."
+    start, loaders = _start(learn, checkpoint.keep), [learn.dls.train, learn.dls.valid]
+    before = [dl.bs for dl in loaders]
+    try:
+        while not _fits(learn, epochs, lr, cbs, min(checkpoint.epochs_done(), epochs)):
+            _halve(loaders, checkpoint.path.parent, checkpoint.epochs_done())
+            _start_again(learn, checkpoint.keep, start)
+            cbs = [*[cb for cb in cbs if not isinstance(cb, _Accumulate)], _Accumulate(before[0])]
+    finally:
+        for dl, bs in zip(loaders, before):
+            dl.bs = bs
+
+# %% ../../nbs/train/callbacks.ipynb #fit-resumable-2
 def fit_resumable(
     learn,  # a fastai Learner
     epochs: int,  # in all, those already done included
@@ -423,13 +502,18 @@ def fit_resumable(
     path,  # the checkpoint file
     seed: int = 0,  # of the run
     cbs=(),  # further callbacks; those with a state_dict, also of the Learner's own, are saved and restored
+    halve: bool = True,  # smaller batches where memory ends; False: the loss compares a batch's items
 ):
     "`learn.fit` with a checkpoint after each epoch; called again, it goes on to the same result."
     path = Path(path)
     stateful = [cb for cb in [*learn.cbs, *cbs] if hasattr(type(cb), 'state_dict')]
     checkpoint = Checkpoint(path, stateful)
     with folder_lock(path.parent) if _first_process() else nullcontext():  # one fit at a time in its folder
+        if _first_process():
+            sweep_unfinished(path.parent)
         cbs = [EpochSeed(seed), FiniteLoss(path.parent), *cbs, checkpoint]
+        if halve:
+            return _fit_smaller(learn, epochs, lr, cbs, checkpoint)
         learn.fit(epochs, lr, cbs=cbs, start_epoch=min(checkpoint.epochs_done(), epochs))
 
 # %% ../../nbs/train/callbacks.ipynb #checked-logits

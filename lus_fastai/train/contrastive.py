@@ -654,7 +654,7 @@ def _train(net, dls, method, path, run, record, cbs):
     learn = pair_learner(dls, net, lr=run['lr'], wd=run['wd'])
     cbs = [AutoPrecision(run['precision']), AverageGradients(), method, CosineLR(run['warm']), record, *cbs]
     with learn.no_bar(), learn.no_logging():
-        fit_resumable(learn, run['epochs'], run['lr'], checkpoint, run['seed'], cbs=cbs)
+        fit_resumable(learn, run['epochs'], run['lr'], checkpoint, run['seed'], cbs=cbs, halve=False)
     return pd.DataFrame(record.history)
 
 

@@ -11,7 +11,6 @@ __all__ = ['FoldLog', 'content_hash', 'learner_facts', 'cross_validate', 'BatchT
 # %% ../../nbs/train/cross_validation.ipynb #imports
 import gc
 import hashlib
-import json
 import statistics
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -26,13 +25,25 @@ from fastai.vision.all import Callback, CancelTrainException, CancelValidExcepti
 from fastcore.basics import patch, store_attr
 
 # %% ../../nbs/train/cross_validation.ipynb #imports-ours
-from ..core import TableError, atomic_path, folder_lock, frozen_eval, progress, seed_all, write_json
+from lus_fastai.core import (
+    TableError,
+    folder_lock,
+    frozen_eval,
+    load_csv,
+    load_state,
+    progress,
+    save_csv,
+    save_state,
+    seed_all,
+    write_json,
+)
 from ..data.folds import Folds, check_folds
 from ..data.loaders import RowReader
 from ..models.transfer import name_outputs, save_weights
 from lus_fastai.runs import (
     claim_folder,
     device_name,
+    read_claim,
     short_hash,
     stable_repr,
     structure_text,
@@ -251,11 +262,9 @@ def _train_fold(learn, valid, test_dl, collect, folder, seed, settings, tick):
     with learn.no_bar(), learn.no_logging():
         fit_resumable(learn, settings.epochs, settings.lr, folder / 'checkpoint.pt', seed, cbs=cbs)
     _check_history(log.history, settings.epochs, folder)
-    with atomic_path(folder / 'history.csv') as tmp:
-        pd.DataFrame(log.history).to_csv(tmp, index=False)
+    save_csv(pd.DataFrame(log.history), folder / 'history.csv')
     write_json(folder / 'build.json', _build(learn.dls.device, settings.precision))
-    with atomic_path(folder / 'predictions.pt') as tmp:
-        torch.save(dict(picked=log.picked, last=log.last), tmp)
+    save_state(dict(picked=log.picked, last=log.last), folder / 'predictions.pt')
     (folder / 'checkpoint.pt').unlink()
 
 # %% ../../nbs/train/cross_validation.ipynb #check-history
@@ -268,17 +277,35 @@ def _check_history(history, epochs, folder):
             "delete that folder to train it again"
         )
 
+# %% ../../nbs/train/cross_validation.ipynb #read-files
+_AGAIN = 'delete that folder to train it again'
+
+
+def _history(file):
+    "The epochs of a fold; ValueError where the file is damaged."
+    table = load_csv(file, text=())
+    if {'epoch', 'score', 'seconds'} - {*table} or not all(table[c].dtype.kind in 'if' for c in table):
+        raise ValueError(f"{file} is damaged: {_AGAIN}")
+    return table
+
+
+def _predictions(file, which, shape):
+    "The predictions of the 'picked' or the 'last' epoch; ValueError where the file is damaged."
+    try:
+        rows = load_state(file)[which].numpy()  # (frames, columns)
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise ValueError(f"{file} is damaged ({e}): {_AGAIN}") from None
+    if rows.shape != shape:
+        raise ValueError(f"{file} has {rows.shape} numbers, not {shape}: {_AGAIN}")
+    return rows
+
 # %% ../../nbs/train/cross_validation.ipynb #read-folds
 def _read_fold(folder, which, test, columns, epochs):
     "The predictions of one fold beside the rows of its held-out frames."
-    _check_history(pd.read_csv(folder / 'history.csv').to_dict('records'), epochs, folder)
-    rows = torch.load(folder / 'predictions.pt', weights_only=True)[which].numpy()  # (frames, columns)
-    shape = (len(test), len(columns))
-    if rows.shape != shape:
-        raise ValueError(
-            f"{folder / 'predictions.pt'} has {rows.shape} numbers, not {shape}: "
-            "delete that folder to train it again"
-        )
+    _check_history(_history(folder / 'history.csv').to_dict('records'), epochs, folder)
+    rows = _predictions(folder / 'predictions.pt', which, (len(test), len(columns)))
     return test.assign(**dict(zip(columns, rows.T)))
 
 
@@ -401,7 +428,7 @@ def last_epoch(
     path,  # its folder, which knows the names of the columns
 ) -> pd.DataFrame:  # as cross_validate returns it, but of each fold's last epoch
     "The last epoch's out-of-fold predictions of a finished `cross_validate`, whatever epoch it selected."
-    claim = json.loads((Path(path) / 'run.json').read_text())
+    claim = read_claim(path, 'split', 'columns', 'epochs')
     if claim['split'] != folds.hash:
         raise ValueError(
             f"{path} holds a run with other frames or folds: give those that it was trained with"
@@ -413,7 +440,7 @@ def training_hours(
     path,  # a folder with finished runs anywhere below it
 ) -> float:  # hours
     "Time spent in the epochs of all runs below a folder, summed over interruptions and processes."
-    return sum(pd.read_csv(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
+    return sum(_history(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
 
 # %% ../../nbs/train/cross_validation.ipynb #fold-history
 def fold_history(
@@ -421,5 +448,5 @@ def fold_history(
 ) -> pd.DataFrame:  # columns fold, epoch, train_loss, valid_loss, score, lr, seconds
     "Loss, score, learning rate and duration of every epoch of every fold."
     files = sorted(Path(path).glob('fold*/history.csv'))
-    histories = [pd.read_csv(f).assign(fold=int(f.parent.name[4:])) for f in files]
+    histories = [_history(f).assign(fold=int(f.parent.name[4:])) for f in files]
     return pd.concat(histories, ignore_index=True)

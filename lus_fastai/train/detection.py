@@ -236,14 +236,17 @@ def phantom_items(
     return DetectItems(pd.DataFrame(rows), images, masks, labels, tuple(names))
 
 # %% ../../nbs/train/detection.ipynb #c016-1
-def _draw_finding(ax, mask, box, color, text):
-    "A tint, a box and a text."
+def _draw_finding(ax, mask, box, color, name, score):
+    "A tint, a box that a legend can name, and the score in its corner."
     from matplotlib.patches import Rectangle
 
     x0, y0, x1, y1 = box
     ax.imshow(np.dstack([np.broadcast_to(color, (*mask.shape, 3)), 0.4 * (mask != 0)]))
-    ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, lw=1.2))
-    ax.text(x0, y0 - 2, text, color=color, fontsize=7, va='bottom')
+    style = dict(fill=False, color=color, lw=1.2, label=name)
+    ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **style))
+    corner = dict(facecolor=color, edgecolor='none', pad=1)
+    if score is not None:
+        ax.text(x0, y0, f'{score:.2f}', color='white', ha='left', va='bottom', bbox=corner, clip_on=True)
 
 # %% ../../nbs/train/detection.ipynb #c016
 def show_detections(
@@ -254,7 +257,7 @@ def show_detections(
     threshold: float = 0.5,  # findings of a lower score are not drawn
     ax=None,  # matplotlib axes
 ):  # the axes
-    "An image with a tint, a box and a score for each finding, and the truth outlined in white."
+    "An image with a tint, a box and perhaps a score for each finding, and the truth outlined in white."
     import matplotlib.pyplot as plt
 
     ax, image = ax or plt.subplots(figsize=(3, 3))[1], np.asarray(image)
@@ -265,9 +268,9 @@ def show_detections(
         ax.contour(m != 0, [0.5], colors='white', linewidths=0.8)
     d = {k: np.asarray(v) for k, v in (found or dict(boxes=[])).items()}
     for i in np.flatnonzero(d['scores'] >= threshold) if 'scores' in d else range(len(d['boxes'])):
-        label, score = d['labels'][i] - 1, f" {d['scores'][i]:.2f}" if 'scores' in d else ''
+        label, score = d['labels'][i] - 1, d['scores'][i] if 'scores' in d else None
         color = DENSE_COLORS[[1, 0, 3, 4, 2]][label % 5] / 255
-        _draw_finding(ax, d['masks'][i], d['boxes'][i], color, names[label] + score)
+        _draw_finding(ax, d['masks'][i], d['boxes'][i], color, names[label], score)
     return ax
 
 # %% ../../nbs/train/detection.ipynb #c019-1

@@ -354,8 +354,10 @@ def test_readme_embeds_nothing_and_fits_a_screen():
 # packaging
 
 
-def test_pyproject_repeats_settings(docs):
-    assert (ROOT / 'pyproject.toml').read_text(encoding='utf-8') == docs.pyproject(settings())
+def test_pyproject_repeats_settings(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    written = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    assert written == import_module('docs').pyproject(settings())
 
 
 def test_wheel_holds_the_package_and_its_data_only(wheel):
@@ -378,7 +380,7 @@ def test_wheel_holds_the_package_and_its_data_only(wheel):
     assert len(runtime) == len(settings()['requirements'].split()) and not any(
         re.search(r'[<=]=|<', r.split(';')[0].replace('>=', '')) for r in runtime
     )
-    assert {'dev', 'distributed', 'docs', 'imagenet', 'onnx', 'widgets'} == set(
+    assert {'dev', 'dicom', 'distributed', 'docs', 'imagenet', 'onnx', 'widgets'} == set(
         re.findall(r'^Provides-Extra: (\S+)', meta, re.M)
     ) and re.search(r'^Requires-Python: >=3\.10$', meta, re.M)
 
@@ -394,70 +396,7 @@ def test_installed_wheel_works_elsewhere(installed, tmp_path):
     assert out == f"{settings()['version']} {installed / 'lus_fastai/__init__.py'} True pocus"
 
 
-# site
-
-
-@pytest.fixture
-def docs(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    return import_module('docs')
-
-
-@pytest.fixture
-def site(tmp_path, docs):
-    "A copy of what the site is made from, derived files included."
-    for p in tracked():
-        top = p.relative_to(ROOT).parts[0]
-        if top in (
-            'nbs',
-            'results',
-            '_quarto.yml',
-            'settings.ini',
-            'pyproject.toml',
-            'styles.css',
-            'README.md',
-        ):
-            to = tmp_path / p.relative_to(ROOT)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(p, to)
-    docs.derive(tmp_path)
-    return tmp_path
-
-
-def test_site_is_sound(site, docs):
-    assert docs.check(site) == []
-
-
-def test_the_page_of_notebooks_lists_each_with_its_line_and_colab(site):
-    page, cfg = (site / 'nbs/notebooks.qmd').read_text(encoding='utf-8'), settings()
-    repo = cfg['git_url'].split('github.com/')[1]
-    for name in reading_order('/'):
-        assert (
-            f']({name}.ipynb)' in page
-            and f"https://colab.research.google.com/github/{repo}/blob/{cfg['branch']}/nbs/{name}.ipynb"
-            in page
-        ), name
-
-
-def test_a_documented_name_without_markdown_is_a_fault(docs):
-    class Cell:
-        cell_type, source = 'code', 'show_doc(overlay)'
-
-        def __init__(self, *outputs):
-            self.outputs = outputs
-
-        def get(self, name, default=None):
-            return getattr(self, name, default)
-
-    failed = Cell(dict(output_type='error', ename='TypeError', evalue='ambiguous\narray'))
-    assert (
-        docs._undocumented(failed)[0] == 'show_doc(overlay)'
-        and docs._told(failed) == 'TypeError: ambiguous array'
-    )
-    assert (
-        docs._undocumented(Cell())
-        and docs._undocumented(Cell(dict(data={'text/markdown': '### overlay'}))) is None
-    )
+# the index that documentation links by
 
 
 def test_nbdev_finds_every_name_and_its_page(installed):
@@ -477,100 +416,6 @@ def test_nbdev_finds_every_name_and_its_page(installed):
         ]
         named = {f'{name}.{o.__name__}' for o in own if hasattr(o, '__name__')}
         assert named and named <= set(index), f'run nbdev-export: {sorted(named - set(index))}'
-
-
-@pytest.mark.slow
-def test_nbdev_processes_every_notebook():
-    out = fresh("import sys; sys.path.insert(0, 'tools'); import docs; print('\\n'.join(docs.process()))")
-    assert out == '', out
-
-
-def test_site_check_names_what_is_wrong(site, docs):
-    (site / 'nbs/core.ipynb').rename(site / 'nbs/lost.ipynb')
-    lost = json.loads((site / 'nbs/lost.ipynb').read_text(encoding='utf-8'))
-    lost['cells'] += [
-        dict(
-            cell_type='markdown',
-            source='see [there](nowhere.ipynb), `[not](this)`, [or](https://example.org)',
-        ),
-        dict(cell_type='raw', source='---\na: [1\n---'),
-    ]
-    lost['cells'][0]['source'] = 'no title'
-    (site / 'nbs/lost.ipynb').write_text(json.dumps(lost), encoding='utf-8')
-    (site / 'README.md').write_text('old', encoding='utf-8')
-    faults = '\n'.join(docs.check(site))
-    for what in (
-        'sidebar names nbs/core.ipynb, which does not exist',
-        'lost.ipynb is not in the sidebar',
-        'links to nowhere.ipynb',
-        'front matter',
-        'lost.ipynb: the first cell',
-        'README.md is not what nbs/index.ipynb gives',
-    ):
-        assert what in faults, what
-    assert 'this' not in faults.replace('this machine', '') and 'example.org' not in faults
-    (site / 'nbs/_quarto.yml').write_text('a: [1', encoding='utf-8')
-    assert docs.check(site)[0].startswith('nbs/_quarto.yml:')
-
-
-def test_results_page(docs, tmp_path):
-    (tmp_path / 'gare-phantom.json').write_text(
-        json.dumps(
-            dict(
-                paper='gare',
-                data='phantom',
-                seeds=[0],
-                cells=[
-                    dict(
-                        protocol='by patient',
-                        table='2',
-                        row='Dense',
-                        column='mean IoU',
-                        ours=0.70126,
-                        interval=[0.6, 0.8],
-                        theirs=0.762,
-                    ),
-                    dict(
-                        protocol='by patient',
-                        table='3',
-                        row='a|b',
-                        column='F1',
-                        ours=None,
-                        interval=None,
-                        theirs=None,
-                    ),
-                ],
-            )
-        ),
-        encoding='utf-8',
-    )
-    page = docs.results_page(tmp_path)
-    assert (
-        '## gare on phantom' in page
-        and '### by patient' in page
-        and '| Dense | mean IoU | 0.701 | 0.600 to 0.800 | 0.762 |' in page
-        and 'a\\|b' in page
-    )
-
-
-def test_results_page_has_the_evidence(docs, tmp_path):
-    training = dict(
-        protocol='by patient', row='Dense', seed=0, epochs=9, losses=[2, 1], reasons=['still falls']
-    )
-    gap = dict(protocol='by patient', column='F1', a='Dense', b='none', value=0.1, low=-0.1, high=0.3, p=0.25)
-    build = dict(torch='2', device='cpu', precision='fp32')
-    results = dict(paper='gare', data='phantom', seeds=[0], cells=[], differences=[gap], not_run=['none-s2'])
-    results['trainings'] = {'dense-s0': training}
-    results['builds'] = [
-        dict(build, trainings=['dense-s0']),
-        dict(build, precision='bf16', trainings=['none-s0']),
-    ]
-    (tmp_path / 'gare-phantom.json').write_text(json.dumps(results), encoding='utf-8')
-    page = docs.results_page(tmp_path)
-    said = '| by patient | F1 | Dense | none | +0.100 (-0.100 to 0.300) (undertrained) | 0.250 |'
-    assert said in page and '- Undertrained: Dense, by patient (1 trainings; still falls).' in page
-    assert 'Trained apart: dense-s0: torch 2, cpu, fp32; none-s0: torch 2, cpu, bf16.' in page
-    assert 'Not run: none-s2.' in page
 
 
 # commands

@@ -23,6 +23,7 @@ from lus_fastai.core import CLASSES, DENSE, DENSE_COLORS, TableError, write_tabl
 from lus_fastai.data.fan import Fan, find_fan
 from lus_fastai.explain.occlusion import EXPLAINERS, explain_clip
 from lus_fastai.plot import overlay
+from lus_fastai.synth.motion import m_mode
 from lus_fastai.synth.phantom import phantom_dataset
 from lus_fastai.toys import toy_net
 from lus_fastai.video import read_clip, sample_clip
@@ -443,6 +444,92 @@ def test_damaged_fans_file(phantom_table, tmp_path):
         W.read_fans(phantom_table, tmp_path / 'c.csv')
 
 
+def test_an_untouched_fan_is_never_edited(phantom_table, tmp_path):
+    e = W.FanEditor(phantom_table, tmp_path / 'c.csv')
+    found = e.fan
+    e.clip.value = 3
+    e.clip.value = 0
+    e._touch((60, 40), (60, 40))  # a click
+    assert e.fan == found and 'found by image analysis, not saved' in e.status.value
+    e.clip.value = 1
+    e.clip.value = 0
+    e.save.click()
+    assert e.table['fan_by'][0] == 'found'
+
+
+def test_the_nearest_edge_is_dragged(phantom_table, tmp_path):
+    e = W.FanEditor(phantom_table, tmp_path / 'c.csv')
+    found, moved = e.fan, []
+    for edge, at in dict(near=(0, 0.5), far=(1, 0.5), left=(0.5, 0), right=(0.5, 1)).items():
+        start = tuple(map(float, found.pixels(*at)))
+        inside = tuple(np.add(start, np.subtract(found.pixels(0.5, 0.5), start) * 0.2))
+        e._touch(start, np.add(inside, 1))
+        e._touch(start, inside)  # the pointer goes on, and the edge with it
+        depth, beam = e.fan.coordinates(*inside)
+        assert abs(dict(near=depth, far=depth - 1, left=beam, right=beam - 1)[edge]) < 0.03
+        moved.append([k for k in ('near', 'far', 'left', 'right') if getattr(e.fan, k) != getattr(found, k)])
+        e.revert.click()
+    assert moved == [['near'], ['far'], ['left'], ['right']] and e.fan == found
+
+
+# ---- m-mode ----
+
+
+def test_the_strip_is_the_m_mode_of_the_beam(phantom_table, broken):
+    e = W.MModePanel(phantom_table)
+    clip = read_clip(phantom_table['path'][0])
+    fan = find_fan(clip.frames)
+    x, y = map(float, fan.pixels(0.7, 0.3))
+    w, h = clip.frames.shape[2], clip.frames.shape[1]
+    e.field.value = f'0.1 0.1 {x / w} {y / h}'  # as the page says it
+    assert e.beam.value == pytest.approx(0.3, abs=1e-6)
+    strip, shown = m_mode(clip, 0.3, fan).image, pixels(e.strip)
+    rows = np.floor((np.arange(shown.shape[0]) + 0.5) * len(strip) / shown.shape[0]).astype(int)
+    columns = np.floor((np.arange(420) + 0.5) * strip.shape[1] / 420).astype(int)
+    grey = (shown == shown[..., :1]).all(-1)
+    assert (shown[..., 0] == strip[rows][:, columns])[grey].all() and grey.mean() > 0.98
+    before = e.image.value, e.strip.value
+    e.frame.value = 3
+    assert e.image.value != before[0] and e.strip.value != before[1]
+    e.field.value = '0 0 -3 0.5'  # dragged out of the image
+    assert e.beam.value == 0
+    e = W.MModePanel(broken)
+    assert 'cannot be shown' in e.status.value and e.strip.layout.display == 'none' and e.beam.disabled
+    e.field.value = '0.5 0.5 0.5 0.5'
+    e.clip.value = 2
+    assert e.strip.layout.display is None and e.beam.value == 0.5
+
+
+def test_without_a_fan_beams_are_columns(tmp_path):
+    Image.fromarray(np.full((64, 64), 9, np.uint8)).save(tmp_path / 'flat.png')
+    row = dict(kind='image', label='covid', patient='p', source='s', probe='linear')
+    e = W.MModePanel(pd.DataFrame([row | dict(path=str(tmp_path / 'flat.png'))]))
+    assert 'beams are columns' in e.status.value
+    e._touch(None, (16, 40))
+    assert e.beam.value == pytest.approx(0.25)
+
+
+# ---- for those who do not see ----
+
+
+def test_images_are_described(phantom_table, tmp_path):
+    table = phantom_table.assign(clip=[f'<{i}>' for i in range(len(phantom_table))])
+    panels = [
+        (W.ClipBrowser(table), 1),
+        (W.Explainer(small_net(), table, size=(64, 64)), 3),
+        (W.MModePanel(table), 2),
+        (W.FanEditor(table, tmp_path / 'c.csv'), 1),
+    ]
+    for panel, images in panels:
+        panel.frame.value = 1
+        said = panel.alt.value
+        assert said.count('<span') == images, type(panel)
+        assert 'frame 2 of clip &lt;0&gt;, labelled' in said
+    browser = panels[0][0]
+    browser.masks.value = True
+    assert 'tinted by its mask' in browser.alt.value
+
+
 # ---- a real browser ----
 
 APP = """
@@ -451,13 +538,14 @@ import pandas as pd, torch
 from pathlib import Path
 from IPython.display import display
 from lus_fastai.core import CLASSES, read_table
-from lus_fastai.widgets import ClipBrowser, Explainer, FanEditor
+from lus_fastai.widgets import ClipBrowser, Explainer, FanEditor, MModePanel
 table = read_table('clips.csv')
 torch.manual_seed(0)
 from torch import nn
 convs = nn.Conv2d(1, 8, 5, 2, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()
 net = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
-display(ClipBrowser(table), Explainer(net, table, CLASSES, size=(64, 64)), FanEditor(table, 'clips.csv'))
+display(ClipBrowser(table), Explainer(net, table, CLASSES, size=(64, 64)), MModePanel(table))
+display(FanEditor(table, 'clips.csv'))
 """
 
 
@@ -519,7 +607,7 @@ def voila(folder, source):
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    "A page with the three panels: address, its folder, and a Chromium."
+    "A page with the four panels: address, its folder, and a Chromium."
     import playwright.sync_api as api
 
     chromium = shutil.which('chromium') or shutil.which('chromium-browser')
@@ -585,7 +673,7 @@ def changes(page, img, act):
 def opened(site):
     "The page, opened once: every visit starts a kernel."
     address, folder, browser = site
-    page = browser.new_page(viewport=dict(width=1000, height=1000))
+    page = browser.new_page(viewport=dict(width=1280, height=1000))
     page.set_default_timeout(PATIENCE)
     page.route(
         lambda url: not url.startswith(address), lambda route: route.abort()
@@ -635,16 +723,38 @@ def test_panels_in_a_browser(page, site):
     shown = panel.locator('img').nth(1)
     saliency = drawn(shown)
     cam = changes(page, shown, lambda: panel.get_by_label('method').select_option('grad-cam'))
-    panel.get_by_text('grad-cam for').wait_for()
+    panel.get_by_role('img', name='map of grad-cam for').wait_for()
     assert (cam != saliency).mean() > 0.05
     changes(page, shown, lambda: panel.get_by_label('explain').select_option('covid'))
     panel.get_by_label('clip').select_option(label='broken.mp4')
     panel.get_by_text('cannot be shown').wait_for()
     panel.get_by_label('clip').select_option(index=0)
     shown.wait_for()
-    # fan editor: the outline moves, the file is there
+    # m-mode: a click chooses the beam
+    panel = page.locator('.lus-mmodepanel')
+    frame, strip = panel.locator('img').nth(0), panel.locator('img').nth(1)
+    box = frame.bounding_box()
+    at = dict(x=0.3 * box['width'], y=0.6 * box['height'])
+    changes(page, strip, lambda: frame.click(position=at))
+    beam = panel.get_by_role('slider', name='beam')
+    assert 0 < float(beam.get_attribute('aria-valuenow')) < 0.5
+    changes(page, strip, lambda: beam.press('ArrowRight'))
+    # fan editor: the outline moves, by hand on the image and by a slider; the file is there
     panel = page.locator('.lus-faneditor')
     panel.get_by_text('found by image analysis, not saved').wait_for()
+    image = panel.locator('img')
+    image.click()
+    far = panel.get_by_role('slider', name='far arc').or_(panel.get_by_role('slider', name='bottom'))
+    before, box = float(far.get_attribute('aria-valuenow')), image.bounding_box()
+    panel.get_by_text('found by image analysis, not saved').wait_for()  # a click is no edit
+    page.mouse.move(box['x'] + 0.5 * box['width'], box['y'] + 0.95 * box['height'])
+    page.mouse.down()
+    inside = box['x'] + 0.5 * box['width'], box['y'] + 0.8 * box['height']
+    changes(page, image, lambda: page.mouse.move(*inside))
+    page.mouse.up()
+    panel.get_by_text('edited, not saved').wait_for()
+    moved = before - float(far.get_attribute('aria-valuenow'))
+    assert moved == pytest.approx(0.15 * 96, abs=1)  # rows of the file
     handle = panel.locator('.widget-slider:visible', has_text='left').locator('.noUi-handle')
     handle.focus()
     changes(page, panel.locator('img'), lambda: handle.press('ArrowRight'))
@@ -656,6 +766,19 @@ def test_panels_in_a_browser(page, site):
 
 
 @pytest.mark.slow
+def test_everything_has_a_name(page):
+    nameless = """panel => [...panel.querySelectorAll('img, [role=slider], button, select, input, textarea')]
+        .filter(x => x.checkVisibility() && !(x.alt || x.ariaLabel || x.textContent.trim() || x.title
+                     || (x.labels && [...x.labels].some(l => l.textContent.trim()))))
+        .map(x => x.outerHTML.slice(0, 200))"""
+    for name in ('clipbrowser', 'explainer', 'mmodepanel', 'faneditor'):
+        assert page.locator(f'.lus-{name}').evaluate(nameless) == [], name
+    panel = page.locator('.lus-faneditor')
+    panel.get_by_role('slider', name='frame').wait_for()
+    panel.get_by_role('img', name='with the outline of its fan').wait_for()
+
+
+@pytest.mark.slow
 def test_playing_moves_the_frames(page):
     panel, image = page.locator('.lus-clipbrowser'), page.locator('.lus-clipbrowser img')
     changes(page, image, lambda: panel.locator('.jupyter-widgets.widget-play button').first.click())
@@ -664,11 +787,11 @@ def test_playing_moves_the_frames(page):
 
 @pytest.mark.slow
 def test_narrow_screen(page):
-    page.set_viewport_size(dict(width=420, height=900))
-    for name in ('clipbrowser', 'explainer', 'faneditor'):
+    page.set_viewport_size(dict(width=390, height=900))
+    for name in ('clipbrowser', 'explainer', 'mmodepanel', 'faneditor'):
         for part in page.locator(
             f'.lus-{name} img:visible, .lus-{name} .widget-dropdown:visible, '
             f'.lus-{name} .widget-slider:visible, .lus-{name} button:visible'
         ).all():
             box = part.bounding_box()
-            assert box['x'] >= 0 and box['x'] + box['width'] <= 420, (name, box)
+            assert box['x'] >= 0 and box['x'] + box['width'] <= 390, (name, box)

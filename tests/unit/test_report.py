@@ -881,3 +881,17 @@ def test_a_model_card_refuses_what_it_cannot_describe(tmp_path):
             settings={},
         )
     assert (tmp_path / 'w.md').read_text() == before and not list(tmp_path.glob('.*'))
+
+
+def test_a_label_with_dollars_is_text_in_every_figure():
+    bad, worse = r'$\bad$', '$x_{$'
+    rows = scores().assign(label=lambda d: [bad if i % 2 else worse for i in range(len(d))])
+    frames = np.zeros((2, 8, 8), np.uint8)
+    for fig in (
+        figures.plot_confusion(np.eye(2, dtype=int), [bad, worse], title=bad),
+        figures.plot_comparison(rows, title=bad),
+        plot.plot_masks(frames, frames, titles=[bad, worse], names=[bad, worse, 'background']),
+    ):
+        assert bad in plot.save_figure(fig, format='svg').decode()
+    page = R.Report(bad).figure(figures.plot_confusion(np.eye(2, dtype=int), [bad, worse]), worse).html()
+    assert bad in page

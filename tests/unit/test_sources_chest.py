@@ -1,5 +1,6 @@
 "CCXS, XPIE, CheXpert and SIIM-FISABIO-RSNA in small made-up folders of their layouts, and mask sets."
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -533,7 +534,10 @@ def test_siim_dicom_knows_its_patient(tmp_path, capsys):
         ds.save_as(path, enforce_file_format=True)
 
     table = index_source('siim', make_siim(tmp_path / 'siim', write))
-    assert set(table['patient']) == {'siim-P7'} and table['height'].tolist() == [60] * 3
+    assert (
+        set(table['patient']) == {'siim-' + hashlib.sha256(b'P7').hexdigest()[:12]}
+        and table['height'].tolist() == [60] * 3
+    )
     assert siim_set(table, (60, 80)).masks.sum((1, 2, 3)).tolist() == [1800, 400, 0]
 
 
@@ -598,3 +602,28 @@ def test_what_comes_by_hand_says_where_from(name, tmp_path):
         fetch_source(name, tmp_path)
     with pytest.raises(FileNotFoundError, match='nothing to verify'):
         verify_source(name, tmp_path)
+
+
+def test_one_bad_cell_of_ccxs_costs_one_image(tmp_path, capsys):
+    root = make_ccxs(tmp_path / 'ccxs')
+    whole = index_source('ccxs', root)
+    sheet = pd.read_csv(root / 'structure.csv', dtype=str)
+    for column, bad in (
+        ('Left', '12px'),
+        ('Top', None),
+        ('Mask', None),
+        ('Mask', '../../etc/passwd'),
+        ('Left', '1.5'),
+    ):
+        changed = sheet.copy()
+        changed.loc[0, column] = bad
+        changed.to_csv(root / 'structure.csv', index=False)
+        capsys.readouterr()
+        table = index_source('ccxs', root)
+        assert (
+            '1 row(s) of structure.csv with a wrong cell, their images skipped: line 2'
+            in capsys.readouterr().out
+        )
+        name = Path(sheet.loc[0, 'Filename']).stem
+        gone = [p for p in whole['path'] if Path(p).stem == name]
+        assert len(gone) == 1 and set(table['path']) == set(whole['path']) - set(gone), (column, bad)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -145,11 +147,11 @@ def test_sampling_stops_decoding_where_it_is_done(tmp_path):
         container_options=dict(movflags='faststart'),
     )
     b = (tmp_path / 'whole.mp4').read_bytes()
-    (tmp_path / 'cut.mp4').write_bytes(b[: len(b) * 3 // 4])
-    with pytest.raises(ClipError, match='ends early|damaged'):
-        read_clip(tmp_path / 'cut.mp4')
+    (tmp_path / 'blotted.mp4').write_bytes(b[: len(b) * 3 // 4] + bytes(len(b) - len(b) * 3 // 4))
+    with pytest.raises(ClipError, match='damaged'):
+        read_clip(tmp_path / 'blotted.mp4')
     np.testing.assert_array_equal(
-        sample_clip(tmp_path / 'cut.mp4', max_frames=3).frames,
+        sample_clip(tmp_path / 'blotted.mp4', max_frames=3).frames,
         sample_clip(tmp_path / 'whole.mp4', max_frames=3).frames,
     )
 
@@ -509,7 +511,8 @@ def test_a_container_that_promises_more_than_it_holds(tmp_path):
     encode(tmp_path / 'a.avi', blobs(30), 'mjpeg', 'yuvj420p', full=True)
     with av.open(str(tmp_path / 'a.avi')) as box:
         at = [p.pos for p in box.demux(video=0) if p.size][12]
-    (tmp_path / 'b.avi').write_bytes((tmp_path / 'a.avi').read_bytes()[:at])
+    b = (tmp_path / 'a.avi').read_bytes()[:at]
+    (tmp_path / 'b.avi').write_bytes(b[:4] + (len(b) - 8).to_bytes(4, 'little') + b[8:])  # its size is right
     with pytest.raises(ClipError, match='it ends early: 12 of 30 frames'):
         read_clip(tmp_path / 'b.avi')
 
@@ -987,6 +990,82 @@ def test_damage_is_noticed_and_mended(tmp_path):
             assert contents(folder) == whole
 
 
+def test_half_of_the_table_of_frames_is_damage_and_is_mended(tmp_path, count):
+    table, folder = make(tmp_path, 3), tmp_path / 'store'
+    whole = contents(FrameStore.build(table, folder, **small).folder)
+    name = next(n for n in whole if n.startswith('frames-'))
+    (folder / name).write_bytes(b'\n'.join(whole[name].splitlines()[:10]) + b'\n')
+    with pytest.raises(ValueError, match=rf'{name} is damaged: build the store again'):
+        FrameStore(folder)
+    FrameStore.build(table, folder, **small)
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize('kind', ['images', 'masks'])
+def test_zeroed_pixels_are_named_and_only_their_clip_is_decoded_again(tmp_path, count, kind):
+    table, folder = make(tmp_path, 4), tmp_path / 'store'
+    store = FrameStore.build(table, folder, **small)
+    whole, row = contents(folder), int(store.frames.row[store.frames.path == table.path[2]].iloc[-1])
+    store.verify()
+    with open(folder / store.meta['files'][kind], 'r+b') as f:
+        f.seek(row * 24 * 32)
+        f.write(bytes(64) if kind == 'images' else bytes([9]) * 64)
+    with pytest.raises(ValueError, match=r'the pixels of 1 clip\(s\) changed .*c02\.mkv'):
+        FrameStore(folder).verify()
+    count.clear()
+    FrameStore.build(table, folder, **small).verify()
+    assert count == ['c02'] and contents(folder) == whole
+
+
+def test_a_store_without_checksums_opens_says_so_and_gets_them(tmp_path, count):
+    table, folder = make(tmp_path, 2), tmp_path / 'store'
+    whole = contents(FrameStore.build(table, folder, **small).folder)
+    old = {k: v for k, v in json.loads(whole['meta.json']).items() if k != 'sums'}
+    (folder / 'meta.json').write_text(json.dumps(old))
+    assert len(FrameStore(folder)) == 12
+    with pytest.raises(ValueError, match='was written without checksums'):
+        FrameStore(folder).verify()
+    count.clear()
+    FrameStore.build(table, folder, **small).verify()
+    assert not count and contents(folder) == whole
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda m: [],
+        lambda m: {},
+        lambda m: m | dict(rows='x'),
+        lambda m: m | dict(rows=m['rows'] - 1),
+        lambda m: m | dict(size=[24]),
+        lambda m: m | dict(files=m['files'] | dict(images='../images.u8')),
+        lambda m: m | dict(clips=[['a']]),
+        lambda m: {k: v for k, v in m.items() if k != 'text'},
+    ],
+)
+def test_a_meta_file_that_cannot_be_meant_is_damage(tmp_path, change):
+    folder = FrameStore.build(make(tmp_path, 2), tmp_path / 'store', **small).folder
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps(change(meta)))
+    with pytest.raises(ValueError, match=r'meta\.json is damaged: build the store again'):
+        FrameStore(folder)
+
+
+@linux
+def test_a_name_that_is_not_utf8_is_skipped_with_its_reason(tmp_path):
+    table = make(tmp_path, 3)
+    odd = os.fsencode(tmp_path) + b'/M\xfcller.mkv'
+    os.rename(table.path[1], odd)
+    table.loc[1, 'path'] = os.fsdecode(odd)
+    with pytest.warns(UserWarning, match='1 of 3 clips cannot be read'):
+        store = FrameStore.build(table, tmp_path / 'store', size=(24, 32), workers=2)
+    assert store.frames.path.unique().tolist() == [table.path[0], table.path[2]]
+    assert store.skipped.path.tolist() == [str(tmp_path / 'M') + '\\udcfcller.mkv']
+    assert 'not UTF-8: rename it' in store.skipped.reason[0]
+    with pytest.raises(TableError, match="column 'note' holds what is no text"):
+        FrameStore.build(table.assign(note='\udcfc'), tmp_path / 'other', **small)
+
+
 def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
     table, folder = make(tmp_path, 3), tmp_path / 'store'
 
@@ -1180,6 +1259,26 @@ def test_two_builds_of_one_folder_at_once(tmp_path):
     s = FrameStore(folder)
     want = table if s.frames.path.nunique() == 8 else table[3:].assign(label='b')
     assert contents(folder) == contents(FrameStore.build(want, tmp_path / 'fresh', **small).folder)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_threads_that_build_one_folder_at_once(tmp_path, workers):
+    tables = [make(tmp_path, 6)[k:].assign(label=f'l{k}') for k in range(4)]
+
+    def build(table):
+        store = FrameStore.build(table, tmp_path / 'store', size=(24, 32), workers=workers)
+        return store.frames.label.unique().tolist(), len(store)
+
+    before = os.umask(0o027)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            built = list(pool.map(build, tables * 3))
+        assert os.umask(0o027) == 0o027  # which threads share
+    finally:
+        os.umask(before)
+    assert built == [([f'l{k}'], 6 * (6 - k)) for k in range(4)] * 3
+    FrameStore(tmp_path / 'store').verify()
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / 'store').glob('*-*')} == {0o640}
 
 
 # ---- real clips ----

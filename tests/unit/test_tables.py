@@ -1,0 +1,136 @@
+"Clip tables on disk: what was written is read back, and what cannot be meant is refused by file and line."
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lus_fastai.core import (
+    TableError,
+    atomic_path,
+    load_csv,
+    read_json,
+    read_table,
+    save_csv,
+    sweep_unfinished,
+    write_table,
+)
+
+ROW = dict(path='a.mp4', kind='video', label='x', patient='p', source='s', probe='convex')
+HEAD = ','.join(ROW)
+cells = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), min_size=1, max_size=9)
+
+
+@given(st.lists(st.one_of(cells, st.sampled_from(['NA', 'None', 'nan', '007', '=1+1', "'-x", '@x', '-2']))))
+@settings(max_examples=150, deadline=None)
+def test_text_survives_a_round_trip(tmp_path_factory, texts):
+    file = tmp_path_factory.mktemp('csv') / 't.csv'
+    save_csv(pd.DataFrame(dict(label=pd.Series(texts, dtype=object), n=range(len(texts)))), file)
+    back = load_csv(file, text=['label'])
+    assert back['label'].tolist() == texts and back['n'].tolist() == list(range(len(texts)))
+    raw = pd.read_csv(file, dtype=str, keep_default_na=False)['label']
+    assert not any(t.startswith(('=', '+', '-', '@', '\t')) for t in raw if t not in ('-2', '+2'))
+
+
+def test_labels_that_look_like_missing_values_survive_in_a_clip_table(tmp_path):
+    table = pd.DataFrame([dict(ROW, path=str(tmp_path / f'{i}.mp4')) for i in range(4)])
+    table['label'], table['patient'] = ['NA', 'None', '=cmd()', 'null'], ['nan', '007', '@home', 'N/A']
+    write_table(table, tmp_path / 't.csv')
+    back = read_table(tmp_path / 't.csv')
+    assert back[list(ROW)].to_dict('list') == table.to_dict('list')
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (b'', 'is empty'),
+        (b'\n\n', 'is empty'),
+        (HEAD.encode() + 'a.mp4,video,x,Müller,s,c'.encode('cp1252'), 'line 1: byte 0xfc is not UTF-8'),
+        (f'{HEAD}\n'.encode() + 'a,video,x,Müller,s,c'.encode('cp1252'), 'line 2: byte 0xfc is not UTF-8'),
+        (HEAD.encode('utf-16'), 'is not UTF-8'),
+        (f'{HEAD}\na\0,video,x,p,s,c'.encode(), 'zero bytes'),
+        (HEAD.replace(',', ';').encode(), "has ';' between its columns"),
+        (f'{HEAD},label\na,video,x,p,s,c,y'.encode(), r"column\(s\) \['label'\] more than once"),
+        (f'{HEAD}\na,video,x,p,s,c\na,b,video,x,p,s,c'.encode(), 'line 3: 7 cells, not 6'),
+        (f'{HEAD}\na,video,x'.encode(), 'line 2: 3 cells, not 6'),
+        (f'{HEAD}\n"a,video,x,p,s,c'.encode(), 'line 2: unexpected end'),
+        (f'{HEAD}\na,video,,p,s,c'.encode(), "column 'label' is empty in row"),
+        (f'{HEAD}\na,film,x,p,s,c'.encode(), "'kind' must be"),
+        (b'path,label\na,x', 'missing column'),
+        (HEAD.encode(), 'table is empty'),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_the_files_name(tmp_path, content, words):
+    (tmp_path / 'clips.csv').write_bytes(content)
+    with pytest.raises(TableError, match=rf'clips\.csv.*{words}'):
+        read_table(tmp_path / 'clips.csv')
+
+
+def test_names_that_are_not_utf8_are_refused_by_row(tmp_path):
+    table = pd.DataFrame([ROW, dict(ROW, path=os.fsdecode(b'M\xfcller.mp4'))])
+    with pytest.raises(TableError, match=r"'path' holds what is no text \(not UTF-8\) in row\(s\) 1"):
+        write_table(table, tmp_path / 't.csv')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('text', ['', '{"a": 1', '[' * 100_000, '\x00'])
+def test_damaged_json_names_its_file(tmp_path, text):
+    (tmp_path / 'run.json').write_text(text)
+    with pytest.raises(ValueError, match=r'run\.json is no JSON, or was cut short'):
+        read_json(tmp_path / 'run.json')
+
+
+# ---- files that are whole or absent ----
+
+
+def test_a_full_disk_names_the_file_whichever_library_wrote(tmp_path):
+    "Safetensors has an error of its own, without the file; the limit on a file's size stands for the disk."
+    code = f'''
+        import resource, signal, torch
+        from lus_fastai.core import save_csv, write_json
+        from lus_fastai.models.transfer import save_weights
+        from pandas import DataFrame
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        folder = {str(tmp_path)!r}
+        writers = [
+            lambda: save_weights(torch.nn.Linear(90, 90), folder + '/w.safetensors'),
+            lambda: write_json(folder + '/w.json', list(range(9999))),
+            lambda: save_csv(DataFrame(dict(a=range(9999))), folder + '/w.csv'),
+        ]
+        for write in writers:
+            try: write()
+            except OSError as e: print(e.errno, e.filename)
+    '''
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True)
+    want = [f'{errno.EFBIG} {tmp_path}/w.{kind}' for kind in ('safetensors', 'json', 'csv')]
+    assert done.stdout.splitlines() == want, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_temporary_file_of_a_killed_process_is_swept_and_nothing_else(tmp_path):
+    code = f'''
+        import os, signal
+        from lus_fastai.core import atomic_path
+        with atomic_path({str(tmp_path / 'checkpoint.pt')!r}): os.kill(os.getpid(), signal.SIGKILL)
+    '''
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)])
+    assert done.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
+    for name in ('.mine.tmp', '.lock', 'a.tmp', 'checkpoint.pt'):
+        (tmp_path / name).touch()
+    sweep_unfinished(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {'.mine.tmp', '.lock', 'a.tmp', 'checkpoint.pt'}
+
+
+def test_an_error_that_is_not_about_the_file_stays_as_it_is(tmp_path):
+    for error in (KeyError('x'), FileNotFoundError(errno.ENOENT, 'no', '/else/where'), OSError('plain')):
+        with pytest.raises(type(error)) as e, atomic_path(tmp_path / 'x'):
+            raise error
+        assert e.value is error

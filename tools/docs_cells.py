@@ -1,0 +1,161 @@
+"""What the site makes of the cells of a notebook, after nbdev's own processing.
+
+nbdev runs these four (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
+links for private names, code in lines that fit the page, and folded tests and plots. The notebooks stay as
+they are.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from nbdev.config import get_config
+from nbdev.process import Processor
+
+FITS = 88  # characters of a line of code that a page of 1280 pixels shows
+LONG_TEST, LONG_PLOT = 3, 4  # lines of code up to which a test and a plot stay open
+_option = re.compile(r'#\|\s*([\w-]+)(?::\s*(.*))?$')
+
+
+def split_options(
+    source: str,  # of a code cell
+) -> tuple:  # its lines `#| key: value` as a dictionary, and the code below them
+    "The options of a code cell, and its code."
+    lines, options = source.splitlines(), {}
+    while lines and (m := _option.match(lines[0].strip())):
+        options[m[1]] = (m[2] or '').strip()
+        del lines[0]
+    return options, '\n'.join(lines).strip('\n')
+
+
+def page_links(
+    path: str,  # of a notebook, below nbs/
+    git_url: str,  # of the repository, on GitHub
+    branch: str,  # of the site
+) -> str:  # Markdown
+    "The line under each title: run it in Colab, read its source."
+    blob = f'{git_url.split("github.com/")[1]}/blob/{branch}/nbs/{path}'
+    colab, source = f'https://colab.research.google.com/github/{blob}', f'https://github.com/{blob}'
+    return f'::: {{.page-links}}\n[Open in Colab]({colab}) [Notebook on GitHub]({source})\n:::'
+
+
+class SiteLinks(Processor):
+    "Insert the line of links under the title."
+
+    def begin(self):
+        from nbdev.processors import mk_cell
+
+        cfg, path = get_config(), Path(self.nb.path_)
+        if not path.is_absolute():
+            path = Path(cfg.config_path) / path
+        name = path.relative_to(cfg.nbs_path).as_posix()
+        self.nb.cells.insert(1, mk_cell(page_links(name, cfg.git_url, cfg.branch), 'markdown'))
+
+
+_string = re.compile(r"""^(\s+(?:\w+=|'[^']*': )?)(f?)(['"])((?:(?!\3)[^\\])*)\3(,?)$""")  # alone on its line
+
+
+def _halves(line):
+    "A long line that is one string, as two lines; as it was where it cannot be cut outside of braces."
+    m = _string.match(line)
+    cuts = [i for i, x in enumerate(m[4]) if x == ' '] if m else []
+    cuts = [i for i in cuts if m[4][:i].count('{') == m[4][:i].count('}') and len(m[1]) + i < FITS - 6]
+    if len(line) <= FITS or not cuts:
+        return line
+    start, end = m[4][: cuts[-1] + 1], m[4][cuts[-1] + 1 :]
+    indent = ' ' * (len(m[1]) - len(m[1].lstrip()))
+    return f'{m[1]}{m[2]}{m[3]}{start}{m[3]}\n{indent}{m[2]}{m[3]}{end}{m[3]}{m[5]}'
+
+
+def _formatted(code):
+    "Code in lines that fit, as ruff breaks them; as it was where that would change what it does."
+    where = Path(__file__).resolve().parents[1]
+    command = [
+        sys.executable,
+        '-m',
+        'ruff',
+        'format',
+        '--quiet',
+        f'--line-length={FITS}',
+        '--stdin-filename',
+        'cell.py',
+        '-',
+    ]
+    done = subprocess.run(command, input=code, capture_output=True, text=True, cwd=where)
+    if 'No module named' in done.stderr:
+        raise ModuleNotFoundError('ruff breaks long lines of code: pip install "lus_fastai[docs]"')
+    if done.returncode:  # a magic
+        return code
+    whole = done.stdout.rstrip('\n')
+    cut = '\n'.join(map(_halves, whole.splitlines()))
+    try:
+        same = ast.dump(ast.parse(cut)) == ast.dump(ast.parse(whole))
+    except SyntaxError:
+        same = False
+    return cut if same else whole
+
+
+def fit_code(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Break the lines of code that are too long for the page."
+    if cell.cell_type != 'code' or not any(len(x) > FITS for x in cell.source.splitlines()):
+        return
+    options, code = split_options(cell.source)
+    if code and options.get('echo') != 'false':
+        head = cell.source[: cell.source.index(code)]
+        cell.source = head + _formatted(code)
+
+
+def unlink_private(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Take away the links that nbdev makes of private names, which no page documents."
+    if cell.cell_type == 'markdown':
+        cell.source = re.sub(r'\[(`_\w+`)\]\(https?://[^)]*\)', r'\1', cell.source)
+
+
+def is_test(
+    node,  # a statement, of ast
+) -> bool:
+    "Whether a statement does nothing but assert."
+    if isinstance(node, ast.Assert):
+        return True
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        name = getattr(node.value.func, 'id', getattr(node.value.func, 'attr', ''))
+        return name.startswith(('test_', 'expect_fail', 'assert_'))
+    if isinstance(node, ast.With):
+        calls = [i.context_expr for i in node.items if isinstance(i.context_expr, ast.Call)]
+        expected = any(getattr(c.func, 'id', '') in ('expect_fail', 'ExceptionExpected') for c in calls)
+        return expected or all(map(is_test, node.body))
+    return isinstance(node, (ast.For, ast.If)) and all(map(is_test, node.body))
+
+
+def folding(
+    code: str,  # of a cell, without its options
+    outputs: list,  # of the cell
+) -> str:  # what the fold says, or '' where the code stays open
+    "Whether a cell is a long test or the code of a plot, which are folded."
+    lines = len(code.splitlines())
+    if any('image/png' in o.get('data', {}) for o in outputs):
+        return 'Code of the figure' if lines > LONG_PLOT else ''
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:  # a magic or a shell command
+        return ''
+    return 'Tests' if body and not outputs and lines >= LONG_TEST and all(map(is_test, body)) else ''
+
+
+def fold_code(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Fold long tests and the code of plots, but where the cell has an option of its own."
+    if cell.cell_type != 'code':
+        return
+    options, code = split_options(cell.source)
+    if 'code-fold' in options or options.get('echo') == 'false':
+        return
+    if summary := folding(code, cell.get('outputs', [])):
+        cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'

@@ -1,0 +1,340 @@
+"""The pages of results: one summary, then a page for each paper, made from the files of results/."""
+
+import html
+import json
+from pathlib import Path
+
+COLUMNS = 5  # scores beside one another that fit the page
+STORED = {  # the file that each paper's claims are judged by: its run on the data that come closest
+    'gare': 'gare-pocus',
+    'cheng_lam': 'cheng_lam-phantom',
+    'arora': 'arora-pocus',
+    'uscl': 'uscl-real',
+    'merand': 'merand-real',
+}
+PAIRS = (  # paper, score, results, table, row, column, protocol like the paper's, honest protocol
+    ('Gare et al. 2021', 'accuracy by frame, POCUS', 'gare-pocus', 'classification', 'dense', 'accuracy')
+    + ('classification by frame', 'classification by patient'),
+    (
+        'Cheng & Lam 2021',
+        'Dice by image, BUSI',
+        'cheng_lam-real',
+        'folds',
+        'X-Unet',
+        'dice',
+        'image',
+        'patient',
+    ),
+    ('Arora et al. 2020', 'accuracy by frame, POCUS', 'arora-pocus', 'classification', 'vgg16', 'accuracy')
+    + ('file', 'patient'),
+    ('Chen et al. 2021', 'accuracy by frame, POCUS', 'uscl-real', 'comparison', 'USCL', 'accuracy')
+    + ('best', 'last'),
+    ('Merand & Klein 2021', 'mean IoU, CCXS', 'merand-real', 'mean IoU')
+    + ('resnet50, U-Net encoder: classifier, boxes', 'all classes', 'rotation', 'last'),
+)
+PAPER_PAGE = """\
+A cell is a score with its 95 % interval, a bootstrap over patients. Tables after the first of a protocol are
+folded. A *quick run* is a demonstration of a few minutes: it shows that the code runs, not what is true.
+"""
+SUMMARY = """\
+A claim is judged by the *paired difference* over patients, under a protocol that shares no patient between
+training and test and picks nothing on the test set; by [rule](papers/experiment.ipynb), not by judgement.
+*Confirmed*: the interval is above 0. *Reversed*: it is below. *Not seen*: it holds 0 and leaves out what the
+paper reports.
+*Cannot tell*: it holds both, a row was trained too little, or nothing was measured.
+"""
+
+
+def number_text(
+    value,  # a number, or None
+    interval=None,  # its ends, or None
+    sign: str = '',  # '+' for differences
+) -> str:  # such as '0.685 [0.58, 0.76]'
+    "A number with its interval, for a table."
+    if value is None:
+        return '–'
+    text = f'{value:{sign}.3f}' if abs(value) < 100 else f'{value:{sign},.0f}'
+    if isinstance(interval, (list, tuple)) and None not in interval:
+        digits = 2 if max(map(abs, interval)) >= 0.1 else 3
+        text += ' [' + ', '.join(f'{x:{sign}.{digits}f}' for x in interval) + ']'
+    return text.replace(' ', '\N{NO-BREAK SPACE}')
+
+
+def plain(
+    text,  # of a cell of a table
+) -> str:
+    "Text that Markdown takes as it is."
+    return str(text).replace('|', '\\|').replace('<', '&lt;').replace('@', '\\@')
+
+
+def table(
+    head: list,  # of columns
+    rows: list,  # of lists of texts
+) -> list:  # lines of Markdown
+    "A Markdown table; columns are as wide as their longest text, up to 40 characters."
+    widths = [min(40, max(len(str(r[i])) for r in (head, *rows))) for i in range(len(head))]
+    out = ['| ' + ' | '.join(map(plain, head)) + ' |', '|' + '|'.join('-' * (w + 2) for w in widths) + '|']
+    return out + ['| ' + ' | '.join(map(plain, r)) + ' |' for r in rows] + ['']
+
+
+def folded(
+    summary: str,  # what the fold says
+    lines: list,  # of Markdown
+) -> list:  # lines
+    "Details to open."
+    return ['<details>', f'<summary>{html.escape(summary)}</summary>', '', *lines, '</details>', '']
+
+
+def pivot(
+    cells: list,  # of one table of one protocol
+    marked: tuple = (),  # rows that were trained too little
+) -> list:  # lines of Markdown
+    "Rows against scores, each cell a number with its interval; the longer of both goes down the page."
+    rows, columns = ([*dict.fromkeys(c[k] for c in cells)] for k in ('row', 'column'))
+    text = {}
+    for c in cells:
+        theirs = '' if c.get('theirs') is None else f' (paper: {c["theirs"]:.3f})'
+        text[c['row'], c['column']] = number_text(c['ours'], c.get('interval')) + theirs
+    shown = {r: f'{r} †' if r in marked else r for r in rows}
+    if len(columns) > COLUMNS and len(rows) <= COLUMNS:
+        return table(
+            ['score', *shown.values()], [[c, *(text.get((r, c), '') for r in rows)] for c in columns]
+        )
+    out = []
+    for i in range(0, len(columns), COLUMNS):
+        some = columns[i : i + COLUMNS]
+        full = [r for r in rows if any((r, c) in text for c in some)]
+        out += table(['row', *some], [[shown[r], *(text.get((r, c), '') for c in some)] for r in full])
+    return out
+
+
+def undertrained(
+    results: dict,  # of a file
+) -> dict:  # (protocol, row) -> reasons, one a training
+    "Rows of which some training was too short to tell, by the rule of the package."
+    short = {}
+    for t in results.get('trainings', {}).values():
+        if t['reasons']:
+            short.setdefault((t['protocol'], t['row']), []).append('; '.join(t['reasons']))
+    return short
+
+
+def protocol_section(
+    results: dict,  # of a file
+    name: str,  # of the protocol
+    level: str = '###',  # of its heading
+) -> list:  # lines of Markdown
+    "A protocol in words, its first table, and the others folded."
+    own = [c for c in results.get('cells', []) if c.get('protocol', '') == name]
+    about = results.get('protocols', {}).get(name, {})
+    marked = tuple(row for protocol, row in undertrained(results) if protocol == name)
+    out = [
+        f'{level} {plain(name)}',
+        '',
+        f"{plain(about.get('description', ''))} (split `{about.get('split_hash', '?')}`).",
+        '',
+    ]
+    for i, t in enumerate(dict.fromkeys(c.get('table', '') for c in own)):
+        lines = pivot([c for c in own if c.get('table', '') == t], marked)
+        heading = [f'**{plain(t)}**' + ' († trained too little)' * any('†' in x for x in lines), '']
+        out += heading + lines if not i else folded(t, lines)
+    return out
+
+
+def difference_section(
+    results: dict,  # of a file
+) -> list:  # lines of Markdown
+    "Paired differences, a fold for each protocol; rows that were trained too little are marked."
+    short, out = undertrained(results), []
+    for name in dict.fromkeys(d['protocol'] for d in results.get('differences', [])):
+        own = [d for d in results['differences'] if d['protocol'] == name]
+        cells = []
+        for d in own:
+            mark = ' †' * any((name, d[k]) in short for k in 'ab')
+            text = number_text(d['value'], (d['low'], d['high']), '+') + mark
+            cells.append(dict(row=f'{d["a"]} minus {d["b"]}', column=d['column'], text=text))
+        rows, columns = ([*dict.fromkeys(c[k] for c in cells)] for k in ('row', 'column'))
+        text = {(c['row'], c['column']): c['text'] for c in cells}
+        for i in range(0, len(columns), COLUMNS - 1):
+            some = columns[i : i + COLUMNS - 1]
+            lines = [
+                [r, *(text.get((r, c), '') for c in some)] for r in rows if any((r, c) in text for c in some)
+            ]
+            out += folded(f'{name}: {", ".join(some)}', table(['paired difference', *some], lines))
+    return (
+        ['### Paired differences', '', 'a minus b, the same patients drawn for both.', '', *out]
+        if out
+        else []
+    )
+
+
+def remarks(
+    results: dict,  # of a file
+) -> list:  # lines of Markdown
+    "What was trained too little, apart or not at all."
+    out = [
+        f'- Trained too little: {plain(row)}, {plain(protocol)} ({len(why)} trainings; {plain(why[0])}).'
+        for (protocol, row), why in undertrained(results).items()
+    ]
+    if len(results.get('builds', [])) > 1:
+        apart = [
+            f"{', '.join(b['trainings'])}: torch {b['torch']}, {b['device']}, {b['precision']}"
+            for b in results['builds']
+        ]
+        out.append(f"- Trained apart: {plain('; '.join(apart))}.")
+    if results.get('not_run'):
+        out.append(f"- Not run: {plain(', '.join(results['not_run']))}.")
+    return folded(f'What to know of the trainings ({len(out)} remarks)', [*out, '']) if out else []
+
+
+def run_section(
+    results: dict,  # of a file
+    stem: str,  # of the file's name
+) -> list:  # lines of Markdown
+    "One file: what was typed, its protocols, its differences."
+    r = results
+    seeds, phantom = ', '.join(map(str, r.get('seeds', []))), r.get('versions', {}).get('phantom', '1')
+    out = [f"## {r.get('data', '?')}" + ', quick run' * stem.endswith('-quick'), '']
+    out += [
+        f"`{r.get('command', '?')}`: {r.get('hours', 0):.1f} hours of training on "
+        f"{plain(r.get('device', '?'))}, "
+        f'seeds {seeds}, phantom {phantom}. '
+        f'Every number is in `results/{stem}.json`.',
+        '',
+    ]
+    for name in dict.fromkeys(c.get('protocol', '') for c in r.get('cells', [])):
+        out += protocol_section(r, name)
+    return out + difference_section(r) + remarks(r)
+
+
+def read_all(
+    folder: Path,  # holds one JSON file a run
+) -> dict:  # stem -> results, sorted
+    "Every file of results."
+    return {f.stem: json.loads(f.read_text(encoding='utf-8')) for f in sorted(Path(folder).glob('*.json'))}
+
+
+def paper_pages(
+    runs: dict,  # from read_all
+) -> dict:  # paper's module -> text of a Quarto page
+    "A page for each paper: its whole runs, then its quick ones."
+    papers = {}
+    for stem in runs:
+        papers.setdefault(
+            stem.split('-')[0] if not stem.startswith('sim-to-real') else 'sim_to_real', []
+        ).append(stem)
+    pages = {}
+    for name, stems in papers.items():
+        stems.sort(key=lambda s: s.endswith('-quick'))
+        title = runs[stems[0]].get('paper', name)
+        out = [
+            '---',
+            f"title: '{title}: results'",
+            'description: Every number of the stored runs, by protocol',
+            '---',
+            '',
+            PAPER_PAGE,
+        ]
+        for s in stems:
+            out += run_section(runs[s], s)
+        pages[name] = '\n'.join(out).rstrip() + '\n'
+    return pages
+
+
+def find_value(
+    results: dict,  # of a file
+    row: str,
+    column: str,
+    protocol: str,
+    table: str = None,  # None: whichever has it
+) -> dict:  # the cell, or None
+    "The cell of a row and a score under a protocol."
+    wanted = dict(row=row, column=column, protocol=protocol) | (dict(table=table) if table else {})
+    return next((c for c in results['cells'] if all(c.get(k) == v for k, v in wanted.items())), None)
+
+
+def leak_rows(
+    runs: dict,  # from read_all
+) -> list:  # (paper, score, cell like theirs or None, honest cell or None)
+    "One score of each paper, under a protocol like the paper's and under an honest one, as far as stored."
+    rows = []
+    for paper, score, stem, t, row, column, theirs, honest in PAIRS:
+        found = [
+            find_value(runs[stem], row, column, p, t) if stem in runs else None for p in (theirs, honest)
+        ]
+        rows.append((paper, score, *found))
+    return rows
+
+
+def _both(results, claim, protocol):
+    "The two rows of a claim under a protocol, as text."
+    cells = [protocol and find_value(results, row, claim.column, protocol) for row in (claim.a, claim.b)]
+    return '–' if None in cells or '' in cells else ' against '.join(f"{c['ours']:.3f}" for c in cells)
+
+
+def claim_section(
+    results: dict,  # of a file
+    claims: list,  # of the paper
+    name: str,  # of the paper's module
+) -> list:  # lines of Markdown
+    "A paper's claims, those that were measured on top, the others folded."
+    from lus_fastai.papers.experiment import verdicts
+
+    judged, few, open_, closed = verdicts(results, claims), undertrained(results), [], []
+    for claim, (_, v) in zip(claims, judged.iterrows()):
+        same, honest = _both(results, claim, claim.as_theirs), _both(results, claim, claim.protocol)
+        short = ', trained too little' * any((claim.protocol, r) in few for r in (claim.a, claim.b))
+        said = f"**{v['verdict']}**{short}"
+        row = [claim.text, claim.theirs or '–', same, honest, v['difference, honest'] or '–', said]
+        (open_ if v['difference, honest'] or v['difference, their protocol'] else closed).append(
+            (row, claim.needs)
+        )
+    about = f"On {results['data']} ([every number](results/{name}.qmd), [chapter](papers/{name}.ipynb))."
+    head = ['claim', 'theirs', 'ours, their protocol', 'ours, honest', 'paired difference, honest', 'verdict']
+    out = [f"## {results['paper']}", '', about, '']
+    out += (
+        table(head, [r for r, _ in open_])
+        if open_
+        else ['No difference that tests a claim is stored yet.', '']
+    )
+    if closed:
+        lines = table(
+            ['claim', 'theirs', 'verdict', 'it would take'],
+            [[r[0], r[1], r[5], n or 'the run'] for r, n in closed],
+        )
+        out += folded(f'Claims that no stored difference tests ({len(closed)})', lines)
+    return out
+
+
+def summary_page(
+    runs: dict,  # from read_all
+) -> str:  # a Quarto page
+    "For each paper: claims, their numbers, ours, the paired difference, the verdict."
+    from importlib import import_module
+
+    out = [
+        '---',
+        'title: Results',
+        'description: What five papers claim, and what an honest split leaves of it',
+        '---',
+        '',
+        SUMMARY,
+        '## The same networks, split twice',
+        '',
+    ]
+    rows = []
+    for paper, score, theirs, honest in leak_rows(runs):
+        paper_says = '–' if not theirs or theirs.get('theirs') is None else f"{theirs['theirs']:.3f}"
+        texts = [number_text(c and c['ours'], c and c['interval']) for c in (theirs, honest)]
+        rows.append([paper, score, paper_says, *texts])
+    out += table(['paper', 'score', 'theirs, their data', 'ours, their protocol', 'ours, honest'], rows)
+    for name, stem in STORED.items():
+        module = import_module(f'lus_fastai.papers.{name}')
+        claims = module.arora_claims() if name == 'arora' else module.CLAIMS
+        out += claim_section(runs[stem], claims, name) if stem in runs else []
+    others = [n for n in paper_pages(runs) if n not in STORED]
+    links = [
+        f"- [{runs[next(s for s in runs if s.replace('-', '_').startswith(n))]['paper']}](results/{n}.qmd)"
+        for n in others
+    ]
+    return '\n'.join([*out, '## Beyond the papers', '', *links]).rstrip() + '\n'
