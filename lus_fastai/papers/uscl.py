@@ -1572,6 +1572,8 @@ def plot_found(
         for ax, i in zip(fig.subplots(1, n), most):
             k = rows[i]
             show_detections(items.images[k], found[i], items[k][1], items.names, threshold=0.5, ax=ax)
+        named = {box.get_label(): box for ax in fig.axes for box in ax.patches}
+        fig.legend(handles=list(named.values()), loc='outside lower center', ncols=len(named) or 1)
     return fig
 
 

@@ -281,10 +281,10 @@ def _check_history(history, epochs, folder):
 _AGAIN = 'delete that folder to train it again'
 
 
-def _history(file):
+def _history(file, need=('epoch', 'score', 'seconds')):
     "The epochs of a fold; ValueError where the file is damaged."
     table = load_csv(file, text=())
-    if {'epoch', 'score', 'seconds'} - {*table} or not all(table[c].dtype.kind in 'if' for c in table):
+    if {*need} - {*table} or not all(table[c].dtype.kind in 'if' for c in need):
         raise ValueError(f"{file} is damaged: {_AGAIN}")
     return table
 
@@ -440,7 +440,8 @@ def training_hours(
     path,  # a folder with finished runs anywhere below it
 ) -> float:  # hours
     "Time spent in the epochs of all runs below a folder, summed over interruptions and processes."
-    return sum(_history(f)['seconds'].sum() for f in Path(path).rglob('history.csv')) / 3600
+    files = Path(path).rglob('history.csv')
+    return sum(_history(f, need=('seconds',))['seconds'].sum() for f in files) / 3600
 
 # %% ../../nbs/train/cross_validation.ipynb #fold-history
 def fold_history(
