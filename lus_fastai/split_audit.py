@@ -103,7 +103,7 @@ class Price:
 
 PRICES = {}
 
-
+# %% ../nbs/split_audit.ipynb #p-price-2
 def priced(
     mode: str,  # a key of MODES
 ):  # a decorator
@@ -191,7 +191,7 @@ def price_of_features(
     apart = replayed(x, split.table, honest_parts(split, by='source'))
     return _price('features', shared, [apart], 'by patient, by source')
 
-
+# %% ../nbs/split_audit.ipynb #p-features-2
 @priced('preprocessing')
 def price_of_preprocessing(
     split: Split,  # any
@@ -248,7 +248,7 @@ def epochs_of(
             out.append(table[test].assign(frame=frame, **named))
     return tuple(pd.concat(t).sort_index() for t in tables)
 
-
+# %% ../nbs/split_audit.ipynb #p-best-epoch-2
 @priced('selection')
 def price_of_selection(
     split: Split,  # any
@@ -274,7 +274,19 @@ def price_of_time(
     tables = [replayed(x, split.table, parts) for parts in (split.parts(), earlier)]
     return _price('time', tables[:1], tables[1:], 'as split, trained on earlier rows')
 
+# %% ../nbs/split_audit.ipynb #p-apart
+def _apart_interval(right, tested, asked, patients):
+    "The 95 % interval of the accuracy of tested rows minus that of those in question, over patients."
 
+    def apart(rows):
+        some = right[rows]
+        sides = some[tested[rows]], some[asked[rows]]
+        return np.mean(sides[0]) - np.mean(sides[1]) if all(map(len, sides)) else np.nan
+
+    low, high = percentile_interval(resampled_statistic(apart, patients), patients.nunique())
+    return float(low), float(high)
+
+# %% ../nbs/split_audit.ipynb #p-time-2
 @priced('elsewhere')
 def price_of_elsewhere(
     split: Split,  # with a question
@@ -282,28 +294,16 @@ def price_of_elsewhere(
     x: np.ndarray,  # (rows, n)
 ):  # Price, or None where no row is of those in question
     "Accuracy on the rows that are tested, minus that on rows of those in question."
-    asked = np.all(
-        [split.table[c].astype(str).isin(map(str, v)) for c, v in split.declared['question'].items()], 0
-    )
-    tested = _tested(split)
+    question, tested = split.declared['question'].items(), _tested(split)
+    asked = np.all([split.table[c].astype(str).isin(map(str, v)) for c, v in question], 0)
     if not asked.any():
         return None
-    whole = Split(split.table, None)
-    preds = replayed(x, split.table, honest_parts(whole))
+    preds = replayed(x, split.table, honest_parts(Split(split.table, None)))
     right = (predicted(preds) == preds['label'].astype(str)).to_numpy()
-
-    def apart(rows):
-        some = right[rows]
-        sides = some[tested[rows]], some[asked[rows]]
-        return np.mean(sides[0]) - np.mean(sides[1]) if all(map(len, sides)) else np.nan
-
-    values = resampled_statistic(apart, split.table['patient'])
-    low, high = percentile_interval(values, split.table['patient'].nunique())
-    both, p = (right[tested].mean(), right[asked].mean()), float('nan')
-    difference = Difference(float(both[0] - both[1]), float(low), float(high), p, float('nan'))
-    return Price(
-        'elsewhere', *map(float, both), difference, 'rows that are tested, rows of those in question'
-    )
+    both = float(right[tested].mean()), float(right[asked].mean())
+    low, high = _apart_interval(right, tested, asked, split.table['patient'])
+    difference = Difference(both[0] - both[1], low, high, float('nan'), float('nan'))
+    return Price('elsewhere', *both, difference, 'rows that are tested, rows of those in question')
 
 # %% ../nbs/split_audit.ipynb #p-all
 def price_split(
@@ -449,7 +449,7 @@ def _page_head(a):
         rest + 'A price is that of a cheap model on these data; a network may remember more.',
     )
 
-
+# %% ../nbs/split_audit.ipynb #a-page-2
 def audit_report(
     audit: SplitAudit,  # any
     path,  # an .html file

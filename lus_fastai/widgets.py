@@ -690,7 +690,7 @@ def _with_beam(frame, fan, beam):
     ImageDraw.Draw(image).line([tuple(map(float, end)) for end in ends], fill=_EDGE, width=2)
     return np.asarray(image)
 
-
+# %% ../nbs/widgets.ipynb #mmode-draw-2
 def _with_mark(strip, k, size):
     "A strip (depths, frames) enlarged to `size`, with a mark at frame `k`."
     from PIL import Image
@@ -738,7 +738,7 @@ def _touch(self: MModePanel, start, point):
     beam = self.shown.fan.coordinates(*point)[1]
     self.beam.value = float(np.clip(beam, 0, 1))
 
-
+# %% ../nbs/widgets.ipynb #mmode-m-2
 @patch
 def _draw(self: MModePanel):
     "Show the frame with its beam, and the strip along it."
@@ -1081,7 +1081,7 @@ def _edge_through(fan, edge, x, y):
     wider = fan.flare * (y - fan.near) / (fan.far - fan.near)
     return dict(near=y, far=y, left=x + wider, right=x - wider)[edge]
 
-
+# %% ../nbs/widgets.ipynb #drag-2
 @patch
 def _touch(self: FanEditor, start, point):
     "The edge nearest to `start` moves by as much as the pointer."

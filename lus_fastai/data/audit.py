@@ -335,7 +335,7 @@ def _correlations(images, a, b):
 
 _BITS, _LIKENESS = 8, 0.95  # near-duplicates: bits that may differ, least correlation
 
-
+# %% ../../nbs/data/audit.ipynb #c032-4-2
 def twin_frames(
     table: pd.DataFrame,  # frame table with clip, frame, patient and row
     images,  # (n, h, w) grey images that row points into

@@ -7,7 +7,7 @@ Docs: https://lus-fastai.github.io/lus_fastai/data/leaks.html.md"""
 # %% auto #0
 __all__ = ['DECLARED', 'SEVERITIES', 'MODES', 'LOOKS', 'FEATURES', 'check_declared', 'read_declared', 'Split', 'read_split',
            'Finding', 'Mode', 'mode', 'find_leaks', 'findings_table', 'no_test_set', 'preprocessing', 'selection',
-           'duplicates', 'label_from', 'look_outside', 'features', 'order_in_time', 'patients_on_both_sides',
+           'duplicates', 'label_from', 'look_outside', 'no_anatomy', 'order_in_time', 'patients_on_both_sides',
            'elsewhere']
 
 # %% ../../nbs/data/leaks.ipynb #k003
@@ -131,7 +131,7 @@ def _rows_by_name(table, csv):
         names |= {n: i for i, n in enumerate(kind) if count[n] == 1}
     return names
 
-
+# %% ../../nbs/data/leaks.ipynb #k-names-2
 def _sides_of(t, csv):
     "The column of sides or folds of a split file, checked."
     wanted = [c for c in ('side', 'fold') if c in t]
@@ -220,7 +220,7 @@ def mode(
 
     return enter
 
-
+# %% ../../nbs/data/leaks.ipynb #k-registry-2
 def find_leaks(
     split: Split,  # with whatever is known of it
 ) -> list:  # of Finding, one for each mode
@@ -278,7 +278,7 @@ def preprocessing(
         return 'leak', 'declared: preprocessing was fitted on all rows, test rows among them'
     return 'clean', f'declared: preprocessing was fitted on {where} rows'
 
-
+# %% ../../nbs/data/leaks.ipynb #k-declared-modes-2
 @mode(
     *('selection', 'epoch or threshold chosen on the test rows', 'L1.3'),
     'take the last epoch, or choose on patients of the training side (an inner split)',
@@ -314,6 +314,13 @@ def _store_frames(split):
         frames = frames[keep].merge(t[[*by, 'side']].drop_duplicates(), on=by)
     return frames[frames['path'].isin(t['path'])].reset_index(drop=True), side
 
+# %% ../../nbs/data/leaks.ipynb #k-pairs
+def _pairs_of_clips(found):
+    "Near-duplicate frames by pairs of clips, the most alike first."
+    keys = ['patient', 'clip', 'twin_patient', 'twin_clip']
+    pairs = found.groupby(keys).agg(frames=('bits', 'size'), likeness=('likeness', 'max')).reset_index()
+    return pairs.sort_values('likeness', ascending=False, ignore_index=True)
+
 # %% ../../nbs/data/leaks.ipynb #k-duplicates
 @mode(
     *('duplicates', 'duplicates and near-duplicates across sides', 'L1.4'),
@@ -337,11 +344,8 @@ def duplicates(
     found = twin_frames(frames, split.store.images, side)
     if not len(found):
         return 'clean', f'none of {len(frames)} frames has a near-duplicate on another {side}'
-    keys = ['patient', 'clip', 'twin_patient', 'twin_clip']
-    pairs = found.groupby(keys).agg(frames=('bits', 'size'), likeness=('likeness', 'max')).reset_index()
     says = f'{len(found)} of {len(frames)} frames have a near-duplicate on another {side}'
-    pairs = pairs.sort_values('likeness', ascending=False, ignore_index=True)
-    return 'warning' if split.side is None else 'leak', says, pairs
+    return 'warning' if split.side is None else 'leak', says, _pairs_of_clips(found)
 
 # %% ../../nbs/data/leaks.ipynb #k-design
 def _design(columns):
@@ -440,7 +444,7 @@ LOOKS = {
     'what lies outside the fan': [f'o{i}' for i in range(144)],
 }
 
-
+# %% ../../nbs/data/leaks.ipynb #k-looks-2
 def _outside(frames):
     "What can be seen in frames (n, h, w) of a clip without its fan."
     h, w = frames.shape[1:]
@@ -488,31 +492,35 @@ def _candidates(split):
     there = {k: [c for c in v if c in t and t[c].nunique() > 1] for k, v in groups.items()}
     return t, {k: v for k, v in there.items() if v}
 
-# %% ../../nbs/data/leaks.ipynb #k-features-2
-@mode(
-    *('features', 'features that are no anatomy', 'L2'),
-    'crop to the fan, remove captions, and test at sources that training did not have',
-)
-def features(
-    split: Split,  # with looks, to see what lies outside the fan
-) -> tuple:  # severity, sentence, and what each feature predicts
-    "Whether something that is no anatomy predicts the label of patients on the other side."
-    t, groups = _candidates(split)
-    if not groups:
-        return 'unchecked', 'no feature to look at: source and probe have one value each'
+# %% ../../nbs/data/leaks.ipynb #k-told
+def _told_by(split, groups):
+    "What each group of columns predicts of the label of patients, and the risk that it is chance."
+    t = split.table
     if 'date' in t:
-        t['date'] = pd.to_datetime(t['date'], errors='coerce').map(
-            lambda d: d.toordinal(), na_action='ignore'
-        )
-    whole = Split(t, split.side)
-    people, parts = _by_patient(whole, sorted({c for v in groups.values() for c in v}))
+        days = pd.to_datetime(t['date'], errors='coerce')
+        t['date'] = days.map(lambda d: d.toordinal(), na_action='ignore')
+    people, parts = _by_patient(split, sorted({c for v in groups.values() for c in v}))
     rows = []
     for name, columns in groups.items():
         x = _design(people[columns])
         value = label_from(x, people['label'], parts, draws=0)[0]
         _, label, p = label_from(x, people['label'], _ten_parts(len(people)))
         rows.append((name, label, value, p, min(1, p * len(groups)) if value >= 0.5 + _GAIN else 1.0))
-    rows = pd.DataFrame(rows, columns=['feature', 'tells', 'balanced accuracy', 'p', 'risk'])
+    return pd.DataFrame(rows, columns=['feature', 'tells', 'balanced accuracy', 'p', 'risk'])
+
+# %% ../../nbs/data/leaks.ipynb #k-features-2
+@mode(
+    *('features', 'features that are no anatomy', 'L2'),
+    'crop to the fan, remove captions, and test at sources that training did not have',
+)
+def no_anatomy(
+    split: Split,  # with looks, to see what lies outside the fan
+) -> tuple:  # severity, sentence, and what each feature predicts
+    "Whether something that is no anatomy predicts the label of patients on the other side."
+    t, groups = _candidates(split)
+    if not groups:
+        return 'unchecked', 'no feature to look at: source and probe have one value each'
+    rows = _told_by(Split(t, split.side), groups)
     found = rows['feature'][rows['risk'] <= 10 * _RISK].tolist()
     says = f"none of {and_more(rows['feature'].tolist())} predicts the label"
     if found:
@@ -562,6 +570,16 @@ def patients_on_both_sides(
     tested = sum(rows['test rows']) / np.any([test for _, test in split.parts()], 0).sum()
     return 'leak', f'{len(shared)} of {n} patients are on both sides ({tested:.0%} of the test rows)', rows
 
+# %% ../../nbs/data/leaks.ipynb #k-beside
+def _beside_question(tested, question):
+    "Values of test rows that are not asked for, and values asked for that no test row has."
+    wrong = []
+    for column, values in question.items():
+        count, asked = tested[column].astype(str).value_counts(), set(map(str, values))
+        wrong += [(column, v, 'not asked for', n) for v, n in count.items() if v not in asked]
+        wrong += [(column, v, 'asked for, never tested', 0) for v in sorted(asked - set(count.index))]
+    return pd.DataFrame(wrong, columns=['column', 'value', 'why', 'test rows'])
+
 # %% ../../nbs/data/leaks.ipynb #k-elsewhere
 @mode(
     *('elsewhere', 'a test set from elsewhere than the question', 'L3.3'),
@@ -578,17 +596,8 @@ def elsewhere(
         return _NO_SPLIT
     if missing := [c for c in question if c not in split.table]:
         raise TableError(f"the question names column(s) {missing}; the table has {list(split.table.columns)}")
-    tested, wrong = split.table[np.any([test for _, test in split.parts()], 0)], []
-    for column, values in question.items():
-        count = tested[column].astype(str).value_counts()
-        asked = set(map(str, values))
-        wrong += [(column, v, 'not asked for', n) for v, n in count.items() if v not in asked]
-        wrong += [(column, v, 'asked for, never tested', 0) for v in sorted(asked - set(count.index))]
-    if wrong:
-        said = and_more([f'{c} {v} ({why})' for c, v, why, _ in wrong])
-        return (
-            'leak',
-            f'the test rows answer another question: {said}',
-            pd.DataFrame(wrong, columns=['column', 'value', 'why', 'test rows']),
-        )
+    wrong = _beside_question(split.table[np.any([test for _, test in split.parts()], 0)], question)
+    if len(wrong):
+        said = and_more([f'{w.column} {w.value} ({w.why})' for w in wrong.itertuples()])
+        return 'leak', f'the test rows answer another question: {said}', wrong
     return 'clean', f'the test rows are of those in question ({and_more(list(question))})'

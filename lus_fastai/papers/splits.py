@@ -64,7 +64,7 @@ def _files(table):
         fold[order[test]] = k
     return Folds(table, fold)
 
-
+# %% ../../nbs/papers/splits.ipynb #w-rules-2
 RULES = {
     'POCOVID-Net': Rule('Born et al. 2020', 'frame', pocovid_folds, theirs=0.89),
     'Gare': Rule('Gare et al. 2021', 'clip', lambda t: leaky_folds(t, 3, 'clip'), best=True, theirs=0.849),
@@ -150,7 +150,7 @@ def _quietly(split, *args):
         warnings.simplefilter('ignore')
         return split(*args)
 
-
+# %% ../../nbs/papers/splits.ipynb #w-worth-2
 def worth_of(
     rule: Rule,  # one of RULES
     table: pd.DataFrame,  # of its rows

@@ -1576,7 +1576,7 @@ def plot_found(
         fig.legend(handles=list(named.values()), loc='outside lower center', ncols=len(named) or 1)
     return fig
 
-
+# %% ../../nbs/papers/uscl.ipynb #plot-found-2
 def shown_detections(
     run: UsclRun,  # what stages share; the detectors are trained
     items: DetectItems = None,  # None where there is no detector

@@ -220,7 +220,7 @@ def _offset(k, n):
     "How far below its row the dots of group k of n are."
     return (k - (n - 1) / 2) * (0.62 / n)
 
-
+# %% ../../nbs/stats/figures.ipynb #c024-b-2
 def _comparison_axes(ax, labels, xlabel, title, xlim):
     "A row for each label, from the top."
     ax.set(ylim=(len(labels) - 0.45, -0.55), xlabel=xlabel, title=title)
