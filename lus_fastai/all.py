@@ -63,7 +63,7 @@ from lus_fastai.split_audit import *
 from lus_fastai.widgets import *
 from lus_fastai.cli import *
 from lus_fastai.exercises import *
-from lus_fastai.papers import experiment, gare, cheng_lam, arora, uscl, merand, sim_to_real, pocus_model, splits  # a paper is a module
+from lus_fastai.papers import experiment, gare, cheng_lam, arora, uscl, merand, sim_to_real, pocus_model, small_model, splits  # a paper is a module
 
 _shadowed = {'models'}  # fastai's name for torchvision.models; `lus_fastai.models` is our package: a star import brings neither
 

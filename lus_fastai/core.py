@@ -353,8 +353,10 @@ def atomic_path(
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.tmp{path.suffix}')
     try:
-        open(tmp, 'xb').close()
+        with open(tmp, 'xb') as f:
+            mode = os.fstat(f.fileno()).st_mode & 0o777  # as the umask has it; safetensors would narrow it
         yield tmp
+        os.chmod(tmp, mode)
         with open(tmp, 'rb+') as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)

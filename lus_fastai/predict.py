@@ -556,10 +556,12 @@ def _assembled(facts, weights):
 
 # %% ../nbs/predict.ipynb #load
 def load_model(
-    path=None,  # a file of save_model; default: the model that ships with the package
+    path=None,  # a file of save_model; or one that ships with the package, 'pocus' (the default) or 'small'
 ) -> ClipModel:
     "Read a finished model; ModelFileError, naming the file, for anything else."
-    path = shipped_folder('data') / 'weights' / 'pocus.safetensors' if path is None else Path(path)
+    if path in (None, 'pocus', 'small'):
+        path = shipped_folder('data') / 'weights' / f'{path or "pocus"}.safetensors'
+    path = Path(path)
     facts = _read_facts(path)
     try:
         weights = load_weights(path)

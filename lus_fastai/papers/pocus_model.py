@@ -51,7 +51,7 @@ from lus_fastai.papers.experiment import (
 from ..plot import interval_text
 from ..predict import ClipModel, ClipPrep, Familiar, fit_familiar, odd_fan, save_model
 from ..report import Report, limits_note, model_card
-from ..runs import Settings, cell, results_table
+from ..runs import Settings, cell, differences_table, results_table
 from ..stats.bootstrap import auc, paired_difference, patient_interval
 from ..stats.calibration import calibrate, ece, evaluate_forecasts
 from ..stats.classification import class_probabilities, compare_classifiers, evaluate, pred_classes
@@ -726,7 +726,7 @@ def _data_sentence(data, table, tested):
 
 CARD_ROWS = {NESTED: 'choice included', SHIPPED: 'this head, picked with these patients in view'}
 
-
+# %% ../../nbs/papers/pocus_model.ipynb #run-card-2
 def _card_results(results, rows):
     "What the card says was measured, such as of the choosing and of the head that came out."
     t, texts = results_table(results), {}
@@ -735,6 +735,10 @@ def _card_results(results, rows):
             texts[f'{r.column} by {r.protocol}, {note}'] = interval_text(r.ours, r.low, r.high)
     for r in t[(t.table == 'refused')].itertuples():
         texts[f'refused: {r.row}'] = interval_text(r.ours, r.low, r.high)
+    for d in differences_table(results).itertuples():
+        if {d.a, d.b} <= set(rows):
+            name = f'{d.column} by {d.protocol}: {d.a} minus {d.b}'
+            texts[name] = f'{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]'
     return texts
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-card-1

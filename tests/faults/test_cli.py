@@ -131,7 +131,7 @@ def test_help_is_there_before_torch(tmp_path, name):
 @pytest.mark.parametrize(
     'name, args, said',
     [
-        ('lus_repro', ['gaer'], 'merand, pocus_model, sim_to_real, splits, uscl'),
+        ('lus_repro', ['gaer'], 'merand, pocus_model, sim_to_real, small_model, splits, uscl'),
         ('lus_repro', ['gare', '--data', 'pocus'], 'LUS_DATA'),
         ('lus_demo', ['--data', 'nowhere'], 'not a folder'),
         ('lus_demo', ['--patient', 'file'], 'for a folder of your own clips, and this is the phantom'),

@@ -336,8 +336,10 @@ def test_images_and_clips_are_the_phantoms():
         '.xz',
     }
     found = {p.relative_to(ROOT).as_posix() for p in tracked() if p.suffix.lower() in media}
-    model = 'data/weights/pocus.safetensors'
-    assert all(re.match(r'nbs/images/|data/phantom|data/templates/', f) for f in found - {model}), found
+    model, small = (f'data/weights/{name}.safetensors' for name in ('pocus', 'small'))
+    assert all(re.match(r'nbs/images/|data/phantom|data/templates/', f) for f in found - {model, small}), (
+        found
+    )
     big = {
         p.relative_to(ROOT).as_posix(): p.stat().st_size for p in tracked() if p.stat().st_size > 1_000_000
     }

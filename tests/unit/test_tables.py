@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -134,3 +135,15 @@ def test_an_error_that_is_not_about_the_file_stays_as_it_is(tmp_path):
         with pytest.raises(type(error)) as e, atomic_path(tmp_path / 'x'):
             raise error
         assert e.value is error
+
+
+def test_a_file_gets_the_mode_of_the_umask_whoever_writes_it(tmp_path):
+    from safetensors.numpy import save_file
+
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / 'x.safetensors') as tmp:
+            save_file({'w': np.zeros(3)}, tmp)  # which writes for the owner alone
+    finally:
+        os.umask(before)
+    assert (tmp_path / 'x.safetensors').stat().st_mode & 0o777 == 0o640
