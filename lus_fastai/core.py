@@ -412,11 +412,16 @@ def load_state(
     path,  # a file of save_state
 ):  # what it holds, on the CPU
     "Read a state without unpickling code; an error for a file that is damaged, in whichever byte."
-    if zipfile.is_zipfile(path):  # which the files of PyTorch before 1.6 are not
-        with zipfile.ZipFile(path) as archive:
-            if (bad := archive.testzip()) is not None:
-                raise ValueError(f"its part {bad} is damaged")
-    return torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        if zipfile.is_zipfile(path):  # which the files of PyTorch before 1.6 are not
+            with zipfile.ZipFile(path) as archive:
+                if (bad := archive.testzip()) is not None:
+                    raise ValueError(f"its part {bad} is damaged")
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as e:  # PyTorch, pickle, zip and safetensors each have their own
+        raise ValueError(f"it is no state, or was cut short: {e or type(e).__name__}") from None
 
 # %% ../nbs/core.ipynb #csv-formula
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")

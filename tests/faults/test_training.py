@@ -496,13 +496,18 @@ def test_predictions_after_a_fit_leave_the_weights_alone(made, tmp_path):
 def test_a_history_with_a_gap_is_not_read(made, finished, tmp_path):
     frames, folds, data, build = setup(made)
     shutil.copytree(finished[0], tmp_path / 'run')
-    (tmp_path / 'run/fold1/history.csv').write_text('fold,epoch\n')
-    for read in (
-        lambda: cv(build, folds, data, epochs=1, path=tmp_path / 'run'),
-        lambda: last_epoch(folds, tmp_path / 'run'),
+    gap = r'fold1 has a history of the epochs \[1\], not of all 1'
+    for text, said in (
+        ('fold,epoch\n', 'fold1.history.csv is damaged'),
+        ('epoch,score,seconds\n1,0.5,2\n', gap),
     ):
-        with pytest.raises(ValueError, match=r'fold1 has a history of the epochs \[\], not of all 1'):
-            read()
+        (tmp_path / 'run/fold1/history.csv').write_text(text)
+        for read in (
+            lambda: cv(build, folds, data, epochs=1, path=tmp_path / 'run'),
+            lambda: last_epoch(folds, tmp_path / 'run'),
+        ):
+            with pytest.raises(ValueError, match=said):
+                read()
     with pytest.raises(ValueError, match='other frames or folds'):
         last_epoch(Folds(folds.table, (folds.fold + 1) % 3), finished[0])
 

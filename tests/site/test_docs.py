@@ -347,7 +347,9 @@ def test_the_first_page_and_the_summary_compare_the_same(results):
     pairs = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == 'PAIRS')
     assert eval(compile(ast.Expression(pairs), 'index', 'eval')) == results.PAIRS
     rows = results.leak_rows(results.read_all(ROOT / 'results'))
-    assert len(rows) == 5 and all(theirs['ours'] >= honest['ours'] for *_, theirs, honest in rows)
+    both = [row[-2:] for row in rows if None not in row[-2:]]  # a paper whose pair is not stored yet is named
+    assert len(rows) == 5 and len(both) >= 4
+    assert all(theirs['ours'] >= honest['ours'] for theirs, honest in both)
 
 
 # pages in a browser
@@ -378,7 +380,7 @@ def test_a_page_has_its_furniture(preview):
     home, classifiers, claims, results, arora, references = (
         p.read_text(encoding='utf-8') for p in preview[1]
     )
-    assert 'alt="Scores of five papers' in home and 'Open in Colab' in home and 'Not a medical device' in home
+    assert 'alt="Scores of the papers' in home and 'Open in Colab' in home and 'Not a medical device' in home
     assert re.search(r'<a href="segmenters.html">← [^<]+</a><a href="stages.html">[^<]+ →</a>', classifiers)
     assert '<figcaption>Claims of the five papers by verdict.</figcaption>' in claims
     assert 'href="results/arora.html"' in results and '<summary>' in arora

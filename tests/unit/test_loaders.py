@@ -221,7 +221,7 @@ def test_predict_refuses_what_it_would_have_to_guess(twins, phantom_table, tmp_p
     fails(phantom_table.path[0], ClipError, 'it is a clip, .*sample_clip')
     fails(tmp_path / 'none.png', ClipError, 'no such file')
     (tmp_path / 'text.png').write_text('no image')
-    fails(tmp_path / 'text.png', ClipError, 'damaged')
+    fails(tmp_path / 'text.png', ClipError, 'it is no image')
     fails(a.frames.iloc[0].drop('row'), TableError, "a column 'row'")
     dark = FrameStore.build(
         a.frames.drop_duplicates('clip'), tmp_path / 'dark', size=(20, 24), workers=0, prepare=darker
