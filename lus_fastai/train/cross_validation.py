@@ -449,5 +449,5 @@ def fold_history(
 ) -> pd.DataFrame:  # columns fold, epoch, train_loss, valid_loss, score, lr, seconds
     "Loss, score, learning rate and duration of every epoch of every fold."
     files = sorted(Path(path).glob('fold*/history.csv'))
-    histories = [_history(f, need=('epoch',)).assign(fold=int(f.parent.name[4:])) for f in files]
+    histories = [_history(f, need=('epoch', 'seconds')).assign(fold=int(f.parent.name[4:])) for f in files]
     return pd.concat(histories, ignore_index=True)
