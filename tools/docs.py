@@ -147,6 +147,7 @@ doc_path = "{cfg['doc_path']}"
 readme_nb = "{cfg['readme_nb']}"
 tst_flags = "{cfg['tst_flags']}"
 custom_sidebar = {cfg['custom_sidebar'].lower()}
+allowed_out_metadata_keys = ["image/png"]
 doc_procs = [
     "docs_cells:SiteLinks", "docs_cells:unlink_private", "docs_cells:fit_code", "docs_cells:fold_code",
 ]
