@@ -340,12 +340,7 @@ def test_the_summary_has_every_claim_and_its_verdict(results, sources):
     assert len(page.splitlines()) < 200  # a page that is read, not a list of cells
 
 
-def test_the_first_page_and_the_summary_compare_the_same(results):
-    nb = json.loads((ROOT / 'nbs/index.ipynb').read_text(encoding='utf-8'))
-    sources = [''.join(c['source']) for c in nb['cells'] if c.get('id') == 'leak-pairs']
-    tree = ast.parse(sources[0])
-    pairs = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == 'PAIRS')
-    assert eval(compile(ast.Expression(pairs), 'index', 'eval')) == results.PAIRS
+def test_the_summary_compares_what_the_first_page_shows(results):
     rows = results.leak_rows(results.read_all(ROOT / 'results'))
     both = {paper: pair for paper, *_, theirs, honest in rows if None not in (pair := (theirs, honest))}
     assert [paper for paper, *_ in rows if paper not in both] == ['Cheng & Lam 2021']  # not stored yet
