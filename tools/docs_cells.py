@@ -1,8 +1,8 @@
 """What the site makes of the cells of a notebook, after nbdev's own processing.
 
-nbdev runs these four (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
-links for private names, code in lines that fit the page, and folded tests and plots. The notebooks stay as
-they are.
+nbdev runs these five (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
+links for private names or within links, defaults without an address in memory, code in lines that fit the
+page, and folded tests, plots and exercises. The notebooks stay as they are.
 """
 
 import ast
@@ -15,7 +15,7 @@ from nbdev.config import get_config
 from nbdev.process import Processor
 
 FITS = 88  # characters of a line of code that a page of 1280 pixels shows
-LONG_TEST, LONG_PLOT = 3, 4  # lines of code up to which a test and a plot stay open
+LONG_TEST, LONG_PLOT, LONG = 3, 4, 34  # lines of code up to which a test, a plot and others stay open
 _option = re.compile(r'#\|\s*([\w-]+)(?::\s*(.*))?$')
 
 
@@ -109,12 +109,28 @@ def fit_code(
         cell.source = head + _formatted(code)
 
 
+_nested = re.compile(r'\[([^\[\]]*)\[(`[^`]+`)\]\(https?://[^)]*\)([^\[\]]*)\]\(')
+
+
 def unlink_private(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Take away the links that nbdev makes of private names, which no page documents."
+    "Take away the links that nbdev makes of private names, which no page documents, and of names in a link."
     if cell.cell_type == 'markdown':
-        cell.source = re.sub(r'\[(`_\w+`)\]\(https?://[^)]*\)', r'\1', cell.source)
+        text = re.sub(r'\[(`_\w+`)\]\(https?://[^)]*\)', r'\1', cell.source)
+        cell.source = _nested.sub(r'[\1\2\3](', text)
+
+
+def steady_defaults(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Show a default that is an object by its type: its address differs in every run."
+    for o in cell.get('outputs', []):
+        text = o.get('data', {}).get('text/markdown')
+        if text:
+            text = text if isinstance(text, str) else ''.join(text)
+            text = re.sub(r'<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>', r'\1()', text)
+            o['data']['text/markdown'] = text.replace('__main__.', '')
 
 
 def is_test(
@@ -137,7 +153,7 @@ def folding(
     code: str,  # of a cell, without its options
     outputs: list,  # of the cell
 ) -> str:  # what the fold says, or '' where the code stays open
-    "Whether a cell is a long test or the code of a plot, which are folded."
+    "Whether a cell is a long test, the code of a plot or an exercise, or very long: these are folded."
     lines = len(code.splitlines())
     if any('image/png' in o.get('data', {}) for o in outputs):
         return 'Code of the figure' if lines > LONG_PLOT else ''
@@ -145,7 +161,10 @@ def folding(
         body = ast.parse(code).body
     except SyntaxError:  # a magic or a shell command
         return ''
-    return 'Tests' if body and not outputs and lines >= LONG_TEST and all(map(is_test, body)) else ''
+    if body and not outputs and lines >= LONG_TEST and all(map(is_test, body)):
+        return 'Tests'
+    asks = next((k for k in ('Exercise', 'Quiz') if re.search(rf'^\w+ = {k}\($', code, re.M)), '')
+    return f'Code of the {asks.lower()}' if asks else 'Code' if lines > LONG else ''
 
 
 def fold_code(

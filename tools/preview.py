@@ -19,6 +19,7 @@ from docs_checks import cells_of, is_away, joined
 
 tools = Path(__file__).resolve().parent
 WIDTHS = 1280, 390  # pixels of a desktop's window and of a phone
+PATIENCE = 300_000  # milliseconds: a long page takes half a minute on a busy machine
 
 
 def _fence(text, kind):
@@ -333,13 +334,12 @@ def browser_faults(
             page, asked = _watched(browser, width)
             for file in pages:
                 asked.clear()
-                page.goto(file.as_uri())
+                page.goto(file.as_uri(), timeout=PATIENCE)
                 faults += [f'{file.name} at {width} pixels: {x}' for x in _seen(page.evaluate(LOOK), asked)]
                 if shots:
                     shots.mkdir(parents=True, exist_ok=True)
-                    page.screenshot(
-                        path=shots / f'{file.parent.name}-{file.stem}-{width}.png', full_page=True
-                    )
+                    name = f'{file.parent.name}-{file.stem}-{width}.png'
+                    page.screenshot(path=shots / name, full_page=True, timeout=PATIENCE)
         browser.close()
     return faults
 

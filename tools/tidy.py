@@ -1,4 +1,5 @@
-"""Saved notebooks without outputs that show nothing, such as those a finished progress bar leaves behind:
+"""Saved notebooks without outputs that show nothing, such as those a finished progress bar leaves behind, and
+with what was printed in one piece:
 
 python tools/tidy.py [NOTEBOOK ...]
 """
@@ -29,29 +30,44 @@ def shows_nothing(
     return not any(re.sub(r'<style>.*?</style>', '', _text(x), flags=re.S).strip() for x in data.values())
 
 
+def tidied(
+    outputs: list,  # of a code cell
+) -> list:  # those that show something; texts printed one after another are one
+    "The outputs of a cell as they are to be saved."
+    kept = []
+    for o in outputs:
+        if shows_nothing(o):
+            continue
+        last = kept[-1] if kept else {}
+        if o['output_type'] == 'stream' == last.get('output_type') and o['name'] == last['name']:
+            text = _text(last['text']) + _text(o['text'])
+            kept[-1] = {**last, 'text': text.splitlines(keepends=True)}
+        else:
+            kept.append(o)
+    return kept
+
+
 def tidy(
     path: Path,  # a notebook, written again where something is taken away
-) -> int:  # how many outputs were taken away
-    "Take the outputs that show nothing out of a notebook."
-    nb = json.loads(path.read_text(encoding='utf-8'))
-    n = 0
+) -> int:  # how many outputs fewer it has
+    "Tidy the outputs of a notebook."
+    nb, fewer = json.loads(path.read_text(encoding='utf-8')), 0
     for c in nb['cells']:
-        kept = [o for o in c.get('outputs', []) if not shows_nothing(o)]
-        n += len(c.get('outputs', [])) - len(kept)
         if 'outputs' in c:
-            c['outputs'] = kept
-    if n:
+            old, c['outputs'] = c['outputs'], tidied(c['outputs'])
+            fewer += len(old) - len(c['outputs'])
+    if fewer:
         path.write_text(json.dumps(nb, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
-    return n
+    return fewer
 
 
 def main(*names):
-    paths = [Path(n) for n in names] or sorted(
-        p for p in (ROOT / 'nbs').rglob('*.ipynb') if not any(x[0] in '._' for x in p.relative_to(ROOT).parts)
-    )
+    there = sorted((ROOT / 'nbs').rglob('*.ipynb'))
+    shown = [p for p in there if not any(x[0] in '._' for x in p.relative_to(ROOT).parts)]
+    paths = [Path(n) for n in names] or shown
     for p in paths:
         if n := tidy(p):
-            print(f'{p}: {n} outputs that show nothing taken away')
+            print(f'{p}: {n} outputs fewer')
 
 
 if __name__ == '__main__':
