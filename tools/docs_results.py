@@ -3,6 +3,7 @@
 import ast
 import html
 import json
+import re
 from pathlib import Path
 
 from docs_checks import cells_of, joined
@@ -47,7 +48,9 @@ def plain(
     text,  # of a cell of a table
 ) -> str:
     "Text that Markdown takes as it is."
-    return str(text).replace('|', '\\|').replace('<', '&lt;').replace('@', '\\@')
+    parts = re.split(r'(`[^`]*`)', str(text).replace('|', '\\|'))  # code stands at odd places
+    parts[::2] = [p.replace('<', '&lt;').replace('@', '\\@') for p in parts[::2]]
+    return ''.join(parts)
 
 
 def table(
@@ -277,11 +280,12 @@ def claim_section(
         same, honest = _both(results, claim, claim.as_theirs), _both(results, claim, claim.protocol)
         short = ', trained too little' * any((claim.protocol, r) in few for r in (claim.a, claim.b))
         said = f"**{v['verdict']}**{short}"
-        row = [claim.text, claim.theirs or '–', same, honest, v['difference, honest'] or '–', said]
+        gap = (v['difference, honest'] or '–').replace(' ', '\N{NO-BREAK SPACE}')
+        row = [claim.text, claim.theirs or '–', same, honest, gap, said]
         (open_ if v['difference, honest'] or v['difference, their protocol'] else closed).append(
             (row, claim.needs)
         )
-    about = f"On {results['data']} ([every number](results/{name}.qmd), [chapter](papers/{name}.ipynb))."
+    about = f"Data: {results['data']} ([every number](results/{name}.qmd), [chapter](papers/{name}.ipynb))."
     head = ['claim', 'theirs', 'ours, their protocol', 'ours, honest', 'paired difference, honest', 'verdict']
     out = [f"## {results['paper']}", '', about, '']
     out += (
