@@ -1,5 +1,5 @@
-"""Saved notebooks without outputs that show nothing, such as those a finished progress bar leaves behind, and
-with what was printed in one piece:
+"""Saved notebooks without outputs that show nothing, such as those a progress bar leaves behind, and with what
+was printed in one piece:
 
 python tools/tidy.py [NOTEBOOK ...]
 """
@@ -19,12 +19,14 @@ def _text(x):
 def shows_nothing(
     output: dict,  # of a code cell, as JSON has it
 ) -> bool:
-    "Whether a reader sees nothing of an output: blank text, or HTML that holds at most a style sheet."
+    "Whether an output tells a reader nothing: blank text, a style sheet alone, a progress bar that stopped."
     if output['output_type'] == 'stream':
         return not _text(output['text']).strip()
     if output['output_type'] == 'error':
         return False
     data = dict(output.get('data', {}))
+    if _text(data.get('text/plain', '')).startswith('<div><progress '):
+        return True
     if 'text/html' in data:  # its text is then the name of an object
         data.pop('text/plain', None)
     return not any(re.sub(r'<style>.*?</style>', '', _text(x), flags=re.S).strip() for x in data.values())

@@ -293,7 +293,10 @@ def test_what_shows_nothing_is_taken_away(tidy, tmp_path):
     value = dict(output_type='execute_result', execution_count=None, metadata={}, data={'text/plain': '3'})
     widget = shown(**{'application_vnd.jupyter.widget-view+json': dict(model_id='a')})
     failed = dict(output_type='error', ename='a', evalue='b', traceback=[])
-    assert tidy.tidied([style, bar, printed(' \n')]) == []
+    stopped = shown(
+        text_html='<div><progress max="2"></progress></div>', text_plain='<div><progress max="2">'
+    )
+    assert tidy.tidied([style, bar, stopped, printed(' \n')]) == []
     kept = [table, value, widget, failed]
     assert tidy.tidied([bar, *kept, bar]) == kept
     told = tidy.tidied([printed('a\n'), bar, printed('b\nc'), printed('d', 'stderr')])
