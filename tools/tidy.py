@@ -1,5 +1,5 @@
-"""Saved notebooks without outputs that show nothing, such as those a progress bar leaves behind, and with what
-was printed in one piece:
+"""Saved notebooks without outputs that show nothing, such as those a progress bar leaves behind, and with
+what was printed in one piece:
 
 python tools/tidy.py [NOTEBOOK ...]
 """
