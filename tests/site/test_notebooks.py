@@ -272,8 +272,9 @@ def test_saved_outputs_are_tidy(path, tidy):
     for i, c in enumerate(load(path)['cells']):
         outputs = c.get('outputs', [])
         assert len(tidy.tidied(outputs)) == len(outputs), f'cell {i}: run python tools/tidy.py'
-        drawn = [o for o in outputs if '<Figure' in ''.join(o.get('data', {}).get('text/plain', ''))]
-        assert all(o['metadata']['image/png']['width'] > 0 for o in drawn), (
+        data = [(o, o.get('data', {})) for o in outputs]
+        drawn = [o for o, d in data if 'image/png' in d and '<PIL.' not in ''.join(d['text/plain'])]
+        assert all(o['metadata'].get('image/png', {}).get('width') for o in drawn), (
             f'cell {i}: a figure without its size; execute the notebook again, and then nbdev-clean'
         )
 
