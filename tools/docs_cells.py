@@ -1,11 +1,12 @@
 """What the site makes of the cells of a notebook, after nbdev's own processing.
 
 nbdev runs these four (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
-links for private names, code in lines that fit the page, and folded tests and plots. The notebooks stay as
-they are.
+links for private names, code in lines that fit the page, and folded tests, helpers and plots. The notebooks
+stay as they are.
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from nbdev.config import get_config
 from nbdev.process import Processor
 
 FITS = 88  # characters of a line of code that a page of 1280 pixels shows
-LONG_TEST, LONG_PLOT = 3, 4  # lines of code up to which a test and a plot stay open
+LONG_TEST, LONG_PLOT, LONG_HELPER = 3, 4, 8  # lines up to which a test, a plot and a helper stay open
 _option = re.compile(r'#\|\s*([\w-]+)(?::\s*(.*))?$')
 
 
@@ -133,11 +134,24 @@ def is_test(
     return isinstance(node, (ast.For, ast.If)) and all(map(is_test, node.body))
 
 
+def helper_fold(
+    body: list,  # statements of a cell, of ast
+) -> str:  # what the fold says, or '' where something else is defined, or nothing
+    "Whether a cell defines private helpers alone, or what draws: names, and what the first one does."
+    defined = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    rest = [n for n in body if n not in defined and not isinstance(n, (ast.Assign, ast.Expr))]
+    names = [n.name for n in defined]
+    if not names or rest or not all(n.startswith('_') or n.startswith('plot_') for n in names):
+        return ''
+    does = next((text for n in defined if (text := ast.get_docstring(n))), '')
+    return f'{", ".join(names)}: {does}'.rstrip(': ')
+
+
 def folding(
     code: str,  # of a cell, without its options
     outputs: list,  # of the cell
 ) -> str:  # what the fold says, or '' where the code stays open
-    "Whether a cell is a long test or the code of a plot, which are folded."
+    "Whether a cell is a long test, a long helper, or the code of a plot, which are folded."
     lines = len(code.splitlines())
     if any('image/png' in o.get('data', {}) for o in outputs):
         return 'Code of the figure' if lines > LONG_PLOT else ''
@@ -145,17 +159,19 @@ def folding(
         body = ast.parse(code).body
     except SyntaxError:  # a magic or a shell command
         return ''
-    return 'Tests' if body and not outputs and lines >= LONG_TEST and all(map(is_test, body)) else ''
+    if body and not outputs and lines >= LONG_TEST and all(map(is_test, body)):
+        return 'Tests'
+    return helper_fold(body) if lines > LONG_HELPER else ''
 
 
 def fold_code(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Fold long tests and the code of plots, but where the cell has an option of its own."
+    "Fold long tests, long helpers and the code of plots, but where the cell has an option of its own."
     if cell.cell_type != 'code':
         return
     options, code = split_options(cell.source)
     if 'code-fold' in options or options.get('echo') == 'false':
         return
     if summary := folding(code, cell.get('outputs', [])):
-        cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'
+        cell.source = f'#| code-fold: true\n#| code-summary: {json.dumps(summary)}\n{cell.source}'
