@@ -179,7 +179,7 @@ SOURCES['ccxs'] = Source(
 SOURCES['xpie'] = Source(
     name='xpie',
     title='XPIE, photographs with the mask of their salient object',
-    licence='none found: ask its authors',
+    licence='no licence found: ask its authors',
     citation=(
         'Xia C, Li J, Chen X, Zheng A, Zhang Y. What is and What is not a Salient Object? Learning '
         'Salient Object Detector by Ensembling Linear Exemplar Regressors. CVPR 2017'
