@@ -159,6 +159,9 @@ description: The papers and the data sets, from references.bib
 nocite: '@*'
 ---
 
+Each entry was compared with the publisher's page, the authors' repository or a deposited copy, but for two:
+of Merand and Klein (2021) no record was found, and of Gare et al. (2021) none that confirms the address.
+
 ::: {#refs}
 :::
 """

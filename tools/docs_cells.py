@@ -2,10 +2,11 @@
 
 nbdev runs these five (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
 links for private names or within links, defaults without an address in memory, code in lines that fit the
-page, and folded tests, plots and exercises. The notebooks stay as they are.
+page, and folded tests, helpers, plots and exercises. The notebooks stay as they are.
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from nbdev.config import get_config
 from nbdev.process import Processor
 
 FITS = 88  # characters of a line of code that a page of 1280 pixels shows
-LONG_TEST, LONG_PLOT, LONG = 3, 4, 34  # lines of code up to which a test, a plot and others stay open
+LONG_TEST, LONG_PLOT, LONG_HELPER = 3, 4, 8  # lines up to which a test, a plot and a helper stay open
+LONG = 34  # and any other code
 _option = re.compile(r'#\|\s*([\w-]+)(?::\s*(.*))?$')
 
 
@@ -149,11 +151,24 @@ def is_test(
     return isinstance(node, (ast.For, ast.If)) and all(map(is_test, node.body))
 
 
+def helper_fold(
+    body: list,  # statements of a cell, of ast
+) -> str:  # what the fold says, or '' where something else is defined, or nothing
+    "Whether a cell defines private helpers alone, or what draws: names, and what the first one does."
+    defined = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    rest = [n for n in body if n not in defined and not isinstance(n, (ast.Assign, ast.Expr))]
+    names = [n.name for n in defined]
+    if not names or rest or not all(n.startswith('_') or n.startswith('plot_') for n in names):
+        return ''
+    does = next((text for n in defined if (text := ast.get_docstring(n))), '')
+    return f'{", ".join(names)}: {does}'.rstrip(': ')
+
+
 def folding(
     code: str,  # of a cell, without its options
     outputs: list,  # of the cell
 ) -> str:  # what the fold says, or '' where the code stays open
-    "Whether a cell is a long test, the code of a plot or an exercise, or very long: these are folded."
+    "Whether a cell is a long test or helper, the code of a plot or an exercise, or very long: all are folded."
     lines = len(code.splitlines())
     if any('image/png' in o.get('data', {}) for o in outputs):
         return 'Code of the figure' if lines > LONG_PLOT else ''
@@ -163,6 +178,8 @@ def folding(
         return ''
     if body and not outputs and lines >= LONG_TEST and all(map(is_test, body)):
         return 'Tests'
+    if lines > LONG_HELPER and (summary := helper_fold(body)):
+        return summary
     asks = next((k for k in ('Exercise', 'Quiz') if re.search(rf'^\w+ = {k}\($', code, re.M)), '')
     return f'Code of the {asks.lower()}' if asks else 'Code' if lines > LONG else ''
 
@@ -170,11 +187,11 @@ def folding(
 def fold_code(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Fold long tests and the code of plots, but where the cell has an option of its own."
+    "Fold long tests, helpers and the code of plots and exercises, but where the cell has an option of its own."
     if cell.cell_type != 'code':
         return
     options, code = split_options(cell.source)
     if 'code-fold' in options or options.get('echo') == 'false':
         return
     if summary := folding(code, cell.get('outputs', [])):
-        cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'
+        cell.source = f'#| code-fold: true\n#| code-summary: {json.dumps(summary)}\n{cell.source}'

@@ -74,7 +74,7 @@ def cell_markdown(
     shown = _fence(code, '.python') if code and options.get('echo') != 'false' else ''
     fold = options.get('code-fold', 'false')
     if shown and fold in ('true', 'show'):
-        summary = options.get('code-summary', 'Code').strip('"\'')
+        summary = html.escape(yaml.safe_load(options.get('code-summary', 'Code')))
         opened = ' open' if fold == 'show' else ''
         start = f'<details class="code-fold"{opened}><summary>{summary}</summary>'
         shown = f"{_fence(start, '=html')}\n\n{shown}\n\n{_fence('</details>', '=html')}"

@@ -24,8 +24,9 @@ from ..video import ClipError, sample_clip
 
 # %% ../../nbs/data/realism.ipynb #e-experts
 # 15,755 B-lines that experts marked on 10,371 frames of 1,419 clips of 113 patients: BEDLUS, Lucassen et al.,
-# "Deep learning for detection and localization of B-lines in lung ultrasound", arXiv 2302.07844 (2023),
-# counted from the annotations in github.com/RTLucassen/B-line_detection
+# "Deep learning for detection and localization of B-lines in lung ultrasound", IEEE Journal of Biomedical and
+# Health Informatics 2023;27(9):4352-4361; counted from the annotations in
+# github.com/RTLucassen/B-line_detection
 EXPERT_COUNTS = (0.616, 0.272, 0.093, 0.016, 0.003)  # shares of frames with 1, 2, 3, 4 and 5 or more
 EXPERT_TILT = 5.5  # median angle between a B-line and the vertical of the image, degrees
 

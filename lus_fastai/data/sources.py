@@ -72,7 +72,7 @@ def _github(repo, commit):
 SOURCES['pocus'] = Source(
     name='pocus',
     title='POCUS, the lung-ultrasound collection of POCOVID-Net',
-    licence='per file (column `licence`): mostly CC BY-NC 4.0 and CC BY 4.0',
+    licence='per file (column `licence`): mostly CC BY-NC 4.0 and CC BY 4.0, some CC BY-NC-SA',
     citation=(
         'Born J et al. Accelerating Detection of Lung Pathologies with Explainable Ultrasound Image '
         'Analysis. Applied Sciences 2021;11(2):672. doi:10.3390/app11020672'
@@ -91,7 +91,8 @@ SOURCES['blues'] = Source(
     licence='CC BY-NC-ND 4.0: no frame, and no image made from one, may be passed on',
     citation=(
         'Wiedemann N, de Korte-de Boer D, Richter M et al. COVID-BLUeS: A Prospective Study on the Value '
-        'of AI in Lung Ultrasound Analysis. arXiv:2509.10556 (2025)'
+        'of AI in Lung Ultrasound Analysis. IEEE Journal of Biomedical and Health Informatics '
+        '2025;29(9):6301-6310. doi:10.1109/JBHI.2025.3543686'
     ),
     urls=_github('NinaWie/COVID-BLUES', '1857a6fba9b8d00614f133fe8ffb7bc1f1a14f78'),
     marker=('clinical_variables.csv', 'severity.csv', 'lus_videos'),
@@ -103,7 +104,7 @@ SOURCES['blues'] = Source(
 SOURCES['busi'] = Source(
     name='busi',
     title='BUSI, stills of breast lesions with their masks',
-    licence='public; cite the paper',
+    licence='public, without a formal licence; cite the paper',
     citation=(
         'Al-Dhabyani W, Gomaa M, Khaled H, Fahmy A. Dataset of breast ultrasound images. Data in Brief '
         '2020;28:104863. doi:10.1016/j.dib.2019.104863'
@@ -145,7 +146,7 @@ SOURCES['clust'] = Source(
     ),
     citation=(
         'De Luca V et al. The 2014 liver ultrasound tracking benchmark. Physics in Medicine & Biology '
-        '2015;60(14):5571'
+        '2015;60(14):5571-5599. doi:10.1088/0031-9155/60/14/5571'
     ),
     urls=dict(homepage='https://clust.ethz.ch/data.html'),
     marker=('*-[0-9]*/Data|*/*-[0-9]*/Data|*/*/*-[0-9]*/Data',),
@@ -178,7 +179,7 @@ SOURCES['ccxs'] = Source(
 SOURCES['xpie'] = Source(
     name='xpie',
     title='XPIE, photographs with the mask of their salient object',
-    licence='for research, ask its authors for other uses',
+    licence='no licence found: ask its authors',
     citation=(
         'Xia C, Li J, Chen X, Zheng A, Zhang Y. What is and What is not a Salient Object? Learning '
         'Salient Object Detector by Ensembling Linear Exemplar Regressors. CVPR 2017'
@@ -196,7 +197,7 @@ SOURCES['chexpert'] = Source(
     licence='Stanford University Dataset Research Use Agreement: register; nothing may be passed on',
     citation=(
         'Irvin J, Rajpurkar P, Ko M et al. CheXpert: A Large Chest Radiograph Dataset with Uncertainty '
-        'Labels and Expert Comparison. AAAI 2019'
+        'Labels and Expert Comparison. AAAI 2019;33:590-597. doi:10.1609/aaai.v33i01.3301590'
     ),
     urls=dict(homepage='https://stanfordmlgroup.github.io/competitions/chexpert/'),
     marker=('train.csv', 'train'),
@@ -212,7 +213,7 @@ SOURCES['siim'] = Source(
     citation=(
         'Lakhani P, Mongan J, Singhal C et al. The 2021 SIIM-FISABIO-RSNA Machine Learning COVID-19 '
         'Challenge: Annotation and Standard Exam Classification of COVID-19 Chest Radiographs. J Digit '
-        'Imaging 2023;36:365'
+        'Imaging 2023;36(1):365-372. doi:10.1007/s10278-022-00706-8'
     ),
     urls=dict(homepage='https://www.kaggle.com/c/siim-covid19-detection'),
     marker=('train_image_level.csv', 'train_study_level.csv', 'train'),
@@ -229,8 +230,9 @@ SOURCES['transbound'] = Source(
     title='TransBound, ten convex lung frames with coarse polygons of pleura and A-lines',
     licence='no licence: load it, pass nothing on',
     citation=(
-        'Abbasi S. TransBound-UNet: Improved A-Line and B-Line Detection in Lung Ultrasound Using Deep '
-        'Learning with Boundary-Aware Dice Loss. github.com/Soolmaz-Abbasi/TransBound-Unet'
+        'Abbasi S, Wahd AS, Ghosh S et al. Improved A-Line and B-Line Detection in Lung Ultrasound Using '
+        'Deep Learning with Boundary-Aware Dice Loss. Bioengineering 2025;12(3):311. '
+        'doi:10.3390/bioengineering12030311'
     ),
     urls=dict(homepage='https://github.com/Soolmaz-Abbasi/TransBound-Unet'),
     marker=('images/1.png|Images/1.png', 'masks/1.png|AlineBlineSegmentation/1.png'),

@@ -582,6 +582,14 @@ def clips(
     "The clips of a protocol: the paper's has those of linear probes too."
     return self.with_linear if protocol == 'clip' and self.kind == 'pocus' else self.convex
 
+# %% ../../nbs/papers/gare.ipynb #c030-4-2
+def segmentation_protocol(
+    recipe: str,  # a name from RECIPES
+    protocol: str,  # 'patient' or 'variant'
+) -> str:  # such as 'segmentation by patient'
+    "What a segmenter's protocol is called in the results."
+    return f'segmentation by {protocol}' + (', plain cross-entropy' if recipe == 'paper' else '')
+
 # %% ../../nbs/papers/gare.ipynb #c030-3
 def _codes(start):
     "How many codes a segmenter has; one that was not trained has those of dense labels."
@@ -629,6 +637,26 @@ def _train_classifier(of, source, protocol, settings, seed, path):
     (clips, codes), start = of, None if source is None else best_fold(path.parent / source)
     return classify(clips, start, codes, path, protocol, settings, seed)
 
+# %% ../../nbs/papers/gare.ipynb #c030-5
+def gare_trainings(
+    data: GareData,  # frames and clips
+    settings: GareSettings,  # seeds and parts
+) -> list:  # of Training, in the order in which they are trained
+    "Everything that a run trains: what the core needs first, the paper's protocols last."
+    segmenters, classifiers = plan_segmenters(settings), plan_classifiers(settings)
+    first = [
+        *_segmenter_trainings(data, settings, segmenters),
+        *_classifier_trainings(data, settings, classifiers),
+    ]
+    return sorted(first, key=lambda t: ('-variant-' in t.name or '-clip-' in t.name, 'seg-paper' in t.name))
+
+
+def _not_run(data, settings):
+    "Names of the trainings of the parts that these settings leave out."
+    there = {t.name for t in gare_trainings(data, settings)}
+    everything = gare_trainings(data, replace(settings, parts=('core', 'paper')))
+    return [t.name for t in everything if t.name not in there]
+
 # %% ../../nbs/papers/gare.ipynb #c030-4
 def _add_segmenters(run, trained, plan):
     "Keep each segmenter, and add the cells of its row; returns (recipe, labels, protocol) -> tables."
@@ -648,14 +676,6 @@ def _add_segmenters(run, trained, plan):
         where = segmentation_protocol(recipe, protocol)
         run.cells += segmentation_cells(of_row, labels, where) + fold_cells(of_row[0], labels, where)
     return tables
-
-# %% ../../nbs/papers/gare.ipynb #c030-4-2
-def segmentation_protocol(
-    recipe: str,  # a name from RECIPES
-    protocol: str,  # 'patient' or 'variant'
-) -> str:  # such as 'segmentation by patient'
-    "What a segmenter's protocol is called in the results."
-    return f'segmentation by {protocol}' + (', plain cross-entropy' if recipe == 'paper' else '')
 
 # %% ../../nbs/papers/gare.ipynb #add-classifiers
 def _look_up(clips, table, name):
@@ -731,26 +751,6 @@ def _compare_rows(run, tables, a, b, protocol):
     ):
         difference = compare_classifiers(of_a, of_b, metric, level)
         run.compare(a, b, column, difference, protocol=where, trainings=(len(of_a), len(of_b)))
-
-# %% ../../nbs/papers/gare.ipynb #c030-5
-def gare_trainings(
-    data: GareData,  # frames and clips
-    settings: GareSettings,  # seeds and parts
-) -> list:  # of Training, in the order in which they are trained
-    "Everything that a run trains: what the core needs first, the paper's protocols last."
-    segmenters, classifiers = plan_segmenters(settings), plan_classifiers(settings)
-    first = [
-        *_segmenter_trainings(data, settings, segmenters),
-        *_classifier_trainings(data, settings, classifiers),
-    ]
-    return sorted(first, key=lambda t: ('-variant-' in t.name or '-clip-' in t.name, 'seg-paper' in t.name))
-
-
-def _not_run(data, settings):
-    "Names of the trainings of the parts that these settings leave out."
-    there = {t.name for t in gare_trainings(data, settings)}
-    everything = gare_trainings(data, replace(settings, parts=('core', 'paper')))
-    return [t.name for t in everything if t.name not in there]
 
 # %% ../../nbs/papers/gare.ipynb #reproduce
 def reproduce(

@@ -8,19 +8,19 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/merand.html.md"""
 __all__ = ['PRETRAININGS', 'TABLE3', 'BACKBONES', 'LITE0', 'CHAIN', 'CHAIN_MASKS', 'COLUMNS', 'CLAIMS', 'PARTS', 'CORE',
            'DEFAULT', 'QUICK', 'PAPER', 'PROTOCOLS', 'chain_row', 'Variant', 'theirs', 'their_gain', 'failed_steps',
            'read_step_one', 'table3_variant', 'claims_over', 'claims_table', 'table3_grids', 'plot_table3',
-           'StepSettings', 'MerandSettings', 'box_targets', 'phantom_first', 'reads_real', 'first_images',
-           'target_images', 'lesion_images', 'StepImages', 'Split', 'target_folds', 'target_splits', 'in_headline',
-           'left_out_text', 'variants', 'part_protocols', 'LabelLoss', 'ImageLoss', 'first_network', 'first_dls',
-           'note_build', 'bound_folder', 'trivial_answers', 'first_scores', 'first_run', 'first_gain', 'BoxLoss',
-           'first_weights', 'started', 'after_boxes', 'repeated_rows', 'fit_steps', 'box_images', 'box_step',
+           'chain_curves', 'plot_chain', 'StepSettings', 'MerandSettings', 'box_targets', 'phantom_first', 'reads_real',
+           'first_images', 'target_images', 'lesion_images', 'StepImages', 'Split', 'target_folds', 'target_splits',
+           'in_headline', 'left_out_text', 'variants', 'part_protocols', 'LabelLoss', 'ImageLoss', 'first_network',
+           'first_dls', 'note_build', 'bound_folder', 'trivial_answers', 'first_scores', 'first_run', 'first_gain',
+           'BoxLoss', 'first_weights', 'started', 'after_boxes', 'repeated_rows', 'fit_steps', 'box_images', 'box_step',
            'SaveLast', 'count_columns', 'count_table', 'holdout_loss', 'rotation_epochs', 'train_fold', 'counted',
            'target_run', 'count_stack', 'resampled_iou', 'run_scores', 'pooled_iou', 'image_dice', 'count_difference',
            'chain_split', 'chain_numbers', 'some_masks', 'chain_boxes', 'chain_run', 'chain_name', 'run_folder',
            'step_seconds', 'first_seconds', 'target_seconds', 'chain_seconds', 'chain_rows', 'chain_trainings',
            'target_name', 'variant_trainings', 'trainings_of', 'not_run', 'iou_cells', 'loss_cells', 'MerandRun',
            'describe', 'first_stage', 'target_stage', 'chain_stage', 'compared_with', 'compare_stage', 'score_parts',
-           'reproduce', 'chain_curves', 'plot_chain', 'step_points', 'plot_points', 'reconstructions',
-           'plot_reconstructions', 'plot_examples', 'merand_report']
+           'reproduce', 'step_points', 'plot_points', 'reconstructions', 'plot_reconstructions', 'plot_examples',
+           'merand_report']
 
 # %% ../../nbs/papers/merand.ipynb #c003
 from dataclasses import asdict, dataclass, field, replace
@@ -389,6 +389,36 @@ def plot_table3(
             for i, (a, b) in enumerate(zip(ours.index[:-1], ours.index[1:])):
                 if a[0] != b[0]:
                     ax.axhline(i + 0.5, color=INK, lw=0.8)
+    return fig
+
+# %% ../../nbs/papers/merand.ipynb #chain-fig
+def chain_curves(
+    results: dict,  # from read_results
+) -> pd.DataFrame:  # masks, row (a name in CHAIN), value, low, high
+    "IoU of the chain from random weights by number of masks."
+    t = results_table(results)
+    t = t[(t.table == 'chain') & (t.column == 'IoU') & ~t.row.str.contains('ImageNet')]
+    parts = t.row.str.extract(r'(?P<masks>\d+) masks: (?P<row>.*)')
+    return parts.assign(masks=parts.masks.astype(int), value=t.ours, low=t.low, high=t.high)
+
+# %% ../../nbs/papers/merand.ipynb #chain-fig-x1
+def plot_chain(
+    results: dict,  # from read_results, with the part chain
+):  # matplotlib Figure
+    "IoU against the number of masks, with and without boxes."
+    curves = chain_curves(results)
+    with figure_canvas(5.2, 3.4) as fig:
+        ax = fig.add_subplot()
+        for i, (row, c) in enumerate(curves.groupby('row', sort=False)):
+            c, color = c.sort_values('masks'), PALETTE[i]
+            x = c.masks * 1.03 ** (i - 1)  # beside each other
+            ax.vlines(x, c.low, c.high, color=color, lw=2, alpha=0.5)
+            ax.plot(x, c.value, marker=MARKERS[i], color=color, label=row)
+        ticks = sorted(set(curves.masks))
+        ax.set(xscale='log', xlabel='masks (logarithmic)', ylabel='IoU, tested images')
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+        ax.legend()
     return fig
 
 # %% ../../nbs/papers/merand.ipynb #c006-p
@@ -1741,36 +1771,6 @@ def reproduce(
     run = MerandRun(e, images, e.train(trainings_of(images, s)))
     score_parts(run)
     return merand_report(e.html, e.save(), s, run)
-
-# %% ../../nbs/papers/merand.ipynb #chain-fig
-def chain_curves(
-    results: dict,  # from read_results
-) -> pd.DataFrame:  # masks, row (a name in CHAIN), value, low, high
-    "IoU of the chain from random weights by number of masks."
-    t = results_table(results)
-    t = t[(t.table == 'chain') & (t.column == 'IoU') & ~t.row.str.contains('ImageNet')]
-    parts = t.row.str.extract(r'(?P<masks>\d+) masks: (?P<row>.*)')
-    return parts.assign(masks=parts.masks.astype(int), value=t.ours, low=t.low, high=t.high)
-
-# %% ../../nbs/papers/merand.ipynb #chain-fig-x1
-def plot_chain(
-    results: dict,  # from read_results, with the part chain
-):  # matplotlib Figure
-    "IoU against the number of masks, with and without boxes."
-    curves = chain_curves(results)
-    with figure_canvas(5.2, 3.4) as fig:
-        ax = fig.add_subplot()
-        for i, (row, c) in enumerate(curves.groupby('row', sort=False)):
-            c, color = c.sort_values('masks'), PALETTE[i]
-            x = c.masks * 1.03 ** (i - 1)  # beside each other
-            ax.vlines(x, c.low, c.high, color=color, lw=2, alpha=0.5)
-            ax.plot(x, c.value, marker=MARKERS[i], color=color, label=row)
-        ticks = sorted(set(curves.masks))
-        ax.set(xscale='log', xlabel='masks (logarithmic)', ylabel='IoU, tested images')
-        ax.set_xticks(ticks, ticks)
-        ax.minorticks_off()
-        ax.legend()
-    return fig
 
 # %% ../../nbs/papers/merand.ipynb #points
 def step_points(

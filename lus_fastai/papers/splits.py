@@ -47,7 +47,7 @@ class Rule:
     "How a published split distributes what."
 
     cited: str  # whose rule it is
-    unit: str  # 'frame', 'clip' or 'variant': a row of the table that is split
+    unit: str  # 'frame', 'clip', 'variant' or 'image': a row of the table that is split
     split: object  # function of the table -> Folds
     best: bool = False  # the epoch that is best on the test fold counts
     videos: bool = False  # stills are left out
@@ -69,7 +69,9 @@ RULES = {
     'POCOVID-Net': Rule('Born et al. 2020', 'frame', pocovid_folds, theirs=0.89),
     'Gare': Rule('Gare et al. 2021', 'clip', lambda t: leaky_folds(t, 3, 'clip'), best=True, theirs=0.849),
     'Gare, variants': Rule('Gare et al. 2021', 'variant', lambda t: leaky_folds(t, 3, 'variant'), best=True),
+    'Cheng & Lam': Rule('Cheng & Lam 2021', 'image', lambda t: leaky_folds(t, 5, 'variant'), best=True),
     'USCL': Rule('Chen et al. 2021', 'frame', pocovid_folds, best=True, theirs=0.942),
+    'Merand & Klein': Rule('Merand & Klein 2021', 'clip', lambda t: leaky_folds(t, 10, 'clip')),
     'EchoLung': Rule('EchoLung', 'clip', _files, videos=True, theirs=0.892),
     'frames': Rule('no paper', 'frame', lambda t: leaky_folds(t, 5, 'frame')),
 }
@@ -119,8 +121,14 @@ def _variant_rows(store, chosen, features):
     return rows, np.concatenate([x, x], 1).reshape(len(rows), -1)
 
 
+def _image_rows(store, chosen, features):
+    "Images and their mirrored copies, and their vectors, which are the same."
+    x = store_vectors(store, chosen, features)
+    return pd.concat([chosen.assign(variant=i) for i in (0, 1)], ignore_index=True), np.concatenate([x, x])
+
+# %% ../../nbs/papers/splits.ipynb #w-rows-of
 def rows_of(
-    unit: str,  # 'frame', 'clip' or 'variant'
+    unit: str,  # 'frame', 'clip', 'variant' or 'image'
     store,  # a FrameStore
     features: StageFeatures,  # frozen
     settings: SplitSettings = DEFAULT,  # numbers of frames
@@ -128,6 +136,8 @@ def rows_of(
     "What a rule distributes, with a vector for each row."
     if unit == 'variant':
         return _variant_rows(store, spread_frames(store.frames, settings.variant_frames), features)
+    if unit == 'image':
+        return _image_rows(store, spread_frames(store.frames, 1), features)
     if unit == 'frame':
         return store.frames, store_vectors(store, store.frames, features)
     chosen = spread_frames(store.frames, settings.clip_frames)

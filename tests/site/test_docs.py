@@ -234,6 +234,19 @@ def test_long_tests_and_plots_are_folded(cells):
     assert cells.folding('x = 1\n' * 34, []) == '' and cells.folding('x = 1\n' * 35, []) == 'Code'
 
 
+def test_long_helpers_are_folded_under_what_they_do(cells):
+    helper = 'def _half(x):\n    "Half of \\"it\\"."\n' + '    x = x / 2\n' * 9 + '    return x'
+    assert cells.folding(helper, []) == '_half: Half of "it".'
+    assert cells.folding(helper.replace('_half', 'plot_half'), []) == 'plot_half: Half of "it".'
+    assert cells.folding('_N = 3\n\n' + helper, []) == '_half: Half of "it".'
+    assert cells.folding(helper.replace('_half', 'half'), []) == ''  # public: what the page is about
+    assert cells.folding(helper + '\n\ndef half(x):\n    return _half(x)', []) == ''
+    assert cells.folding('def _half(x):\n    return x / 2', []) == ''  # short
+    cell = Cell(code(helper))
+    cells.fold_code(cell)
+    assert cell.source.splitlines()[1] == '#| code-summary: "_half: Half of \\"it\\"."'
+
+
 class Cell(dict):
     __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
 
