@@ -168,7 +168,7 @@ def folding(
     code: str,  # of a cell, without its options
     outputs: list,  # of the cell
 ) -> str:  # what the fold says, or '' where the code stays open
-    "Whether a cell is a long test or helper, the code of a plot or an exercise, or very long: all are folded."
+    "Whether a cell is a long test or helper, the code of a plot or an exercise, or very long."
     lines = len(code.splitlines())
     if any('image/png' in o.get('data', {}) for o in outputs):
         return 'Code of the figure' if lines > LONG_PLOT else ''
@@ -187,7 +187,7 @@ def folding(
 def fold_code(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Fold long tests, helpers and the code of plots and exercises, but where the cell has an option of its own."
+    "Fold long tests, helpers, plots and exercises, but where the cell has an option of its own."
     if cell.cell_type != 'code':
         return
     options, code = split_options(cell.source)
