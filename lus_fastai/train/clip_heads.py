@@ -243,7 +243,7 @@ class _Attention(torch.nn.Module):
         return self.out((self.attention(x, there)[..., None] * x).sum(1))
 
 # %% ../../nbs/train/clip_heads.ipynb #attention-train
-def _descended(net, x, there, code, weight, steps, decay):
+def _trained(net, x, there, code, weight, steps, decay):
     "The network after some steps of Adam on all clips."
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=decay)
     for _ in range(steps):
@@ -274,7 +274,7 @@ class AttentionHead(_Likeliest):
             torch.manual_seed(self.seed)
             net = _Attention(X.shape[2], len(self.classes_), self.width)
         data = *self._ready(X), torch.as_tensor(code), weight
-        self.net_ = _descended(net, *data, self.steps, self.decay)
+        self.net_ = _trained(net, *data, self.steps, self.decay)
         return self
 
 # %% ../../nbs/train/clip_heads.ipynb #attention-predict
