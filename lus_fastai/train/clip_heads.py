@@ -269,11 +269,11 @@ class AttentionHead(_Likeliest):
     def fit(self, X, y, sample_weight=None):
         self.classes_, code = np.unique(np.asarray(y, str), return_inverse=True)
         self.mean_, self.scale_ = np.nanmean(X, (0, 1)), np.nanstd(X, (0, 1)) + 1e-6
-        weight = torch.as_tensor(np.ones(len(X)) if sample_weight is None else sample_weight).float()
+        weight = np.ones(len(X)) if sample_weight is None else np.array(sample_weight)  # writable
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             net = _Attention(X.shape[2], len(self.classes_), self.width)
-        data = *self._ready(X), torch.as_tensor(code), weight
+        data = *self._ready(X), torch.as_tensor(code), torch.as_tensor(weight).float()
         self.net_ = _trained(net, *data, self.steps, self.decay)
         return self
 
