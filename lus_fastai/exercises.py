@@ -309,7 +309,8 @@ def confidence_curve(
     "The learner's calibration: how often they were right against how sure they were."
     first = log.first()
     if not len(first):
-        return print('no answer with a confidence yet: give one, such as check(..., confidence=0.8)')
+        print('no answer with a confidence yet: give one, such as check(..., confidence=0.8)')
+        return None
     preds = pd.DataFrame(dict(patient=first['name'], label=np.where(first['right'], 'right', 'wrong')))
     preds = preds.assign(p_right=first['confidence'], p_wrong=0.0)  # what counts is "I am right"
     with warnings.catch_warnings():

@@ -137,7 +137,7 @@ class OnnxNetwork(StageClassifier):
         self,
         path,  # a file of export_onnx
     ):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not the parent's, which builds a network of PyTorch
         with _extra():
             import onnxruntime
         settings = onnxruntime.SessionOptions()

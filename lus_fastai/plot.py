@@ -227,7 +227,7 @@ def _mask_row(axs, frames, masks, colors):
 
 def _masks_height(shape, n_rows, legend_rows, titled):
     "Height of the figure in inches."
-    _, h, w = shape
+    _, h, w = shape  # each image is 1.75 inches wide; a row of the legend is 0.2 high
     return (1.75 * h / w) * n_rows + 0.2 + 0.2 * legend_rows + (0.25 if titled else 0)
 
 # %% ../nbs/plot.ipynb #plot-masks

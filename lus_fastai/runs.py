@@ -116,7 +116,8 @@ def _used(x, module, seen):
 def _function(f, seen):
     "A function by its code, by what it was made with, and by the globals that it uses."
     module = f.__module__
-    cells = [c.cell_contents for c in f.__closure__ or () if c != types.CellType()]
+    full = [c for c in f.__closure__ or () if c != types.CellType()]  # the others have no value yet
+    cells = [c.cell_contents for c in full]
     made = [f.__code__, f.__defaults__, f.__kwdefaults__, cells, f.__dict__]
     out = b'function' + _all(made, module, seen)
     for name in sorted(_globals(f.__code__)):
@@ -161,7 +162,7 @@ def _state(x, module, seen):
         ) from None
     if isinstance(how, str):
         return _name(x) + how.encode()
-    make, args, state, *more = *how, None
+    make, args, state, *more = *how, None  # a short answer of `copy` has no state: None stands for it
     return _name(make) + _all([type(x), args, state, [list(m) for m in more if m is not None]], module, seen)
 
 # %% ../nbs/runs.ipynb #function-key
@@ -247,8 +248,9 @@ def _collection_repr(x, deep):
 
 def _partial_repr(x, deep):
     "A partial as a call of its function."
-    options = [f'{k}={stable_repr(v, deep)}' for k, v in sorted(x.keywords.items())]
-    return f"{stable_repr(x.func)}({', '.join([*(stable_repr(v, deep) for v in x.args), *options])})"
+    values = [stable_repr(v, deep) for v in x.args]
+    values += [f'{k}={stable_repr(v, deep)}' for k, v in sorted(x.keywords.items())]
+    return f"{stable_repr(x.func)}({', '.join(values)})"
 
 # %% ../nbs/runs.ipynb #repr-object
 def _object_repr(x, deep):
@@ -264,7 +266,7 @@ def stable_repr(
     x,  # anything that a Learner is made of
     deep: int = 5,  # levels of objects within objects
 ) -> str:  # the same in every process, for the same thing
-    "What an object is made of, without addresses, devices and paths."
+    "What an object is made of, without addresses in memory, devices and `Path` objects."
     x = x.item() if isinstance(x, np.generic) else x
     if x is None or isinstance(x, (bool, int, float, str, bytes, torch.dtype)):
         return repr(x)
@@ -353,10 +355,11 @@ def plain_json(
     if isinstance(x, dict):
         return {str(k): plain_json(v) for k, v in x.items()}
     if isinstance(x, (list, tuple, np.ndarray, pd.Series)):
-        return [plain_json(v) for v in (x.tolist() if isinstance(x, np.ndarray) else x)]
+        return [plain_json(v) for v in x]
     if torch.is_tensor(x) or isinstance(x, np.generic):
         x = x.item()
-    return None if x is pd.NA or isinstance(x, float) and not math.isfinite(x) else x
+    unknown = x is pd.NA or (isinstance(x, float) and not math.isfinite(x))
+    return None if unknown else x
 
 # %% ../nbs/runs.ipynb #without-folders
 _URL = r'\b((?!file:)[a-z]+://\S+)'
@@ -407,11 +410,13 @@ def undertrained(
     if losses.ndim != 1 or not len(losses) or not np.isfinite(losses).all():
         raise ValueError("losses must be a finite number for each epoch, at least one")
     fifth, reasons = max(len(losses) // 5, 1), []
-    before, last = losses[:-fifth][-fifth:], losses[-fifth:]
-    whole = losses[0] - losses.min()
-    if not len(before) or before.mean() - last.mean() > share * whole > 0:
-        fell = (before.mean() - last.mean()) / whole if len(before) and whole else 1
-        reasons.append(f"the loss still falls: {fell:.0%} of its fall came in the last fifth")
+    if len(losses) == 1:
+        reasons.append("one epoch does not show whether the loss still falls")
+    else:
+        late = losses[-2 * fifth : -fifth].mean() - losses[-fifth:].mean()
+        whole = losses[0] - losses.min()
+        if late > share * whole > 0:
+            reasons.append(f"the loss still falls: {late / whole:.0%} of its fall came in the last fifth")
     if epochs is not None and len(losses) < epochs:
         reasons.append(f"the curve ends after {len(losses)} of {epochs} epochs")
     never = [name for name, score in (scores or {}).items() if not score > 0]
@@ -429,7 +434,7 @@ def _is_interval(x):
 
 
 def _missing(x, keys):
-    "Which keys a dictionary has not; all of them for what is no dictionary."
+    "Which of the keys a dictionary lacks; all of them for anything else."
     return [k for k in keys if not isinstance(x, dict) or k not in x]
 
 # %% ../nbs/runs.ipynb #check-cell-2
@@ -506,7 +511,7 @@ def _part_complaints(results):
 
 # %% ../nbs/runs.ipynb #check
 def _complaints(results):
-    "Everything that is wrong with a results dictionary, the most general first."
+    "Complaints about a results dictionary, the most general first; ask for the first alone."
     yield from _head_complaints(results)
     yield from _part_complaints(results)
     seen = set()
@@ -567,13 +572,15 @@ def results_table(
     results,  # results dictionary, or a list of cells
 ) -> pd.DataFrame:  # protocol, table, row, column, ours, low, high, theirs, undertrained (bool)
     "Ours beside theirs, a row per cell."
-    rows, trainings = [], results.get('trainings', {}) if isinstance(results, dict) else {}
-    short = {(t['protocol'], t['row']) for t in trainings.values() if t['reasons']}
-    for c in results['cells'] if isinstance(results, dict) else results:
+    if not isinstance(results, dict):
+        results = dict(cells=results)
+    trainings = results.get('trainings', {}).values()
+    short = {(t['protocol'], t['row']) for t in trainings if t['reasons']}
+    rows = []
+    for c in results['cells']:
         low, high = c['interval'] or (None, None)
-        rows.append(
-            [*(c[k] for k in _CELL_KEYS[:5]), low, high, c['theirs'], (c['protocol'], c['row']) in short]
-        )
+        row = {k: c[k] for k in _CELL_KEYS[:5]} | dict(low=low, high=high, theirs=c['theirs'])
+        rows.append(row | dict(undertrained=(c['protocol'], c['row']) in short))
     columns = [*_CELL_KEYS[:5], 'low', 'high', 'theirs', 'undertrained']
     types = dict.fromkeys(columns[4:8], float) | dict(undertrained=bool)
     return pd.DataFrame(rows, columns=columns).astype(types)
@@ -597,14 +604,12 @@ def trainings_table(
 # %% ../nbs/runs.ipynb #trainings-table-2
 def differences_table(
     results: dict,  # from read_results
-) -> (
-    pd.DataFrame
-):  # protocol, column, a, b, value, low, high, p, spread, trainings (of a, of b), undertrained
+) -> pd.DataFrame:  # protocol, column, a, b, value, low, high, p, spread, trainings, undertrained (bool)
     "The paired differences of some results, value = a minus b; a row that is undertrained supports nothing."
     t = results_table(results)
     short = set(zip(t.protocol[t.undertrained], t.row[t.undertrained]))
-    rows = [
-        [*(d[k] for k in _DIFFERENCE), bool({(d['protocol'], d['a']), (d['protocol'], d['b'])} & short)]
-        for d in results.get('differences', [])
-    ]
+    rows = []
+    for d in results.get('differences', []):
+        compared = {(d['protocol'], d['a']), (d['protocol'], d['b'])}
+        rows.append([*(d[k] for k in _DIFFERENCE), not compared.isdisjoint(short)])
     return pd.DataFrame(rows, columns=[*_DIFFERENCE, 'undertrained'])

@@ -131,7 +131,7 @@ def _price(mode, leaky, honest, compared):
 def price_of_shared_patients(
     split: Split,  # with patients on both sides
     finding,  # of that mode
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
 ):  # Price
     "As split, minus folds by patient."
     honest = [replayed(x, split.table, honest_parts(split, seed)) for seed in range(3)]
@@ -142,7 +142,7 @@ def price_of_shared_patients(
 def price_of_no_test(
     split: Split,  # without test rows
     finding,  # of that mode
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
 ):  # Price
     "The rows that were learnt from, minus folds by patient."
     tested = _tested(split)
@@ -168,7 +168,7 @@ def _without_twins(split, pairs, parts):
 def price_of_duplicates(
     split: Split,  # with look-alikes of several patients
     finding,  # of that mode, with its pairs
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
 ):  # Price, or None where no two patients look alike
     "Folds by patient with look-alikes of test rows in training, minus those without."
     if finding.rows is None or 'twin_clip' not in finding.rows:
@@ -182,7 +182,7 @@ def price_of_duplicates(
 def price_of_features(
     split: Split,  # whose sources predict the label
     finding,  # of that mode
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
 ):  # Price, or None with a single source
     "Folds by patient, which share sources, minus folds by source."
     if split.table['source'].nunique() < 2:
@@ -196,7 +196,7 @@ def price_of_features(
 def price_of_preprocessing(
     split: Split,  # any
     finding,  # of that mode
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
 ):  # Price
     "Features chosen by the labels of all rows, minus chosen within the training rows."
     parts, k = honest_parts(split), min(20, x.shape[1])
@@ -210,11 +210,11 @@ def price_of_preprocessing(
 # %% ../nbs/split_audit.ipynb #p-epochs
 def _epochs(x, label, weight, asked, classes, epochs, rate):
     "Probabilities of the rows `asked` after each epoch of a linear layer, (epochs, rows, classes)."
-    to = lambda a: torch.as_tensor(a, dtype=torch.float32)  # noqa: E731
     torch.manual_seed(0)
     layer, out = torch.nn.Linear(x.shape[1], classes), []
     optimizer = torch.optim.Adam(layer.parameters(), rate)
-    x, asked, weight, label = to(x), to(asked), to(weight), torch.as_tensor(label)
+    x, asked, weight = (torch.as_tensor(a, dtype=torch.float32) for a in (x, asked, weight))
+    label = torch.as_tensor(label)
     order = torch.Generator().manual_seed(0)
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=order).split(32):
@@ -227,7 +227,7 @@ def _epochs(x, label, weight, asked, classes, epochs, rate):
 
 # %% ../nbs/split_audit.ipynb #p-best-epoch
 def epochs_of(
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
     table: pd.DataFrame,  # as for replayed
     parts: list,  # of (train, test)
     epochs: int = 30,  # how many
@@ -253,7 +253,7 @@ def epochs_of(
 def price_of_selection(
     split: Split,  # any
     finding,  # of that mode
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
 ):  # Price
     "The epoch that is best on the test rows, minus the last one."
     best, last = epochs_of(x, split.table, honest_parts(split))
@@ -264,7 +264,7 @@ def price_of_selection(
 def price_of_time(
     split: Split,  # with a column date
     finding,  # of that mode
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
 ):  # Price, or None where nothing came before the test rows
     "As split, minus trained on what came before the first test row."
     date = pd.to_datetime(split.table['date'], errors='coerce')
@@ -291,7 +291,7 @@ def _apart_interval(right, tested, asked, patients):
 def price_of_elsewhere(
     split: Split,  # with a question
     finding,  # of that mode
-    x: np.ndarray,  # (rows, n)
+    x: np.ndarray,  # (rows, n) a vector for each row
 ):  # Price, or None where no row is of those in question
     "Accuracy on the rows that are tested, minus that on rows of those in question."
     question, tested = split.declared['question'].items(), _tested(split)
@@ -401,10 +401,11 @@ def audit_split(
     x: np.ndarray = None,  # (rows, n) a vector for each row; default: from the store
 ) -> SplitAudit:  # prints as a report
     "Count, look for the eight leaks, and price those that are found."
-    t, crossed = split.table, split.side is not None
-    counts = audit(t, Folds(t, split.side) if crossed else None)
+    t, has_sides = split.table, split.side is not None
+    counts = audit(t, Folds(t, split.side) if has_sides else None)
     findings = find_leaks(split)
-    if x is None and split.store is not None and any(f.severity == 'leak' for f in findings) and crossed:
+    leaks = any(f.severity == 'leak' for f in findings)
+    if x is None and leaks and has_sides and split.store is not None:
         x = split_vectors(split)
     prices = price_split(split, findings, x) if x is not None else []
     return SplitAudit(split, counts, findings, prices)

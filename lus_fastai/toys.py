@@ -74,7 +74,7 @@ def toy_frames(
     rng, (h, w) = np.random.default_rng(seed), size
     y, x = np.mgrid[:h, :w]
     row, column = rng.uniform(0.3, 0.7) * h, rng.uniform(0.2, 0.4) * w
-    columns = column + np.arange(n)[:, None, None] * w / (3 * n)
+    columns = column + np.arange(n)[:, None, None] * w / (3 * n)  # (n, 1, 1): a third of the width in all
     disc = np.hypot(y - row, x - columns) < min(size) / 5  # (n, h, w)
     images = 60 + 120 * disc + rng.normal(0, 10, disc.shape)
     return images.clip(0, 255).astype(np.uint8), np.where(disc, 1, 6).astype(np.uint8)
@@ -152,11 +152,15 @@ def toy_masks(
 ) -> MaskSet:  # classes disc, bar and ring
     "Images of a disc, a bar and a ring with a mask for each."
     rng, (y, x) = np.random.default_rng(seed), np.mgrid[:size, :size]
-    low, high = [[0.35]] * 3 + [[0.15]], [[0.65]] * 3 + [[0.25]]
-    cy, cx, bar, r = rng.uniform(low, high, (4, n))[..., None, None] * size  # (n, 1, 1) each
-    d, some = np.hypot(y - cy, x - cx), np.arange(n)[:, None, None] % 3 == 0
-    disc, line, ring = d < r, (abs(y - bar) < 4) & (x > 4), (abs(d - 1.2 * r) < 2) & some
-    images = 40 + 90 * disc + 60 * line + 50 * ring + rng.normal(0, 12, d.shape)
+    # shares of the size: row and column of the disc, row of the bar, radius of the disc
+    low, high = np.array([[0.35, 0.35, 0.35, 0.15], [0.65, 0.65, 0.65, 0.25]])
+    drawn = size * rng.uniform(low[:, None], high[:, None], (4, n))
+    row, column, bar, radius = drawn[..., None, None]  # (n, 1, 1) each
+    away = np.hypot(y - row, x - column)  # (n, size, size) pixels from the disc's centre
+    third = np.arange(n)[:, None, None] % 3 == 0
+    disc, line = away < radius, (abs(y - bar) < 4) & (x > 4)
+    ring = (abs(away - 1.2 * radius) < 2) & third
+    images = 40 + 90 * disc + 60 * line + 50 * ring + rng.normal(0, 12, away.shape)
     return MaskSet(
         images.clip(0, 255).astype(np.uint8),
         np.stack([disc, line, ring], 1),  # (n, 3, size, size)
@@ -168,18 +172,14 @@ def toy_masks(
 def _text(draw, w, h, rng):
     "Lines of letters."
     for y in range(8, h - 8, 14):
-        draw.text(
-            (8, y), ''.join(rng.choice(list('abcdefghij klmnop'), w // 7)), fill=int(rng.integers(160, 256))
-        )
+        letters = rng.choice(list('abcdefghij klmnop'), w // 7)
+        draw.text((8, y), ''.join(letters), fill=int(rng.integers(160, 256)))
 
 
 def _house(draw, w, h, rng):
     "Walls, a roof, a door and windows under a sky."
-    x, y, level = (
-        w * rng.uniform(0.2, 0.3),
-        h * rng.uniform(0.35, 0.5),
-        [int(v) for v in rng.integers(40, 230, 5)],
-    )
+    x, y = w * rng.uniform(0.2, 0.3), h * rng.uniform(0.35, 0.5)
+    level = rng.integers(40, 230, 5).tolist()  # grey of sky, walls, roof, door and windows
     draw.rectangle((0, 0, w, h), fill=level[0])
     draw.rectangle((x, y, w - x, h * 0.9), fill=level[1])
     draw.polygon([(x - 15, y), (w - x + 15, y), (w / 2, h * 0.1)], fill=level[2])

@@ -64,15 +64,17 @@ def _merge(p, q, h):
 # %% ../../nbs/data/despeckling.ipynb #c010-1
 def _noise(band):
     "(n, 1, 1) standard deviation of the noise, from the finest diagonal band without its flat parts."
-    size = band.abs().flatten(1).cpu().numpy()
-    middle = np.minimum(((size <= 1e-6).sum(1) + size.shape[1]) // 2, size.shape[1] - 1)
-    return (
-        torch.tensor([np.partition(s, i)[i] for s, i in zip(size, middle)], device=band.device).view(-1, 1, 1)
-        / 0.6744897501960817
-    )
+    size = band.abs().flatten(1).cpu().numpy()  # (n, coefficients)
+    flat = (size <= 1e-6).sum(1)
+    middle = np.minimum(
+        (flat + size.shape[1]) // 2, size.shape[1] - 1
+    )  # (n,) where the median of the rest is
+    medians = [np.partition(s, i)[i] for s, i in zip(size, middle)]
+    return torch.tensor(medians, device=band.device).view(-1, 1, 1) / 0.6744897501960817
 
 
 def _threshold(band, sigma, rule, pixels):
+    "Threshold (n, 1, 1) of one band, by either rule."
     if rule == 'universal':
         return sigma * math.sqrt(2 * math.log(pixels))
     return sigma**2 / (band.square().mean((1, 2), keepdim=True) - sigma**2).clamp(min=1e-12).sqrt()
@@ -104,9 +106,8 @@ def wavelet_filter(
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
     h, w = x.shape[1:]
-    return _shrink(
-        x.log1p(), max(1, min(levels, int(math.log2(max(min(h, w) / 7, 1))))), threshold, h * w
-    ).expm1()
+    deepest = int(math.log2(max(min(h, w) / 7, 1)))
+    return _shrink(x.log1p(), max(1, min(levels, deepest)), threshold, h * w).expm1()
 
 # %% ../../nbs/data/despeckling.ipynb #c012-1
 def _local(x, size):
@@ -118,9 +119,9 @@ def _local(x, size):
 
 
 def _plain(q, x):
-    return np.array([np.median(a[b > 0.02]) if (b > 0.02).any() else 0 for a, b in zip(q, x)], np.float32)[
-        :, None, None
-    ]
+    "Median (n, 1, 1) of q over the pixels of each image that are not black; 0 where all are."
+    medians = [np.median(a[b > 0.02]) if (b > 0.02).any() else 0 for a, b in zip(q, x)]
+    return np.array(medians, np.float32)[:, None, None]
 
 # %% ../../nbs/data/despeckling.ipynb #c012-2
 def _variation(mean, var):
@@ -130,6 +131,7 @@ def _variation(mean, var):
 
 
 def _windows(size):
+    "The side of a window; ValueError unless it is odd and at least 3."
     if size < 3 or size % 2 == 0:
         raise ValueError(f"size must be an odd number of at least 3, got {size}")
     return size
@@ -170,6 +172,12 @@ def frost_filter(
             total, weights = total + w * padded[:, dy : dy + x.shape[1], dx : dx + x.shape[2]], weights + w
     return total / weights
 
+# %% ../../nbs/data/despeckling.ipynb #c012-6-differences
+def _differences(x, axis):
+    "From each pixel to the one before it and to the one after it along an axis; 0 at the borders."
+    before = -np.diff(x, axis=axis, prepend=x.take([0], axis))
+    return before, np.diff(x, axis=axis, append=x.take([-1], axis))
+
 # %% ../../nbs/data/despeckling.ipynb #c012-6
 def srad_filter(
     x: np.ndarray,  # (n, h, w) float 0..1
@@ -179,20 +187,13 @@ def srad_filter(
     "Yu & Acton 2002: diffusion that stops at edges, where variation exceeds that of speckle."
     x = np.maximum(x, np.float32(1e-3))
     for _ in range(steps):
-        up, down, left, right = (
-            np.diff(x, axis=a, prepend=x.take([0], a)) * s
-            if s < 0
-            else np.diff(x, axis=a, append=x.take([-1], a))
-            for a, s in ((1, -1), (1, 1), (2, -1), (2, 1))
-        )
+        (up, down), (left, right) = _differences(x, 1), _differences(x, 2)  # (n, h, w) each
         flow, slope = (up + down + left + right) / x, (up**2 + down**2 + left**2 + right**2) / x**2
         q = np.maximum(0.5 * slope - flow**2 / 16, 0) / (1 + 0.25 * flow) ** 2
         q0 = _plain(q, x) + np.float32(1e-6)
         c = np.clip(1 / (1 + (q - q0) / (q0 * (1 + q0))), 0, 1)
-        below, beside = (
-            np.concatenate([c[:, 1:], c[:, -1:]], 1),
-            np.concatenate([c[:, :, 1:], c[:, :, -1:]], 2),
-        )
+        below = np.concatenate([c[:, 1:], c[:, -1:]], 1)  # c of the next pixel down
+        beside = np.concatenate([c[:, :, 1:], c[:, :, -1:]], 2)  # and to the right
         x = x + np.float32(rate) * (c * up + below * down + c * left + beside * right)
     return x
 
@@ -266,6 +267,7 @@ def despeckle(
 
 # %% ../../nbs/data/despeckling.ipynb #c019-1
 def _pairs(x, clean):
+    "Both as arrays (n, h, w) of 0..1; ValueError where their sizes differ."
     (x, bx), (clean, bc) = _check(x), _check(clean, 'clean')
     if x.shape != clean.shape:
         raise ValueError(f"x {tuple(x.shape)} and clean {tuple(clean.shape)} differ in size")
@@ -292,12 +294,12 @@ def ssim(
     "Structural similarity of each image (scikit-image, windows of 7)."
     from skimage.metrics import structural_similarity
 
-    return np.array([structural_similarity(a, b, data_range=1.0) for a, b in zip(*_pairs(x, clean))]).reshape(
-        x.shape[:-2]
-    )[()]
+    values = [structural_similarity(a, b, data_range=1.0) for a, b in zip(*_pairs(x, clean))]
+    return np.array(values).reshape(x.shape[:-2])[()]
 
 # %% ../../nbs/data/despeckling.ipynb #c019-4
 def _region(mask, name, shape):
+    "The mask; ValueError for another shape or type, and where it is empty."
     mask = np.asarray(mask)
     if mask.dtype != bool or mask.shape != shape or not mask.any():
         raise ValueError(

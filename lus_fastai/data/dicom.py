@@ -122,7 +122,7 @@ def _files_to_copy(folder, out):
         raise ValueError("the copies go to a new or empty folder that is not below the clips")
     files = sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
     random.SystemRandom().shuffle(files)
-    return files, out
+    return files
 
 
 def _say_left_out(reasons, n):
@@ -136,7 +136,8 @@ def deidentify(
     out,  # a folder for the copies, new or empty, and not below the other one
 ) -> pd.DataFrame:  # file, patient, frames, down, across: millimetres of a pixel, NaN where not known
     "Copies of clips that hold nothing but what is inside their fan; also written as out/clips.csv."
-    files, out = _files_to_copy(Path(folder).resolve(), Path(out).resolve())
+    folder, out = Path(folder).resolve(), Path(out).resolve()
+    files = _files_to_copy(folder, out)
     out.mkdir(parents=True, exist_ok=True)
     rows, patients, reasons = [], {}, []
     for path in progress(files, desc='clips'):

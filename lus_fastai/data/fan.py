@@ -389,6 +389,7 @@ _MAX_FRAMES, _LONG = 16, 200  # find_fan looks at so many frames, at that many c
 
 
 def _gray(frames):
+    "Frames or a still as an array (n, h, w); ValueError for anything but grey bytes."
     frames = frames.detach().cpu().numpy() if torch.is_tensor(frames) else np.asarray(frames)
     if frames.ndim == 2:
         frames = frames[None]

@@ -257,9 +257,8 @@ def patient_shares(
     order = np.random.default_rng(seed).permutation(len(patients))
     n = np.bincount(who)[order]
     share = np.empty(len(patients), int)
-    share[order] = np.searchsorted(
-        np.cumsum(shares)[:-1], (np.cumsum(n) - n / 2) / n.sum()
-    )  # by where the middle of a patient's images falls
+    middle = (np.cumsum(n) - n / 2) / n.sum()  # (patients,) where the middle of their images falls, 0..1
+    share[order] = np.searchsorted(np.cumsum(shares)[:-1], middle)
     if len(np.unique(share)) < len(shares):
         raise ValueError(
             f"{len(patients)} patient(s) do not fill {len(shares)} shares: more patients are needed"

@@ -264,7 +264,9 @@ def no_test_set(
 
 # %% ../../nbs/data/leaks.ipynb #k-declared-modes
 @mode(
-    *('preprocessing', 'preprocessing fitted on all data', 'L1.2'),
+    'preprocessing',
+    'preprocessing fitted on all data',
+    'L1.2',
     'fit scaling, components, feature choice and oversampling within the training rows of each part',
 )
 def preprocessing(
@@ -280,7 +282,9 @@ def preprocessing(
 
 # %% ../../nbs/data/leaks.ipynb #k-declared-modes-2
 @mode(
-    *('selection', 'epoch or threshold chosen on the test rows', 'L1.3'),
+    'selection',
+    'epoch or threshold chosen on the test rows',
+    'L1.3',
     'take the last epoch, or choose on patients of the training side (an inner split)',
 )
 def selection(
@@ -298,7 +302,7 @@ def selection(
 
 # %% ../../nbs/data/leaks.ipynb #k-frames
 def _store_frames(split):
-    "Frames of the store with the side of each, or with the patient where there is no split."
+    "Frames of the store with the side of each, or the patient where there is no split; TableError for none."
     side = 'patient' if split.side is None else 'side'
     t = (
         split.table
@@ -312,7 +316,10 @@ def _store_frames(split):
     keep = [c for c in frames if c not in ('side', 'fold')]
     if side == 'side':
         frames = frames[keep].merge(t[[*by, 'side']].drop_duplicates(), on=by)
-    return frames[frames['path'].isin(t['path'])].reset_index(drop=True), side
+    frames = frames[frames['path'].isin(t['path'])].reset_index(drop=True)
+    if not len(frames):
+        raise TableError("none of the table's clips is in the store: were both read from one folder?")
+    return frames, side
 
 # %% ../../nbs/data/leaks.ipynb #k-pairs
 def _pairs_of_clips(found):
@@ -323,7 +330,9 @@ def _pairs_of_clips(found):
 
 # %% ../../nbs/data/leaks.ipynb #k-duplicates
 @mode(
-    *('duplicates', 'duplicates and near-duplicates across sides', 'L1.4'),
+    'duplicates',
+    'duplicates and near-duplicates across sides',
+    'L1.4',
     'keep one of them, or give both patients one name so that they stay together',
 )
 def duplicates(
@@ -339,8 +348,6 @@ def duplicates(
     if split.store is None:
         return 'unchecked', 'no frame store given: images cannot be compared'
     frames, side = _store_frames(split)
-    if not len(frames):
-        raise TableError("none of the table's clips is in the store: were both read from one folder?")
     found = twin_frames(frames, split.store.images, side)
     if not len(found):
         return 'clean', f'none of {len(frames)} frames has a near-duplicate on another {side}'
@@ -410,7 +417,7 @@ def label_from(
             above, done = above + int((best >= real.max() - 1e-12).sum()), done + len(drawn)
         if above > 2:
             break
-    return float(real.max()), names[real.argmax()], (1 + above) / (1 + done)
+    return float(real.max()), str(names[real.argmax()]), (1 + above) / (1 + done)
 
 # %% ../../nbs/data/leaks.ipynb #k-by-patient
 def _ten_parts(n):
@@ -510,7 +517,9 @@ def _told_by(split, groups):
 
 # %% ../../nbs/data/leaks.ipynb #k-features-2
 @mode(
-    *('features', 'features that are no anatomy', 'L2'),
+    'features',
+    'features that are no anatomy',
+    'L2',
     'crop to the fan, remove captions, and test at sources that training did not have',
 )
 def no_anatomy(
@@ -582,7 +591,9 @@ def _beside_question(tested, question):
 
 # %% ../../nbs/data/leaks.ipynb #k-elsewhere
 @mode(
-    *('elsewhere', 'a test set from elsewhere than the question', 'L3.3'),
+    'elsewhere',
+    'a test set from elsewhere than the question',
+    'L3.3',
     'test on rows of those for whom the model is, or ask a narrower question',
 )
 def elsewhere(

@@ -238,7 +238,7 @@ _NAMES = dict(images='u8', masks='u8', frames='csv', skipped='csv')  # of the fi
 
 
 def _is_meta(meta):
-    "Whether what `meta.json` says can be meant."
+    "Whether `meta.json` has every entry of a store, each in a form that is possible."
     try:
         (h, w), files, text, clips = meta['size'], meta['files'], meta['text'], meta['clips']
         there = {kind: name for kind, name in files.items() if (kind, name) != ('masks', None)}

@@ -236,12 +236,13 @@ def saliency(
     return g if per_channel else g.amax(1) if signed else g.abs().amax(1)
 
 # %% ../../nbs/explain/attribution.ipynb #c017-1
-def _in_rows(x, rows, bs, each):
-    "Mean over the copies of each image: `each(rows, copies)` gives gradients, at most `bs` at a time."
-    total, copies = torch.zeros_like(x), len(rows) // len(x)
-    for k in range(0, len(rows), bs):
-        r = rows[k : k + bs]
-        total.index_add_(0, r, each(r, torch.arange(k, k + len(r), device=x.device) % copies))
+def _summed_over_copies(x, copies, bs, gradient):
+    "For each image the sum of `gradient(images, copies)` over its copies, at most `bs` of them in one pass."
+    total = torch.zeros_like(x)  # (b, c, h, w)
+    image = _every(x).repeat_interleave(copies)  # (b * copies,) 0 0 0 1 1 1 ...
+    copy = torch.arange(copies, device=x.device).repeat(len(x))  # (b * copies,) 0 1 2 0 1 2 ...
+    for i, k in zip(image.split(bs), copy.split(bs)):
+        total.index_add_(0, i, gradient(i, k))
     return total
 
 # %% ../../nbs/explain/attribution.ipynb #c017
@@ -265,10 +266,10 @@ def smooth_grad(
     with explain_mode(model):
         score = _settled(model, x, target)
 
-        def each(r, k):
-            return _input_gradient(model, x[r] + size[r] * noise[k, r], score, r)
+        def gradient(i, k):  # of copy k of image i
+            return _input_gradient(model, x[i] + size[i] * noise[k, i], score, i)
 
-        g = _in_rows(x, _every(x).repeat_interleave(n), bs, each) / n
+        g = _summed_over_copies(x, n, bs, gradient) / n
     return g.amax(1) if signed else g.abs().amax(1)
 
 # %% ../../nbs/explain/attribution.ipynb #c021-1
@@ -299,10 +300,10 @@ def integrated_gradients(
     with explain_mode(model):
         score = _settled(model, x, target)
 
-        def each(r, k):
-            return weight[k] * _input_gradient(model, base[r] + t[k] * (x - base)[r], score, r)
+        def gradient(i, k):  # at point k of the path of image i
+            return weight[k] * _input_gradient(model, base[i] + t[k] * (x - base)[i], score, i)
 
-        g = _in_rows(x, _every(x).repeat_interleave(steps), bs, each)
+        g = _summed_over_copies(x, steps, bs, gradient)
     return ((x - base) * g).sum(1).float()
 
 # %% ../../nbs/explain/attribution.ipynb #c039-1

@@ -70,11 +70,10 @@ def _reading(module, before, got):
     def read(x):
         got.append(_pooled(x, got.n, got.frame))
 
-    handle = (
-        module.register_forward_pre_hook(lambda m, x: read(x[0]))
-        if before
-        else module.register_forward_hook(lambda m, x, y: read(y))
-    )
+    if before:
+        handle = module.register_forward_pre_hook(lambda module, args: read(args[0]))
+    else:
+        handle = module.register_forward_hook(lambda module, args, out: read(out))
     try:
         yield
     finally:
@@ -431,13 +430,14 @@ def _cells(points, n):
     span = np.maximum(np.ptp(points, 0), 1e-12)
     best = None
     for g in range(1, 2 * math.isqrt(n) + 2):
-        at = (points - points.min(0)) / span * g
+        at = (points - points.min(0)) / span * g  # (N, 2) from 0 to g
         col, row = np.minimum(at.astype(int), g - 1).T
-        off = ((at - np.stack([col, row], 1) - 0.5) ** 2).sum(1)
-        first = np.lexsort((off, row * g + col))
-        used, take = np.unique((row * g + col)[first], return_index=True)
+        cell = row * g + col
+        off = ((at - np.stack([col, row], 1) - 0.5) ** 2).sum(1)  # from the centre of the cell
+        order = np.lexsort((off, cell))  # by cell, and in each cell the point nearest its centre first
+        used, first = np.unique(cell[order], return_index=True)
         if len(used) <= n:
-            best = g, np.stack([used % g, used // g, first[take]], 1)
+            best = g, np.stack([used % g, used // g, order[first]], 1)
     return best
 
 # %% ../../nbs/explain/embeddings.ipynb #c027-2
@@ -495,20 +495,19 @@ def plot_thumbnails(
 def _hits(x, codes, patient, k):
     "Neighbours that share each value (2, B, N), of how many (2, N): among all, and among other patients."
     hits, there = np.zeros((2, *codes.shape), np.int64), np.zeros((2, len(x)), np.int64)
-    square = (x * x).sum(1)
-    for s in range(0, len(x), 512):
+    square = (x * x).sum(1)  # (N,)
+    for s in range(0, len(x), 512):  # so many points at a time
         rows = np.arange(s, min(s + 512, len(x)))
-        far = np.maximum(square[rows, None] + square - 2 * x[rows] @ x.T, 0)
-        far[np.arange(len(rows)), rows] = np.inf
+        far = np.maximum(square[rows, None] + square - 2 * x[rows] @ x.T, 0)  # (rows, N) |a|² + |b|² - 2ab
+        far[np.arange(len(rows)), rows] = np.inf  # a point is not its own neighbour
         for j in range(2):
             if j:
-                far[patient[rows, None] == patient] = np.inf
-            nearest = np.argpartition(far, k - 1, 1)[:, :k]
-            known = np.isfinite(np.take_along_axis(far, nearest, 1))
-            hits[j][:, rows], there[j, rows] = (
-                ((codes[:, nearest] == codes[:, rows, None]) & known).sum(-1),
-                known.sum(1),
-            )
+                far[patient[rows, None] == patient] = np.inf  # other patients only
+            nearest = np.argpartition(far, k - 1, 1)[:, :k]  # (rows, k) in any order
+            known = np.isfinite(np.take_along_axis(far, nearest, 1))  # there may be fewer than k
+            same = codes[:, nearest] == codes[:, rows, None]  # (B, rows, k)
+            hits[j][:, rows] = (same & known).sum(-1)
+            there[j, rows] = known.sum(1)
     return hits, there
 
 # %% ../../nbs/explain/embeddings.ipynb #c031-2

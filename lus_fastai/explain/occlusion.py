@@ -66,12 +66,13 @@ def _fan_mask(fan, x):
 # %% ../../nbs/explain/occlusion.ipynb #c025-3
 def _inside(fan, spans, b):
     "Which windows touch the fan: bool (b, rows of windows, columns of windows)."
-    (ys, xs) = spans
+    ys, xs = spans
     if fan is None:
         return np.ones((b, len(ys), len(xs)), bool)
-    s = np.pad(fan.cpu().numpy().astype(np.int64).cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
-    s = s[:, ys[:, 1]] - s[:, ys[:, 0]]  # pixels of the fan in each row of windows
-    return s[:, :, xs[:, 1]] - s[:, :, xs[:, 0]] > 0
+    above_left = fan.cpu().numpy().astype(np.int64).cumsum(1).cumsum(2)
+    above_left = np.pad(above_left, ((0, 0), (1, 0), (1, 0)))  # (b, h + 1, w + 1)
+    strips = above_left[:, ys[:, 1]] - above_left[:, ys[:, 0]]  # (b, rows, w + 1)
+    return strips[:, :, xs[:, 1]] - strips[:, :, xs[:, 0]] > 0  # (b, rows, columns)
 
 # %% ../../nbs/explain/occlusion.ipynb #c025-4
 def _within(n, span):
@@ -88,14 +89,17 @@ def _covered(x, rows, y, z, fill):
 # %% ../../nbs/explain/occlusion.ipynb #c025
 def _window_map(values, kept, spans, shape, value, stride):
     "Maps (b, h, w) of window values (b, rows, columns)."
-    if value == 'centre':
+    if value == 'centre':  # each pixel takes the window whose centre is nearest
         at = [np.minimum((np.arange(n) + stride // 2) // stride, len(s) - 1) for n, s in zip(shape, spans)]
         return values[:, at[0]][:, :, at[1]]
+    # which pixels each window covers: (rows, h) and (columns, w), 0 or 1
     cover = [_within(n, torch.from_numpy(s)).double().numpy() for n, s in zip(shape, spans)]
-    total, count = (
-        np.einsum('brc,ry,cx->byx', a, *cover, optimize=True) for a in (values, kept.astype(np.float64))
-    )
-    return total / np.maximum(count, 1)
+
+    def over_pixels(a):  # (b, rows, columns) -> (b, h, w), summed over the windows on each pixel
+        return np.einsum('brc,ry,cx->byx', a, *cover, optimize=True)
+
+    count = over_pixels(kept.astype(np.float64))
+    return over_pixels(values) / np.maximum(count, 1)
 
 # %% ../../nbs/explain/occlusion.ipynb #c031-1
 def _window_options(h, w, size, stride, value):

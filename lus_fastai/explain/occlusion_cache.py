@@ -207,12 +207,12 @@ def _merged(found):
 # %% ../../nbs/explain/occlusion_cache.ipynb #c030-11
 def _crop(n, m, touched, origin, reach):
     "The `_Crop` before a stage from n to m pixels; after it, the touched pixels and where its result begins."
-    step, a, b = reach
-    low = (-((b - touched[:, 0]) // step)).clip(0, m - 1)
-    high = ((touched[:, 1] - 1 + a) // step + 1).clip(1, m)
-    first = (low * step - a).clip(0) // step * step
-    length = int((((high - 1) * step + b + 1).clip(max=n) - first).max())
-    length = min(n, length + (n - length) % step)
+    step, a, b = reach  # output p reads the pixels p * step - a .. p * step + b
+    low = (-((b - touched[:, 0]) // step)).clip(0, m - 1)  # the first output that reads a touched pixel
+    high = ((touched[:, 1] - 1 + a) // step + 1).clip(1, m)  # one after the last
+    first = (low * step - a).clip(0) // step * step  # the first pixel that output low reads, on the stride
+    length = int((((high - 1) * step + b + 1).clip(max=n) - first).max())  # of the longest crop, for all
+    length = min(n, length + (n - length) % step)  # so that a crop at the end of the map is on the stride too
     first = np.minimum(first, n - length)
     return _Crop(first, length, touched, origin), np.stack([low, high], 1), first // step
 

@@ -251,9 +251,7 @@ def heat_in_fan(
 def heat_table(
     maps,  # (b, h, w) raw signed maps
     fans,  # as for heat_in_fan
-) -> (
-    pd.DataFrame
-):  # a row per frame: heat (share inside), area (the fan's share), ratio (heat/area; 1 is chance)
+) -> pd.DataFrame:  # a row per frame: heat (share inside), area (of the fan), ratio (heat/area; 1 is chance)
     "The share of heat inside the fan beside what area alone would give."
     maps = _finite_maps(maps)
     heat = heat_in_fan(maps, fans)

@@ -132,9 +132,10 @@ def _hub_has(cfg):
     if cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str) for f in files):
         return True
     try:
-        return requests.head(constants.ENDPOINT, timeout=5) is not None
+        requests.head(constants.ENDPOINT, timeout=5)
     except requests.RequestException:
         return False
+    return True
 
 # %% ../../nbs/models/backbones.ipynb #imagenet-tv
 def _imagenet_of_torchvision(name):
@@ -194,20 +195,19 @@ def _take_grey(net):
     return net
 
 # %% ../../nbs/models/backbones.ipynb #backcell-1
-def _alike(values):
-    "One number where all colours have the same."
-    values = [float(v) for v in values]
-    return values[:1] if len(set(values)) == 1 else values
+def _short_scaling(mean, std):
+    "Mean and deviation of three colours as lists; of one entry each where all colours are scaled alike."
+    mean, std = [float(v) for v in mean], [float(v) for v in std]
+    alike = len(set(mean)) == 1 and len(set(std)) == 1
+    return (mean[:1], std[:1]) if alike else (mean, std)
 
 
 def _first_weights(net, name, weights):
     "The tensors of a start, None for a random one; `net.normalize` becomes what they expect."
     net.normalize = [0.5], [0.25]
     if isinstance(weights, str) and weights == 'imagenet':
-        weights, (mean, std) = _imagenet(name, net.state_dict())
-        mean, std = _alike(mean), _alike(std)
-        n = max(len(mean), len(std))
-        net.normalize = mean * (n // len(mean)), std * (n // len(std))
+        weights, scaling = _imagenet(name, net.state_dict())
+        net.normalize = _short_scaling(*scaling)
     elif weights is not None:
         if not isinstance(weights, dict):
             weights = load_weights(weights)
@@ -248,7 +248,8 @@ def create_backbone(
     "A network without its classifier; warns, and starts from scratch, where ImageNet's weights fail to load."
     if channels not in (1, 3):
         raise ValueError(f"channels is 1 or 3, not {channels}")
-    net, n_features = dict(vgg16=_vgg16, resnet18=_resnet18).get(name, lambda: _timm(name))()
+    of_torchvision = dict(vgg16=_vgg16, resnet18=_resnet18)
+    net, n_features = of_torchvision[name]() if name in of_torchvision else _timm(name)
     weights = _weights_or_warning(net, name, weights)
     net.n_features, net.pretrained = n_features, weights is not None
     net.name, net.channels = name, channels

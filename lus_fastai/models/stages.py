@@ -80,7 +80,7 @@ class StageClassifier(nn.Module):
 # %% ../../nbs/models/stages.ipynb #heat
 def _summed(maps, weights, side):
     "The weighted sum of stages' maps on one grid, their means kept: (b, classes, side, side)."
-    parts = [F.conv2d(m, w[..., None, None]) for m, w in zip(maps, weights)]
+    parts = [F.conv2d(m, w[..., None, None]) for m, w in zip(maps, weights)]  # (b, classes, h, w) each
     return sum(F.adaptive_avg_pool2d(part, side) for part in parts)
 
 

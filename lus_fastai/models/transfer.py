@@ -74,7 +74,9 @@ def stages(
     for _, m in _pieces(model):
         if not groups or _has_weights(m):
             groups.append([])
-        groups[-1] += [p for p in m.parameters() if not (id(p) in seen or seen.add(id(p)))]
+        new = [p for p in m.parameters() if id(p) not in seen]  # a shared one is of its first stage
+        groups[-1] += new
+        seen.update(map(id, new))
     loose = [p for p in model.parameters() if id(p) not in seen]  # a transformer's class token comes first
     return [loose + groups[0], *groups[1:]] if groups else [loose]
 
@@ -378,12 +380,16 @@ def copy_weights(
 # %% ../../nbs/models/transfer.ipynb #c038-1
 def _half(state, words):
     "The tensors of the uppermost part with one of these names, under their names in it; else all."
-    hits = [(k.split('.')[:-1].index(w), k) for k in state for w in words if w in k.split('.')[:-1]]
-    if not hits:
+    prefixes = []
+    for key in state:
+        above = key.split('.')[:-1]  # 'net.encoder.conv.weight': net, encoder and conv
+        for word in words:
+            if word in above:
+                prefixes.append(above[: above.index(word) + 1])
+    if not prefixes:
         return state
-    at, key = min(hits, key=lambda h: h[0])
-    prefix = '.'.join(key.split('.')[: at + 1]) + '.'
-    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    prefix = '.'.join(min(prefixes, key=len)) + '.'  # the uppermost; of several the first
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _plain_name(name):

@@ -1598,6 +1598,19 @@ def first_stage(
     kept = held.rename(columns=dict(ours='p_ours', trivial='p_trivial'))
     e.keep(variant.first_name, kept, path, **row)
 
+# %% ../../nbs/papers/merand.ipynb #stage-parts-x1
+def _describe_target(run, protocol):
+    "How a protocol divides the target, and what its headline leaves out."
+    s, target = run.experiment.settings, run.images.target
+    rare = left_out_text(target, s.common)
+    if protocol == 'rotation':
+        for name in ('rotation', 'last'):
+            describe(run, name, target.table, holdout(target, s.test_n, 0), left_out=rare)
+        return
+    folds = {seed: target_folds(target, seed, s) for seed in s.seeds}
+    hashes = {str(seed): f.hash for seed, f in folds.items()}
+    describe(run, 'folds', target.table, folds[s.seeds[0]].fold, left_out=rare, split_hashes=hashes)
+
 # %% ../../nbs/papers/merand.ipynb #stage-target
 def target_stage(
     run: MerandRun,  # what stages share
@@ -1742,19 +1755,6 @@ def score_parts(
     if target is not None:
         compare_stage(run)
     e.not_run = not_run(s)
-
-# %% ../../nbs/papers/merand.ipynb #stage-parts-x1
-def _describe_target(run, protocol):
-    "How a protocol divides the target, and what its headline leaves out."
-    s, target = run.experiment.settings, run.images.target
-    rare = left_out_text(target, s.common)
-    if protocol == 'rotation':
-        for name in ('rotation', 'last'):
-            describe(run, name, target.table, holdout(target, s.test_n, 0), left_out=rare)
-        return
-    folds = {seed: target_folds(target, seed, s) for seed in s.seeds}
-    hashes = {str(seed): f.hash for seed, f in folds.items()}
-    describe(run, 'folds', target.table, folds[s.seeds[0]].fold, left_out=rare, split_hashes=hashes)
 
 # %% ../../nbs/papers/merand.ipynb #c033
 def reproduce(

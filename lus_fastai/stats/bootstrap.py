@@ -138,8 +138,7 @@ def mean_over_patients(
     "A mean over frames with a 95 % interval over patients, from 1000 resamples."
     table = table.dropna(subset=[column])  # a map without any heat has no share
     sums = table.groupby('patient')[column].agg(['sum', 'size']).to_numpy(float)
-    share = np.full(len(sums), 1 / len(sums))
-    drawn = np.random.default_rng(seed).multinomial(len(sums), share, size=1000) @ sums  # (draws, 2)
+    drawn = patient_draws(len(sums), 1000, seed) @ sums  # (1000, 2): sum and number of rows
     return float(table[column].mean()), *np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
 
 # %% ../../nbs/stats/bootstrap.ipynb #auc
@@ -156,7 +155,8 @@ def auc(
     yes, no = truth.sum(), (~truth).sum()
     if not yes or not no:
         return float('nan')
-    above = rankdata(score, nan_policy='raise')[truth].sum() - yes * (yes + 1) / 2  # pairs in order
+    ranks = rankdata(score, nan_policy='raise')[truth]
+    above = ranks.sum() - yes * (yes + 1) / 2  # pairs in order: the ranks' sum less the smallest it can be
     return float(above / (yes * no))
 
 # %% ../../nbs/stats/bootstrap.ipynb #spearman
@@ -315,6 +315,7 @@ def jackknife_interval(
         raise ValueError(
             f"the statistic must be from 0 to 1, got {value} and {without.min()}..{without.max()}"
         )
+    # standard error of the jackknife, then of the log odds, whose slope is 1 / (p (1 - p))
     error = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
     inner = (value * len(code) + 0.5) / (len(code) + 1)  # 0 and 1 have no log odds
     reach = t.ppf(0.975, n - 1) * error / (inner * (1 - inner))

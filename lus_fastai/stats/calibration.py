@@ -354,6 +354,7 @@ def _confidence_of(preds, by):
 
 def _accuracy_at(coverage, right, ends, weights):
     "Accuracy of the most confident rows, up to each coverage; `ends` are the last rows of each confidence."
+    # shares of all rows, up to each confidence: of rows, and of rows that are right
     n, hits = (np.r_[0, np.cumsum(w)[ends]] / weights.sum() for w in (weights, weights * right))
     return np.interp(coverage, n, hits) / coverage
 

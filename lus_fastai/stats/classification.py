@@ -488,7 +488,8 @@ def training_counts(
 ) -> np.ndarray:  # (trainings, patients, n, n)
     "Confusion matrices of each training and patient; ValueError where the trainings tested other rows."
     tables = [preds] if isinstance(preds, pd.DataFrame) else list(preds)
-    stack, patients = [counts(t) for t in tables], [sorted(t['patient'].astype(str).unique()) for t in tables]
+    stack = [counts(t) for t in tables]
+    patients = [sorted(t['patient'].astype(str).unique()) for t in tables]
     for i, (matrices, names) in enumerate(zip(stack, patients)):
         same = names == patients[0] and matrices.shape == stack[0].shape
         if not same or (matrices.sum(-1) != stack[0].sum(-1)).any():

@@ -69,6 +69,7 @@ def _area_table(name, parts, areas, patients):
 def _macro_roc(curves):
     "Mean true positive rate of the classes at every false positive rate that any of them has."
     grid = np.unique(np.concatenate([[0.0]] + [c.fpr for c in curves]))
+    # each curve starts at (0, 0); at a rate of 0, np.interp gives the top of a first vertical step
     single = [np.r_[0, np.interp(grid, c.fpr, c.tpr)] for c in curves]
     return pd.DataFrame({'class': 'macro', 'fpr': np.r_[0, grid], 'tpr': np.mean(single, 0)})
 
@@ -120,7 +121,9 @@ def roc_bands(
     "True positive rates on a grid of false positive rates, with 95 % intervals over patients point by point."
     patients, parts = _one_against_rest(preds)
     weights, grid = draw_weights(patients, n_boot, seed), np.linspace(0, 1, points)
-    single = [np.stack([_height(grid, *c) for c in _cumulated(weights, *part)]) for _, *part in parts]
+    single = []  # of each class and micro, (1 + n_boot, points)
+    for _, *part in parts:
+        single.append(np.stack([_height(grid, *sums) for sums in _cumulated(weights, *part)]))
     heights = _with_macro(np.stack(single, -1))  # (1 + n_boot, points, classes, micro and macro)
     low, high = percentile_interval(heights[1:], patients)
     tables = []
@@ -169,12 +172,12 @@ def pr_curve(
     "One-against-rest precision-recall staircases, and average precision with 95 % intervals over patients."
     patients, parts = _one_against_rest(preds)
     weights = draw_weights(patients, n_boot, seed)
-    single = [[_average_precision(*sums) for sums in _cumulated(weights, *part)] for _, *part in parts]
-    ap = np.stack(single, 1)  # (1 + n_boot, classes and micro)
-    curves = []
+    single, curves = [], []
     for name, *part in parts:
+        single.append([_average_precision(*sums) for sums in _cumulated(weights, *part)])
         if part[1].any():  # there are positives
             curves.append(_staircase(name, *next(_cumulated(weights[:1], *part))))
     curves.append(_macro_staircase(curves[:-1]))  # micro is the last
+    ap = np.stack(single, 1)  # (1 + n_boot, classes and micro)
     areas = _area_table('ap', parts, ap, patients).assign(chance=_chance(parts))
     return pd.concat(curves, ignore_index=True), areas

@@ -359,12 +359,11 @@ def sliding_table(
     size: tuple = (128, 128),  # height and width of its frames
 ) -> pd.DataFrame:  # patient kind probe score shuffled, and features of the first frame
     "Simulate patients and score a clip of each."
-    jobs = [
-        (first + 1000 * i + 200 * j + k, kind, probe)
-        for i, kind in enumerate(kinds)
-        for j, probe in enumerate(('convex', 'linear'))
-        for k in range((patients + 1 - j) // 2)
-    ]
+    jobs = []  # seed, kind and probe of each patient
+    for i, kind in enumerate(kinds):
+        for j, probe in enumerate(('convex', 'linear')):
+            start = first + 1000 * i + 200 * j
+            jobs += [(start + k, kind, probe) for k in range((patients + 1 - j) // 2)]
     return pd.DataFrame([_score_row(*job, n, size) for job in progress(jobs, total=len(jobs), desc='clips')])
 
 # %% ../../nbs/synth/motion.ipynb #m054

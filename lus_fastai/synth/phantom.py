@@ -614,10 +614,8 @@ def _layers(s, rng, z):
         for mm, tilt in ((6, 0.12), (9, 0.25))
     ]
     patch = _texture(rng, shape, _samples(s, 5 * u), _across(s, 10 * u))
-    in_fat, in_muscle = (
-        -32 + p.fibre * 6 * np.maximum(septa, -1) + 2.5 * patch,
-        -27 + p.fibre * 5 * fibre + 3 * patch,
-    )
+    in_fat = -32 + p.fibre * 6 * np.maximum(septa, -1) + 2.5 * patch
+    in_muscle = -27 + p.fibre * 5 * fibre + 3 * patch
     db = -17 * (1 - below(skin)) + (below(skin) - below(fat)) * in_fat + below(fat) * in_muscle
     for edge, level in ((skin, 5), (fat, 8), (s.depth - 2.2 * u, 5)):
         db += level * np.exp(-(((z - edge) / (0.5 * u)) ** 2))

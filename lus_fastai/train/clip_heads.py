@@ -243,7 +243,7 @@ class _Attention(torch.nn.Module):
         return self.out((self.attention(x, there)[..., None] * x).sum(1))
 
 # %% ../../nbs/train/clip_heads.ipynb #attention-train
-def _descended(net, x, there, code, weight, steps, decay):
+def _trained(net, x, there, code, weight, steps, decay):
     "The network after some steps of Adam on all clips."
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=decay)
     for _ in range(steps):
@@ -269,12 +269,12 @@ class AttentionHead(_Likeliest):
     def fit(self, X, y, sample_weight=None):
         self.classes_, code = np.unique(np.asarray(y, str), return_inverse=True)
         self.mean_, self.scale_ = np.nanmean(X, (0, 1)), np.nanstd(X, (0, 1)) + 1e-6
-        weight = torch.as_tensor(np.ones(len(X)) if sample_weight is None else sample_weight).float()
+        weight = np.ones(len(X)) if sample_weight is None else np.array(sample_weight)  # writable
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             net = _Attention(X.shape[2], len(self.classes_), self.width)
-        data = *self._ready(X), torch.as_tensor(code), weight
-        self.net_ = _descended(net, *data, self.steps, self.decay)
+        data = *self._ready(X), torch.as_tensor(code), torch.as_tensor(weight).float()
+        self.net_ = _trained(net, *data, self.steps, self.decay)
         return self
 
 # %% ../../nbs/train/clip_heads.ipynb #attention-predict

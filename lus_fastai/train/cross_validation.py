@@ -398,7 +398,7 @@ def median(
     self: BatchTimes,
     training: bool,  # of the training batches; else of those of validation
 ) -> float:  # seconds
-    "Of the batches after the first; of the first, if there is no other."
+    "Median duration of the batches after the first; of the first, if there is no other."
     seconds = self.seconds[training]
     return statistics.median(seconds[1:] or seconds)
 

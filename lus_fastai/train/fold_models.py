@@ -93,14 +93,15 @@ def ensemble(
     classes,  # what the networks were trained for, in order
 ) -> dict:  # 'fold 0'..., 'mean probability' and 'majority vote' -> prediction table
     "The fold networks one by one, their mean probability, and their majority vote."
-    tables, rows = {}, store_rows(store.frames, store)
+    found, rows = {}, store_rows(store.frames, store)
     for fold in progress(list(folds)):
         model = load(fold)
         parts = [predict_probs(model, x).numpy() for x in frame_batches(store, rows)]
-        tables[f'fold {fold}'] = np.concatenate(parts)
-    each = np.stack(list(tables.values()))  # (networks, frames, classes)
-    mean, votes = each.mean(0), np.eye(len(classes))[each.argmax(2)].mean(0)
-    tables['mean probability'] = mean
-    tables['majority vote'] = (1 - 1e-6) * votes + 1e-6 * mean  # ties: the larger mean probability
+        found[f'fold {fold}'] = np.concatenate(parts)  # (frames, classes)
+    each = np.stack(list(found.values()))  # (networks, frames, classes)
+    mean = each.mean(0)
+    votes = np.eye(len(classes))[each.argmax(2)].mean(0)  # the share of networks that name each class
+    found['mean probability'] = mean
+    found['majority vote'] = (1 - 1e-6) * votes + 1e-6 * mean  # ties: the larger mean probability
     columns = [f'p_{c}' for c in classes]
-    return {name: store.frames.assign(**dict(zip(columns, p.T))) for name, p in tables.items()}
+    return {name: store.frames.assign(**dict(zip(columns, p.T))) for name, p in found.items()}

@@ -49,7 +49,8 @@ def rotation_parts(
     "Merand & Klein's parts of one epoch (2021, section on training)."
     if not 2 <= parts <= n:
         raise ValueError(f"parts is 2..{n} for {n} images, got {parts}")
-    return [np.sort(p) for p in np.array_split(np.random.default_rng([seed, epoch]).permutation(n), parts)]
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    return [np.sort(part) for part in np.array_split(order, parts)]
 
 # %% ../../nbs/train/segmentation.ipynb #c009
 class Rotation(Callback):
@@ -142,7 +143,8 @@ def _end_round(self: LossLog, epoch):
     self.wait = 0 if better else self.wait + 1
     self.best = min(self.best, value)
     last = self.stopped or self.epoch == self.n_epoch - 1
-    if better if self.settings.select == 'best' else last:
+    keep = better if self.settings.select == 'best' else last
+    if keep:
         save_weights(self.model, self.path)
 
 # %% ../../nbs/train/segmentation.ipynb #loss-log-end-epoch
@@ -258,17 +260,11 @@ def predict_masks(
     device, channels, parts = next(model.parameters()).device, input_channels(model), []
     with frozen_eval(model), torch.no_grad():
         for i in range(0, len(images), bs):
-            x = (
-                torch.from_numpy(np.ascontiguousarray(images[i : i + bs]))
-                .to(device)[:, None]
-                .float()
-                .div(255)
-                .expand(-1, channels, -1, -1)
-                .contiguous(memory_format=torch.channels_last)
-            )
+            some = torch.from_numpy(np.ascontiguousarray(images[i : i + bs])).to(device)  # (b, h, w)
+            x = some[:, None].float().div(255).expand(-1, channels, -1, -1)  # (b, c, h, w) in 0..1
             with autocast_for(device, precision):
-                logits = model(x)
-            parts.append(logits.float().sigmoid().half().cpu().numpy())
+                logits = model(x.contiguous(memory_format=torch.channels_last))
+            parts.append(logits.float().sigmoid().half().cpu().numpy())  # (b, k, h, w)
     return np.concatenate(parts)
 
 # %% ../../nbs/train/segmentation.ipynb #kfold-folds
