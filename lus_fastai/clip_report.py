@@ -114,7 +114,7 @@ def plot_answer(
         ax.barh(rows, [v for _, v in values], color=colors, height=0.66)
         ax.set_yticks(rows, [_plain(name) for name, _ in values])
         for y, (_, v) in zip(rows, values):
-            ax.text(v + 0.015, y, f'{v:.2f}', va='center', size=10, color=INK)
+            ax.text(v + 0.015, y, f'{v:.2f}', va='center', color=INK)
         ax.set(xlim=(0, 1.12), xticks=[0, 0.5, 1], xlabel='probability')
         ax.invert_yaxis()
     return fig
@@ -141,7 +141,7 @@ def _image(ax, image, title=''):
     "An image without axes, each pixel as it is."
     ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='none')
     if title:
-        ax.set_title(title, size=9)
+        ax.set_title(title)
     ax.set_axis_off()
 
 
@@ -222,7 +222,7 @@ def plot_m_mode(
         left.plot(*fan.outline().T, color='white', lw=0.8, ls=':', scalex=False, scaley=False)
         left.plot(*beam, color=PALETTE[5], lw=1.6, scalex=False, scaley=False)
         strip.show(right)
-        right.set_title('over time', size=9)
+        right.set_title('over time')
         right.images[0].set_interpolation('none')
     return fig
 

@@ -31,6 +31,7 @@ _RC = {
     'font.size': 9,
     'axes.titlesize': 'medium',
     'figure.titlesize': 'medium',
+    'figure.labelsize': 'medium',
     'legend.fontsize': 'medium',
     'axes.spines.top': False,
     'axes.spines.right': False,

@@ -142,6 +142,7 @@ def execute(
     "Run the code in a fresh kernel and an empty folder, on the phantom, all but the installation in Colab."
     import nbformat
     from nbclient import NotebookClient
+    from tidy import tidied
 
     inline = 'module://matplotlib_inline.backend_inline'
     os.environ.update(MPLBACKEND=inline, PYTHONPATH=str(ROOT), LUS_HOME=tempfile.mkdtemp())
@@ -152,7 +153,7 @@ def execute(
         where = {'metadata': {'path': folder}}
         NotebookClient(nb, timeout=900, kernel_name='python3', resources=where).execute()
     for c, done in zip(code, nb.cells):
-        c['outputs'] = [o for o in done.outputs if o.get('name') != 'stderr']
+        c['outputs'] = tidied([o for o in done.outputs if o.get('name') != 'stderr'])
 
 
 def write(

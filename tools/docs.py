@@ -69,10 +69,8 @@ def notebooks_page(
     root: Path,  # the project's folder
 ) -> str:  # a Quarto page
     "Every notebook by the sections of the sidebar: its title, its line, and a way into Colab."
-    cfg, out = (
-        settings(root),
-        ['---', 'title: Notebooks', 'description: Every chapter, in reading order', '---', ''],
-    )
+    cfg = settings(root)
+    out = ['---', 'title: All chapters', 'description: In reading order, with the course', '---', '']
     sidebar = yaml.safe_load((root / '_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar'][
         'contents'
     ]
@@ -81,7 +79,7 @@ def notebooks_page(
         notebooks = [p for p in section['contents'] if p.endswith('.ipynb') and (root / p).is_file()]
         if not notebooks:
             continue
-        out += [f"## {section['section']}", '', '| | what you find | |', '|---|---|---|']
+        out += [f"## {section['section']}", '', '| | what you find | |', '|----|------|-|']
         for p in notebooks:
             title, line = re.match(r'# (\S.*)\s+> (\S.*)', joined(cells_of(root / p)[0]['source'])).groups()
             out.append(f"| [{title}]({p.removeprefix('nbs/')}) | {line} | [Colab]({colab}/{p}) |")
@@ -111,7 +109,7 @@ def api_page(
                 rows.append(f'| [`{node.name}`]({link}) | {plain(line)} |')
         if rows:
             name = Path(page).relative_to('nbs').with_suffix('').as_posix().replace('/', '.')
-            out += [f'## {name}', '', '| | |', '|---|---|', *rows, '']
+            out += [f'## {name}', '', '| | |', '|---|-------|', *rows, '']
     return '\n'.join(out).rstrip() + '\n'
 
 
@@ -147,8 +145,10 @@ doc_path = "{cfg['doc_path']}"
 readme_nb = "{cfg['readme_nb']}"
 tst_flags = "{cfg['tst_flags']}"
 custom_sidebar = {cfg['custom_sidebar'].lower()}
+allowed_out_metadata_keys = ["image/png"]
 doc_procs = [
-    "docs_cells:SiteLinks", "docs_cells:unlink_private", "docs_cells:fit_code", "docs_cells:fold_code",
+    "docs_cells:SiteLinks", "docs_cells:unlink_private", "docs_cells:steady_defaults", "docs_cells:fit_code",
+    "docs_cells:fold_code",
 ]
 '''
 

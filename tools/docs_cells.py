@@ -1,8 +1,8 @@
 """What the site makes of the cells of a notebook, after nbdev's own processing.
 
-nbdev runs these four (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
-links for private names, code in lines that fit the page, and folded tests, helpers and plots. The notebooks
-stay as they are.
+nbdev runs these five (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
+links for private names or within links, defaults without an address in memory, code in lines that fit the
+page, and folded tests, helpers, plots and exercises. The notebooks stay as they are.
 """
 
 import ast
@@ -17,6 +17,7 @@ from nbdev.process import Processor
 
 FITS = 88  # characters of a line of code that a page of 1280 pixels shows
 LONG_TEST, LONG_PLOT, LONG_HELPER = 3, 4, 8  # lines up to which a test, a plot and a helper stay open
+LONG = 34  # and any other code
 _option = re.compile(r'#\|\s*([\w-]+)(?::\s*(.*))?$')
 
 
@@ -110,12 +111,28 @@ def fit_code(
         cell.source = head + _formatted(code)
 
 
+_nested = re.compile(r'\[([^\[\]]*)\[(`[^`]+`)\]\(https?://[^)]*\)([^\[\]]*)\]\(')
+
+
 def unlink_private(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Take away the links that nbdev makes of private names, which no page documents."
+    "Take away the links that nbdev makes of private names, which no page documents, and of names in a link."
     if cell.cell_type == 'markdown':
-        cell.source = re.sub(r'\[(`_\w+`)\]\(https?://[^)]*\)', r'\1', cell.source)
+        text = re.sub(r'\[(`_\w+`)\]\(https?://[^)]*\)', r'\1', cell.source)
+        cell.source = _nested.sub(r'[\1\2\3](', text)
+
+
+def steady_defaults(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Show a default that is an object by its type: its address differs in every run."
+    for o in cell.get('outputs', []):
+        text = o.get('data', {}).get('text/markdown')
+        if text:
+            text = text if isinstance(text, str) else ''.join(text)
+            text = re.sub(r'<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>', r'\1()', text)
+            o['data']['text/markdown'] = text.replace('__main__.', '')
 
 
 def is_test(
@@ -151,7 +168,7 @@ def folding(
     code: str,  # of a cell, without its options
     outputs: list,  # of the cell
 ) -> str:  # what the fold says, or '' where the code stays open
-    "Whether a cell is a long test, a long helper, or the code of a plot, which are folded."
+    "Whether a cell is a long test or helper, the code of a plot or an exercise, or very long."
     lines = len(code.splitlines())
     if any('image/png' in o.get('data', {}) for o in outputs):
         return 'Code of the figure' if lines > LONG_PLOT else ''
@@ -161,13 +178,16 @@ def folding(
         return ''
     if body and not outputs and lines >= LONG_TEST and all(map(is_test, body)):
         return 'Tests'
-    return helper_fold(body) if lines > LONG_HELPER else ''
+    if lines > LONG_HELPER and (summary := helper_fold(body)):
+        return summary
+    asks = next((k for k in ('Exercise', 'Quiz') if re.search(rf'^\w+ = {k}\($', code, re.M)), '')
+    return f'Code of the {asks.lower()}' if asks else 'Code' if lines > LONG else ''
 
 
 def fold_code(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Fold long tests, long helpers and the code of plots, but where the cell has an option of its own."
+    "Fold long tests, helpers, plots and exercises, but where the cell has an option of its own."
     if cell.cell_type != 'code':
         return
     options, code = split_options(cell.source)

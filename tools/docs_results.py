@@ -1,8 +1,12 @@
 """The pages of results: one summary, then a page for each paper, made from the files of results/."""
 
+import ast
 import html
 import json
+import re
 from pathlib import Path
+
+from docs_checks import cells_of, joined
 
 COLUMNS = 5  # scores beside one another that fit the page
 STORED = {  # the file that each paper's claims are judged by: its run on the data that come closest
@@ -12,26 +16,6 @@ STORED = {  # the file that each paper's claims are judged by: its run on the da
     'uscl': 'uscl-real',
     'merand': 'merand-real',
 }
-PAIRS = (  # paper, score, results, table, row, column, protocol like the paper's, honest protocol
-    ('Gare et al. 2021', 'accuracy by frame, POCUS', 'gare-pocus', 'classification', 'dense', 'accuracy')
-    + ('classification by frame', 'classification by patient'),
-    (
-        'Cheng & Lam 2021',
-        'Dice by image, BUSI',
-        'cheng_lam-real',
-        'folds',
-        'X-Unet',
-        'dice',
-        'image',
-        'patient',
-    ),
-    ('Arora et al. 2020', 'accuracy by frame, POCUS', 'arora-pocus', 'classification', 'vgg16', 'accuracy')
-    + ('file', 'patient'),
-    ('Chen et al. 2021', 'accuracy by frame, POCUS', 'uscl-real', 'comparison', 'USCL', 'accuracy')
-    + ('best', 'last'),
-    ('Merand & Klein 2021', 'mean IoU, CCXS', 'merand-real', 'mean IoU')
-    + ('resnet50, U-Net encoder: classifier, boxes', 'all classes', 'rotation', 'last'),
-)
 PAPER_PAGE = """\
 A cell is a score with its 95 % interval, a bootstrap over patients. Tables after the first of a protocol are
 folded. A *quick run* is a demonstration of a few minutes: it shows that the code runs, not what is true.
@@ -64,7 +48,9 @@ def plain(
     text,  # of a cell of a table
 ) -> str:
     "Text that Markdown takes as it is."
-    return str(text).replace('|', '\\|').replace('<', '&lt;').replace('@', '\\@')
+    parts = re.split(r'(`[^`]*`)', str(text).replace('|', '\\|'))  # code stands at odd places
+    parts[::2] = [p.replace('<', '&lt;').replace('@', '\\@') for p in parts[::2]]
+    return ''.join(parts)
 
 
 def table(
@@ -253,12 +239,21 @@ def find_value(
     return next((c for c in results['cells'] if all(c.get(k) == v for k, v in wanted.items())), None)
 
 
+def leak_pairs() -> tuple:
+    "Paper, score, file, table, row, column, and both protocols of each comparison on the first page."
+    cells = cells_of(Path(__file__).resolve().parents[1] / 'nbs/index.ipynb')
+    code = next(joined(c['source']) for c in cells if c.get('id') == 'leak-pairs')
+    assigned = (n for n in ast.parse(code).body if isinstance(n, ast.Assign))
+    pairs = next(n.value for n in assigned if n.targets[0].id == 'PAIRS')
+    return eval(compile(ast.Expression(pairs), 'nbs/index.ipynb', 'eval'), {})  # tuples of names
+
+
 def leak_rows(
     runs: dict,  # from read_all
 ) -> list:  # (paper, score, cell like theirs or None, honest cell or None)
     "One score of each paper, under a protocol like the paper's and under an honest one, as far as stored."
     rows = []
-    for paper, score, stem, t, row, column, theirs, honest in PAIRS:
+    for paper, score, stem, t, row, column, theirs, honest in leak_pairs():
         found = [
             find_value(runs[stem], row, column, p, t) if stem in runs else None for p in (theirs, honest)
         ]
@@ -285,11 +280,12 @@ def claim_section(
         same, honest = _both(results, claim, claim.as_theirs), _both(results, claim, claim.protocol)
         short = ', trained too little' * any((claim.protocol, r) in few for r in (claim.a, claim.b))
         said = f"**{v['verdict']}**{short}"
-        row = [claim.text, claim.theirs or '–', same, honest, v['difference, honest'] or '–', said]
+        gap = (v['difference, honest'] or '–').replace(' ', '\N{NO-BREAK SPACE}')
+        row = [claim.text, claim.theirs or '–', same, honest, gap, said]
         (open_ if v['difference, honest'] or v['difference, their protocol'] else closed).append(
             (row, claim.needs)
         )
-    about = f"On {results['data']} ([every number](results/{name}.qmd), [chapter](papers/{name}.ipynb))."
+    about = f"Data: {results['data']} ([every number](results/{name}.qmd), [chapter](papers/{name}.ipynb))."
     head = ['claim', 'theirs', 'ours, their protocol', 'ours, honest', 'paired difference, honest', 'verdict']
     out = [f"## {results['paper']}", '', about, '']
     out += (

@@ -10,7 +10,7 @@ description: One figure each, in a dozen lines
 toc: false
 ---
 
-One figure each, in a dozen lines. Each page is a notebook: open it in Colab and change a number.
+Each page is a notebook: open it in Colab and change a number.
 """
 
 
@@ -46,8 +46,8 @@ def gallery_page(
         (folder / f'thumbs/{name}.png').write_bytes(e['png'])
         image = f'[![{e["alt"]}](thumbs/{name}.png)]({name}.ipynb)'
         blocks.append(
-            f'::: {{.g-col-12 .g-col-md-4}}\n{image}\n\n**[{e["title"]}]({name}.ipynb)** {e["line"]}\n:::'
+            f'::: {{.g-col-12 .g-col-md-4}}\n{image}\n\n**[{e["title"]}]({name}.ipynb)**\\\n{e["line"]}\n:::'
         )
     page = folder / 'index.qmd'
-    page.write_text(f'{HEAD}\n:::: {{.grid}}\n' + '\n\n'.join(blocks) + '\n::::\n', encoding='utf-8')
+    page.write_text(f'{HEAD}\n:::: {{.grid .gallery}}\n' + '\n\n'.join(blocks) + '\n::::\n', encoding='utf-8')
     return page

@@ -19,6 +19,7 @@ from docs_checks import cells_of, is_away, joined
 
 tools = Path(__file__).resolve().parent
 WIDTHS = 1280, 390  # pixels of a desktop's window and of a phone
+PATIENCE = 300_000  # milliseconds: a long page takes half a minute on a busy machine
 
 
 def _fence(text, kind):
@@ -88,14 +89,14 @@ def cell_markdown(
 
 def page_source(
     path: Path,  # a processed notebook, or a .qmd file
-) -> tuple:  # its front matter as a dictionary, and Markdown
+) -> tuple:  # its front matter as a dictionary, and the Markdown below it
     "What Pandoc reads of a page."
     if path.suffix == '.ipynb':
         first, *cells = cells_of(path)
         front = yaml.safe_load(joined(first['source']).strip().strip('-'))
         return front, '\n\n'.join(map(cell_markdown, cells))
-    text = path.read_text(encoding='utf-8')
-    return yaml.safe_load(text.split('---')[1]), text
+    _, front, text = path.read_text(encoding='utf-8').split('---', 2)
+    return yaml.safe_load(front), text
 
 
 def sections(
@@ -239,8 +240,8 @@ def render_page(
             '--metadata=link-citations',
         ]
     options += [f'--variable={k}={v}' for k, v in around.items()]
-    options += [f'--metadata={k}={front[k]}' for k in ('title', 'description') if k in front]
-    page_html = pypandoc.convert_text(text, 'html5', 'markdown', extra_args=options)
+    head = yaml.safe_dump({k: front[k] for k in ('title', 'description', 'nocite') if k in front})
+    page_html = pypandoc.convert_text(f'---\n{head}---\n\n{text}', 'html5', 'markdown', extra_args=options)
     links = re.compile(r'(<a\b[^>]*?\bhref=")([^"]+)(")')
     to.write_text(
         links.sub(lambda m: m[1] + to_html(m[2], page, site.home) + m[3], page_html), encoding='utf-8'
@@ -333,13 +334,12 @@ def browser_faults(
             page, asked = _watched(browser, width)
             for file in pages:
                 asked.clear()
-                page.goto(file.as_uri())
+                page.goto(file.as_uri(), timeout=PATIENCE)
                 faults += [f'{file.name} at {width} pixels: {x}' for x in _seen(page.evaluate(LOOK), asked)]
                 if shots:
                     shots.mkdir(parents=True, exist_ok=True)
-                    page.screenshot(
-                        path=shots / f'{file.parent.name}-{file.stem}-{width}.png', full_page=True
-                    )
+                    name = f'{file.parent.name}-{file.stem}-{width}.png'
+                    page.screenshot(path=shots / name, full_page=True, timeout=PATIENCE)
         browser.close()
     return faults
 

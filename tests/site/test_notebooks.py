@@ -259,6 +259,54 @@ def test_the_command_for_colab_installs_there_and_nowhere_else(in_colab, tmp_pat
         assert said.read_text() == 'install -Uqq git+https://github.com/lus-fastai/lus_fastai\n'
 
 
+@pytest.fixture(scope='module')
+def tidy():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / 'tools'))
+        yield importlib.import_module('tidy')
+
+
+@each_notebook
+def test_saved_outputs_are_tidy(path, tidy):
+    "Each shows something, what was printed is in one piece, and a figure says how large it is shown."
+    for i, c in enumerate(load(path)['cells']):
+        outputs = c.get('outputs', [])
+        assert len(tidy.tidied(outputs)) == len(outputs), f'cell {i}: run python tools/tidy.py'
+        data = [(o, o.get('data', {})) for o in outputs]
+        drawn = [o for o, d in data if 'image/png' in d and '<PIL.' not in ''.join(d['text/plain'])]
+        assert all(o['metadata'].get('image/png', {}).get('width') for o in drawn), (
+            f'cell {i}: a figure without its size; execute the notebook again, and then nbdev-clean'
+        )
+
+
+def test_what_shows_nothing_is_taken_away(tidy, tmp_path):
+    def shown(**data):
+        return dict(
+            output_type='display_data', metadata={}, data={k.replace('_', '/'): v for k, v in data.items()}
+        )
+
+    def printed(text, name='stdout'):
+        return dict(output_type='stream', name=name, text=[text])
+
+    bar = shown(text_html=[], text_plain=['<IPython.core.display.HTML object>'])
+    style = shown(text_html='<style>\np { }\n</style>\n', text_plain='<IPython.core.display.HTML object>')
+    table = shown(text_html='<style>p { }</style><table></table>', text_plain='a')
+    value = dict(output_type='execute_result', execution_count=None, metadata={}, data={'text/plain': '3'})
+    widget = shown(**{'application_vnd.jupyter.widget-view+json': dict(model_id='a')})
+    failed = dict(output_type='error', ename='a', evalue='b', traceback=[])
+    stopped = shown(
+        text_html='<div><progress max="2"></progress></div>', text_plain='<div><progress max="2">'
+    )
+    assert tidy.tidied([style, bar, stopped, printed(' \n')]) == []
+    kept = [table, value, widget, failed]
+    assert tidy.tidied([bar, *kept, bar]) == kept
+    told = tidy.tidied([printed('a\n'), bar, printed('b\nc'), printed('d', 'stderr')])
+    assert [''.join(o['text']) for o in told] == ['a\nb\nc', 'd']
+    path = tmp_path / 'a.ipynb'
+    path.write_text(json.dumps(dict(cells=[dict(source='x', outputs=[bar, value]), dict(source='y')])))
+    assert [tidy.tidy(path), tidy.tidy(path)] == [1, 0] and load(path)['cells'][0]['outputs'] == [value]
+
+
 LONG = ROOT / 'tests/long_cells.tsv'  # cells that may have more lines, each with its reason
 LINES = 25
 
