@@ -343,20 +343,17 @@ def _system_code(e, tmp):
     if isinstance(e, OSError):
         ours = e.filename is None and e.errno in _NO_ROOM or e.filename == str(tmp)
         return e.errno if ours else None
-    found = re.search(r'\(os error (\d+)\)', str(e))  # as safetensors says it
-    return int(found[1]) if found else None
+    found = re.search(r'\(os error (\d+)\)|Os \{ code: (\d+),', str(e))  # as safetensors says it, now and in 0.4
+    return int(found[1] or found[2]) if found else None
 
 # %% ../nbs/core.ipynb #tmp-owner
-_MACHINE_ID = '/etc/machine-id'
-
-
 @functools.cache
 def _machine():
     "Eight digits for where process numbers count: this machine, or this container."
     known = [platform.node()]
     with contextlib.suppress(OSError):
         known.append(os.readlink('/proc/self/ns/pid'))
-        known.append(Path(_MACHINE_ID).read_text())
+        known.append(Path('/etc/machine-id').read_text())
     return hashlib.sha256(' '.join(known).encode()).hexdigest()[:8]
 
 
