@@ -113,6 +113,9 @@ class Moment(NamedTuple):
     after: bool = False  # after it, else before
 
 
+NEVER = Moment()
+
+
 def draw_moments(
     changes: int,  # that the work makes
     n: int = 20,  # how many
@@ -158,7 +161,7 @@ def _in_process(work, folder, moment, count):
 def run(
     work,  # function (folder)
     folder,  # where
-    moment: Moment = Moment(),  # when to kill it
+    moment: Moment = NEVER,  # when to kill it
     whole: float = 0.0,  # processor seconds of the whole work
 ) -> tuple:  # exit code, processor seconds, changes to folders
     "Do a work in a process of its own, and kill it at a moment."
@@ -201,7 +204,7 @@ def _timeless(path):
 def contents(
     folder,  # what a work left
 ) -> dict:  # relative name -> bytes
-    "All files but locks; of stores that were made of clips in the folder, which have times, the pixels alone."
+    "All files but locks; of stores of clips that were made in the folder, only the pixels: clips have times."
     out = {}
     for path in sorted(p for p in folder.rglob('*') if p.is_file()):
         name = str(path.relative_to(folder))

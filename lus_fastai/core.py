@@ -343,7 +343,7 @@ def _system_code(e, tmp):
     if isinstance(e, OSError):
         ours = e.filename is None and e.errno in _NO_ROOM or e.filename == str(tmp)
         return e.errno if ours else None
-    found = re.search(r'\(os error (\d+)\)|Os \{ code: (\d+),', str(e))  # as safetensors says it, now and in 0.4
+    found = re.search(r'\(os error (\d+)\)|Os \{ code: (\d+),', str(e))  # of safetensors, now and in 0.4
     return int(found[1] or found[2]) if found else None
 
 # %% ../nbs/core.ipynb #tmp-owner
