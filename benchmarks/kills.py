@@ -187,7 +187,7 @@ def _seconds_of(pid):
 # ---- whether it is the same
 
 
-_DURATIONS = r'"hours": [0-9.e-]+|<td>training hours</td>\s*<td>[^<]*</td>'
+_DURATIONS = r'"hours": [0-9.e-]+|(?:training hours</t.>\s*<td[^>]*|time in training</dt>\s*<dd)>[^<]*'
 
 
 def _timeless(path):
