@@ -46,12 +46,13 @@ quick: lint
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal --durations=15 tests $(ARGS)
 
-# uv resolves to the lower bounds of settings.ini; test tools come afterwards and leave these as they are
+# uv resolves to the lower bounds of settings.ini, those of [onnx] too; test tools come afterwards and leave all of these as they are
 $(OLDEST)/.installed: setup.py settings.ini pyproject.toml | $(BIN)/python
 	@$(PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet uv
-	@$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e .
-	@$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python -e '.[dev]'
+	@$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[onnx]'
+	@$(OLDEST)/bin/uv pip freeze --python $(OLDEST)/bin/python --exclude-editable > $(OLDEST)/versions.txt
+	@$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --constraint $(OLDEST)/versions.txt -e '.[dev]'
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed

@@ -16,9 +16,12 @@ __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'PHANTOM_VERSION', '
 import contextlib
 import csv
 import errno
+import functools
+import hashlib
 import io
 import json
 import os
+import platform
 import random
 import re
 import sys
@@ -340,8 +343,48 @@ def _system_code(e, tmp):
     if isinstance(e, OSError):
         ours = e.filename is None and e.errno in _NO_ROOM or e.filename == str(tmp)
         return e.errno if ours else None
-    found = re.search(r'\(os error (\d+)\)', str(e))  # as safetensors says it
-    return int(found[1]) if found else None
+    found = re.search(r'\(os error (\d+)\)|Os \{ code: (\d+),', str(e))  # of safetensors, now and in 0.4
+    return int(found[1] or found[2]) if found else None
+
+# %% ../nbs/core.ipynb #tmp-owner
+@functools.cache
+def _machine():
+    "Eight digits for where process numbers count: this machine, or this container."
+    known = [platform.node()]
+    with contextlib.suppress(OSError):
+        known.append(os.readlink('/proc/self/ns/pid'))
+        known.append(Path('/etc/machine-id').read_text())
+    return hashlib.sha256(' '.join(known).encode()).hexdigest()[:8]
+
+
+def _temporary(path):
+    "A new name beside a file, with the process that writes it."
+    owner = f'{_machine()}-{os.getpid()}-{os.urandom(4).hex()}'
+    return path.with_name(f'.{path.name}.{owner}.tmp{path.suffix}')
+
+# %% ../nbs/core.ipynb #tmp-ended
+_SWEPT = set()  # folders that this process has written to
+
+
+def _has_ended(pid):
+    "Whether a process of this machine is gone."
+    try:
+        os.kill(pid, 0)  # asks, and sends nothing
+    except OSError as e:
+        return e.errno == errno.ESRCH
+    return False
+
+
+def _sweep_ended(folder):
+    "Remove, once in a process, the temporary files of processes that have ended."
+    if os.name != 'posix' or folder in _SWEPT:  # Windows would end the process that is asked for
+        return
+    _SWEPT.add(folder)
+    name = re.compile(rf'\..+\.{_machine()}-(\d+)-\w{{8}}\.tmp(\.\w+)?')
+    for f in folder.glob('.*.tmp*'):
+        if (owner := name.fullmatch(f.name)) and _has_ended(int(owner[1])):
+            with contextlib.suppress(OSError):
+                f.unlink()
 
 # %% ../nbs/core.ipynb #atomic
 @contextlib.contextmanager
@@ -351,7 +394,8 @@ def atomic_path(
     "Write a file whole or not at all: a temporary file is renamed when the block ends without an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.tmp{path.suffix}')
+    _sweep_ended(path.parent.absolute())
+    tmp = _temporary(path)
     try:
         with open(tmp, 'xb') as f:
             mode = os.fstat(f.fileno()).st_mode & 0o777  # as the umask has it; safetensors would narrow it
@@ -373,7 +417,7 @@ def sweep_unfinished(
 ):
     "Remove the temporary files of `atomic_path` that a killed process left in a folder."
     for f in Path(folder).glob('.*.tmp*'):
-        if re.fullmatch(r'\..+\.\w{8}\.tmp(\.\w+)?', f.name):
+        if re.fullmatch(r'\..+\.(\w{8}-\d+-)?\w{8}\.tmp(\.\w+)?', f.name):
             f.unlink(missing_ok=True)
 
 # %% ../nbs/core.ipynb #c035

@@ -699,7 +699,7 @@ def pretrain(
     run = dict(epochs=epochs, lr=lr, wd=wd, seed=seed, warm=warm, precision=precision)
     with main_first():
         claim_folder(path, _bound_to(method, dls, run))
-    if (path / 'history.csv').exists():
+    if (path / 'history.csv').exists() and not (path / 'checkpoint.pt').exists():
         _fit_in(load_weights(path / 'net.safetensors'), net, path / 'net.safetensors')
     else:
         record = PairLog(log, tick=_ticks(epochs, path, main))

@@ -326,8 +326,9 @@ def _ticks(n, path):
 
 
 def _is_done(path, k):
-    "Whether fold k is complete."
-    return (path / f'fold{k}' / 'predictions.pt').exists()
+    "Whether fold k is complete: a checkpoint beside its predictions is of a process killed at its very end."
+    fold = path / f'fold{k}'
+    return (fold / 'predictions.pt').exists() and not (fold / 'checkpoint.pt').exists()
 
 
 def _described(learn, build, collect, frames):

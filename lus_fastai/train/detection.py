@@ -989,7 +989,7 @@ def train_detector(
     rows = [[int(i) for i in dl.dataset] for dl in dls.loaders]
     run = dict(epochs=epochs, bs=bs, lr=lr, opt=opt, every=every, clip=clip, seed=seed)
     _bind(path, model, rows, run, kwargs, list(items.names))
-    if (path / 'ap.csv').exists():
+    if (path / 'ap.csv').exists() and not (path / 'checkpoint.pt').exists():
         return pd.read_csv(path / 'ap.csv')
     learn, log = detect_learner(dls, model, every, clip, opt=opt), DetectLog()
     with learn.no_bar(), learn.no_logging():

@@ -21,6 +21,7 @@ from lus_fastai.core import (
     read_table,
     save_csv,
     sweep_unfinished,
+    write_json,
     write_table,
 )
 
@@ -128,6 +129,35 @@ def test_the_temporary_file_of_a_killed_process_is_swept_and_nothing_else(tmp_pa
         (tmp_path / name).touch()
     sweep_unfinished(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {'.mine.tmp', '.lock', 'a.tmp', 'checkpoint.pt'}
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows cannot be asked whether a process runs')
+def test_the_next_write_removes_what_a_killed_process_left_and_no_file_of_a_running_one(tmp_path):
+    code = f"""
+        import os, signal, sys
+        from lus_fastai.core import atomic_path
+        with atomic_path({str(tmp_path)!r} + '/' + sys.argv[1] + '.json'):
+            print(flush=True)
+            sys.stdin.read() if sys.argv[1] == 'running' else os.kill(os.getpid(), signal.SIGKILL)
+    """
+    how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    processes = [
+        subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), name], **how)
+        for name in ('running', 'killed')
+    ]
+    for process in processes:
+        process.stdout.readline()
+    processes[1].wait()
+    (tmp_path / '.x.json.0123abcd-999999-0123abcd.tmp.json').touch()  # of another machine
+    before = {p.name for p in tmp_path.iterdir()}
+    assert len(before) == 3
+    write_json(tmp_path / 'new.json', 1)
+    after = {p.name for p in tmp_path.iterdir()}
+    assert [name[:8] for name in before - after] == ['.killed.'] and after - before == {'new.json'}
+    processes[0].communicate()
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *('running.json', 'new.json', '.x.json.0123abcd-999999-0123abcd.tmp.json')
+    }
 
 
 def test_an_error_that_is_not_about_the_file_stays_as_it_is(tmp_path):
