@@ -133,7 +133,7 @@ def _smaller_images(tag):
     "The tag of an image with a smaller one in it."
     return re.sub(r'data:image/png;base64,([A-Za-z0-9+/=\s]+)', _smaller, tag[0])
 
-
+# %% ../nbs/report.ipynb #bare-svg
 def _bare_svg(fig):
     "A figure as SVG without prolog, metadata and style sheet; whether it is drawn in our ink."
     svg = save_figure(fig, format='svg', transparent=True).decode()

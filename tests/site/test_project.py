@@ -528,13 +528,18 @@ def dangers(path):
             yield f'{name} unpickles'
         if name == 'torch.load' and keyword(call, 'weights_only') != 'True':
             yield 'torch.load without weights_only=True'
+        if (
+            last == 'get_state_dict'
+            and not keyword(call, 'check_hash') == keyword(call, 'weights_only') == 'True'
+        ):
+            yield f'{name} of torchvision without check_hash=True and weights_only=True'
         if last in ('load_url', 'load_state_dict_from_url', 'urlretrieve') or name.startswith('torch.hub.'):
             yield f'{name}: a download without limits'
         if name.split('.')[0] == 'yaml' and last not in ('safe_load', 'safe_dump', 'dump'):
             yield f'{name}(...)'
         network = last in ('urlopen', 'create_connection', 'HTTPConnection', 'HTTPSConnection')
         network |= name.split('.')[0] in ('requests', 'httpx', 'aiohttp', 'urllib3')
-        if network and path.name != 'fetching.py':
+        if network and path.name != 'fetching.py' and name != 'requests.head':  # which brings no content
             yield f'{name}: only fetching.py asks the network'
         if network and 'timeout' not in options:
             yield f'{name} without a timeout'
@@ -569,6 +574,8 @@ def test_nothing_that_is_read_is_run():
         ('requests.get(url, timeout=3)', 'fetching'),
         ('torch.hub.load_state_dict_from_url(url)', 'download'),
         ('archive.extractall(folder)', 'extract_archive'),
+        ('weights.get_state_dict(progress=False)', 'weights_only'),
+        ('requests.head(url)', 'timeout'),
     ],
 )
 def test_what_would_run_is_found(tmp_path, code, says):
