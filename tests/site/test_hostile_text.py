@@ -195,7 +195,8 @@ def hostile_results(text):
     one = dict(protocol=text, table=text, row=text, column=text, ours=0.7, interval=[0.6, 0.8], theirs=0.7)
     cells = [one, dict(one, table='b' + text), dict(one, row='b')]
     about = {text: dict(description=text, split_hash=text)}
-    difference = dict(protocol=text, a=text, b='b', column=text, value=0.1, low=0.0, high=0.2, p=0.5)
+    difference = dict(protocol=text, a=text, b='b', column=text, value=0.1, low=0.0, high=0.2)
+    difference |= dict(p=0.5, spread=None, trainings=1)
     training = {text: dict(protocol=text, row=text, reasons=[text])}
     parts = dict(cells=cells, protocols=about, differences=[difference], trainings=training)
     parts |= dict(builds=[dict(trainings=[text], torch=text, device=text, precision=text)] * 2)
