@@ -61,24 +61,19 @@ def _kept(runs):
 @contextlib.contextmanager
 def _alone(runs):
     "Keep the folder `runs` for this process; ValueError that names the process which has it."
-    runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / 'demo.lock', 'a+') as f:
-        try:
-            import fcntl
+    from lus_fastai.core import folder_lock
 
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows
-        except OSError:
-            f.seek(0)
+    claim = runs / 'claims' / 'demo'
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(folder_lock(claim))
+        except BlockingIOError:
             raise ValueError(
-                f"process {f.read() or '(unknown)'} is running the demo in {runs}: wait until "
-                "it ends (the results will be there at once), "
+                f"process {(claim / '.lock').read_text() or '(unknown)'} is running the demo in {runs}: "
+                "wait until it ends (the results will be there at once), "
                 "or set LUS_HOME to another folder to run a second one"
             ) from None
-        f.truncate(0)
-        f.write(str(os.getpid()))
-        f.flush()
+        (claim / '.lock').write_text(str(os.getpid()))
         yield
 
 # %% ../nbs/cli.ipynb #data

@@ -7,10 +7,10 @@ Docs: https://lus-fastai.github.io/lus_fastai/core.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'DENSE', 'SPARSE', 'DENSE_TO_SPARSE', 'PHANTOM_VERSION', 'DENSE_COLORS', 'SPARSE_COLORS', 'CLIP_COLUMNS',
            'dense_to_sparse', 'file_keys', 'TableError', 'and_more', 'check_columns', 'check_table', 'LeakError',
-           'assert_disjoint', 'clip_ids', 'MaskSet', 'Frames', 'atomic_path', 'sweep_unfinished', 'write_json',
-           'read_json', 'save_state', 'load_state', 'csv_bytes', 'save_csv', 'load_csv', 'write_table', 'read_table',
-           'folder_lock', 'seed_all', 'frozen_eval', 'lus_home', 'shipped_folder', 'real_data', 'progress', 'duration',
-           'StageLog']
+           'assert_disjoint', 'clip_ids', 'MaskSet', 'Frames', 'named_write', 'atomic_path', 'sweep_unfinished',
+           'write_json', 'read_json', 'save_state', 'load_state', 'csv_bytes', 'save_csv', 'load_csv', 'write_table',
+           'read_table', 'folder_lock', 'seed_all', 'frozen_eval', 'lus_home', 'shipped_folder', 'real_data',
+           'progress', 'duration', 'StageLog']
 
 # %% ../nbs/core.ipynb #c003
 import contextlib
@@ -346,6 +346,21 @@ def _system_code(e, tmp):
     found = re.search(r'\(os error (\d+)\)|Os \{ code: (\d+),', str(e))  # of safetensors, now and in 0.4
     return int(found[1] or found[2]) if found else None
 
+
+@contextlib.contextmanager
+def named_write(
+    path,  # the file that is meant, or the folder of several
+    tmp=None,  # the file that is written in its place
+):
+    "Where the system has no room for what the block writes, or refuses `tmp`, the error names `path`."
+    try:
+        yield
+    except BaseException as e:
+        if (code := _system_code(e, tmp)) is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from e
+
+
 # %% ../nbs/core.ipynb #tmp-owner
 @functools.cache
 def _machine():
@@ -396,20 +411,19 @@ def atomic_path(
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_ended(path.parent.absolute())
     tmp = _temporary(path)
-    try:
-        with open(tmp, 'xb') as f:
-            mode = os.fstat(f.fileno()).st_mode & 0o777  # as the umask has it; safetensors would narrow it
-        yield tmp
-        os.chmod(tmp, mode)
-        with open(tmp, 'rb+') as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(tmp)
-        if (code := _system_code(e, tmp)) is None:
+    with named_write(path, tmp):
+        try:
+            with open(tmp, 'xb') as f:
+                mode = os.fstat(f.fileno()).st_mode & 0o777  # as the umask has it, safetensors narrows it
+            yield tmp
+            os.chmod(tmp, mode)
+            with open(tmp, 'rb+') as f:
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(tmp)
             raise
-        raise OSError(code, os.strerror(code), str(path)) from e
 
 # %% ../nbs/core.ipynb #sweep
 def sweep_unfinished(

@@ -111,6 +111,17 @@ def _as_onnx(model):
     return graph
 
 # %% ../nbs/export.ipynb #export-onnx
+def _onnx_bytes(model):
+    "A model with its facts as the bytes of an ONNX file."
+    with _extra():
+        import onnx
+    graph = _as_onnx(model)
+    note = graph.metadata_props.add()
+    note.key, note.value = 'lus_fastai', json.dumps(model_facts(model), allow_nan=False)
+    onnx.checker.check_model(graph, full_check=True)
+    return graph.SerializeToString(deterministic=True)
+
+
 def export_onnx(
     model: ClipModel,  # one network or several
     path,  # a file named .onnx
@@ -119,14 +130,9 @@ def export_onnx(
     path = Path(path)
     if path.suffix != '.onnx':
         raise ValueError(f"an ONNX file is named .onnx, not {path.name}")
-    with _extra():
-        import onnx
-    graph = _as_onnx(model)
-    note = graph.metadata_props.add()
-    note.key, note.value = 'lus_fastai', json.dumps(model_facts(model), allow_nan=False)
-    onnx.checker.check_model(graph, full_check=True)
+    content = _onnx_bytes(model)
     with atomic_path(path) as tmp:
-        tmp.write_bytes(graph.SerializeToString(deterministic=True))
+        tmp.write_bytes(content)
     return path
 
 # %% ../nbs/export.ipynb #session
@@ -308,8 +314,7 @@ def web_page(
 
     runtime = web_runtime() if runtime is None else Path(runtime)
     parts = {f'runtime_{k}': _packed((runtime / f).read_bytes()) for k, f in _RUNTIME_FILES.items()}
-    with tempfile.TemporaryDirectory() as tmp:
-        parts['network'] = _packed(export_onnx(model, f'{tmp}/model.onnx').read_bytes())
+    parts['network'] = _packed(_onnx_bytes(model))
     parts['facts'] = _as_json(model_facts(model) | dict(phantom=_phantom_sprite()))
     parts |= dict(style=_source('page.css'), code=_script())
     template = jinja2.Template(

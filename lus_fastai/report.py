@@ -121,17 +121,26 @@ def _smaller(match):
 def _own_ids(svg, number):
     "Drop ids that nothing refers to, and make the others unique on the page."
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else '', svg)
-    return re.sub(r'(\bid="|href="#|url\(#)', lambda m: f'{m[0]}f{number}-', svg)
+
+    def own(tag):
+        tag = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else '', tag[0])
+        return re.sub(r'(\bid="|href="#|url\(#)', lambda m: f'{m[0]}f{number}-', tag)
+
+    return re.sub('<[^<>]*>', own, svg)  # a label may read like an id
 
 
+def _smaller_images(tag):
+    "The tag of an image with a smaller one in it."
+    return re.sub(r'data:image/png;base64,([A-Za-z0-9+/=\s]+)', _smaller, tag[0])
+
+# %% ../nbs/report.ipynb #bare-svg
 def _bare_svg(fig):
     "A figure as SVG without prolog, metadata and style sheet; whether it is drawn in our ink."
     svg = save_figure(fig, format='svg', transparent=True).decode()
     ours = INK in svg
     if not ours:
         svg = save_figure(fig, format='svg').decode()
-    svg = re.sub(r'data:image/png;base64,([A-Za-z0-9+/=\s]+)', _smaller, svg)
+    svg = re.sub(r'<image\b[^<>]*>', _smaller_images, svg)
     return re.sub(
         r'<metadata>.*?</metadata>|<style.*?</style>', '', svg[svg.index('<svg') :], flags=re.S
     ), ours

@@ -11,6 +11,7 @@ __all__ = ['ClipError', 'Clip', 'Limits', 'read_limits', 'check_limit', 'frame_t
 
 # %% ../nbs/video.ipynb #imports-0
 import contextlib
+import io
 import itertools
 import math
 import mmap
@@ -23,6 +24,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+
+from .core import atomic_path
 
 # %% ../nbs/video.ipynb #c006-1
 class ClipError(ValueError):
@@ -409,23 +412,45 @@ def _video(path, codes):
 _FORMATS = 'PNG', 'JPEG', 'BMP', 'TIFF', 'PPM', 'WEBP', 'JPEG2000'
 
 
+class _Bounded(io.BufferedReader):
+    "A file of which no read asks for more than is left: a decoder first makes room for what it asks for."
+
+    def read(self, size=-1):
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+@contextlib.contextmanager
+def _pillow_image(path):
+    "The PIL image of a file, of which only the header is read yet; `ClipError` where Pillow knows no such."
+    from PIL import Image, UnidentifiedImageError
+
+    with _Bounded(io.FileIO(path)) as f:
+        try:
+            im = Image.open(f, formats=_FORMATS)
+        except UnidentifiedImageError:
+            raise ClipError(path, 'it is damaged, or no image of a kind that is read') from None
+        with im:
+            yield im
+
+
+# %% ../nbs/video.ipynb #open-image
 @contextlib.contextmanager
 def open_image(
     path,  # an image file
 ):  # the PIL image, of which only the header is read yet
     "Open an image, of a size within the limits and, as PNG, with the right checksums; else `ClipError`."
-    from PIL import Image
-
     path = os.fspath(path)
-    with Image.open(path, formats=_FORMATS) as im:
+    with _pillow_image(path) as im:
         check_limit(path, 'pixels', im.width * im.height)
         if im.format == 'PNG':
             try:
                 im.verify()
             except Exception:
                 raise ClipError(path, 'it is damaged: truncated, or a checksum differs') from None
-    with Image.open(path, formats=_FORMATS) as im:
+    with _pillow_image(path) as im:
         yield im
+
 
 # %% ../nbs/video.ipynb #still-image
 def _still_image(im, path, codes):
@@ -843,11 +868,12 @@ def write_video(
     rate: float,  # frames per second, above 0
     lossless: bool = False,  # FFV1 (for masks; use .mkv) instead of H.264
 ):
-    "Write grey frames as a video; raises ValueError for a wrong shape, type or rate."
+    "Write grey frames as a video, whole or not at all; raises ValueError for a wrong shape, type or rate."
     import av
 
     frames = _check_video(frames, rate)
-    with av.open(str(path), 'w', options=dict(fflags='+bitexact')) as out:  # bitexact: no random ids
+    bitexact = dict(fflags='+bitexact')  # no random ids
+    with atomic_path(path) as tmp, av.open(os.path.abspath(tmp), 'w', options=bitexact) as out:
         stream = _grey_stream(out, frames.shape[1:], rate, lossless)
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='gray')))

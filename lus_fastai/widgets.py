@@ -22,7 +22,16 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .core import DENSE, DENSE_COLORS, TableError, atomic_path, check_table, clip_ids, frozen_eval
+from lus_fastai.core import (
+    DENSE,
+    DENSE_COLORS,
+    TableError,
+    check_table,
+    clip_ids,
+    frozen_eval,
+    load_csv,
+    save_csv,
+)
 from .data.fan import Fan, FanError, find_fan
 from .data.store import FrameStore, read_masks
 from .explain.attribution import map_rgb
@@ -772,8 +781,8 @@ def _keys(table, path):
 def _saved_fans(file):
     "The fans of a file by path, the last one of each; TableError where it holds something else."
     try:
-        saved = pd.read_csv(file, dtype=str, keep_default_na=False).set_index('path')[['fan', 'fan_by']]
-    except (KeyError, ValueError) as e:
+        saved = load_csv(file).fillna('').set_index('path')[['fan', 'fan_by']]
+    except KeyError as e:
         raise TableError(f"{file} is no table of fans with columns path, fan and fan_by: {e}") from None
     for name, text in saved['fan'].items():
         try:
@@ -808,10 +817,9 @@ def _write_fan(path, key, text, by):
     "Add one fan to the file, or replace it there."
     file, saved = fans_file(path), pd.DataFrame(columns=['path', 'fan', 'fan_by'])
     if file.exists():
-        saved = pd.read_csv(file, dtype=str, keep_default_na=False)
+        saved = load_csv(file)
     new = pd.DataFrame(dict(path=[key], fan=[text], fan_by=[by]))
-    with atomic_path(file) as tmp:
-        pd.concat([saved[saved['path'] != key], new]).sort_values('path').to_csv(tmp, index=False)
+    save_csv(pd.concat([saved[saved['path'] != key], new]).sort_values('path'), file)
 
 # %% ../nbs/widgets.ipynb #c028-1
 _GEOMETRY = dict(  # slider -> name on the screen, for each kind of fan

@@ -29,7 +29,7 @@ from docs_checks import (
     split_fences,
     title_faults,
 )
-from docs_results import paper_pages, plain, read_all, summary_page
+from docs_results import no_tags, paper_pages, read_all, summary_page
 from gallery import gallery_page
 
 root = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ def api_page(
             if getattr(node, 'name', None) in ast.literal_eval(named):
                 link = f'{page.removeprefix("nbs/")}#{node.name.lower()}'
                 line = (ast.get_docstring(node) or ' ').splitlines()[0]
-                rows.append(f'| [`{node.name}`]({link}) | {plain(line)} |')
+                rows.append(f'| [`{node.name}`]({link}) | {no_tags(line)} |')
         if rows:
             name = Path(page).relative_to('nbs').with_suffix('').as_posix().replace('/', '.')
             out += [f'## {name}', '', '| | |', '|---|-------|', *rows, '']

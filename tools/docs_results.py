@@ -44,13 +44,35 @@ def number_text(
     return text.replace(' ', '\N{NO-BREAK SPACE}')
 
 
-def plain(
-    text,  # of a cell of a table
+def no_tags(
+    text,  # Markdown, such as a docstring
 ) -> str:
-    "Text that Markdown takes as it is."
+    "Markdown for a cell of a table, without HTML and citations; code stays code."
     parts = re.split(r'(`[^`]*`)', str(text).replace('|', '\\|'))  # code stands at odd places
     parts[::2] = [p.replace('<', '&lt;').replace('@', '\\@') for p in parts[::2]]
     return ''.join(parts)
+
+
+def plain(
+    text,  # of a file of results
+) -> str:
+    "Text that Markdown takes as it is: no tag, link, image, formula, code or attribute; bold is kept."
+    line = re.sub(r'\s*[\r\n]\s*', ' ', str(text))
+    return re.sub(r'([\\`$\[\]{}|@])', r'\\\1', line).replace('<', '&lt;')
+
+
+def code(
+    text,  # of a file of results
+) -> str:
+    "Text as code."
+    return '`' + re.sub(r'\s*[`\r\n]\s*', ' ', str(text)) + '`'
+
+
+def heading(
+    text,  # of a file of results
+) -> str:
+    "Text as a title in the head of a page."
+    return json.dumps(plain(text), ensure_ascii=False)
 
 
 def table(
@@ -68,7 +90,7 @@ def folded(
     lines: list,  # of Markdown
 ) -> list:  # lines
     "Details to open."
-    return ['<details>', f'<summary>{html.escape(summary)}</summary>', '', *lines, '</details>', '']
+    return ['<details>', f'<summary>{plain(html.escape(summary))}</summary>', '', *lines, '</details>', '']
 
 
 def pivot(
@@ -117,7 +139,7 @@ def protocol_section(
     out = [
         f'{level} {plain(name)}',
         '',
-        f"{plain(about.get('description', ''))} (split `{about.get('split_hash', '?')}`).",
+        f"{plain(about.get('description', ''))} (split {code(about.get('split_hash', '?'))}).",
         '',
     ]
     for i, t in enumerate(dict.fromkeys(c.get('table', '') for c in own)):
@@ -179,13 +201,14 @@ def run_section(
 ) -> list:  # lines of Markdown
     "One file: what was typed, its protocols, its differences."
     r = results
-    seeds, phantom = ', '.join(map(str, r.get('seeds', []))), r.get('versions', {}).get('phantom', '1')
-    out = [f"## {r.get('data', '?')}" + ', quick run' * stem.endswith('-quick'), '']
+    seeds = plain(', '.join(map(str, r.get('seeds', []))))
+    phantom = plain(r.get('versions', {}).get('phantom', '1'))
+    out = [f"## {plain(r.get('data', '?'))}" + ', quick run' * stem.endswith('-quick'), '']
     out += [
-        f"`{r.get('command', '?')}`: {r.get('hours', 0):.1f} hours of training on "
+        f"{code(r.get('command', '?'))}: {r.get('hours', 0):.1f} hours of training on "
         f"{plain(r.get('device', '?'))}, "
         f'seeds {seeds}, phantom {phantom}. '
-        f'Every number is in `results/{stem}.json`.',
+        f'Every number is in {code(f"results/{stem}.json")}.',
         '',
     ]
     for name in dict.fromkeys(c.get('protocol', '') for c in r.get('cells', [])):
@@ -215,7 +238,7 @@ def paper_pages(
         title = runs[stems[0]].get('paper', name)
         out = [
             '---',
-            f"title: '{title}: results'",
+            f'title: {heading(title + ": results")}',
             'description: Every number of the stored runs, by protocol',
             '---',
             '',
@@ -285,9 +308,10 @@ def claim_section(
         (open_ if v['difference, honest'] or v['difference, their protocol'] else closed).append(
             (row, claim.needs)
         )
-    about = f"Data: {results['data']} ([every number](results/{name}.qmd), [chapter](papers/{name}.ipynb))."
+    data = plain(results['data'])
+    about = f'Data: {data} ([every number](results/{name}.qmd), [chapter](papers/{name}.ipynb)).'
     head = ['claim', 'theirs', 'ours, their protocol', 'ours, honest', 'paired difference, honest', 'verdict']
-    out = [f"## {results['paper']}", '', about, '']
+    out = [f"## {plain(results['paper'])}", '', about, '']
     out += (
         table(head, [r for r, _ in open_])
         if open_

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import progress
+from ..core import progress, save_csv
 from .fan import FanError, crop_to_fan, find_fan, remove_overlays
 from ..video import ClipError, read_clip, read_dicom, sample_clip, write_video
 
@@ -153,6 +153,6 @@ def deidentify(
         patient = patients.setdefault(who, f'p{len(patients) + 1:03d}')
         rows.append((name, patient, len(frames), *mm))
     table = pd.DataFrame(rows, columns=['file', 'patient', 'frames', 'down', 'across'])
-    table.to_csv(out / 'clips.csv', index=False)
+    save_csv(table, out / 'clips.csv')
     _say_left_out(reasons, len(files))
     return table

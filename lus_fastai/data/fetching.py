@@ -26,6 +26,8 @@ import zlib
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from ..core import named_write
+
 # %% ../../nbs/data/fetching.ipynb #c070-1
 class FetchError(RuntimeError):
     "A file that cannot be downloaded or unpacked, or is not what it should be; the message says what to do."
@@ -109,6 +111,9 @@ def _total(answer, start, size):
     return size
 
 # %% ../../nbs/data/fetching.ipynb #c070-5
+_MOST = 50_000_000_000  # bytes of a file whose size nobody knows beforehand
+
+
 def _bytes_of(path):
     "Size of a file, 0 where there is none."
     return path.stat().st_size if path.exists() else 0
@@ -123,12 +128,12 @@ def _stream(url, part, size):
         part.unlink()
         have = 0
     answer, start = _open_url(url, have)
-    with answer, open(part, 'ab' if start else 'wb') as f:
+    with answer, named_write(part), open(part, 'ab' if start else 'wb') as f:
         total = _total(answer, start, size)
         for chunk in _chunks(answer):
             start += len(chunk)
             f.write(chunk)
-            if size is not None and start > size:
+            if start > (_MOST if size is None else size):
                 break
         f.flush()
         os.fsync(f.fileno())
@@ -287,10 +292,13 @@ def extract_archive(
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
-        _unpack(archive, _opener(archive), tmp, folder, limit)
+        with named_write(folder):
+            _unpack(archive, _opener(archive), tmp, folder, limit)
     except FetchError as e:
         raise e if str(archive) in str(e) else FetchError(f"{archive}: {e}") from None
     except _DAMAGED as e:
+        if getattr(e, 'filename', None) == str(folder):
+            raise  # no room, which is no fault of the archive
         raise FetchError(f"{archive} cannot be unpacked: {e}") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

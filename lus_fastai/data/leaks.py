@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import TableError, and_more, check_columns, clip_ids, progress
+from ..core import TableError, and_more, check_columns, clip_ids, load_csv, progress
 from .audit import twin_frames
 from .fan import FanError, find_fan, find_overlays
 from .folds import sampling_units
@@ -157,10 +157,7 @@ def read_split(
 ) -> Split:  # of the rows of the file
     "Read a split and what is declared beside it; TableError that names the rows that fit no clip."
     csv = Path(csv)
-    try:
-        t = pd.read_csv(csv, dtype=str, encoding='utf-8-sig').rename(columns=str.strip)
-    except ValueError as e:
-        raise TableError(f"{csv} cannot be read as CSV: {e}") from None
+    t = load_csv(csv)
     side, names = _sides_of(t, csv), _rows_by_name(table, csv)
     rows = [names.get(p.strip().replace('\\', '/')) for p in t['path']]
     lost = [i for i, r in enumerate(rows) if r is None]

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from ..core import CLIP_COLUMNS, TableError, and_more, atomic_path, lus_home, progress
+from ..core import CLIP_COLUMNS, TableError, and_more, load_csv, lus_home, progress
 from .audit import frame_hash, hamming
 from ..synth.radiographs import CHEST, CHEXPERT
 from ..video import ClipError, read_clip, read_dicom, write_video
@@ -59,11 +59,7 @@ def _key(name):
 # %% ../../nbs/data/readers.ipynb #c009-1
 def _csv(path, columns):
     "Read a spreadsheet of a data set as text; says which columns are missing."
-    try:
-        meta = pd.read_csv(path, dtype=str, encoding='utf-8-sig')
-    except (ValueError, pd.errors.EmptyDataError) as e:
-        raise TableError(f"{path} cannot be read as CSV: {e}") from None
-    meta = meta.rename(columns=lambda c: c.strip())
+    meta = load_csv(path)
     missing = [c for c in columns if c not in meta]
     if missing:
         raise TableError(f"{path} lacks the column(s) {missing}; is it the data set's own file?")
@@ -720,9 +716,7 @@ def pack_sequence(
         h.update(hashlib.sha1(Path(f).read_bytes()).digest())
     path = lus_home() / 'packed' / f'{name}-{h.hexdigest()[:10]}.mkv'
     if not path.is_file():
-        frames = _read_frames(taken)
-        with atomic_path(path) as part:
-            write_video(part, frames, rate, lossless=True)
+        write_video(path, _read_frames(taken), rate, lossless=True)
     return path
 
 # %% ../../nbs/data/readers.ipynb #r027

@@ -145,7 +145,8 @@ def _imagenet_of_torchvision(name):
     weights = getattr(torchvision.models, _TORCHVISION[name]).IMAGENET1K_V1
     shown = weights.transforms()
     with contextlib.redirect_stdout(io.StringIO()):  # torch prints where it keeps the file
-        return weights.get_state_dict(progress=False), (shown.mean, shown.std)
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    return state, (shown.mean, shown.std)
 
 # %% ../../nbs/models/backbones.ipynb #imagenet-timm
 def _imagenet_of_timm(name, names):

@@ -31,7 +31,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.utils.class_weight import compute_sample_weight
 from torch import nn
 
-from ..core import CLASSES, real_data
+from ..core import CLASSES, atomic_path, real_data
 from ..data.fan import Fan, add_fans, fan_crop
 from ..data.folds import Folds, patient_folds
 from ..data.sources import find_source, index_source
@@ -409,8 +409,8 @@ def _drawn_table(folder, n):
     for seed in range(n):
         for kind, image in drawn_images(seed).items():
             path = Path(folder) / f'{kind}-{seed}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
+            with atomic_path(path) as tmp:
+                Image.fromarray(image).save(tmp)
             rows.append(dict(path=str(path), kind='image', label=kind, patient=path.stem))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # a black image has no fan

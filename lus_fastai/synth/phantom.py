@@ -25,7 +25,6 @@ from lus_fastai.core import (
     CLASSES,
     DENSE_COLORS,
     PHANTOM_VERSION,
-    atomic_path,
     lus_home,
     progress,
     read_table,
@@ -1368,8 +1367,7 @@ def _write_clip(root, name, patient, person, seed, n, size):
     c, files = phantom_clip(patient, seed, n, size), _clip_files(name)
     bits = c.rib | c.consolidation << 1 | c.effusion << 2 | c.fan << 3
     for key, x in dict(path=c.frames, mask=c.dense, findings=bits).items():
-        with atomic_path(root / files[key]) as tmp:
-            write_video(tmp, x, c.rate, lossless=key != 'path')
+        write_video(root / files[key], x, c.rate, lossless=key != 'path')
     row = dict(path=files['path'], kind='video', label=patient.label, patient=person)
     row.update(source=patient.source, probe=patient.probe)
     row.update(mask=files['mask'], findings=files['findings'], rate=c.rate, **c.findings)

@@ -1,11 +1,13 @@
 "Damaged, oversized and hostile clips, images and masks: refused by name, and before they take room or time."
 
+import contextlib
 import os
 import random
 import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -166,6 +168,23 @@ def test_an_image_with_too_many_pixels_is_refused_before_it_is_made(tmp_path, na
     grown, _, said = done.stdout.partition(' ')
     assert said.startswith(str(tmp_path / name)), (done.stdout, done.stderr[-500:])
     assert float(grown) < 200  # MB; one such frame in colour takes more
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['jp2', 'tif'])
+def test_a_length_in_a_small_image_reserves_no_memory(tmp_path, kind):
+    "Pillow asks its file for as many bytes as a box of JPEG 2000 declares, and Python makes room for them."
+    Image.fromarray(speckle(1)[0]).save(path := tmp_path / f'a.{kind}')
+    whole, sizes = path.read_bytes(), (b'\x7f\xff\xff\xf0', b'\xf0\xff\xff\x7f')
+    for at in range(min(len(whole), 160)):
+        for size in sizes:
+            path.write_bytes(whole[:at] + size + whole[at + 4 :])
+            tracemalloc.start()
+            with contextlib.suppress(ClipError):
+                read_clip(path)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 100e6, (at, size, peak)
 
 
 def test_limits_are_read_from_the_environment(tmp_path, monkeypatch):

@@ -6,11 +6,13 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +24,7 @@ from scipy.special import softmax
 from lus_fastai.clip_report import answer_report, file_m_mode, heat_video, timeline
 from lus_fastai.core import CLASSES
 from lus_fastai.data.fan import Fan
+from lus_fastai.data.store import FrameStore
 from lus_fastai.models.stages import StageClassifier, StageFeatures
 from lus_fastai.predict import ClipModel, ClipPrep, load_model, save_model
 from lus_fastai.synth.motion import m_mode
@@ -440,3 +443,55 @@ def test_a_page_opens_without_a_network_and_fits_a_phone(model, model_file, clip
             assert page.locator('text=Not a medical device').count() >= 3
         browser.close()
     assert not said and [a for a in asked if not a.startswith('data:')] == [one.as_uri(), many.as_uri()]
+
+
+# ---- a folder of broken clips ----
+
+
+def broken_clips(folder, clip, n=300):
+    "A whole clip, and n small files that are none: empty, cut, of random bytes, or with a right beginning."
+    folder.mkdir()
+    shutil.copy(clip, folder / 'whole.mp4')
+    rng, heads = np.random.default_rng(0), dict(mp4=clip.read_bytes()[:900])
+    for kind in ('png', 'jpg', 'gif', 'tif', 'webp'):
+        Image.fromarray(rng.integers(0, 255, (24, 24)).astype(np.uint8)).save(folder / f'a.{kind}')
+        heads[kind] = (folder / f'a.{kind}').read_bytes()[:200]
+        (folder / f'a.{kind}').unlink()
+    for i in range(n):
+        kind = list(heads)[i % len(heads)]
+        noise, cut = rng.bytes(100), heads[kind][: rng.integers(4, 200)]
+        data = (b'', cut, noise, heads[kind][:8] + noise)[i // len(heads) % 4]
+        (folder / f'{i:04d}.{kind}').write_bytes(data)
+    return folder
+
+
+def resident():
+    "Megabytes that this process holds."
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='memory is read from /proc')
+def test_a_folder_of_broken_clips_is_a_line_each_in_flat_memory(tmp_path, clip, run):
+    folder = broken_clips(tmp_path / 'clips', clip)
+    broken = sorted(p.name for p in folder.glob('0*'))
+    run(folder, '--json')  # what is imported late is there
+    held, start = resident(), time.process_time()
+    status, out, err = run(folder)
+    assert status == 1 and resident() - held < 20 and time.process_time() - start < 60
+    lines = [line for line in err.splitlines() if str(folder) in line]
+    assert [Path(line.split(': ')[0].split(' ', 1)[1]).name for line in lines] == broken
+    assert all(len(line.split(': ', 1)[1]) > 8 for line in lines)  # with a reason
+    assert len(out.splitlines()) == 2 and 'whole.mp4' in out
+    _, out, _ = run(folder, '--json')
+    said = [json.loads(line) for line in out.splitlines()]
+    assert [Path(x['path']).name for x in said if 'error' in x] == broken and len(said) == len(broken) + 1
+
+
+def test_a_store_skips_broken_clips_with_a_reason_each(tmp_path, clip):
+    folder = broken_clips(tmp_path / 'clips', clip)
+    rows = [dict(path=str(p), patient=p.stem) for p in sorted(folder.iterdir())]
+    table = pd.DataFrame(rows).assign(kind='video', label='a', source='s', probe='convex')
+    store = FrameStore.build(table, tmp_path / 'store', size=(32, 32), workers=0)
+    assert set(store.frames['patient']) == {'whole'} and len(store.skipped) == 300
+    assert store.skipped['reason'].str.len().min() > 8

@@ -485,3 +485,101 @@ def test_ci_ends_with_the_closing_line_and_its_verdict(tmp_path, closing, tests,
     (folder / '.ci/plain').chmod(0o755)
     r = subprocess.run([str(folder / '.ci/run')], cwd='/', capture_output=True, text=True)
     assert bool(r.returncode) == bool(tests or plain) and r.stdout.strip().splitlines()[-1] == closing
+
+
+# ---- nothing that is downloaded or typed is run ----
+
+RUNS_TEXT = {'eval', 'exec', 'compile', '__import__'}
+
+
+def calls_of(path):
+    "Calls of a module: (dotted name, node)."
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def keyword(call, name):
+    "The source of a keyword argument, or None."
+    return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
+
+
+def dangers(path):
+    "What a module does that could run a text, unpickle a file, or wait without end for the network."
+    for name, call in calls_of(path):
+        last = name.split('.')[-1]
+        options = [k.arg for k in call.keywords]
+        if name in RUNS_TEXT or name.startswith('builtins.') and last in RUNS_TEXT:
+            yield f'{name}(...)'
+        if name.split('.')[0] == 'os' and (last in ('system', 'popen') or last.startswith(('spawn', 'exec'))):
+            yield f'{name}(...)'
+        if keyword(call, 'shell') not in (None, 'False') or last in ('getoutput', 'getstatusoutput'):
+            yield f'{name} with a shell'
+        if name.startswith('subprocess.') and last != 'Popen' and 'timeout' not in options:
+            yield f'{name} without a timeout'
+        if name.split('.')[0] in ('pickle', 'cPickle', 'dill', 'joblib', 'marshal', 'shelve') and last in (
+            'load',
+            'loads',
+            'Unpickler',
+            'open',
+        ):
+            yield f'{name}(...)'
+        if last in ('read_pickle', 'load_learner') or keyword(call, 'allow_pickle') not in (None, 'False'):
+            yield f'{name} unpickles'
+        if name == 'torch.load' and keyword(call, 'weights_only') != 'True':
+            yield 'torch.load without weights_only=True'
+        if (
+            last == 'get_state_dict'
+            and not keyword(call, 'check_hash') == keyword(call, 'weights_only') == 'True'
+        ):
+            yield f'{name} of torchvision without check_hash=True and weights_only=True'
+        if last in ('load_url', 'load_state_dict_from_url', 'urlretrieve') or name.startswith('torch.hub.'):
+            yield f'{name}: a download without limits'
+        if name.split('.')[0] == 'yaml' and last not in ('safe_load', 'safe_dump', 'dump'):
+            yield f'{name}(...)'
+        network = last in ('urlopen', 'create_connection', 'HTTPConnection', 'HTTPSConnection')
+        network |= name.split('.')[0] in ('requests', 'httpx', 'aiohttp', 'urllib3')
+        if network and path.name != 'fetching.py' and name != 'requests.head':  # which brings no content
+            yield f'{name}: only fetching.py asks the network'
+        if network and 'timeout' not in options:
+            yield f'{name} without a timeout'
+        if last in ('extractall', 'unpack_archive'):
+            yield f'{name}: extract_archive checks what it unpacks'
+
+
+MODULES = sorted((ROOT / 'lus_fastai').rglob('*.py'))
+
+
+def test_nothing_that_is_read_is_run():
+    "No text becomes code, nothing is unpickled, and the network is asked in one place, with a timeout."
+    found = {p.relative_to(ROOT).as_posix(): list(dangers(p)) for p in MODULES}
+    assert {k: v for k, v in found.items() if v} == {}
+
+
+@pytest.mark.parametrize(
+    'code, says',
+    [
+        ('eval(x)', 'eval'),
+        ('exec(compile(x, "", "exec"))', 'exec'),
+        ('os.system(x)', 'os.system'),
+        ('subprocess.run(x, shell=True, timeout=1)', 'shell'),
+        ('subprocess.run(x)', 'timeout'),
+        ('pickle.load(f)', 'pickle.load'),
+        ('np.load(f, allow_pickle=True)', 'unpickles'),
+        ('pd.read_pickle(f)', 'unpickles'),
+        ('torch.load(f)', 'weights_only'),
+        ('torch.load(f, weights_only=False)', 'weights_only'),
+        ('yaml.load(f, Loader=yaml.Loader)', 'yaml.load'),
+        ('urllib.request.urlopen(url)', 'timeout'),
+        ('requests.get(url, timeout=3)', 'fetching'),
+        ('torch.hub.load_state_dict_from_url(url)', 'download'),
+        ('archive.extractall(folder)', 'extract_archive'),
+        ('weights.get_state_dict(progress=False)', 'weights_only'),
+        ('requests.head(url)', 'timeout'),
+    ],
+)
+def test_what_would_run_is_found(tmp_path, code, says):
+    (tmp_path / 'a.py').write_text(code)
+    assert [d for d in dangers(tmp_path / 'a.py') if says in d]
+    (tmp_path / 'b.py').write_text('torch.load(f, weights_only=True)\nyaml.safe_load(f)\nmodel.eval()\n')
+    assert not list(dangers(tmp_path / 'b.py'))
