@@ -10,6 +10,7 @@ __all__ = ['settings_hash', 'without', 'settings_folder', 'Experiment', 'Trainin
            'attention_cells', 'data_folder', 'convex_phantom', 'sampled_store', 'imagenet_available', 'cells_in']
 
 # %% ../../nbs/papers/experiment.ipynb #e004
+import gzip
 import hashlib
 import json
 import time
@@ -255,9 +256,9 @@ def _write_table(file, table):
     "The columns that name a row, and the numbers that were predicted for it, compressed."
     kept = [c for c in table if c in _KEPT_COLUMNS or str(c).startswith(('p_', 'cm_'))]
     kept += [c for c in table if c not in kept and pd.api.types.is_float_dtype(table[c])]
+    text = table[kept].to_csv(index=False, float_format='%.5g')
     with atomic_path(file) as tmp:
-        how = dict(method='gzip', mtime=0)  # the same bytes whenever it is written
-        table[kept].to_csv(tmp, index=False, float_format='%.5g', compression=how)
+        tmp.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same bytes whenever it is written
 
 # %% ../../nbs/papers/experiment.ipynb #keep-2
 @patch
