@@ -1,12 +1,9 @@
 """The pages of results: one summary, then a page for each paper, made from the files of results/."""
 
-import ast
 import html
 import json
 import re
 from pathlib import Path
-
-from docs_checks import cells_of, joined
 
 COLUMNS = 5  # scores beside one another that fit the page
 STORED = {  # the file that each paper's claims are judged by: its run on the data that come closest
@@ -262,26 +259,23 @@ def find_value(
     return next((c for c in results['cells'] if all(c.get(k) == v for k, v in wanted.items())), None)
 
 
-def leak_pairs() -> tuple:
-    "Paper, score, file, table, row, column, and both protocols of each comparison on the first page."
-    cells = cells_of(Path(__file__).resolve().parents[1] / 'nbs/index.ipynb')
-    code = next(joined(c['source']) for c in cells if c.get('id') == 'leak-pairs')
-    assigned = (n for n in ast.parse(code).body if isinstance(n, ast.Assign))
-    pairs = next(n.value for n in assigned if n.targets[0].id == 'PAIRS')
-    return eval(compile(ast.Expression(pairs), 'nbs/index.ipynb', 'eval'), {})  # tuples of names
-
-
-def leak_rows(
+def split_rows(
     runs: dict,  # from read_all
-) -> list:  # (paper, score, cell like theirs or None, honest cell or None)
-    "One score of each paper, under a protocol like the paper's and under an honest one, as far as stored."
-    rows = []
-    for paper, score, stem, t, row, column, theirs, honest in leak_pairs():
-        found = [
-            find_value(runs[stem], row, column, p, t) if stem in runs else None for p in (theirs, honest)
-        ]
-        rows.append((paper, score, *found))
+) -> list:  # of rows of a table: what is split and by whom, and four numbers as text
+    "What each published rule of splitting is worth to one simple model, as lus_repro splits stored it."
+    results = runs['splits-pocus']
+    cells, rows = {(c['row'], c['column']): c for c in results['cells']}, []
+    for rule, protocol in results['protocols'].items():
+        published, honest, worth = (cells[rule, c] for c in ('as published', 'by patient', 'worth'))
+        reported = '–' if published['theirs'] is None else f"{published['theirs']:.3f}"
+        texts = [number_text(*_value(c)) for c in (published, honest)]
+        rows.append([protocol['description'], reported, *texts, number_text(*_value(worth), '+')])
     return rows
+
+
+def _value(cell):
+    "A number and its interval."
+    return cell['ours'], cell['interval']
 
 
 def _both(results, claim, protocol):
@@ -339,15 +333,13 @@ def summary_page(
         '---',
         '',
         SUMMARY,
-        '## The same networks, split twice',
+        '## One simple model, split by the rules of each',
+        '',
+        'Accuracy of a linear layer on frozen features, on POCUS ([how](papers/splits.ipynb)): by published',
+        'rules of splitting and of choosing the epoch, and by patient with the last epoch.',
         '',
     ]
-    rows = []
-    for paper, score, theirs, honest in leak_rows(runs):
-        paper_says = '–' if not theirs or theirs.get('theirs') is None else f"{theirs['theirs']:.3f}"
-        texts = [number_text(c and c['ours'], c and c['interval']) for c in (theirs, honest)]
-        rows.append([paper, score, paper_says, *texts])
-    out += table(['paper', 'score', 'theirs, their data', 'ours, their protocol', 'ours, honest'], rows)
+    out += table(['rule', 'they report', 'by the rule', 'by patient', 'paired difference'], split_rows(runs))
     for name, stem in STORED.items():
         module = import_module(f'lus_fastai.papers.{name}')
         claims = module.arora_claims() if name == 'arora' else module.CLAIMS
