@@ -504,32 +504,6 @@ def _jobs(table, folder, settings, prepare):
     parts = [_part_path(folder, k) for k in keys]
     return keys, [(part, p, m, settings, prepare, r) for part, p, m, r in zip(parts, paths, masks, rows)]
 
-# %% ../../nbs/data/store.ipynb #build-steps
-def _build(cls, table, folder, settings, workers, prepare):
-    "Decode what is missing, then write the store of all clips that can be read."
-    keys, jobs = _jobs(table, folder, settings, prepare)
-    old, kept, was = _kept(cls, folder)
-    todo = {k: job for k, job in zip(keys, jobs) if k not in kept and _load_part(job[0]) is None}
-    faults = _decode_missing(todo.values(), workers if _can_travel(prepare) else 0)
-    good = [i for i, k in enumerate(keys) if k not in faults]
-    bad = [i for i, k in enumerate(keys) if k in faults]
-    if not good:
-        raise TableError(f"none of the {len(keys)} clips can be read, first {jobs[0][1]}: {faults[keys[0]]}")
-    paths = [jobs[i][1].encode('utf-8', 'backslashreplace').decode() for i in bad]
-    skipped = dict(path=paths, reason=[faults[keys[i]] for i in bad])
-    _write(
-        folder,
-        table,
-        settings,
-        good,
-        [keys[i] for i in good],
-        [jobs[i][2] for i in good],  # masks
-        lambda key: _clip_arrays(folder, old, kept, key),
-        pd.DataFrame(skipped, dtype=str),
-        was,
-        None if prepare is None else function_name(prepare),
-    )
-
 # %% ../../nbs/data/store.ipynb #write-clip
 def _write_clip(out, c, has_mask):
     "Append a clip to the open files of a store, code 255 where it has no mask; returns its checksums."
@@ -618,6 +592,32 @@ def _write(folder, table, settings, good, keys, masks, clip, skipped, was, prepa
     if meta != was:
         write_json(folder / 'meta.json', meta)
     _sweep(folder, files.values())
+
+# %% ../../nbs/data/store.ipynb #build-steps
+def _build(cls, table, folder, settings, workers, prepare):
+    "Decode what is missing, then write the store of all clips that can be read."
+    keys, jobs = _jobs(table, folder, settings, prepare)
+    old, kept, was = _kept(cls, folder)
+    todo = {k: job for k, job in zip(keys, jobs) if k not in kept and _load_part(job[0]) is None}
+    faults = _decode_missing(todo.values(), workers if _can_travel(prepare) else 0)
+    good = [i for i, k in enumerate(keys) if k not in faults]
+    bad = [i for i, k in enumerate(keys) if k in faults]
+    if not good:
+        raise TableError(f"none of the {len(keys)} clips can be read, first {jobs[0][1]}: {faults[keys[0]]}")
+    paths = [jobs[i][1].encode('utf-8', 'backslashreplace').decode() for i in bad]
+    skipped = dict(path=paths, reason=[faults[keys[i]] for i in bad])
+    _write(
+        folder,
+        table,
+        settings,
+        good,
+        [keys[i] for i in good],
+        [jobs[i][2] for i in good],  # masks
+        lambda key: _clip_arrays(folder, old, kept, key),
+        pd.DataFrame(skipped, dtype=str),
+        was,
+        None if prepare is None else function_name(prepare),
+    )
 
 # %% ../../nbs/data/store.ipynb #build-check
 def _check_build(table, size, rate, max_frames, workers):
