@@ -110,7 +110,7 @@ def _total(answer, start, size):
         return start + int(length)
     return size
 
-# %% ../../nbs/data/fetching.ipynb #c070-5
+# %% ../../nbs/data/fetching.ipynb #c070-5-size
 _MOST = 50_000_000_000  # bytes of a file whose size nobody knows beforehand
 
 
@@ -118,7 +118,7 @@ def _bytes_of(path):
     "Size of a file, 0 where there is none."
     return path.stat().st_size if path.exists() else 0
 
-
+# %% ../../nbs/data/fetching.ipynb #c070-5
 def _stream(url, part, size):
     "One request: add to `part` what is missing. `size` None means that the server is asked."
     have = _bytes_of(part)

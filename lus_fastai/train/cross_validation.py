@@ -317,7 +317,7 @@ def _read_folds(path, which, folds, columns, epochs):
         tables.append(_read_fold(path / f'fold{k}', which, test, columns, epochs))
     return pd.concat(tables).loc[folds.table.index]
 
-# %% ../../nbs/train/cross_validation.ipynb #train-folds
+# %% ../../nbs/train/cross_validation.ipynb #fold-done
 def _ticks(n, path):
     "A function that moves a progress bar on by one."
     bar = iter(progress(range(n), desc=f'epochs of {path.name}'))
@@ -330,7 +330,7 @@ def _is_done(path, k):
     fold = path / f'fold{k}'
     return (fold / 'predictions.pt').exists() and not (fold / 'checkpoint.pt').exists()
 
-
+# %% ../../nbs/train/cross_validation.ipynb #train-folds
 def _described(learn, build, collect, frames):
     "The collector with its names, and what the run is made of, from the Learner of a first fold."
     collect = _bound(collect, learn.dls, frames)
