@@ -24,6 +24,12 @@ training and test and picks nothing on the test set; by [rule](papers/experiment
 paper reports.
 *Cannot tell*: it holds both, a row was trained too little, or nothing was measured.
 """
+SPLITS = """\
+## One simple model, split by the rules of each
+
+Accuracy of a linear layer on frozen features, on POCUS ([how](papers/splits.ipynb)): by published rules of
+splitting and of choosing the epoch, and by patient with the last epoch.
+"""
 
 
 def number_text(
@@ -260,10 +266,9 @@ def find_value(
 
 
 def split_rows(
-    runs: dict,  # from read_all
+    results: dict,  # of lus_repro splits
 ) -> list:  # of rows of a table: what is split and by whom, and four numbers as text
-    "What each published rule of splitting is worth to one simple model, as lus_repro splits stored it."
-    results = runs['splits-pocus']
+    "What each published rule of splitting is worth to one simple model."
     cells, rows = {(c['row'], c['column']): c for c in results['cells']}, []
     for rule, protocol in results['protocols'].items():
         published, honest, worth = (cells[rule, c] for c in ('as published', 'by patient', 'worth'))
@@ -333,13 +338,10 @@ def summary_page(
         '---',
         '',
         SUMMARY,
-        '## One simple model, split by the rules of each',
-        '',
-        'Accuracy of a linear layer on frozen features, on POCUS ([how](papers/splits.ipynb)): by published',
-        'rules of splitting and of choosing the epoch, and by patient with the last epoch.',
-        '',
     ]
-    out += table(['rule', 'they report', 'by the rule', 'by patient', 'paired difference'], split_rows(runs))
+    if 'splits-pocus' in runs:
+        head = ['rule', 'they report', 'by the rule', 'by patient', 'paired difference']
+        out += [SPLITS, *table(head, split_rows(runs['splits-pocus']))]
     for name, stem in STORED.items():
         module = import_module(f'lus_fastai.papers.{name}')
         claims = module.arora_claims() if name == 'arora' else module.CLAIMS
