@@ -63,6 +63,12 @@ def _pooled(x, n, frame):
     return x.reshape(n, -1).cpu().numpy().copy()
 
 # %% ../../nbs/explain/embeddings.ipynb #c011-4
+class _Rows(list):
+    "Arrays that a hook has read, how many frames the batch has, and their height and width."
+
+    n, frame = 0, (1, 1)
+
+
 @contextlib.contextmanager
 def _reading(module, before, got):
     "While the block runs, what enters or leaves `module` is appended to `got`."
@@ -106,12 +112,6 @@ def _save_part(path, key, x):
             np.savez(f, key=np.array(key), x=x)
     except OSError as e:
         warnings.warn(f"the features cannot be kept in {path}: {e}", stacklevel=3)
-
-
-class _Rows(list):
-    "Arrays that a hook has read, how many frames the batch has, and their height and width."
-
-    n, frame = 0, (1, 1)
 
 # %% ../../nbs/explain/embeddings.ipynb #c011
 class _Pixels:
