@@ -166,12 +166,12 @@ def told(
 def figure_faults(
     cell,  # of a notebook that nbdev has processed
 ) -> list:  # sentences
-    "A figure without a caption or without alternative text."
+    "A figure without a caption, alternative text, or a label by which the text can refer to it."
     drawn = any(k.startswith('image/') for o in cell.get('outputs', []) for k in o.get('data', {}))
     options, _ = split_options(joined(cell['source']))
     if not drawn or options.get('output') == 'false' or options.get('include') == 'false':
         return []
-    names = dict(zip(('fig-cap', 'fig-alt'), ('caption', 'alternative text')))
+    names = {'fig-cap': 'caption', 'fig-alt': 'alternative text', 'label': 'label'}
     return [
         f'its figure has no {what}: "#| {k}: ..."'
         for k, what in names.items()

@@ -87,6 +87,16 @@ def cell_markdown(
     return '\n\n'.join(['::: {.cell}', shown, *parts, ':::'])
 
 
+def numbered(
+    text: str,  # of a page, in Markdown
+) -> str:  # with "Figure 1: " before captions, and links in place of @fig-...
+    "Number the figures that have a label, and refer to them, as Quarto does."
+    number = {name: i for i, name in enumerate(re.findall(r'^::: \{#(fig-[\w-]+)\}$', text, re.M), 1)}
+    caption = re.compile(r'^::: \{#(fig-[\w-]+)\}$.*?<figcaption>', re.M | re.S)
+    text = caption.sub(lambda m: f'{m[0]}Figure {number[m[1]]}: ', text)
+    return re.sub(r'(?<![\w`\\])@(fig-[\w-]*\w)', lambda m: f'[Figure\u00a0{number[m[1]]}](#{m[1]})', text)
+
+
 def page_source(
     path: Path,  # a processed notebook, or a .qmd file
 ) -> tuple:  # its front matter as a dictionary, and the Markdown below it
@@ -94,7 +104,7 @@ def page_source(
     if path.suffix == '.ipynb':
         first, *cells = cells_of(path)
         front = yaml.safe_load(joined(first['source']).strip().strip('-'))
-        return front, '\n\n'.join(map(cell_markdown, cells))
+        return front, numbered('\n\n'.join(map(cell_markdown, cells)))
     _, front, text = path.read_text(encoding='utf-8').split('---', 2)
     return yaml.safe_load(front), text
 

@@ -172,13 +172,16 @@ def test_the_logo_is_drawn_by_code(tools):
 
 # what nbdev makes of a notebook
 
+LABEL, CAPTION, ALT = '#| label: fig-a', '#| fig-cap: "A curve."', '#| fig-alt: "It falls."'
+
 
 @pytest.mark.parametrize(
     'cell, fault',
     [
         (code('show_doc(overlay)'), 'show_doc(overlay) has no documentation: no output'),
-        (code('#| fig-alt: "a curve"\nplot()', shown(**PNG)), 'its figure has no caption'),
-        (code('#| fig-cap: "A curve."\nplot()', shown(**PNG)), 'its figure has no alternative text'),
+        (code(f'{LABEL}\n{ALT}\nplot()', shown(**PNG)), 'its figure has no caption'),
+        (code(f'{LABEL}\n{CAPTION}\nplot()', shown(**PNG)), 'its figure has no alternative text'),
+        (code(f'{CAPTION}\n{ALT}\nplot()', shown(**PNG)), 'its figure has no label'),
         (code('x = 1\n#| hide'), '"#| hide" stands below code, so it would show'),
         (code('#| hidden\nx = 1'), '"#| hidden" is no option that Quarto knows'),
         (code('fig', shown(**{'text/plain': '<Figure size 640x480 with 1 Axes>'})), 'would show as <Figure'),
@@ -193,7 +196,7 @@ def test_a_fault_in_a_processed_cell_is_found(checks, cell, fault):
 
 
 def test_sound_cells_have_no_faults(checks):
-    drawn = code('#| fig-cap: "A curve."\n#| fig-alt: "It falls."\nplot()', shown(**PNG))
+    drawn = code(f'{LABEL}\n{CAPTION}\n{ALT}\nplot()', shown(**PNG))
     told = code('show_doc(overlay)', shown(**{'text/markdown': '### overlay'}))
     wrapped = code('#| echo: false\nx = ' + '1 + ' * 30 + '1')
     text = code(f'"{"a docstring wraps as text does, " * 4}"')
@@ -337,6 +340,13 @@ def test_a_table_is_pivoted_and_turned_where_it_is_wide(results):
     turned = results.pivot(cells(2, 8))
     assert turned[0] == '| score | r0 | r1 |' and len(turned) == 2 + 8 + 1
     assert sum(x.startswith('| row') for x in results.pivot(cells(9, 8))) == 2  # beneath each other
+
+
+def test_the_preview_numbers_figures_and_refers_to_them(tools):
+    figure = '::: {{#fig-{0}}}\n\n<figcaption>Of {0}.</figcaption>\n\n:::\n'
+    text = tools('preview').numbered(f"{figure.format('a')}{figure.format('b')}see @fig-b, not `@fig-b`.")
+    assert '>Figure 1: Of a.<' in text and '>Figure 2: Of b.<' in text
+    assert text.endswith('see [Figure\N{NO-BREAK SPACE}2](#fig-b), not `@fig-b`.')
 
 
 def shown_text(page):
