@@ -384,7 +384,7 @@ def main(what='all', *names):
         return print('previewed: _preview/index.html, pictures of each page in _preview/shots')
     print(
         "the site's sources are sound: every page exists and is reachable, every link and citation resolves, "
-        "every name is documented, every figure has a caption, a label and alternative text, every line of code fits"
+        "every name is documented, every figure has a caption, a label and alternative text, every line fits"
     )
     if what == 'all':
         render()
