@@ -418,7 +418,7 @@ def plot_chain(
         ax.set(xscale='log', xlabel='masks (logarithmic)', ylabel='IoU, tested images')
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
-        ax.legend()
+        fig.legend(loc='outside lower center', ncols=3)
     return fig
 
 # %% ../../nbs/papers/merand.ipynb #c006-p
