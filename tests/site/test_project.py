@@ -547,12 +547,12 @@ def dangers(path):
             yield f'{name}: extract_archive checks what it unpacks'
 
 
-MODULES = sorted((ROOT / 'lus_fastai').rglob('*.py'))
+SOURCES = sorted((ROOT / 'lus_fastai').rglob('*.py'))
 
 
 def test_nothing_that_is_read_is_run():
     "No text becomes code, nothing is unpickled, and the network is asked in one place, with a timeout."
-    found = {p.relative_to(ROOT).as_posix(): list(dangers(p)) for p in MODULES}
+    found = {p.relative_to(ROOT).as_posix(): list(dangers(p)) for p in SOURCES}
     assert {k: v for k, v in found.items() if v} == {}
 
 
