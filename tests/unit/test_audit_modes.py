@@ -237,7 +237,7 @@ def test_a_split_is_read_by_path_clip_and_file_name(tmp_path):
         ('path,side\np00/0.mp4,tran\n', r"split.csv: side is train, valid or test, not 'tran' in row\(s\) 0"),
         ('path,part\np00/0.mp4,1\n', r'split.csv needs the columns path and side'),
         ('path,side\np00/0.mp4,\n', r"column 'side' is empty in row\(s\) 0"),
-        ('', r'split.csv cannot be read as CSV'),
+        ('', r'split.csv is empty'),
     ],
 )
 def test_a_bad_split_names_file_and_row(tmp_path, text, said):

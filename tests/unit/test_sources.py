@@ -564,7 +564,7 @@ def test_wrong_folders_say_what_was_expected(tmp_path):
     with pytest.raises(TableError, match="dataset_metadata.csv lacks the column.*'Filename'"):
         index_source('pocus', tmp_path / 'p')
     (tmp_path / 'p/dataset_metadata.csv').write_text('')
-    with pytest.raises(TableError, match='cannot be read as CSV'):
+    with pytest.raises(TableError, match='is empty'):
         index_source('pocus', tmp_path / 'p')
     with pytest.raises(ValueError, match="unknown source 'x'"):
         index_source('x')
