@@ -423,7 +423,7 @@ def test_a_page_has_its_furniture(preview):
     )
     assert 'alt="Accuracy of one model' in home and 'Open in Colab' in home and 'Not a medical device' in home
     assert re.search(r'<a href="segmenters.html">← [^<]+</a><a href="stages.html">[^<]+ →</a>', classifiers)
-    assert '<figcaption>Claims of the five papers by verdict.</figcaption>' in claims
+    assert '<figcaption>Figure 1: Claims of the five papers by verdict.</figcaption>' in claims
     assert 'href="results/arora.html"' in results and '<summary>' in arora
     assert '10.1109/ISBI48211.2021.9433826' in references
 
