@@ -294,7 +294,7 @@ def _write_mp4(path, rgb, rate):
     with av.open(str(path), 'w', options=dict(fflags='+bitexact')) as out:
         stream = out.add_stream('libx264', rate=Fraction(rate).limit_denominator(1000))
         stream.height, stream.width = rgb.shape[1:3]
-        stream.pix_fmt, stream.options = 'yuv420p', dict(crf='20', preset='veryfast')
+        stream.pix_fmt, stream.options = 'yuv420p', dict(crf='20', preset='veryfast', mbtree='0')
         stream.codec_context.thread_count = 1  # the same bytes on any machine
         for f in rgb:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format='rgb24')))
