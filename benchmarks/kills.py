@@ -39,7 +39,9 @@ from lus_fastai.train.callbacks import ClassProbs, TrainingSettings
 from lus_fastai.train.contrastive import USCL, pretrain
 from lus_fastai.train.cross_validation import cross_validate
 
-_FORK = multiprocessing.get_context('fork')  # a process starts at once, with everything imported
+# A process starts at once, with everything imported, and from a parent that has trained nothing: torch cannot fork after that.
+_FORK = multiprocessing.get_context('forkserver')
+_FORK.set_forkserver_preload(['__main__', 'benchmarks.kills'])
 
 
 # ---- what is killed: functions (material, an empty folder or one that a killed process left)
