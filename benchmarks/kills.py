@@ -39,7 +39,7 @@ from lus_fastai.train.callbacks import ClassProbs, TrainingSettings
 from lus_fastai.train.contrastive import USCL, pretrain
 from lus_fastai.train.cross_validation import cross_validate
 
-# Processes start at once, everything imported, from one that has trained nothing: torch cannot fork after that.
+# Processes start at once, everything imported, from one that has trained nothing: torch cannot fork later.
 _FORK = multiprocessing.get_context('forkserver')
 _FORK.set_forkserver_preload(['__main__', 'benchmarks.kills'])
 
