@@ -327,6 +327,8 @@ def preview(
     os.environ['IN_TEST'] = '1'
     nbs, out = root / 'nbs', root / '_preview'
     there = [*notebooks_in(nbs), *sorted(nbs.rglob('*.qmd'))]
+    if unknown := [name for name in names or () if nbs / name not in there]:
+        sys.exit(f"no page {', '.join(unknown)}; a page is named as in nbs/, such as core.ipynb")
     names = names or [p.relative_to(nbs).as_posix() for p in there]
     sources = {n: processed(nbs / n, root) if n.endswith('.ipynb') else nbs / n for n in names}
     made = render(root, sources, out)
