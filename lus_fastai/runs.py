@@ -344,7 +344,8 @@ def device_name(
     if device.type == 'cuda':
         return f'cuda: {torch.cuda.get_device_name(device)}'
     if device.type == 'cpu':
-        return f'cpu: {platform.machine()}, {torch.get_num_threads()} threads'
+        threads = torch.get_num_threads()
+        return f'cpu: {platform.machine()}, {threads} thread{"s" * (threads != 1)}'
     return device.type
 
 # %% ../nbs/runs.ipynb #plain-json

@@ -206,10 +206,10 @@ def run_section(
     r = results
     seeds = plain(', '.join(map(str, r.get('seeds', []))))
     phantom = plain(r.get('versions', {}).get('phantom', '1'))
-    out = [f"## {plain(r.get('data', '?'))}" + ', quick run' * stem.endswith('-quick'), '']
+    out = [f"## Data: {plain(r.get('data', '?'))}" + ', quick run' * stem.endswith('-quick'), '']
+    device = re.sub(r'\b1 threads$', '1 thread', r.get('device', '?'))  # as older files have it
     out += [
-        f"{code(r.get('command', '?'))}: {r.get('hours', 0):.1f} hours of training on "
-        f"{plain(r.get('device', '?'))}, "
+        f"{code(r.get('command', '?'))}: {r.get('hours', 0):.1f} hours of training on {plain(device)}, "
         f'seeds {seeds}, phantom {phantom}. '
         f'Every number is in {code(f"results/{stem}.json")}.',
         '',

@@ -139,13 +139,13 @@ def protocol(
 # %% ../../nbs/papers/experiment.ipynb #e033
 @patch
 def save(self: Experiment) -> dict:  # what was written, as from results_json
-    "Write what there is; the hours are those of the folders in `trained`, by default of the run's folder."
+    "Write what there is; seeds are of what was trained, hours of the folders in `trained` or of the run's."
     return results_json(
         self.file.with_suffix('.json'),
         paper=self.paper,
         data=self.data,
         protocols=self.protocols,
-        seeds=self.seeds,
+        seeds=sorted({t['seed'] for t in self.trainings.values()}) or self.seeds,
         cells=self.cells,
         hours=sum(map(training_hours, self.trained or [self.folder])),
         command=self.command,
