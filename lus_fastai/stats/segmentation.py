@@ -325,5 +325,5 @@ def worst_cases(
         ax.imshow(set.images[i], cmap='gray', vmin=0, vmax=255)
         _outline(ax, true, 'deepskyblue')
         _outline(ax, pred, 'darkorange')
-        ax.set_title(f"{i}: {row['class']}\nDice {row['dice']:.2f}, HD95 {row['hd95']:.0f}", fontsize=8)
+        ax.set_title(f"{i}: {row['class']}\nDice {row['dice']:.2f}, HD95 {row['hd95']:.0f}")
     return axs
