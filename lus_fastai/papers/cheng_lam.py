@@ -6,12 +6,13 @@ Docs: https://lus-fastai.github.io/lus_fastai/papers/cheng_lam.html.md"""
 
 # %% auto #0
 __all__ = ['CLAIMS', 'DEFAULT', 'QUICK', 'PAPER', 'CORE', 'LARGE', 'VUNET', 'VUNET_MORE', 'RECIPES', 'PARTS', 'LOSSES', 'THEIRS',
-           'THEIRS_FIXED', 'PROTOCOLS', 'SEEN', 'AGAINST', 'SHOWN', 'dice_table', 'plot_dice', 'ChengSettings',
-           'Recipe', 'resized_images', 'target_set', 'mirrored', 'recipe_set', 'protocol_folds', 'with_test_set',
-           'copies_across', 'batch_dice', 'image_scores', 'fixed_eighty', 'run_folder', 'training_name', 'shapes_name',
-           'new_network', 'pretrain', 'imagenet_encoder', 'Outcome', 'run_recipe', 'cheng_trainings', 'mean_scores',
-           'score_cells', 'score_difference', 'disagreements', 'disagreement_cells', 'chosen_images', 'example_masks',
-           'plot_examples', 'reproduce', 'their_numbers', 'cheng_report']
+           'THEIRS_FIXED', 'PROTOCOLS', 'LEARNED', 'SEEN', 'AGAINST', 'SHOWN', 'dice_table', 'plot_dice',
+           'ChengSettings', 'Recipe', 'resized_images', 'target_set', 'mirrored', 'recipe_set', 'protocol_folds',
+           'with_test_set', 'copies_across', 'batch_dice', 'image_scores', 'fixed_eighty', 'run_folder',
+           'training_name', 'shapes_name', 'new_network', 'pretrain', 'unseen_shapes', 'mean_mask_dice', 'first_scores',
+           'first_gain', 'imagenet_encoder', 'Outcome', 'run_recipe', 'cheng_trainings', 'mean_scores', 'score_cells',
+           'score_difference', 'disagreements', 'disagreement_cells', 'chosen_images', 'example_masks', 'plot_examples',
+           'reproduce', 'their_numbers', 'cheng_report']
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c003
 import base64
@@ -66,7 +67,7 @@ from ..plot import INK, PALETTE, figure_canvas
 from ..report import Report, limits_note, score_text, training_card
 from ..stats.bootstrap import mean_over_patients, paired_difference
 from ..stats.figures import plot_comparison
-from ..stats.segmentation import connected_components, evaluate_masks, mask_scores
+from ..stats.segmentation import connected_components, dice_scores, evaluate_masks, mask_scores
 from ..synth.radiographs import rib_masks
 from ..synth.shapes import salient_shapes
 from ..train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
@@ -144,10 +145,10 @@ class ChengSettings(Settings):
     bs: int = 5  # batch size; 20 in the paper
     test: int = 300  # images of the fixed test set; of BUSI those that 300 to train with leave over
     folds: int = 5  # of the paper's protocol, and of folds by patient beside it
-    shapes: int = 1000  # images of salient shapes
-    xunet_steps: tuple = (1280, 0, 1920)  # on shapes, on the target with the encoder frozen, of fine-tuning
+    shapes: int = 3000  # images of salient shapes
+    xunet_steps: tuple = (4800, 0, 1920)  # on shapes, on the target with the encoder frozen, of fine-tuning
     vunet_steps: tuple = (1280, 960, 960)  # likewise; a step costs thirteen times as much
-    xunet_lrs: tuple = (1e-3, 1e-3, 1e-3)  # Adam, of each
+    xunet_lrs: tuple = (3e-4, 1e-3, 1e-3)  # Adam, of each
     vunet_lrs: tuple = (3e-4, 3e-4, 3e-4)  # likewise
     loss: str = 'bce+dice'  # or 'dice', the paper's: soft Dice alone
     parts: tuple = ('core', 'protocol')  # names in PARTS
@@ -164,6 +165,7 @@ QUICK = ChengSettings(
     folds=2,
     shapes=100,
     xunet_steps=(120, 0, 240),
+    xunet_lrs=(1e-3, 1e-3, 1e-3),
     parts=('core', 'protocol'),
     recipes=('X-Unet, random start', 'X-Unet', 'X-Unet, bottleneck frozen', 'X-Unet, despeckled'),
     seeds=(0,),
@@ -357,6 +359,7 @@ def recipe_set(
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c014-1
 PROTOCOLS = dict(
+    first='salient shapes that no pretraining has seen, the same for every network and seed',
     test='honest: every recipe and seed is scored on the same images of patients that none has seen; '
     'the last step counts',
     patient='honest: 400 images in folds by patient, mirrored copies beside their images; '
@@ -539,13 +542,17 @@ def _shape_dls(recipe, s, seed):
     return mask_dls(shapes, ~valid, valid, s.bs, 3, [ChengAugment()])
 
 
+def _plain(recipe):
+    "The network of a recipe, with nothing before it and nothing else about it."
+    return Recipe(recipe.net, 'none', bn=recipe.bn and recipe.net == 'xunet', scale=recipe.scale)
+
+
 def _pretraining(recipe, s, seed):
     "DataLoaders, builder and settings of a network on salient shapes."
     dls = _shape_dls(recipe, s, seed)
     epochs = _epochs(_steps(recipe, s)[0], dls)
-    plain = Recipe(recipe.net, 'none', bn=recipe.bn and recipe.net == 'xunet')
     how = TrainingSettings(epochs, _rates(recipe, s)[0], 'constant', seed=seed, precision='fp32')
-    return dls, _builder(plain, s, None, epochs), how
+    return dls, _builder(_plain(recipe), s, None, epochs), how
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-3b
 def pretrain(
@@ -560,6 +567,48 @@ def pretrain(
         dls, build, how = _pretraining(recipe, settings, seed)
         fit_in_folder(build, dls, how, file.parent)
     return file
+
+# %% ../../nbs/papers/cheng_lam.ipynb #first-1
+def unseen_shapes(
+    recipe: Recipe = Recipe(),  # its scale
+    settings: ChengSettings = DEFAULT,  # size
+) -> MaskSet:
+    "300 salient shapes to test first steps on; no seed of a pretraining draws these."
+    return salient_shapes(300, settings.size * recipe.scale, seed=_TEST_SEED)
+
+
+def mean_mask_dice(
+    images: MaskSet,  # n images of one class, each with a mask
+) -> np.ndarray:  # (n,) Dice of each image
+    "One mask for all images: their mean, cut where the Dice is highest."
+    mean, masks = images.masks.mean(0), images.masks  # (1, h, w), (n, 1, h, w)
+    cuts = np.arange(0.05, 1, 0.05)
+    tried = [dice_scores(np.broadcast_to(mean > cut, masks.shape), masks)[:, 0] for cut in cuts]
+    return max(tried, key=np.mean)
+
+# %% ../../nbs/papers/cheng_lam.ipynb #first-2
+LEARNED = 0.1  # a first step counts if its Dice is that much above the mean mask
+
+
+def first_scores(
+    recipe: Recipe,  # which network
+    file,  # its weights, from pretrain
+    settings: ChengSettings = DEFAULT,  # sizes
+) -> pd.DataFrame:  # a row per image: patient, clip, dice and mean_mask
+    "Dice of a first step on shapes that it has not seen, beside that of the mean mask."
+    images, net = unseen_shapes(recipe, settings), new_network(_plain(recipe), settings)
+    copy_weights(file, net, strict=True)
+    prob = predict_masks(net, images.images, settings.bs, precision='fp32')
+    dice = dice_scores(prob, images.masks)[:, 0]
+    return images.table[['patient', 'clip']].assign(dice=dice, mean_mask=mean_mask_dice(images))
+
+
+def first_gain(
+    scores: list,  # from first_scores, one for each seed
+):  # Difference
+    "Paired difference of the mean Dice: the network's minus the mean mask's."
+    dice, trivial = ([t[c].to_numpy() for t in scores] for c in ('dice', 'mean_mask'))
+    return paired_difference(dice, trivial, lambda _, x: np.mean(x), np.zeros(300), scores[0]['patient'])
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c018-4
 def imagenet_encoder():  # VGG16, or None where its weights are not on this machine
@@ -716,11 +765,10 @@ def _job_seconds(job):
 def _shapes_training(recipe, seed, s):
     "The pretraining of a network."
     steps = _steps(recipe, s)[0]
-    plain = Recipe(recipe.net, 'none', bn=recipe.bn and recipe.net == 'xunet', scale=recipe.scale)
     return Training(
         shapes_name(recipe, seed),
         lambda path: pretrain(recipe, path, s, seed),
-        lambda: _seconds(plain, s, steps, 0.8 * s.shapes, 0.2 * s.shapes),
+        lambda: _seconds(_plain(recipe), s, steps, 0.8 * s.shapes, 0.2 * s.shapes),
     )
 
 
@@ -737,6 +785,14 @@ def _before(job, imagenet):
     if r.start == 'none' or r.start == 'shapes' and r.net == 'vunet' and imagenet:
         return None
     return 'shapes' if r.start == 'shapes' else job._replace(name=r.start)
+
+
+def _first_of(job, imagenet):
+    "The pretraining on shapes that a training goes back to; '' for none."
+    before = _before(job, imagenet)
+    if before == 'shapes':
+        return shapes_name(job.recipe, job.seed)
+    return _first_of(before, imagenet) if before else ''
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c028-3
 def _jobs(data, s):
@@ -983,8 +1039,53 @@ def _failed(outcomes):
     "Seeds of which not one pixel of the target was found."
     return [seed for seed, o in outcomes.items() if not np.nanmean(o.scores['dice']) > 0]
 
+# %% ../../nbs/papers/cheng_lam.ipynb #first-3
+def _first_label(recipe):
+    "A first step in a table of results."
+    kind = ', batch norm' * (recipe.bn and recipe.net == 'xunet') + ', double size' * (recipe.scale > 1)
+    return f"first step of {dict(xunet='X-Unet', vunet='V-Unet')[recipe.net]}{kind}"
+
+
+def _compare_first(run, label, scores):
+    "Store the Dice of a first step, a mean over seeds, beside that of the mean mask."
+    for c in ('dice', 'mean_mask'):
+        value = np.mean([t[c].mean() for t in scores])
+        run.cells.append(cell('first step', label, c.replace('_', ' '), value, protocol='first'))
+    n = len(scores)
+    run.compare(label, 'the mean mask', 'dice', first_gain(scores), protocol='first', trainings=(n, 1))
+
+
+def _keep_first(run, recipe, files):
+    "Store what the seeds of a first step learned; of each, why trainings that start from it say little."
+    label, why = _first_label(recipe), {}
+    scores = {seed: first_scores(recipe, file, run.settings) for seed, file in files.items()}
+    images = unseen_shapes(recipe, run.settings)
+    run.protocol('first', PROTOCOLS['first'], Folds(images.table, np.zeros(len(images), int)))
+    for seed, t in scores.items():
+        name = shapes_name(recipe, seed)
+        about, path = dict(protocol='first', row=label, seed=seed), run.folder / name
+        run.keep(name, t, **about)
+        run.keep_curve(name, fold_history(path).groupby('epoch').train_loss.mean(), **about)
+        run.trained.append(path)
+        dice, trivial = t.dice.mean(), t.mean_mask.mean()
+        if dice < trivial + LEARNED:
+            why[name] = [f'its first step is hardly above the mean mask: Dice {dice:.2f}, {trivial:.2f}']
+    _compare_first(run, label, list(scores.values()))
+    return why
+
+# %% ../../nbs/papers/cheng_lam.ipynb #first-4
+def _first_steps(run, jobs, done):
+    "Score every first step once; name -> why trainings that start from it say little."
+    imagenet, files, why = imagenet_encoder() is not None, {}, {}
+    for job in jobs:
+        if name := _first_of(job, imagenet):
+            files.setdefault(_plain(job.recipe), {})[job.seed] = done[name]
+    for recipe, of_seeds in files.items():
+        why.update(_keep_first(run, recipe, of_seeds))
+    return {job: why.get(_first_of(job, imagenet), []) for job in jobs}
+
 # %% ../../nbs/papers/cheng_lam.ipynb #c028x1q
-def _keep_row(run, jobs, outcomes):
+def _keep_row(run, jobs, outcomes, why):
     "Store what a recipe's seeds gave, or that it failed; says whether it is a result."
     first, failed = jobs[0], _failed(outcomes)
     row = _ROWS[first.protocol].format(first.name)
@@ -999,6 +1100,7 @@ def _keep_row(run, jobs, outcomes):
             run.trained.append(path)
         else:
             run.keep(name, o.scores, path, scores=found, **about)
+        run.trainings[name]['reasons'] += why[job]
     return not failed
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c028x3
@@ -1060,13 +1162,13 @@ def reproduce(
     trainings, jobs, kept = cheng_trainings(data, s), list(_jobs(data, s)), {}
     done = run.train(trainings)
     _describe_protocols(run, jobs)
+    why = _first_steps(run, jobs, done)
     for name, protocol in dict.fromkeys((job.name, job.protocol) for job in jobs):
         seeds = [job for job in jobs if (job.name, job.protocol) == (name, protocol)]
         outcomes = {job.seed: done[_folder_name(job)] for job in seeds}
-        if _keep_row(run, seeds, outcomes):
+        if _keep_row(run, seeds, outcomes, why):
             run.cells += _row_cells(run, seeds, outcomes)
             kept[_ROWS[protocol].format(name)] = outcomes
-    run.trained += [run.folder / t.name for t in trainings if t.name.startswith('shapes')]
     _compare_rows(run, {row: [o.scores for o in seeds.values()] for row, seeds in kept.items()})
     _look(run, kept)
     _what_is_missing(run, jobs)
@@ -1097,6 +1199,9 @@ def _every_recipe(r, results):
     r.section('Every row', protocol_text(results))
     caption = 'Mean Dice per image, a mean over seeds, with 95 % intervals over patients.'
     r.figure(plot_dice(results), caption)
+    if first := cells_in(results['cells'], 'first step'):
+        r.section('Has the first step learned anything?', 'Beside the mean mask, the same for every image.')
+        r.cells(first)
 
 
 def _masks(r, results):

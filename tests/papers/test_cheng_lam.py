@@ -248,12 +248,42 @@ def test_everything_is_in_the_results(run):
     assert {'V-Unet', 'X-Unet, despeckled'} <= set(results['not_run']) and 'X-Unet' not in results['not_run']
     d = differences_table(results)
     assert set(zip(d.a, d.b)) == {
+        ('first step of X-Unet', 'the mean mask'),
         ('X-Unet', 'X-Unet, random start'),
         ('X-Unet, images at random', 'X-Unet, folds by patient'),
     }
+    d = d[d.protocol != 'first']
     assert set(d.column) == set(cheng_lam.SEEN) and {tuple(n) for n in d.trainings} == {(2, 2)}
     page = run[1].read_text()
     assert 'What the paper claims' in page and str(run[0]) not in page
+
+
+def test_rows_say_that_their_first_step_learned_nothing(run):
+    results = read_results(run[1].with_suffix('.json'))
+    for name, t in results['trainings'].items():
+        lost = any('its first step is hardly above the mean mask' in why for why in t['reasons'])
+        assert lost == (t['row'] not in ('X-Unet, random start', 'first step of X-Unet')), name
+    t = results_table(results).query("table == 'first step'").set_index('column').ours
+    stored = [
+        pd.read_csv(run[0] / 'results/cheng_lam-phantom' / f'shapes-xunet-s{seed}.csv.gz')
+        for seed in TINY.seeds
+    ]
+    assert t['dice'] == pytest.approx(np.mean([x.dice.mean() for x in stored]), abs=1e-4)
+    assert t['mean mask'] == pytest.approx(stored[0].mean_mask.mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize('dice, lost', [(0.9, False), (0.49, True)])
+def test_only_a_first_step_above_the_mean_mask_counts(monkeypatch, tmp_path, dice, lost):
+    scores = (
+        cheng_lam.unseen_shapes(settings=TINY).table[['patient', 'clip']].assign(dice=dice, mean_mask=0.4)
+    )
+    monkeypatch.setattr(cheng_lam, 'first_scores', lambda *_: scores)
+    losses = pd.DataFrame(dict(epoch=range(10), train_loss=[1.0] + [0.0] * 9))
+    monkeypatch.setattr(cheng_lam, 'fold_history', lambda _: losses)
+    run = cheng_lam.Experiment('cheng_lam', 'Cheng', 'phantom', TINY, tmp_path / 'a', out=tmp_path)
+    why = cheng_lam._keep_first(run, cheng_lam.Recipe(), {0: None})
+    said = ['its first step is hardly above the mean mask: Dice 0.49, 0.40']
+    assert why == ({'shapes-xunet-s0': said} if lost else {})
 
 
 def test_a_row_that_finds_nothing_is_listed_as_failed(run):
