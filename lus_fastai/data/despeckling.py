@@ -162,7 +162,7 @@ def frost_filter(
     size: int = 7,  # side of the window, odd
     damping: float = 1.0,  # how fast weights fall with distance where the window varies as speckle does
 ) -> np.ndarray:  # (n, h, w)
-    "Frost 1982: mean weighted by exp(-damping * variation * distance)."
+    "Frost 1982: mean weighted by exp(-d), where d is damping times variation times distance."
     q, q0 = _variation(*_local(x, _windows(size)))
     rate, r = damping * q / np.maximum(q0, 1e-12), size // 2
     padded, total, weights = np.pad(x, ((0, 0), (r, r), (r, r)), mode='symmetric'), 0, 0
