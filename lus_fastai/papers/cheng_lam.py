@@ -9,8 +9,8 @@ __all__ = ['CLAIMS', 'DEFAULT', 'QUICK', 'PAPER', 'CORE', 'LARGE', 'VUNET', 'VUN
            'THEIRS_FIXED', 'PROTOCOLS', 'LEARNED', 'SEEN', 'AGAINST', 'SHOWN', 'dice_table', 'plot_dice',
            'ChengSettings', 'Recipe', 'resized_images', 'target_set', 'mirrored', 'recipe_set', 'protocol_folds',
            'with_test_set', 'copies_across', 'batch_dice', 'image_scores', 'fixed_eighty', 'run_folder',
-           'training_name', 'shapes_name', 'new_network', 'pretrain', 'unseen_shapes', 'mean_mask_dice', 'first_scores',
-           'first_gain', 'imagenet_encoder', 'Outcome', 'run_recipe', 'cheng_trainings', 'mean_scores', 'score_cells',
+           'training_name', 'shapes_name', 'new_network', 'pretrain', 'unseen_shapes', 'mean_mask_dice', 'shape_scores',
+           'shape_gain', 'imagenet_encoder', 'Outcome', 'run_recipe', 'cheng_trainings', 'mean_scores', 'score_cells',
            'score_difference', 'disagreements', 'disagreement_cells', 'chosen_images', 'example_masks', 'plot_examples',
            'reproduce', 'their_numbers', 'cheng_report']
 
@@ -590,7 +590,7 @@ def mean_mask_dice(
 LEARNED = 0.1  # a first step counts if its Dice is that much above the mean mask
 
 
-def first_scores(
+def shape_scores(
     recipe: Recipe,  # which network
     file,  # its weights, from pretrain
     settings: ChengSettings = DEFAULT,  # sizes
@@ -603,8 +603,8 @@ def first_scores(
     return images.table[['patient', 'clip']].assign(dice=dice, mean_mask=mean_mask_dice(images))
 
 
-def first_gain(
-    scores: list,  # from first_scores, one for each seed
+def shape_gain(
+    scores: list,  # from shape_scores, one for each seed
 ):  # Difference
     "Paired difference of the mean Dice: the network's minus the mean mask's."
     dice, trivial = ([t[c].to_numpy() for t in scores] for c in ('dice', 'mean_mask'))
@@ -1052,13 +1052,13 @@ def _compare_first(run, label, scores):
         value = np.mean([t[c].mean() for t in scores])
         run.cells.append(cell('first step', label, c.replace('_', ' '), value, protocol='first'))
     n = len(scores)
-    run.compare(label, 'the mean mask', 'dice', first_gain(scores), protocol='first', trainings=(n, 1))
+    run.compare(label, 'the mean mask', 'dice', shape_gain(scores), protocol='first', trainings=(n, 1))
 
 
 def _keep_first(run, recipe, files):
     "Store what the seeds of a first step learned; of each, why trainings that start from it say little."
     label, why = _first_label(recipe), {}
-    scores = {seed: first_scores(recipe, file, run.settings) for seed, file in files.items()}
+    scores = {seed: shape_scores(recipe, file, run.settings) for seed, file in files.items()}
     images = unseen_shapes(recipe, run.settings)
     run.protocol('first', PROTOCOLS['first'], Folds(images.table, np.zeros(len(images), int)))
     for seed, t in scores.items():

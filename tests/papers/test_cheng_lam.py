@@ -277,7 +277,7 @@ def test_only_a_first_step_above_the_mean_mask_counts(monkeypatch, tmp_path, dic
     scores = (
         cheng_lam.unseen_shapes(settings=TINY).table[['patient', 'clip']].assign(dice=dice, mean_mask=0.4)
     )
-    monkeypatch.setattr(cheng_lam, 'first_scores', lambda *_: scores)
+    monkeypatch.setattr(cheng_lam, 'shape_scores', lambda *_: scores)
     losses = pd.DataFrame(dict(epoch=range(10), train_loss=[1.0] + [0.0] * 9))
     monkeypatch.setattr(cheng_lam, 'fold_history', lambda _: losses)
     run = cheng_lam.Experiment('cheng_lam', 'Cheng', 'phantom', TINY, tmp_path / 'a', out=tmp_path)
