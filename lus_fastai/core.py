@@ -360,7 +360,6 @@ def named_write(
             raise
         raise OSError(code, os.strerror(code), str(path)) from e
 
-
 # %% ../nbs/core.ipynb #tmp-owner
 @functools.cache
 def _machine():
