@@ -105,6 +105,20 @@ def _check_folder(option, path):
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{option} {path} cannot be written: {above} is no folder, or read-only")
 
+# %% ../nbs/cli.ipynb #predict-place
+def _check_place(option, path, suffix, files):
+    "ValueError where an output is not named as it should, would replace a clip, or cannot be written."
+    if path is None:
+        return
+    path = Path(path).absolute()
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{option} names a file that ends in {suffix}, not {path.name}")
+    if path.resolve() in {p.resolve() for p in files}:
+        raise ValueError(f"{option} would replace the clip {path.name}")
+    above = next(p for p in path.parents if p.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{option} cannot be written: {path if path.is_dir() else above}")
+
 # %% ../nbs/cli.ipynb #demo-time
 DEMO_TIME = 'about 4 minutes on two cores (7 minutes of CPU time)'  # on the phantom, without bfloat16
 
@@ -270,6 +284,14 @@ def _audit_split(table, split, folds, store):
         out.looks = look_outside(out.table)
     return out
 
+# %% ../nbs/cli.ipynb #line
+def _print_line(text, file):
+    "Print one line, with codes for what cannot be seen or is not in the encoding of the output."
+    from lus_fastai.clip_report import printable
+
+    code = getattr(file, 'encoding', None) or 'utf-8'
+    print(printable(text).encode(code, 'backslashreplace').decode(code), file=file, flush=True)
+
 # %% ../nbs/cli.ipynb #audit-4
 def _print_audit(found, as_json):
     "An audit as text or as JSON."
@@ -369,20 +391,6 @@ def _clip_files(names):
         raise ValueError(f"no clip below {where}" if names else "name a clip or a folder")
     return list(files.values())
 
-# %% ../nbs/cli.ipynb #predict-place
-def _check_place(option, path, suffix, files):
-    "ValueError where an output is not named as it should, would replace a clip, or cannot be written."
-    if path is None:
-        return
-    path = Path(path).absolute()
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"{option} names a file that ends in {suffix}, not {path.name}")
-    if path.resolve() in {p.resolve() for p in files}:
-        raise ValueError(f"{option} would replace the clip {path.name}")
-    above = next(p for p in path.parents if p.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"{option} cannot be written: {path if path.is_dir() else above}")
-
 # %% ../nbs/cli.ipynb #predict-say
 def _in_words(answer):
     "An answer in one line, without its file."
@@ -410,14 +418,6 @@ def _asked(model, path, heat):
         return None, f'{type(e).__name__}: {e}'
 
 # %% ../nbs/cli.ipynb #predict-print
-def _print_line(text, file):
-    "Print one line, with codes for what cannot be seen or is not in the encoding of the output."
-    from lus_fastai.clip_report import printable
-
-    code = getattr(file, 'encoding', None) or 'utf-8'
-    print(printable(text).encode(code, 'backslashreplace').decode(code), file=file, flush=True)
-
-
 def _print_progress(k, n):
     "How many clips are done, where somebody looks and the answers go elsewhere."
     if sys.stderr.isatty():

@@ -160,6 +160,19 @@ def _front():
     "Style and script of a panel, as an HTML element that runs it once it is in the page."
     return f'<style onload="{html.escape(_NAMES + _TOUCH)}">{_CSS}</style>'
 
+# %% ../nbs/widgets.ipynb #shown-clip
+@dataclass
+class _Shown:
+    "What a panel shows of a clip."
+
+    frames: np.ndarray  # (n, h, w) uint8
+    times: np.ndarray  # (n,) seconds
+    masks: np.ndarray = None  # (n, h, w) codes
+    shape: tuple = None  # (height, width) of the clip itself
+    note: str = ''  # a remark below the image
+    fault: str = ''  # why a mask is not shown
+    fan: Fan = None  # in pixels of the clip itself, where the panel uses it
+
 # %% ../nbs/widgets.ipynb #c008
 class _Panel:
     "What the panels share: pickers, a slider that plays, messages; each can `_read` and `_draw`."
@@ -372,19 +385,6 @@ class ClipBrowser(_Panel):
         for control in (self.masks, self.opacity):
             control.observe(self._move, 'value')
         self._stack(self.image, self.caption, self._row(self.masks, self.opacity), self.legend)
-
-# %% ../nbs/widgets.ipynb #shown-clip
-@dataclass
-class _Shown:
-    "What a panel shows of a clip."
-
-    frames: np.ndarray  # (n, h, w) uint8
-    times: np.ndarray  # (n,) seconds
-    masks: np.ndarray = None  # (n, h, w) codes
-    shape: tuple = None  # (height, width) of the clip itself
-    note: str = ''  # a remark below the image
-    fault: str = ''  # why a mask is not shown
-    fan: Fan = None  # in pixels of the clip itself, where the panel uses it
 
 # %% ../nbs/widgets.ipynb #c011-m1
 @patch
@@ -777,6 +777,15 @@ def _keys(table, path):
     "How the file names the clips of a table: relative to its folder."
     return [Path(os.path.relpath(p, Path(path).absolute().parent)).as_posix() for p in table['path']]
 
+# %% ../nbs/widgets.ipynb #c027
+def _write_fan(path, key, text, by):
+    "Add one fan to the file, or replace it there."
+    file, saved = fans_file(path), pd.DataFrame(columns=['path', 'fan', 'fan_by'])
+    if file.exists():
+        saved = load_csv(file)
+    new = pd.DataFrame(dict(path=[key], fan=[text], fan_by=[by]))
+    save_csv(pd.concat([saved[saved['path'] != key], new]).sort_values('path'), file)
+
 # %% ../nbs/widgets.ipynb #c027-2
 def _saved_fans(file):
     "The fans of a file by path, the last one of each; TableError where it holds something else."
@@ -812,15 +821,6 @@ def read_fans(
         by = by.mask(there, pd.Series([saved['fan_by'].get(k, '') for k in keys], out.index))
     return out.assign(fan=fan, fan_by=by)
 
-# %% ../nbs/widgets.ipynb #c027
-def _write_fan(path, key, text, by):
-    "Add one fan to the file, or replace it there."
-    file, saved = fans_file(path), pd.DataFrame(columns=['path', 'fan', 'fan_by'])
-    if file.exists():
-        saved = load_csv(file)
-    new = pd.DataFrame(dict(path=[key], fan=[text], fan_by=[by]))
-    save_csv(pd.concat([saved[saved['path'] != key], new]).sort_values('path'), file)
-
 # %% ../nbs/widgets.ipynb #c028-1
 _GEOMETRY = dict(  # slider -> name on the screen, for each kind of fan
     convex=dict(near='near arc', far='far arc', left='left angle', right='right angle')
@@ -843,6 +843,17 @@ def _start(kind, h, w):
     if kind == 'linear':
         return Fan('linear', (h, w), 0.05 * h, 0.95 * h, 0.1 * w, 0.9 * w)
     return Fan('convex', (h, w), 0.2 * h, 1.1 * h, -35, 35, w / 2, -0.15 * h)
+
+# %% ../nbs/widgets.ipynb #c028-3-m7
+def _outlined(frame, fan):
+    "A frame with the fan's outline, dark outside of it; both of one size."
+    from PIL import Image, ImageDraw
+
+    x = np.where(fan.mask(), frame, frame // 2)
+    im = Image.fromarray(np.repeat(x[..., None], 3, -1))
+    points = [tuple(map(float, p)) for p in fan.outline()]
+    ImageDraw.Draw(im).line(points + points[:1], fill=_EDGE, width=3)
+    return np.asarray(im)
 
 # %% ../nbs/widgets.ipynb #c028-3
 class FanEditor(_Panel):
@@ -943,7 +954,39 @@ def _set_slider(slider, title, value, limits, step, form):
     slider.min, slider.max = min(low, value, slider.min), max(high, value)
     slider.min, slider.value = min(low, value), value
 
+# %% ../nbs/widgets.ipynb #c028-3-m3
+@patch
+def _state(self: FanEditor, text=None):
+    "Say whether the fan on the screen is saved, or `text`."
+    row = self.table.loc[self.clip.value]
+    saved = self.fan is not None and self.fan == _fan(row)
+    self.revert.disabled, self.save.disabled = saved, False
+    found, said = self._found.get(self.clip.value, (None, ''))
+    how = dict(hand='saved, edited by hand', found='saved, found by image analysis')
+    unsaved = said if self.fan == found else 'edited, not saved'
+    self._say(text or (how[row['fan_by'] or 'found'] if saved else unsaved))
 
+# %% ../nbs/widgets.ipynb #editor-draw
+@patch
+def _draw(self: FanEditor):
+    "Show the frame with the outline of the fan."
+    from PIL import Image
+
+    s, fan = self.shown, self.fan
+    for control in (self.kind, *self.geometry.values(), self.find):
+        control.disabled = not s
+    if not s:
+        self.revert.disabled = self.save.disabled = True
+    if not s or fan is None:
+        self.caption.value = ''
+        return
+    size = _fit(s.shape, self.size)
+    frame = Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR)
+    self.image.value = _png(_outlined(np.asarray(frame), fan.resize(size)))
+    self.caption.value = self._facts()
+    self._describe('{frame}, with the outline of its fan')
+
+# %% ../nbs/widgets.ipynb #editor-show
 @patch
 def _show(self: FanEditor, fan, text=None):
     "Take over a fan: sliders, outline, message."
@@ -958,18 +1001,6 @@ def _show(self: FanEditor, fan, text=None):
                 _set_slider(slider, names[name], float(getattr(fan, name)), ranges[name], *fine)
     self._state(text)
     self._draw()
-
-# %% ../nbs/widgets.ipynb #c028-3-m3
-@patch
-def _state(self: FanEditor, text=None):
-    "Say whether the fan on the screen is saved, or `text`."
-    row = self.table.loc[self.clip.value]
-    saved = self.fan is not None and self.fan == _fan(row)
-    self.revert.disabled, self.save.disabled = saved, False
-    found, said = self._found.get(self.clip.value, (None, ''))
-    how = dict(hand='saved, edited by hand', found='saved, found by image analysis')
-    unsaved = said if self.fan == found else 'edited, not saved'
-    self._say(text or (how[row['fan_by'] or 'found'] if saved else unsaved))
 
 # %% ../nbs/widgets.ipynb #c028-3-m4
 @patch
@@ -1041,37 +1072,6 @@ def _save(self: FanEditor, button=None):
         return
     self.table.loc[i, ['fan', 'fan_by']] = text, by
     self._state(f'saved to {file.name}' + (', marked as edited by hand' if by == 'hand' else ''))
-
-# %% ../nbs/widgets.ipynb #c028-3-m7
-def _outlined(frame, fan):
-    "A frame with the fan's outline, dark outside of it; both of one size."
-    from PIL import Image, ImageDraw
-
-    x = np.where(fan.mask(), frame, frame // 2)
-    im = Image.fromarray(np.repeat(x[..., None], 3, -1))
-    points = [tuple(map(float, p)) for p in fan.outline()]
-    ImageDraw.Draw(im).line(points + points[:1], fill=_EDGE, width=3)
-    return np.asarray(im)
-
-# %% ../nbs/widgets.ipynb #editor-draw
-@patch
-def _draw(self: FanEditor):
-    "Show the frame with the outline of the fan."
-    from PIL import Image
-
-    s, fan = self.shown, self.fan
-    for control in (self.kind, *self.geometry.values(), self.find):
-        control.disabled = not s
-    if not s:
-        self.revert.disabled = self.save.disabled = True
-    if not s or fan is None:
-        self.caption.value = ''
-        return
-    size = _fit(s.shape, self.size)
-    frame = Image.fromarray(s.frames[self.frame.value]).resize(size[::-1], Image.BILINEAR)
-    self.image.value = _png(_outlined(np.asarray(frame), fan.resize(size)))
-    self.caption.value = self._facts()
-    self._describe('{frame}, with the outline of its fan')
 
 # %% ../nbs/widgets.ipynb #drag
 def _nearest_edge(fan, x, y):
