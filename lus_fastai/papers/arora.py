@@ -14,11 +14,11 @@ __all__ = ['PROTOCOLS', 'SPLITS', 'COMPARED', 'LOOKED', 'THEIR_CONFUSIONS', 'THE
            'class_image_votes', 'recognised', 'fold_features', 'neighbours', 'plot_fold_map', 'frames_of',
            'inversion_errors', 'arora_figures', 'external_table', 'uncertainty', 'relabel', 'source_frames',
            'gray_scratch', 'arrivals', 'head_alone', 'deeper_head', 'continued_learner', 'Job', 'further', 'part_runs',
-           'arora_jobs', 'AroraRun', 'run_store', 'job_frames', 'job_parts', 'first_job', 'job_training',
+           'arora_jobs', 'AroraRun', 'run_store', 'arora_run', 'job_frames', 'job_parts', 'first_job', 'job_training',
            'possible_jobs', 'start', 'train_stage', 'reported_scores', 'mean_areas', 'score_cells', 'score_stage',
            'compared_runs', 'difference_stage', 'external_cells', 'honest_nets', 'external_stage', 'calibration_stage',
            'uncertainty_stage', 'kept_looks', 'look_cells', 'look_differences', 'look_stage', 'shortcut_cells',
-           'shortcut_stage', 'neighbour_cells', 'half_stage', 'arora_run', 'reproduce', 'arora_report']
+           'shortcut_stage', 'neighbour_cells', 'half_stage', 'reproduce', 'arora_report']
 
 # %% ../../nbs/papers/arora.ipynb #c003
 import random
@@ -894,6 +894,20 @@ def run_store(
     "The frames of a network."
     return frame_store(run.table, net.size, run.experiment.settings, run.cache, prepare)
 
+# %% ../../nbs/papers/arora.ipynb #c046-17
+def arora_run(
+    data: str,  # 'phantom' or 'pocus'
+    settings: AroraSettings,  # sizes
+    quick: bool,  # named so in the results
+    out,  # folder for the JSON file and the report
+    cache: Path,  # where stores and checkpoints are kept
+) -> AroraRun:  # what stages share
+    "The clips of a reproduction, before anything is trained."
+    s, table = settings, clip_table(data, settings, cache)
+    folder = run_folder(s, data, cache)
+    e = Experiment('arora', 'Arora et al. 2020', data, s, folder, out=out, quick=quick)
+    return AroraRun(e, cache, add_fans(table))
+
 # %% ../../nbs/papers/arora.ipynb #job-frames
 def job_frames(
     run: AroraRun,  # what stages share
@@ -1275,20 +1289,6 @@ def half_stage(
         cells = [cell('class images', column=f'recognised by {k}', ours=v, **where) for k, v in votes.items()]
         cells += [cell('inversion', column=f'pixel error, {k}', ours=v, **where) for k, v in errors.items()]
         run.experiment.add(neighbour_cells(near, net.name) + cells)
-
-# %% ../../nbs/papers/arora.ipynb #c046-17
-def arora_run(
-    data: str,  # 'phantom' or 'pocus'
-    settings: AroraSettings,  # sizes
-    quick: bool,  # named so in the results
-    out,  # folder for the JSON file and the report
-    cache: Path,  # where stores and checkpoints are kept
-) -> AroraRun:  # what stages share
-    "The clips of a reproduction, before anything is trained."
-    s, table = settings, clip_table(data, settings, cache)
-    folder = run_folder(s, data, cache)
-    e = Experiment('arora', 'Arora et al. 2020', data, s, folder, out=out, quick=quick)
-    return AroraRun(e, cache, add_fans(table))
 
 # %% ../../nbs/papers/arora.ipynb #c046-19
 def reproduce(

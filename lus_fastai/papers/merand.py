@@ -359,9 +359,12 @@ def _row_order(key):
 
 
 def _heat_panel(ax, grid, title, colors, limits):
-    "A heat map with its numbers; a missing one is white."
+    "A heat map with its numbers, in colours from the lower limit to the upper; a missing one is white."
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list('panel', colors)
     values = np.ma.masked_invalid(grid.to_numpy(float))
-    image = ax.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect='auto')
+    image = ax.imshow(values, cmap=shades, vmin=limits[0], vmax=limits[1], aspect='auto')
     for (i, j), v in np.ndenumerate(values.filled(np.nan)):
         if np.isfinite(v):
             light = np.mean(image.to_rgba(v)[:3]) > 0.5
@@ -372,6 +375,10 @@ def _heat_panel(ax, grid, title, colors, limits):
     ax.spines[:].set_visible(False)
 
 # %% ../../nbs/papers/merand.ipynb #heat-2
+_SHADES = '#dcebf5', PALETTE[0]  # low to high
+_SIGNED = PALETTE[1], '#f2f2f2', PALETTE[0]  # below zero, zero, above
+
+
 def plot_table3(
     results: dict,  # from read_results
 ):  # matplotlib Figure
@@ -381,9 +388,9 @@ def plot_table3(
     limits = np.nanmin(both), np.nanmax(both)
     with figure_canvas(7.2, 1.5 + 0.19 * len(ours)) as fig:
         axs = fig.subplots(1, 3, sharey=True)
-        _heat_panel(axs[0], ours, f'ours ({protocol})', 'viridis', limits)
-        _heat_panel(axs[1], paper, 'theirs, own images', 'viridis', limits)
-        _heat_panel(axs[2], ours - paper, 'ours minus theirs', 'RdBu', (-15, 15))
+        _heat_panel(axs[0], ours, f'ours ({protocol})', _SHADES, limits)
+        _heat_panel(axs[1], paper, 'theirs, own images', _SHADES, limits)
+        _heat_panel(axs[2], ours - paper, 'ours minus theirs', _SIGNED, (-15, 15))
         axs[0].set_yticks(range(len(ours)), [f'{b}: {r}' for b, r in ours.index], size=6.5)
         for ax in axs:
             for i, (a, b) in enumerate(zip(ours.index[:-1], ours.index[1:])):
@@ -1825,6 +1832,7 @@ def plot_reconstructions(
             for ax, y in zip(axs[:, i], (x, drawn[i], mean)):
                 ax.imshow(y, cmap='gray', vmin=0, vmax=1)
                 ax.set(xticks=[], yticks=[], title=f'error {((x - y) ** 2).mean():.4f}' if y is not x else '')
+                ax.spines[:].set_visible(False)
         for ax, name in zip(axs[:, 0], ('image', 'autoencoder', 'mean image')):
             ax.set_ylabel(name)
     return fig
@@ -1846,6 +1854,7 @@ def plot_examples(
             for ax, x, m in zip(row, frames, masks):
                 ax.imshow(x, cmap='gray', vmin=0, vmax=255)
                 ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_visible(False)
                 for i in kept[m[kept].any((1, 2))]:
                     box = (-1.5, x.shape[1] + 0.5, -1.5, x.shape[0] + 0.5)
                     ax.contour(np.pad(m[i], 1), [0.5], colors=[class_color(i)], linewidths=1, extent=box)
