@@ -1067,9 +1067,10 @@ def _keep_first(run, recipe, files):
         run.keep(name, t, **about)
         run.keep_curve(name, fold_history(path).groupby('epoch').train_loss.mean(), **about)
         run.trained.append(path)
+        why[name] = [f'its first step: {reason}' for reason in run.trainings[name]['reasons']]
         dice, trivial = t.dice.mean(), t.mean_mask.mean()
         if dice < trivial + LEARNED:
-            why[name] = [f'its first step is hardly above the mean mask: Dice {dice:.2f}, {trivial:.2f}']
+            why[name].append(f'its first step is hardly above the mean mask: Dice {dice:.2f}, {trivial:.2f}')
     _compare_first(run, label, list(scores.values()))
     return why
 

@@ -365,9 +365,14 @@ class Claim(NamedTuple):
 
 def _difference_of(differences, claim, protocol):
     "The row of a differences table that tests a claim, as a dictionary; None where it is not there."
-    d = differences
-    found = d[(d.protocol == protocol) & (d.column == claim.column) & (d.a == claim.a) & (d.b == claim.b)]
-    return found.iloc[0].to_dict() if len(found) else None
+    of_score = differences[(differences.protocol == protocol) & (differences.column == claim.column)]
+    for sign, (a, b) in ((1, (claim.a, claim.b)), (-1, (claim.b, claim.a))):  # stored either way round
+        found = of_score[(of_score.a == a) & (of_score.b == b)]
+        if len(found):
+            d = found.iloc[0].to_dict()
+            low, high = sorted((sign * d['low'], sign * d['high']))
+            return dict(d, value=sign * d['value'], low=low, high=high)
+    return None
 
 
 def _signed(d):
