@@ -1055,7 +1055,7 @@ def _compare_first(run, label, scores):
     n = len(scores)
     run.compare(label, 'the mean mask', 'dice', shape_gain(scores), protocol='first', trainings=(n, 1))
 
-
+# %% ../../nbs/papers/cheng_lam.ipynb #first-3b
 def _keep_first(run, recipe, files):
     "Store what the seeds of a first step learned; of each, why trainings that start from it say little."
     label, why = _first_label(recipe), {}

@@ -362,7 +362,7 @@ class Claim(NamedTuple):
     as_theirs: str = None  # the protocol that is like the paper's, if it was run
     needs: str = ''  # what it would take to tell
 
-
+# %% ../../nbs/papers/experiment.ipynb #claims-2
 def _difference_of(differences, claim, protocol):
     "The row of a differences table that tests a claim, as a dictionary; None where it is not there."
     of_score = differences[(differences.protocol == protocol) & (differences.column == claim.column)]
