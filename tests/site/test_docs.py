@@ -357,7 +357,8 @@ def shown_text(page):
 def test_a_paper_has_a_page_with_quick_runs_last(results):
     pages = results.paper_pages({'gare-phantom-quick': result(), 'gare-pocus': result()})
     page = shown_text(pages['gare'])
-    assert list(pages) == ['gare'] and page.index('## Data: phantom\n') < page.index('## Data: phantom, quick run')
+    assert list(pages) == ['gare']
+    assert page.index('## Data: phantom\n') < page.index('## Data: phantom, quick run')
     assert '0.701 [0.60, 0.80] (paper: 0.762)' in page and 'a\\|b' in page and '### by patient' in page
 
 
