@@ -40,8 +40,8 @@ from lus_fastai.train.contrastive import USCL, pretrain
 from lus_fastai.train.cross_validation import cross_validate
 
 # Processes start at once, everything imported, from one that has trained nothing: torch cannot fork later.
-_FORK = multiprocessing.get_context('forkserver')
-_FORK.set_forkserver_preload(['__main__', 'benchmarks.kills'])
+_SERVER = multiprocessing.get_context('forkserver')
+_SERVER.set_forkserver_preload(['__main__', 'benchmarks.kills'])
 
 
 # ---- what is killed: functions (material, an empty folder or one that a killed process left)
@@ -167,8 +167,8 @@ def run(
     whole: float = 0.0,  # processor seconds of the whole work
 ) -> tuple:  # exit code, processor seconds, changes to folders
     "Do a work in a process of its own, and kill it at a moment."
-    count, seconds = _FORK.Value('i', 0), 0.0
-    process = _FORK.Process(target=_in_process, args=(work, folder, moment, count))
+    count, seconds = _SERVER.Value('i', 0), 0.0
+    process = _SERVER.Process(target=_in_process, args=(work, folder, moment, count))
     process.start()
     while process.is_alive():
         seconds = max(seconds, _seconds_of(process.pid))
