@@ -147,7 +147,7 @@ class ChengSettings(Settings):
     test: int = 300  # images of the fixed test set; of BUSI those that 300 to train with leave over
     folds: int = 5  # of the paper's protocol, and of folds by patient beside it
     shapes: int = 3000  # images of salient shapes
-    xunet_steps: tuple = (4800, 0, 1920)  # on shapes, on the target with the encoder frozen, of fine-tuning
+    xunet_steps: tuple = (9600, 0, 1920)  # on shapes, on the target with the encoder frozen, of fine-tuning
     vunet_steps: tuple = (1280, 960, 960)  # likewise; a step costs thirteen times as much
     xunet_lrs: tuple = (3e-4, 1e-3, 1e-3)  # Adam, of each
     vunet_lrs: tuple = (3e-4, 3e-4, 3e-4)  # likewise
