@@ -1028,18 +1028,6 @@ def _describe_protocols(run, jobs):
         start = 'ImageNet' if imagenet_encoder() else 'salient shapes'
         run.protocols['test']["start of V-Unet's encoder"] = start
 
-# %% ../../nbs/papers/cheng_lam.ipynb #c028x1
-def _fixed_cells(row, outcomes):
-    "The paper's headline: the highest and the mean soft Dice on 80 fixed images, averaged over seeds."
-    fixed = np.array([o.fixed for o in outcomes])  # (seeds, folds)
-    values = dict(highest=fixed.max(1).mean(), mean=fixed.mean())
-    return [cell('fixed 80', row, c, v, protocol='image') for c, v in values.items()]
-
-
-def _failed(outcomes):
-    "Seeds of which not one pixel of the target was found."
-    return [seed for seed, o in outcomes.items() if not np.nanmean(o.scores['dice']) > 0]
-
 # %% ../../nbs/papers/cheng_lam.ipynb #first-3
 def _first_label(recipe):
     "A first step in a table of results."
@@ -1085,6 +1073,18 @@ def _first_steps(run, jobs, done):
     for recipe, of_seeds in files.items():
         why.update(_keep_first(run, recipe, of_seeds))
     return {job: why.get(_first_of(job, imagenet), []) for job in jobs}
+
+# %% ../../nbs/papers/cheng_lam.ipynb #c028x1
+def _fixed_cells(row, outcomes):
+    "The paper's headline: the highest and the mean soft Dice on 80 fixed images, averaged over seeds."
+    fixed = np.array([o.fixed for o in outcomes])  # (seeds, folds)
+    values = dict(highest=fixed.max(1).mean(), mean=fixed.mean())
+    return [cell('fixed 80', row, c, v, protocol='image') for c, v in values.items()]
+
+
+def _failed(outcomes):
+    "Seeds of which not one pixel of the target was found."
+    return [seed for seed, o in outcomes.items() if not np.nanmean(o.scores['dice']) > 0]
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c028x1q
 def _keep_row(run, jobs, outcomes, why):
