@@ -260,6 +260,39 @@ def _write_table(file, table):
     with atomic_path(file) as tmp:
         tmp.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same bytes whenever it is written
 
+# %% ../../nbs/papers/experiment.ipynb #keep-curve-2
+@patch
+def keep_curve(
+    self: Experiment,
+    name: str,  # of the training
+    losses,  # training loss of each epoch, or of each step that was logged
+    epochs: int = None,  # how many there should be; None: not checked
+    *,
+    protocol: str,  # a name in protocols
+    row: str,  # of the tables of cells
+    seed: int = 0,  # of the training
+    scores: dict = None,  # as for keep
+):
+    "Store the loss curve of a training, and whether it was trained long enough."
+    reasons = undertrained(losses, scores, epochs)
+    curve = [round(float(x), 5) for x in losses]
+    about = dict(protocol=protocol, row=row, seed=seed, epochs=len(curve))
+    self.trainings[name] = dict(about, reasons=reasons, losses=curve)
+
+# %% ../../nbs/papers/experiment.ipynb #keep-curve
+def _epochs(path):
+    "How many epochs a cross-validation was to have."
+    return json.loads((Path(path) / 'run.json').read_text())['epochs']
+
+
+def _note_build(builds, name, build):
+    "Add a training to those of the same versions, device and precision."
+    for known in builds:
+        if {k: v for k, v in known.items() if k != 'trainings'} == build:
+            known['trainings'] += [name] * (name not in known['trainings'])
+            return
+    builds.append(dict(build, trainings=[name]))
+
 # %% ../../nbs/papers/experiment.ipynb #keep-2
 @patch
 def keep(
@@ -282,39 +315,6 @@ def keep(
     for file in sorted(Path(path).glob('fold*/build.json')):
         _note_build(self.builds, name, json.loads(file.read_text()))
     self.trained.append(path)
-
-# %% ../../nbs/papers/experiment.ipynb #keep-curve
-def _epochs(path):
-    "How many epochs a cross-validation was to have."
-    return json.loads((Path(path) / 'run.json').read_text())['epochs']
-
-
-def _note_build(builds, name, build):
-    "Add a training to those of the same versions, device and precision."
-    for known in builds:
-        if {k: v for k, v in known.items() if k != 'trainings'} == build:
-            known['trainings'] += [name] * (name not in known['trainings'])
-            return
-    builds.append(dict(build, trainings=[name]))
-
-# %% ../../nbs/papers/experiment.ipynb #keep-curve-2
-@patch
-def keep_curve(
-    self: Experiment,
-    name: str,  # of the training
-    losses,  # training loss of each epoch, or of each step that was logged
-    epochs: int = None,  # how many there should be; None: not checked
-    *,
-    protocol: str,  # a name in protocols
-    row: str,  # of the tables of cells
-    seed: int = 0,  # of the training
-    scores: dict = None,  # as for keep
-):
-    "Store the loss curve of a training, and whether it was trained long enough."
-    reasons = undertrained(losses, scores, epochs)
-    curve = [round(float(x), 5) for x in losses]
-    about = dict(protocol=protocol, row=row, seed=seed, epochs=len(curve))
-    self.trainings[name] = dict(about, reasons=reasons, losses=curve)
 
 # %% ../../nbs/papers/experiment.ipynb #compare
 @patch
