@@ -16,40 +16,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from videos import VIDEOS, speckle, video_bytes
 
 from lus_fastai.data.fetching import FetchError, extract_archive
 from lus_fastai.data.mask_sets import read_mask
 from lus_fastai.data.store import read_masks
 from lus_fastai.video import ClipError, decode_frames, read_clip, read_limits, sample_clip, write_video
-
-KINDS = dict(
-    gif=('gif', 'gray', None),
-    mpeg=('mpeg1video', 'yuv420p', 'mpeg'),
-    mkv=('libx264', 'gray', None),
-    webm=('libvpx', 'yuv420p', None),
-    mp4=('libx264', 'yuv420p', None),
-    mov=('mpeg4', 'yuv420p', None),
-    avi=('mjpeg', 'yuvj420p', None),
-)
-
-
-def speckle(n=20, h=32, w=48):
-    y, x = np.mgrid[:h, :w]
-    spot = [200 * np.exp(-((y - h / 2) ** 2 + (x - w / 4 - k) ** 2) / 60) for k in range(n)]
-    return np.clip(np.array(spot) + np.random.default_rng(0).normal(20, 9, (n, h, w)), 0, 255).astype(
-        np.uint8
-    )
-
-
-def encode(path, kind):
-    codec, pixels, form = KINDS[kind]
-    with av.open(str(path), 'w', format=form) as out:
-        stream = out.add_stream(codec, rate=25)
-        stream.height, stream.width, stream.pix_fmt = 32, 48, pixels
-        for x in speckle():
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(x, format='gray').reformat(format=pixels)))
-        out.mux(stream.encode())
-    return path.read_bytes()
 
 
 def refused(path, read=read_clip, match='damaged|ends early|no image and no video'):
@@ -58,9 +30,9 @@ def refused(path, read=read_clip, match='damaged|ends early|no image and no vide
     assert e.value.path == str(path)
 
 
-@pytest.mark.parametrize('kind', sorted(KINDS))
+@pytest.mark.parametrize('kind', sorted(VIDEOS))
 def test_a_clip_that_was_cut_is_refused(tmp_path, kind):
-    whole = encode(tmp_path / f'whole.{kind}', kind)
+    whole = video_bytes(tmp_path / f'whole.{kind}', kind, speckle())
     frames = read_clip(tmp_path / f'whole.{kind}').frames
     assert len(frames) == 20
     draw, cut, seen = random.Random(0), tmp_path / f'cut.{kind}', 0
@@ -76,7 +48,7 @@ def test_a_clip_that_was_cut_is_refused(tmp_path, kind):
 
 
 def test_a_cut_clip_is_refused_however_little_of_it_is_asked_for(tmp_path):
-    whole = encode(tmp_path / 'a.mkv', 'mkv')
+    whole = video_bytes(tmp_path / 'a.mkv', 'mkv', speckle())
     (tmp_path / 'cut.mkv').write_bytes(whole[:-30])
     refused(tmp_path / 'cut.mkv', lambda p: sample_clip(p, max_frames=1), 'ends early.*ffmpeg')
 
@@ -84,7 +56,7 @@ def test_a_cut_clip_is_refused_however_little_of_it_is_asked_for(tmp_path):
 @pytest.mark.parametrize('kind', ['mpeg', 'mov', 'mp4'])
 def test_frames_that_libav_guessed_are_refused(tmp_path, kind):
     "Zeros in the middle: the container is whole, and frames are shown, but they are not those of the clip."
-    whole = bytearray(encode(tmp_path / f'a.{kind}', kind))
+    whole = bytearray(video_bytes(tmp_path / f'a.{kind}', kind, speckle()))
     at = len(whole) // 2
     whole[at : at + 120] = bytes(120)
     (tmp_path / f'b.{kind}').write_bytes(whole)

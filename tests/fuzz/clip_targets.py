@@ -11,53 +11,21 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID, UltrasoundMultiFrameImageStorage
+from videos import VIDEOS, speckle, video_bytes
 
 from lus_fastai.data.dicom import dicom_region
 from lus_fastai.data.fetching import FetchError, extract_archive
 from lus_fastai.data.mask_sets import read_mask
 from lus_fastai.video import ClipError, colour_share, decode_frames, read_clip, sample_clip, write_video
 
-_VIDEOS = dict(
-    gif=('gif', 'gray', None),
-    mpeg=('mpeg1video', 'yuv420p', 'mpeg'),
-    mkv=('libx264', 'gray', None),
-    webm=('libvpx', 'yuv420p', None),
-    mp4=('libx264', 'yuv420p', None),
-    mov=('mpeg4', 'yuv420p', None),
-    avi=('mjpeg', 'yuvj420p', None),
-)
-
-
-def moving(n=8, h=32, w=48):
-    "A bright spot that moves, on speckle: (n, h, w) uint8."
-    y, x = np.mgrid[:h, :w]
-    spot = [200 * np.exp(-((y - h / 2) ** 2 + (x - w / 4 - 2 * k) ** 2) / 60) for k in range(n)]
-    return np.clip(np.array(spot) + np.random.default_rng(0).normal(20, 9, (n, h, w)), 0, 255).astype(
-        np.uint8
-    )
-
-
-def video_bytes(path, kind, frames):
-    "A video in one of the containers, as bytes."
-    import av
-
-    codec, pixels, form = _VIDEOS[kind]
-    with av.open(str(path), 'w', format=form) as out:
-        stream = out.add_stream(codec, rate=25)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:], pixels
-        for x in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(x, format='gray').reformat(format=pixels)))
-        out.mux(stream.encode())
-    return path.read_bytes()
-
 
 def video_seeds(folder, kind):
-    return [(f'clip.{kind}', video_bytes(folder / f'a.{kind}', kind, moving()))]
+    return [(f'clip.{kind}', video_bytes(folder / f'a.{kind}', kind, speckle(8)))]
 
 
 def mask_seeds(folder):
     "FFV1 in Matroska, and PNG with grey and with a palette."
-    codes = np.repeat(moving() % 7, 2, 1)
+    codes = np.repeat(speckle(8) % 7, 2, 1)
     write_video(folder / 'm.mkv', codes, 25, lossless=True)
     Image.fromarray(codes[0]).save(folder / 'm.png')
     palette = Image.fromarray(codes[0]).convert('P')
@@ -69,7 +37,7 @@ def mask_seeds(folder):
 
 def image_seeds(folder):
     "Every kind of still, grey and in colour, and an animated PNG and a TIFF stack."
-    frames = moving()
+    frames = speckle(8)
     grey, colour = Image.fromarray(frames[0]), Image.fromarray(np.stack(list(frames[:3]), -1))
     found = []
     for im, kinds in ((grey, 'png jpg bmp tif pgm webp jp2'), (colour, 'png jpg bmp tif ppm webp jp2')):
@@ -111,7 +79,7 @@ def dicom_bytes(path, x, syntax='1.2.840.10008.1.2.1', pixels=None, **tags):
 
 def dicom_seeds(folder):
     "Native, deflated, RLE, JPEG and JPEG 2000; grey of 8 and 16 bits, colour, and a palette."
-    x, path = moving(3, 16, 24), folder / 'a.dcm'
+    x, path = speckle(3, 16, 24), folder / 'a.dcm'
     ds, native = dicom_bytes(path, x)
     ds.compress('1.2.840.10008.1.2.5')
     ds.save_as(path)
@@ -176,7 +144,7 @@ def read_codes(path):
         read_mask(path)
 
 
-for kind in _VIDEOS:
+for kind in VIDEOS:
     TARGETS[f'clip-{kind}'] = Target(partial(video_seeds, kind=kind), read_everything, (ClipError,))
 TARGETS['clip-image'] = Target(image_seeds, read_everything, (ClipError,))
 TARGETS['clip-dicom'] = Target(dicom_seeds, read_dicom_file, (ClipError,))

@@ -174,7 +174,7 @@ def run_here(name, inputs, start, folder):
 
 def load_targets(folder=HERE):
     "Import every module of targets in a folder."
-    sys.path.insert(0, str(folder))
+    sys.path[:0] = [str(folder), str(HERE.parent)]  # beside the tests stands what they share
     sys.modules['harness'] = sys.modules[__name__]
     for path in sorted(Path(folder).glob('*_targets.py')):
         importlib.import_module(path.stem)
