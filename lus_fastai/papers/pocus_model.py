@@ -98,6 +98,7 @@ class ModelSettings(Settings):
     folds: int = 5  # by patient, and of the inner choice
     seeds: tuple = (0, 1, 2)  # of the folds by patient
     patients: int = 60  # of the phantom
+    shares: tuple = (0.97, 0.9)  # of other patients' clips that are not refused, as for fit_familiar
 
 
 DEFAULT = ModelSettings()
@@ -372,7 +373,7 @@ def finished_model(
         findings=signs,
         scores=conformal_scores(oof),
         level=LEVEL,
-        familiar=fit_familiar(x[:, columns], oof['patient'], looked_at(channels, candidate)),
+        familiar=fit_familiar(x[:, columns], oof.patient, looked_at(channels, candidate), shares=s.shares),
     )
 
 # %% ../../nbs/papers/pocus_model.ipynb #refuse
@@ -392,13 +393,14 @@ def refused_out_of_fold(
     channels: list,  # features of each stage
     folds: Folds,  # of the clips
     candidate: Candidate = CANDIDATES[SHIPPED],  # which stages a model has
+    shares: tuple = DEFAULT.shares,  # as for fit_familiar
 ) -> np.ndarray:  # (clips,) bool
     "Which clips are refused by limits from the other folds."
     seen, refused = x[:, stage_columns(channels, candidate.stages)], np.zeros(len(x), bool)
     for k in folds.numbers:
         held = (folds.fold == k).to_numpy()
         columns = looked_at(channels, candidate)
-        familiar = fit_familiar(seen[~held], folds.table['patient'][~held], columns)
+        familiar = fit_familiar(seen[~held], folds.table['patient'][~held], columns, shares=shares)
         refused[held] = refused_share(familiar, seen[held], folds.table[held])
     return refused
 
@@ -442,7 +444,8 @@ def share_cell(
 def _refusal_cells(run, x, channels, table, model, blues, cache):
     "Shares that are refused: of lungs, and of other things."
     folds = protocol_folds(table, 'patient', run.settings)
-    cells = [share_cell('lungs, other patients', refused_out_of_fold(x, channels, folds), table['patient'])]
+    refused = refused_out_of_fold(x, channels, folds, shares=run.settings.shares)
+    cells = [share_cell('lungs, other patients', refused, table['patient'])]
     tables = other_images(run.folder, run.data)
     others = {k: vectors_of(t, run.settings, cache)[:2] for k, t in tables.items()}
     columns = stage_columns(channels, CANDIDATES[SHIPPED].stages)

@@ -76,6 +76,7 @@ class SmallSettings(ModelSettings):
     simulated: int = 2000  # patients to learn from
     epochs: int = 6  # over two frames of each
     lr: float = 4e-3  # at its peak
+    shares: tuple = (0.97, 0.8)  # as for fit_familiar: strict where a fan is odd
 
 
 SMALL = SmallSettings()
@@ -274,7 +275,7 @@ def _refusals(run, table, seen, model, features, cache):
     "Cells of the shares that are refused: of lungs of other patients, and of other things."
     x, channels = seen['small']
     candidate, folds = CANDIDATES[SHIPS], protocol_folds(table, 'patient', run.settings)
-    refused = refused_out_of_fold(x, channels, folds, candidate)
+    refused = refused_out_of_fold(x, channels, folds, candidate, run.settings.shares)
     cells = [share_cell('lungs, other patients', refused, table['patient'])]
     for name, t in other_images(run.folder, run.data).items():
         t, vectors, _ = vectors_of(t, run.settings, cache, features)
