@@ -271,9 +271,14 @@ class ConfusionMetric(Metric):
         self.counter = _Counter(n) if counter is None else counter
 
     def reset(self):
+        "Forget all counts."
         self.counter.reset()
 
-    def accumulate(self, learn):
+    def accumulate(
+        self,
+        learn,  # Learner after a batch: its logits (batch, n, ...) and targets are counted
+    ):
+        "Count a batch, once for all metrics that share the counter."
         self.counter.add(learn)
 
 # %% ../../nbs/stats/classification.ipynb #c026-p
@@ -287,12 +292,14 @@ def confusion(self: ConfusionMetric):
 
 
 @patch(as_prop=True)
-def value(self: ConfusionMetric):
+def value(self: ConfusionMetric):  # a number, or None before the first batch
+    "The score of the counts so far."
     return None if self.confusion is None else float(self.score(self.confusion))
 
 
 @patch(as_prop=True)
-def name(self: ConfusionMetric):
+def name(self: ConfusionMetric) -> str:
+    "The column in the training table."
     return self.label
 
 # %% ../../nbs/stats/classification.ipynb #c026-3
