@@ -265,6 +265,43 @@ def test_a_cell_is_folded_once_and_not_against_its_will(cells):
         assert cell.source == own + tests
 
 
+def test_a_fold_that_is_asked_for_gets_a_name(cells):
+    cell = Cell(code('#| code-fold: true\nquiz = Quiz(\n    []\n)'))
+    cells.fold_code(cell)
+    assert cell.source.startswith('#| code-summary: "Code of the quiz"\n#| code-fold: true\n')
+    cell = Cell(code('#| code-fold: true\nplot()', shown(**PNG)))
+    cells.fold_code(cell)
+    assert cell.source.startswith('#| code-summary: "Code of the figure"\n')
+    own = '#| code-fold: true\n#| code-summary: "mine"\nquiz = Quiz(\n    []\n)'
+    cell = Cell(code(own))
+    cells.fold_code(cell)
+    assert cell.source == own
+
+
+def test_private_methods_have_no_entry(cells):
+    for name in '_Search.sector', 'Audit.__repr__', 'lus_fastai.core.Answer.__str__':
+        cell = Cell(code(f'show_doc({name})', shown(**{'text/markdown': 'a'})))
+        cells.hide_private(cell)
+        assert cell.source == '#| include: false' and cell['outputs'] == []
+    for name in 'MaskSet.__getitem__', 'Audit', 'audit':
+        cell = Cell(code(f'show_doc({name})', shown(**{'text/markdown': 'a'})))
+        cells.hide_private(cell)
+        assert cell.source == f'show_doc({name})' and len(cell['outputs']) == 1
+
+
+def test_outputs_have_no_types_of_numpy_and_pandas(cells):
+    def plain(text, *more):
+        cell = Cell(code('a', shown(**{'text/plain': text}), *more))
+        cells.plain_outputs(cell)
+        return [o['data']['text/plain'] for o in cell['outputs'] if 'image/png' not in o['data']]
+
+    assert plain("{'a': np.float64(0.5), 'b': np.int64(-3)}") == ["{'a': 0.5, 'b': -3}"]
+    assert plain('a    1\nb    2\nName: count, dtype: int64') == ['a    1\nb    2']
+    assert plain('a    1\nLength: 9, dtype: float64') == ['a    1']
+    assert plain('array([1.], dtype=float32)') == ['array([1.], dtype=float32)']
+    assert plain('<matplotlib.legend.Legend>', shown(**PNG)) == [] != plain('<Answer>')
+
+
 def test_private_names_are_no_links(cells):
     cell = Cell(markdown('[`_a`](https://lus.org/b.html#_a) and [`b`](https://lus.org/b.html#b)'))
     cells.unlink_private(cell)
