@@ -1,8 +1,9 @@
 """What the site makes of the cells of a notebook, after nbdev's own processing.
 
-nbdev runs these five (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
-links for private names or within links, defaults without an address in memory, code in lines that fit the
-page, and folded tests, helpers, plots and exercises. The notebooks stay as they are.
+nbdev runs these seven (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
+links for private names or within links, no entries for private methods, defaults without an address in
+memory, outputs without the types of NumPy and pandas, code in lines that fit the page, and folded tests,
+helpers, plots and exercises. The notebooks stay as they are.
 """
 
 import ast
@@ -135,6 +136,38 @@ def steady_defaults(
             o['data']['text/markdown'] = text.replace('__main__.', '')
 
 
+_entry = re.compile(r'^show_doc\((?:\w+\.)*(\w+)\.(\w+)[,)]', re.M)
+
+
+def hide_private(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Take away the entries for methods of private classes, and for how an object is printed."
+    m = _entry.search(cell.source) if cell.cell_type == 'code' else None
+    if m and (m[1].startswith('_') or m[2] in ('__repr__', '__str__')):
+        cell.source, cell['outputs'] = '#| include: false', []
+
+
+_SCALAR = re.compile(r'\bnp\.(?:float|u?int|bool|str)\w*\(([^()]*)\)')
+_SERIES = re.compile(r'\n(?:Name: [^\n]*, |Length: \d+, )*dtype: \w+\Z')
+
+
+def plain_outputs(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Show numbers without NumPy's types, a Series without its last line, and no object beside its figure."
+    outputs = cell.get('outputs', [])
+    drawn = any('image/png' in o.get('data', {}) for o in outputs)
+    for o in list(outputs):
+        data = o.get('data', {})
+        if list(data) != ['text/plain']:
+            continue
+        text = data['text/plain'] if isinstance(data['text/plain'], str) else ''.join(data['text/plain'])
+        if drawn and re.fullmatch(r'<[\w.]+[^\n]*>', text):
+            outputs.remove(o)
+        data['text/plain'] = _SERIES.sub('', _SCALAR.sub(r'\1', text))
+
+
 def is_test(
     node,  # a statement, of ast
 ) -> bool:
@@ -187,11 +220,15 @@ def folding(
 def fold_code(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Fold long tests, helpers, plots and exercises, but where the cell has an option of its own."
+    "Fold long tests, helpers, plots and exercises, but where the cell says otherwise; name each fold."
     if cell.cell_type != 'code':
         return
     options, code = split_options(cell.source)
-    if 'code-fold' in options or options.get('echo') == 'false':
+    if options.get('code-fold') == 'false' or 'code-summary' in options or options.get('echo') == 'false':
         return
-    if summary := folding(code, cell.get('outputs', [])):
-        cell.source = f'#| code-fold: true\n#| code-summary: {json.dumps(summary)}\n{cell.source}'
+    drawn = any('image/png' in o.get('data', {}) for o in cell.get('outputs', []))
+    asked = 'code-fold' in options
+    summary = 'Code of the figure' if asked and drawn else folding(code, cell.get('outputs', []))
+    if summary:
+        fold = '' if asked else '#| code-fold: true\n'
+        cell.source = f'{fold}#| code-summary: {json.dumps(summary)}\n{cell.source}'

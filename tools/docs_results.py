@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+from docs_names import DATA, PAGES, RUNS, TABLES, protocol_title, shown_name
+
 COLUMNS = 5  # scores beside one another that fit the page
 STORED = {  # the file that each paper's claims are judged by: its run on the data that come closest
     'gare': 'gare-pocus',
@@ -14,8 +16,10 @@ STORED = {  # the file that each paper's claims are judged by: its run on the da
     'merand': 'merand-real',
 }
 PAPER_PAGE = """\
-A cell is a score with its 95 % interval, a bootstrap over patients. Tables after the first of a protocol are
-folded. A *quick run* is a demonstration of a few minutes: it shows that the code runs, not what is true.
+A cell is a score with its 95 % interval, a bootstrap over patients; [the chapter](../papers/{}.ipynb)
+explains rows and scores. Tables after the first of a protocol are folded. The *split* is a hash of which
+patient is in which fold: equal hashes, equal splits. A *quick run* is a demonstration of a few minutes: it
+shows that the code runs, not what is true.
 """
 SUMMARY = """\
 A claim is judged by the *paired difference* over patients, under a protocol that shares no patient between
@@ -24,6 +28,10 @@ training and test and picks nothing on the test set; by [rule](papers/experiment
 paper reports.
 *Cannot tell*: it holds both, a row was trained too little, or nothing was measured.
 """
+DIFFERENCES = (
+    'The score of the one minus that of the other, with its 95 % interval: each resample draws the same '
+    'patients for both.'
+)
 SPLITS = """\
 ## One simple model, split by the rules of each
 
@@ -40,7 +48,8 @@ def number_text(
     "A number with its interval, for a table."
     if value is None:
         return '–'
-    text = f'{value:{sign}.3f}' if abs(value) < 100 else f'{value:{sign},.0f}'
+    count = interval is None and abs(value) > 1 and float(value).is_integer()
+    text = f'{value:{sign},.0f}' if count or abs(value) >= 100 else f'{value:{sign}.3f}'
     if isinstance(interval, (list, tuple)) and None not in interval:
         digits = 2 if max(map(abs, interval)) >= 0.1 else 3
         text += ' [' + ', '.join(f'{x:{sign}.{digits}f}' for x in interval) + ']'
@@ -106,16 +115,18 @@ def pivot(
     for c in cells:
         theirs = '' if c.get('theirs') is None else f' (paper: {c["theirs"]:.3f})'
         text[c['row'], c['column']] = number_text(c['ours'], c.get('interval')) + theirs
-    shown = {r: f'{r} †' if r in marked else r for r in rows}
+    shown = {r: shown_name(r) + ' †' * (r in marked) for r in rows}
     if len(columns) > COLUMNS and len(rows) <= COLUMNS:
         return table(
-            ['score', *shown.values()], [[c, *(text.get((r, c), '') for r in rows)] for c in columns]
+            ['score', *shown.values()],
+            [[shown_name(c), *(text.get((r, c), '') for r in rows)] for c in columns],
         )
     out = []
     for i in range(0, len(columns), COLUMNS):
         some = columns[i : i + COLUMNS]
         full = [r for r in rows if any((r, c) in text for c in some)]
-        out += table(['row', *some], [[shown[r], *(text.get((r, c), '') for c in some)] for r in full])
+        head = ['', *map(shown_name, some)]
+        out += table(head, [[shown[r], *(text.get((r, c), '') for c in some)] for r in full])
     return out
 
 
@@ -133,27 +144,42 @@ def undertrained(
 def protocol_section(
     results: dict,  # of a file
     name: str,  # of the protocol
-    level: str = '###',  # of its heading
+    paper: str,  # its module
 ) -> list:  # lines of Markdown
     "A protocol in words, its first table, and the others folded."
     own = [c for c in results.get('cells', []) if c.get('protocol', '') == name]
     about = results.get('protocols', {}).get(name, {})
     marked = tuple(row for protocol, row in undertrained(results) if protocol == name)
     out = [
-        f'{level} {plain(name)}',
+        f'### {plain(protocol_title(paper, name))}',
         '',
-        f"{plain(about.get('description', ''))} (split {code(about.get('split_hash', '?'))}).",
+        f"{plain(sentence(about.get('description', '')))} In the file this is protocol {code(name)}, "
+        f"split {code(about.get('split_hash', '?'))}.",
         '',
     ]
     for i, t in enumerate(dict.fromkeys(c.get('table', '') for c in own)):
         lines = pivot([c for c in own if c.get('table', '') == t], marked)
-        heading = [f'**{plain(t)}**' + ' († trained too little)' * any('†' in x for x in lines), '']
-        out += heading + lines if not i else folded(t, lines)
+        title = capital(TABLES.get(t, t))
+        heading = [f'**{plain(title)}**' + ' († trained too little)' * any('†' in x for x in lines), '']
+        out += heading + lines if not i else folded(title, lines)
     return out
+
+
+def capital(text: str) -> str:
+    "Text that begins with a capital."
+    return text[:1].upper() + text[1:]
+
+
+def sentence(
+    text: str,  # such as the description of a protocol
+) -> str:
+    "Text as a sentence."
+    return capital(text).rstrip('.') + '.' if text else text
 
 
 def difference_section(
     results: dict,  # of a file
+    paper: str,  # its module
 ) -> list:  # lines of Markdown
     "Paired differences, a fold for each protocol; rows that were trained too little are marked."
     short, out = undertrained(results), []
@@ -163,7 +189,8 @@ def difference_section(
         for d in own:
             mark = ' †' * any((name, d[k]) in short for k in 'ab')
             text = number_text(d['value'], (d['low'], d['high']), '+') + mark
-            cells.append(dict(row=f'{d["a"]} minus {d["b"]}', column=d['column'], text=text))
+            row = f'{shown_name(d["a"])} minus {shown_name(d["b"])}'
+            cells.append(dict(row=row, column=shown_name(d['column']), text=text))
         rows, columns = ([*dict.fromkeys(c[k] for c in cells)] for k in ('row', 'column'))
         text = {(c['row'], c['column']): c['text'] for c in cells}
         for i in range(0, len(columns), COLUMNS - 1):
@@ -171,20 +198,19 @@ def difference_section(
             lines = [
                 [r, *(text.get((r, c), '') for c in some)] for r in rows if any((r, c) in text for c in some)
             ]
-            out += folded(f'{name}: {", ".join(some)}', table(['paired difference', *some], lines))
-    return (
-        ['### Paired differences', '', 'a minus b, the same patients drawn for both.', '', *out]
-        if out
-        else []
-    )
+            title = f'{protocol_title(paper, name)} – {", ".join(some)}'
+            out += folded(title, table(['paired difference', *some], lines))
+    return ['### Paired differences', '', DIFFERENCES, '', *out] if out else []
 
 
 def remarks(
     results: dict,  # of a file
+    paper: str,  # its module
 ) -> list:  # lines of Markdown
     "What was trained too little, apart or not at all."
     out = [
-        f'- Trained too little: {plain(row)}, {plain(protocol)} ({len(why)} trainings; {plain(why[0])}).'
+        f'- Trained too little: {plain(row)}, {plain(protocol_title(paper, protocol))} '
+        f"({len(why)} training{'s' * (len(why) > 1)}; {plain(why[0])})."
         for (protocol, row), why in undertrained(results).items()
     ]
     if len(results.get('builds', [])) > 1:
@@ -203,20 +229,36 @@ def run_section(
     stem: str,  # of the file's name
 ) -> list:  # lines of Markdown
     "One file: what was typed, its protocols, its differences."
-    r = results
-    seeds = plain(', '.join(map(str, r.get('seeds', []))))
-    phantom = plain(r.get('versions', {}).get('phantom', '1'))
-    out = [f"## Data: {plain(r.get('data', '?'))}" + ', quick run' * stem.endswith('-quick'), '']
-    device = re.sub(r'\b1 threads$', '1 thread', r.get('device', '?'))  # as older files have it
-    out += [
-        f"{code(r.get('command', '?'))}: {r.get('hours', 0):.1f} hours of training on {plain(device)}, "
-        f'seeds {seeds}, phantom {phantom}. '
-        f'Every number is in {code(f"results/{stem}.json")}.',
-        '',
-    ]
+    r, paper = results, module_of(stem)
+    data = r.get('data', '?')
+    special = [x for x in (RUNS.get(stem), 'quick run' * stem.endswith('-quick')) if x]
+    out = [f"## Data: {plain(', '.join([DATA.get(data, data), *special]))}", '']
+    out += [f'{run_facts(r)} Every number is in {code(f"results/{stem}.json")}.', '']
     for name in dict.fromkeys(c.get('protocol', '') for c in r.get('cells', [])):
-        out += protocol_section(r, name)
-    return out + difference_section(r) + remarks(r)
+        out += protocol_section(r, name, paper)
+    return out + difference_section(r, paper) + remarks(r, paper)
+
+
+def run_facts(
+    results: dict,  # of a file
+) -> str:  # Markdown
+    "What was typed, how long it took, where, and with which seeds."
+    hours = results.get('hours', 0)
+    took = f'{hours:.1f} hours of training' if hours else 'no network was trained'
+    device = re.sub(r'\b1 threads$', '1 thread', results.get('device', '?'))  # as older files have it
+    seeds = list(map(str, results.get('seeds', [])))
+    phantom = results.get('versions', {}).get('phantom', '1')
+    return (
+        f"{code(results.get('command', '?'))}: {took} on {plain(device)}; "
+        f"seed{'s' * (len(seeds) != 1)} {plain(', '.join(seeds))}; version {plain(phantom)} of the phantom."
+    )
+
+
+def module_of(
+    stem: str,  # of a file of results
+) -> str:  # such as 'gare'
+    "The paper's module."
+    return 'sim_to_real' if stem.startswith('sim-to-real') else stem.split('-')[0]
 
 
 def read_all(
@@ -230,27 +272,38 @@ def paper_pages(
     runs: dict,  # from read_all
 ) -> dict:  # paper's module -> text of a Quarto page
     "A page for each paper: its whole runs, then its quick ones."
-    papers = {}
-    for stem in runs:
-        papers.setdefault(
-            stem.split('-')[0] if not stem.startswith('sim-to-real') else 'sim_to_real', []
-        ).append(stem)
     pages = {}
-    for name, stems in papers.items():
-        stems.sort(key=lambda s: s.endswith('-quick'))
-        title = runs[stems[0]].get('paper', name)
+    for name, stems in stems_of(runs).items():
         out = [
             '---',
-            f'title: {heading(title + ": results")}',
+            f'title: {heading(page_title(runs, name) + ": results")}',
             'description: Every number of the stored runs, by protocol',
             '---',
             '',
-            PAPER_PAGE,
+            PAPER_PAGE.format(name),
         ]
         for s in stems:
             out += run_section(runs[s], s)
         pages[name] = '\n'.join(out).rstrip() + '\n'
     return pages
+
+
+def stems_of(
+    runs: dict,  # from read_all
+) -> dict:  # paper's module -> stems, whole runs before quick ones
+    "The files of each paper."
+    papers = {}
+    for stem in sorted(runs, key=lambda s: (s.endswith('-quick'), len(s))):
+        papers.setdefault(module_of(stem), []).append(stem)
+    return {name: papers[name] for name in sorted(papers)}
+
+
+def page_title(
+    runs: dict,  # from read_all
+    name: str,  # paper's module
+) -> str:
+    "What a paper's page of results is called."
+    return PAGES.get(name) or runs[stems_of(runs)[name][0]].get('paper', name)
 
 
 def find_value(
@@ -347,8 +400,5 @@ def summary_page(
         claims = module.arora_claims() if name == 'arora' else module.CLAIMS
         out += claim_section(runs[stem], claims, name) if stem in runs else []
     others = [n for n in paper_pages(runs) if n not in STORED]
-    links = [
-        f"- [{runs[next(s for s in runs if s.replace('-', '_').startswith(n))]['paper']}](results/{n}.qmd)"
-        for n in others
-    ]
+    links = [f'- [{plain(page_title(runs, n))}](results/{n}.qmd)' for n in others]
     return '\n'.join([*out, '## Beyond the papers', '', *links]).rstrip() + '\n'

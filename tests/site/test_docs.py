@@ -265,6 +265,43 @@ def test_a_cell_is_folded_once_and_not_against_its_will(cells):
         assert cell.source == own + tests
 
 
+def test_a_fold_that_is_asked_for_gets_a_name(cells):
+    cell = Cell(code('#| code-fold: true\nquiz = Quiz(\n    []\n)'))
+    cells.fold_code(cell)
+    assert cell.source.startswith('#| code-summary: "Code of the quiz"\n#| code-fold: true\n')
+    cell = Cell(code('#| code-fold: true\nplot()', shown(**PNG)))
+    cells.fold_code(cell)
+    assert cell.source.startswith('#| code-summary: "Code of the figure"\n')
+    own = '#| code-fold: true\n#| code-summary: "mine"\nquiz = Quiz(\n    []\n)'
+    cell = Cell(code(own))
+    cells.fold_code(cell)
+    assert cell.source == own
+
+
+def test_private_methods_have_no_entry(cells):
+    for name in '_Search.sector', 'Audit.__repr__', 'lus_fastai.core.Answer.__str__':
+        cell = Cell(code(f'show_doc({name})', shown(**{'text/markdown': 'a'})))
+        cells.hide_private(cell)
+        assert cell.source == '#| include: false' and cell['outputs'] == []
+    for name in 'MaskSet.__getitem__', 'Audit', 'audit':
+        cell = Cell(code(f'show_doc({name})', shown(**{'text/markdown': 'a'})))
+        cells.hide_private(cell)
+        assert cell.source == f'show_doc({name})' and len(cell['outputs']) == 1
+
+
+def test_outputs_have_no_types_of_numpy_and_pandas(cells):
+    def plain(text, *more):
+        cell = Cell(code('a', shown(**{'text/plain': text}), *more))
+        cells.plain_outputs(cell)
+        return [o['data']['text/plain'] for o in cell['outputs'] if 'image/png' not in o['data']]
+
+    assert plain("{'a': np.float64(0.5), 'b': np.int64(-3)}") == ["{'a': 0.5, 'b': -3}"]
+    assert plain('a    1\nb    2\nName: count, dtype: int64') == ['a    1\nb    2']
+    assert plain('a    1\nLength: 9, dtype: float64') == ['a    1']
+    assert plain('array([1.], dtype=float32)') == ['array([1.], dtype=float32)']
+    assert plain('<matplotlib.legend.Legend>', shown(**PNG)) == [] != plain('<Answer>')
+
+
 def test_private_names_are_no_links(cells):
     cell = Cell(markdown('[`_a`](https://lus.org/b.html#_a) and [`b`](https://lus.org/b.html#b)'))
     cells.unlink_private(cell)
@@ -335,11 +372,27 @@ def test_a_table_is_pivoted_and_turned_where_it_is_wide(results):
     def cells(rows, columns):
         return [dict(row=f'r{i}', column=f'c{j}', ours=0.5) for i in range(rows) for j in range(columns)]
 
-    heads = [x for x in results.pivot(cells(2, 3)) if x.startswith('| row')]
-    assert heads == ['| row | c0 | c1 | c2 |']
+    heads = [x for x in results.pivot(cells(2, 3)) if x.startswith('|  |')]
+    assert heads == ['|  | c0 | c1 | c2 |']
     turned = results.pivot(cells(2, 8))
     assert turned[0] == '| score | r0 | r1 |' and len(turned) == 2 + 8 + 1
-    assert sum(x.startswith('| row') for x in results.pivot(cells(9, 8))) == 2  # beneath each other
+    assert sum(x.startswith('|  |') for x in results.pivot(cells(9, 8))) == 2  # beneath each other
+
+
+def test_every_stored_protocol_has_a_title(results, tools):
+    for stem, run in results.read_all(ROOT / 'results').items():
+        paper = results.module_of(stem)
+        names = {c['protocol'] for c in run['cells']}
+        assert names <= set(tools('docs_names').PROTOCOLS[paper]), f'{stem}: a title in tools/docs_names.py'
+    assert results.protocol_title('gare', 'a new one') == 'a new one'
+
+
+def test_counts_are_whole_and_names_are_spelled_as_in_the_field(results):
+    assert results.number_text(13.0) == '13' and results.number_text(1.0) == '1.000'
+    assert results.number_text(13.0, [12.0, 14.0]).startswith('13.000')
+    cells = [dict(row='b_lines', column='f1 by clip', ours=0.5), dict(row='b', column='iou', ours=2.0)]
+    lines = results.pivot(cells)
+    assert lines[0] == '|  | F1 by clip | IoU |' and lines[2].startswith('| B-lines | 0.500 |')
 
 
 def test_the_preview_numbers_figures_and_refers_to_them(tools):
@@ -358,8 +411,17 @@ def test_a_paper_has_a_page_with_quick_runs_last(results):
     pages = results.paper_pages({'gare-phantom-quick': result(), 'gare-pocus': result()})
     page = shown_text(pages['gare'])
     assert list(pages) == ['gare']
-    assert page.index('## Data: phantom\n') < page.index('## Data: phantom, quick run')
+    assert page.index('## Data: the phantom\n') < page.index('## Data: the phantom, quick run')
     assert '0.701 [0.60, 0.80] (paper: 0.762)' in page and 'a\\|b' in page and '### by patient' in page
+    assert 'Honest. In the file this is protocol `by patient`, split `abc`.' in page
+
+
+def test_a_protocol_has_a_title_on_the_page(results):
+    run = result()
+    run['protocols'] = {'classification by patient': run['protocols'].pop('by patient')}
+    run['cells'] = [dict(c, protocol='classification by patient') for c in run['cells']]
+    page = results.paper_pages({'gare-phantom': run})['gare']
+    assert '### Classification, folds by patient' in page and 'protocol `classification by patient`' in page
 
 
 def test_a_page_has_the_evidence(results):
@@ -370,7 +432,7 @@ def test_a_page_has_the_evidence(results):
     run = result(differences=[gap], not_run=['none-s2'], trainings={'dense-s0': training}, builds=builds)
     page = shown_text(results.paper_pages({'gare-phantom': run})['gare'])
     assert '| Dense minus none | +0.100 [-0.10, +0.30] † |' in page and '| Dense † |' in page
-    assert '- Trained too little: Dense, by patient (1 trainings; still falls).' in page
+    assert '- Trained too little: Dense, by patient (1 training; still falls).' in page
     assert '- Trained apart: dense-s0: torch 2, cpu, fp32; none-s0: torch 2, cpu, bf16.' in page
     assert '- Not run: none-s2.' in page
 
