@@ -94,6 +94,16 @@ def lesson(
     return out
 
 
+def _of_exercises(words, under):
+    "The part of a cell's text that is under a heading of an exercise, and whether what follows is."
+    kept = []
+    for part in re.split(r'^(?=#+ )', words, flags=re.M):
+        if part.startswith('#'):
+            under = part.startswith('## Exercise')
+        kept += [part] if under else []
+    return ''.join(kept).strip('\n'), under
+
+
 def solutions(
     cells: list,  # of the source
 ) -> list:  # of the page of solutions
@@ -103,10 +113,9 @@ def solutions(
     out, under = [_cell(cells[0], f'# Solutions: {title}\n\n> {line}')], False
     for c in cells[1:]:
         code = text(c)
-        if c['cell_type'] == 'markdown' and code.startswith('#'):
-            under = code.startswith('## Exercise')
         if c['cell_type'] == 'markdown':
-            keep = under
+            code, under = _of_exercises(code, under)
+            keep = bool(code)
         else:
             keep = marked(c, 'solution') or marked(c, 'exercise') or 'eval: false' in code or _imports(code)
         if keep:

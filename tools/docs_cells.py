@@ -1,9 +1,9 @@
 """What the site makes of the cells of a notebook, after nbdev's own processing.
 
-nbdev runs these seven (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
+nbdev runs these eight (`doc_procs` in pyproject.toml): a line with the ways to Colab and to the source, no
 links for private names or within links, no entries for private methods, defaults without an address in
-memory, outputs without the types of NumPy and pandas, code in lines that fit the page, and folded tests,
-helpers, plots and exercises. The notebooks stay as they are.
+memory, outputs without the types of NumPy and pandas, long heads of rows in several lines, code in lines
+that fit the page, and folded tests, helpers, plots and exercises. The notebooks stay as they are.
 """
 
 import ast
@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from nbdev.config import get_config
@@ -146,6 +147,25 @@ def hide_private(
     m = _entry.search(cell.source) if cell.cell_type == 'code' else None
     if m and (m[1].startswith('_') or m[2] in ('__repr__', '__str__')):
         cell.source, cell['outputs'] = '#| include: false', []
+
+
+HEAD = 34  # characters of a row's head in one line
+
+
+def break_heads(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Break the long heads of a table's rows, which would leave no room for its numbers."
+
+    def broken(m):
+        lines = textwrap.wrap(m[2], HEAD, break_long_words=False, break_on_hyphens=False)
+        return f"<th{m[1]}>{'<br>'.join(lines)}</th>"
+
+    for o in cell.get('outputs', []):
+        page = o.get('data', {}).get('text/html')
+        if page:
+            page = page if isinstance(page, str) else ''.join(page)
+            o['data']['text/html'] = re.sub(rf'<th([^>]*)>([^<]{{{HEAD + 1},}})</th>', broken, page)
 
 
 _SCALAR = re.compile(r'\bnp\.(?:float|u?int|bool|str)\w*\(([^()]*)\)')

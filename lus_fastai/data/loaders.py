@@ -488,13 +488,14 @@ def _outline(ax, on, color):
 def _legend(ax, entries):
     "Names in their colours below an image, two to a line."
     for j, (name, color) in enumerate(entries):
-        ax.text(
-            j % 2 * 0.5,
-            -0.04 - j // 2 * 0.08,
+        ax.annotate(
             name,
+            (j % 2 * 0.5, 0),
+            xycoords='axes fraction',
+            xytext=(0, -4 - j // 2 * 11),
+            textcoords='offset points',
             color=np.array(color) * 0.8,
-            fontsize=6,
-            transform=ax.transAxes,
+            fontsize=8,
             va='top',
         )
 

@@ -195,7 +195,7 @@ def label_budget(
     classes=CLASSES,  # labels that count
     seed: int = 0,  # decides which
 ) -> list:  # ids of the clips that keep their label, in the table's order
-    "Choose ceil(rate * clips) labelled clips, one of each class first; larger budgets include smaller ones."
+    "Choose ceil(rate x clips) labelled clips, one of each class first; larger budgets include smaller ones."
     if not 0 <= rate <= 1:
         raise ValueError(f"label_rate is a share from 0 to 1, not {rate}")
     if 'clip' not in frames:

@@ -198,7 +198,7 @@ def verdict_table(
         splits = [g for g in ('by file name', 'by patient') if (name, g) in t.index]
         ours = {g: interval_text(*t.loc[(name, g), ['value', 'low', 'high']]) for g in splits}
         start, known = starts.get(f'weights of {name}', ''), name in THEIR_CONFUSIONS
-        theirs = overall_accuracy(THEIR_CONFUSIONS[name]) if known else np.nan
+        theirs = f'{overall_accuracy(THEIR_CONFUSIONS[name]):.3f}' if known else ''
         needs = 'their frames' if start == 'ImageNet' else 'their frames, and its ImageNet weights'
         rows.append(
             dict(network=name, start=start, theirs=theirs, **ours, verdict='cannot tell', needs=needs)
@@ -507,7 +507,7 @@ def plot_examples(
         axs = fig.subplots(1, len(rows), squeeze=False)[0]
         for ax, image, title in zip(axs, store.images[rows['row'].to_numpy()], _titles(rows)):
             ax.imshow(image, cmap='gray', vmin=0, vmax=255)
-            ax.set_title(title, fontsize=8)
+            ax.set_title(title)
             ax.set_axis_off()
     return fig
 

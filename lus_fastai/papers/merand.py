@@ -368,8 +368,8 @@ def _heat_panel(ax, grid, title, colors, limits):
     for (i, j), v in np.ndenumerate(values.filled(np.nan)):
         if np.isfinite(v):
             light = np.mean(image.to_rgba(v)[:3]) > 0.5
-            ax.text(j, i, f'{v:.0f}', ha='center', va='center', size=6.5, color=INK if light else 'white')
-    ax.set_xticks(range(len(grid.columns)), grid.columns, rotation=60, ha='right', size=6.5)
+            ax.text(j, i, f'{v:.0f}', ha='center', va='center', size=8, color=INK if light else 'white')
+    ax.set_xticks(range(len(grid.columns)), grid.columns, rotation=60, ha='right', size=8)
     ax.set_title(title, size=9)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -386,12 +386,12 @@ def plot_table3(
     ours, paper, protocol = table3_grids(results)
     both = np.r_[ours.to_numpy().ravel(), paper.to_numpy().ravel()]
     limits = np.nanmin(both), np.nanmax(both)
-    with figure_canvas(7.2, 1.5 + 0.19 * len(ours)) as fig:
+    with figure_canvas(8.2, 1.7 + 0.2 * len(ours)) as fig:
         axs = fig.subplots(1, 3, sharey=True)
         _heat_panel(axs[0], ours, f'ours ({protocol})', _SHADES, limits)
         _heat_panel(axs[1], paper, 'theirs, own images', _SHADES, limits)
         _heat_panel(axs[2], ours - paper, 'ours minus theirs', _SIGNED, (-15, 15))
-        axs[0].set_yticks(range(len(ours)), [f'{b}: {r}' for b, r in ours.index], size=6.5)
+        axs[0].set_yticks(range(len(ours)), [f'{b}: {r}' for b, r in ours.index], size=8)
         for ax in axs:
             for i, (a, b) in enumerate(zip(ours.index[:-1], ours.index[1:])):
                 if a[0] != b[0]:

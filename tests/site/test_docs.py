@@ -302,6 +302,17 @@ def test_outputs_have_no_types_of_numpy_and_pandas(cells):
     assert plain('<matplotlib.legend.Legend>', shown(**PNG)) == [] != plain('<Answer>')
 
 
+def test_a_long_head_of_a_row_is_broken(cells):
+    name = 'balanced accuracy by source, this head, picked with these patients in view'
+    page = f'<table><tr><th class="a">{name}</th><th>short &amp; plain</th><td>{name}</td></tr></table>'
+    cell = Cell(code('a', shown(**{'text/html': page})))
+    cells.break_heads(cell)
+    got = cell['outputs'][0]['data']['text/html']
+    assert got.replace('<br>', ' ') == page and got.count('<br>') == 2
+    head = re.search(r'<th class="a">(.*?)</th>', got)[1]
+    assert all(len(line) <= cells.HEAD for line in head.split('<br>'))
+
+
 def test_private_names_are_no_links(cells):
     cell = Cell(markdown('[`_a`](https://lus.org/b.html#_a) and [`b`](https://lus.org/b.html#b)'))
     cells.unlink_private(cell)
