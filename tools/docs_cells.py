@@ -128,12 +128,15 @@ def unlink_private(
 def steady_defaults(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Show a default that is an object by its type: its address differs in every run."
+    "Show a default that is an object by its type, not its address; and fastai's two dozen events in a word."
     for o in cell.get('outputs', []):
         text = o.get('data', {}).get('text/markdown')
         if text:
             text = text if isinstance(text, str) else ''.join(text)
             text = re.sub(r'<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>', r'\1()', text)
+            text = re.sub(
+                r'\*, (?:(?:before|after)_\w+:NoneType=None[,\s]*)+', '**events\n', text
+            )  # fastai's
             o['data']['text/markdown'] = text.replace('__main__.', '')
 
 
@@ -143,9 +146,13 @@ _entry = re.compile(r'^show_doc\((?:\w+\.)*(\w+)\.(\w+)[,)]', re.M)
 def hide_private(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Take away the entries for methods of private classes, and for how an object is printed."
+    "Take away the entries of methods that say nothing: of private classes, of printing, without a docstring."
     m = _entry.search(cell.source) if cell.cell_type == 'code' else None
-    if m and (m[1].startswith('_') or m[2] in ('__repr__', '__str__')):
+    if not m:
+        return
+    said = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in cell['outputs'])
+    silent = said and not re.search(r'^\*[^*\s]', said, re.M)
+    if m[1].startswith('_') or m[2] in ('__repr__', '__str__') or silent:
         cell.source, cell['outputs'] = '#| include: false', []
 
 

@@ -284,9 +284,12 @@ def test_private_methods_have_no_entry(cells):
         cells.hide_private(cell)
         assert cell.source == '#| include: false' and cell['outputs'] == []
     for name in 'MaskSet.__getitem__', 'Audit', 'audit':
-        cell = Cell(code(f'show_doc({name})', shown(**{'text/markdown': 'a'})))
+        cell = Cell(code(f'show_doc({name})', shown(**{'text/markdown': 'def a():\n\n*Says it.*'})))
         cells.hide_private(cell)
         assert cell.source == f'show_doc({name})' and len(cell['outputs']) == 1
+    cell = Cell(code('show_doc(MaskSet.name)', shown(**{'text/markdown': 'def name():\n\n'})))
+    cells.hide_private(cell)
+    assert cell.source == '#| include: false'
 
 
 def test_outputs_have_no_types_of_numpy_and_pandas(cells):
@@ -334,6 +337,12 @@ def test_a_default_has_no_address_in_memory(cells):
     cell = Cell(code('show_doc(a)', shown(**{'text/markdown': text})))
     cells.steady_defaults(cell)
     assert cell['outputs'][0]['data']['text/markdown'] == 'log:Log=Log(), n:int=3'
+    text = (
+        'def A(\n    *, before_fit:NoneType=None, after_epoch:NoneType=None,\n    after_fit:NoneType=None\n):'
+    )
+    cell = Cell(code('show_doc(A)', shown(**{'text/markdown': text})))
+    cells.steady_defaults(cell)
+    assert cell['outputs'][0]['data']['text/markdown'] == 'def A(\n    **events\n):'
 
 
 def test_code_is_broken_to_fit_and_means_the_same(cells):
