@@ -360,7 +360,7 @@ def claim_section(
         (open_ if v['difference, honest'] or v['difference, their protocol'] else closed).append(
             (row, claim.needs)
         )
-    data = plain(results['data'])
+    data = plain(DATA.get(results['data'], results['data']))
     about = f'Data: {data} ([every number](results/{name}.qmd), [chapter](papers/{name}.ipynb)).'
     head = ['claim', 'theirs', 'ours, their protocol', 'ours, honest', 'paired difference, honest', 'verdict']
     out = [f"## {plain(results['paper'])}", '', about, '']
