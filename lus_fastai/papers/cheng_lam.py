@@ -74,8 +74,8 @@ from ..train.losses import BCEDiceLoss, SoftDiceLoss, soft_dice
 from ..train.segmentation import predict_masks
 
 # %% ../../nbs/papers/cheng_lam.ipynb #v002
-_settled = "the part 'core' with a first step that has settled, three seeds"
-_core = partial(Claim, column='dice', protocol='test', needs=_settled)
+_longer = "the part 'core' with more steps on the target, three seeds"
+_core = partial(Claim, column='dice', protocol='test', needs=_longer)
 _vunet = partial(Claim, protocol='test', needs="the parts 'core', 'vunet' and 'more vunet', three seeds")
 CLAIMS = (
     _core('pretraining on salient objects helps X-Unet', 'X-Unet', 'X-Unet, random start'),

@@ -389,7 +389,8 @@ def verdicts(
     for c in claims:
         honest, like = (_difference_of(differences, c, p) for p in (c.protocol, c.as_theirs))
         said = verdict(honest, c.effect)
-        rows.append([c.text, c.theirs, _signed(like), _signed(honest), said, c.needs])
+        needs = '' if said == 'confirmed' else c.needs
+        rows.append([c.text, c.theirs, _signed(like), _signed(honest), said, needs])
     heads = [
         'claim',
         'theirs',
