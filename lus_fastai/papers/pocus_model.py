@@ -387,7 +387,7 @@ def refused_share(
     limit = np.where([odd_fan(f) for f in fans], familiar.limit_odd, familiar.limit)
     return (familiar.distance(vectors) > limit) | np.array([f is None for f in fans])
 
-
+# %% ../../nbs/papers/pocus_model.ipynb #refuse-out
 def refused_out_of_fold(
     x: np.ndarray,  # (clips, n) vectors of all stages
     channels: list,  # features of each stage
