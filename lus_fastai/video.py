@@ -348,10 +348,23 @@ def _check_whole(path, promised):
     if there < promised:
         raise ClipError(path, f'it ends early: {there} of {promised} frames are there')
 
-# %% ../nbs/video.ipynb #open-video
+# %% ../nbs/video.ipynb #open-container
 _CONTAINERS = 'gif,mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,h264,hevc,m4v,mjpeg,dv,yuv4mpegpipe'
 
 
+def _open_container(path, bound):
+    "A container as libav opens it; `ClipError` for what is none, or declares too much."
+    import av
+
+    only = dict(format_whitelist=_CONTAINERS, protocol_whitelist='file')
+    try:
+        return av.open(os.path.abspath(path), options=bound | only)
+    except av.error.ArgumentError:
+        raise ClipError(path, 'it is no image and no video of a kind that is read') from None
+    except av.error.MemoryError:  # libav has taken none: it refuses tables of more than 2 GB
+        raise ClipError(path, f'it is damaged, its header declares too much: {_WHAT_NOW}') from None
+
+# %% ../nbs/video.ipynb #open-video
 @contextlib.contextmanager
 def _open_video(path):
     "A container and its first video stream; `ClipError` for what it is not, or where it asks for too much."
@@ -359,12 +372,7 @@ def _open_video(path):
 
     _check_end(path)
     bound = dict(max_pixels=str(int(min(read_limits().pixels, 2**31 - 1))))
-    only = dict(format_whitelist=_CONTAINERS, protocol_whitelist='file')
-    try:
-        box = av.open(os.path.abspath(path), options=bound | only)
-    except av.error.ArgumentError:
-        raise ClipError(path, 'it is no image and no video of a kind that is read') from None
-    with box:
+    with _open_container(path, bound) as box:
         if not box.streams.video:
             raise ClipError(path, 'it holds no image')
         stream = box.streams.video[0]
@@ -433,7 +441,6 @@ def _pillow_image(path):
         with im:
             yield im
 
-
 # %% ../nbs/video.ipynb #open-image
 @contextlib.contextmanager
 def open_image(
@@ -450,7 +457,6 @@ def open_image(
                 raise ClipError(path, 'it is damaged: truncated, or a checksum differs') from None
     with _pillow_image(path) as im:
         yield im
-
 
 # %% ../nbs/video.ipynb #still-image
 def _still_image(im, path, codes):

@@ -63,6 +63,15 @@ def test_frames_that_libav_guessed_are_refused(tmp_path, kind):
     refused(tmp_path / f'b.{kind}')
 
 
+@pytest.mark.parametrize('kind', ['mov', 'mp4'])
+def test_a_table_of_two_billion_entries_is_called_damage_not_a_lack_of_memory(tmp_path, kind):
+    whole = bytearray(video_bytes(tmp_path / f'a.{kind}', kind, speckle(8)))
+    at = whole.index(b'stts') + 8  # durations of frames: how many there are
+    whole[at : at + 4] = (2_052_000_000).to_bytes(4, 'big')
+    (tmp_path / f'b.{kind}').write_bytes(whole)
+    refused(tmp_path / f'b.{kind}', match='declares too much')
+
+
 def test_a_mask_with_a_changed_bit_is_refused(tmp_path):
     codes = speckle(6) % 7
     write_video(tmp_path / 'm.mkv', codes, 25, lossless=True)

@@ -98,11 +98,11 @@ def damaged(files, how):
 
 
 def _short_of_memory(e):
-    "Whether an error, or one that it came from, is a lack of memory."
+    "Whether an error, or one that it came from, is a lack of memory; `from None` says that it is not."
     while e is not None:
         if isinstance(e, MemoryError):
             return True
-        e = e.__cause__ or e.__context__
+        e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
     return False
 
 
