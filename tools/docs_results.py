@@ -244,7 +244,9 @@ def run_facts(
 ) -> str:  # Markdown
     "What was typed, how long it took, where, and with which seeds."
     hours = results.get('hours', 0)
-    took = f'{hours:.1f} hours of training' if hours else 'no network was trained'
+    minutes = max(1, round(60 * hours))
+    spent = f'{hours:.1f} hours' if hours >= 0.1 else f"{minutes} minute{'s' * (minutes != 1)}"
+    took = f'{spent} of training' if hours else 'no network was trained'
     device = re.sub(r'\b1 threads$', '1 thread', results.get('device', '?'))  # as older files have it
     seeds = list(map(str, results.get('seeds', [])))
     phantom = results.get('versions', {}).get('phantom', '1')

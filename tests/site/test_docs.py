@@ -399,6 +399,16 @@ def test_a_table_is_pivoted_and_turned_where_it_is_wide(results):
     assert sum(x.startswith('|  |') for x in results.pivot(cells(9, 8))) == 2  # beneath each other
 
 
+def test_a_short_run_took_minutes(results):
+    for hours, words in (
+        (0.01, '1 minute of'),
+        (0.05, '3 minutes of'),
+        (3.8, '3.8 hours of'),
+        (0, 'no network'),
+    ):
+        assert words in results.run_facts(dict(hours=hours))
+
+
 def test_every_stored_protocol_has_a_title(results, tools):
     for stem, run in results.read_all(ROOT / 'results').items():
         paper = results.module_of(stem)
