@@ -49,10 +49,10 @@ test: lint
 # uv resolves to the lower bounds of settings.ini, those of [onnx] too; test tools come afterwards and leave all of these as they are
 $(OLDEST)/.installed: setup.py settings.ini pyproject.toml | $(BIN)/python
 	@$(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet uv
-	@$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[onnx]'
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade uv setuptools
+	@$(OLDEST)/bin/uv pip install --compile-bytecode --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[onnx]'
 	@$(OLDEST)/bin/uv pip freeze --python $(OLDEST)/bin/python --exclude-editable > $(OLDEST)/versions.txt
-	@$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --constraint $(OLDEST)/versions.txt -e '.[dev]'
+	@$(OLDEST)/bin/uv pip install --compile-bytecode --python $(OLDEST)/bin/python --constraint $(OLDEST)/versions.txt -e '.[dev]'
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed

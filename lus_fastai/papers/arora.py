@@ -243,6 +243,11 @@ class AroraSettings(Settings):
     steps: int = 100  # uphill of a class image, as in the paper; an inversion takes twice as many
     seeds: tuple = (0, 1, 2)  # of folds, weights and batches
 
+    def __post_init__(self):
+        for name in ('nets', 'late'):  # the command line names a network as ('resnet18', 196)
+            nets = tuple(n if isinstance(n, Net) else Net(*n) for n in getattr(self, name))
+            object.__setattr__(self, name, nets)
+
 # %% ../../nbs/papers/arora.ipynb #c006-2
 DEFAULT = AroraSettings()
 QUICK = AroraSettings(
