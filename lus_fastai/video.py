@@ -356,6 +356,7 @@ def _open_container(path, bound):
     "A container as libav opens it; `ClipError` for what is none, or declares too much."
     import av
 
+    av.logging.set_level(None)
     only = dict(format_whitelist=_CONTAINERS, protocol_whitelist='file')
     try:
         return av.open(os.path.abspath(path), options=bound | only)

@@ -255,3 +255,17 @@ def test_one_that_reads_codes_sees_the_damage_too(tmp_path):
     b[-30] ^= 8
     (tmp_path / 'm.png').write_bytes(b)
     refused(tmp_path / 'm.png', lambda p: list(decode_frames(p, lambda k, t: True, codes=True)), 'damaged')
+
+
+def test_a_log_that_another_library_turned_on_does_not_stop_a_reader(tmp_path):
+    "torchvision 0.25 does so: a decoder's thread waits for the interpreter, which waits for the thread."
+    write_video(tmp_path / 'clip.mp4', speckle(), 10)
+    code = (
+        'import av, logging, sys\n'
+        'from lus_fastai.video import sample_clip\n'
+        'logging.disable()\n'
+        'for _ in range(20):\n'
+        '    av.logging.set_level(av.logging.DEBUG)\n'
+        '    sample_clip(sys.argv[1], max_frames=2)\n'
+    )
+    subprocess.run([sys.executable, '-c', code, str(tmp_path / 'clip.mp4')], check=True, timeout=60)
