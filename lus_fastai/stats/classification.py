@@ -366,7 +366,10 @@ def _check_labels(preds):
 
 def _check_probabilities(preds):
     "Raise TableError for what cannot be a probability."
-    p = class_probabilities(preds)
+    try:
+        p = class_probabilities(preds)
+    except (TypeError, ValueError) as e:
+        raise TableError(f"the columns p_<class> hold numbers from 0 to 1: {e}") from None
     nan = preds.index[~np.isfinite(p).all(1)]
     if len(nan):
         raise TableError(
