@@ -316,7 +316,7 @@ def lus_audit(
     patient: str = None,  # a folder's: 'pat([0-9]+)' or the like, a .csv file, 'file'; default: clips.csv
 ):
     "Who is in a table, which of eight leaks its split has, and what they are worth; status 1 for a leak."
-    with _command(lambda: 'nothing was changed.'):
+    with _command(lambda: 'no page was written; the clips already in a store are kept.'):
         from lus_fastai.split_audit import audit_report, audit_split
 
         _check_place('--report', report, '.html', [])
@@ -476,7 +476,7 @@ def lus_predict(
     report: str = None,  # also write a page (.html) about all clips
 ):
     "What a model says of clips: a label, or \"I do not know\". For teaching, not a medical device."
-    with _command(lambda: 'the answers above hold; no page and no video was written.'):
+    with _command(lambda: 'the answers above hold; a video is written only where a line says so.'):
         files = _clip_files(clips)
         if map and len(files) != 1:
             raise ValueError(f"--map is for one clip, and there are {len(files)}")
@@ -508,7 +508,7 @@ def lus_export(
     model: str = None,  # a file of save_model; default: the model that ships with the package
 ):
     "Write a finished model as one page for the browser, or as an ONNX file."
-    with _command(lambda: 'nothing was written.'):
+    with _command(lambda: 'only what a line above names was written.'):
         from lus_fastai.export import export_onnx, web_page
         from lus_fastai.predict import load_model
 

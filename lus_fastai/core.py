@@ -391,7 +391,7 @@ def _has_ended(pid):
 
 def _sweep_ended(folder):
     "Remove, once in a process, the temporary files of processes that have ended."
-    if os.name != 'posix' or folder in _SWEPT:  # Windows would end the process that is asked for
+    if os.name != 'posix' or folder in _SWEPT:  # on Windows, to ask is to send Ctrl+C
         return
     _SWEPT.add(folder)
     name = re.compile(rf'\..+\.{_machine()}-(\d+)-\w{{8}}\.tmp(\.\w+)?')
@@ -468,7 +468,7 @@ def save_state(
 def load_state(
     path,  # a file of save_state
 ):  # what it holds, on the CPU
-    "Read a state without unpickling code; an error for a file that is damaged, in whichever byte."
+    "Read a state without unpickling code; an error for a file whose content is damaged."
     try:
         if zipfile.is_zipfile(path):  # which the files of PyTorch before 1.6 are not
             with zipfile.ZipFile(path) as archive:
@@ -516,9 +516,11 @@ def _no_text(x):
 
 
 def _cells_for_csv(table):
-    "A table with harmless cells; TableError that names the rows which are no text."
+    "A table with harmless cells; TableError that names the rows or columns which are no text."
     if not table.columns.is_unique:
         raise TableError(f"the table has a column more than once: {list(table.columns)}")
+    if bad := [c for c in table if _no_text(c)]:
+        raise TableError(f"the column name(s) {bad} are no text (not UTF-8)")
     out = table.copy()
     for c in _texts(out):
         bad = out.index[[_no_text(x) for x in out[c]]]
@@ -531,7 +533,7 @@ def _cells_for_csv(table):
 def csv_bytes(
     table: pd.DataFrame,  # written without its index
 ) -> bytes:  # UTF-8
-    "A table as a CSV file that no spreadsheet runs; TableError that names the rows which are no text."
+    "A table as a CSV file that no spreadsheet runs; TableError that names what is no text."
     out = _cells_for_csv(table)
     returns = any(out[c].astype(str).str.contains('\r', regex=False).any() for c in _texts(out))
     quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL  # which leaves '\r' bare
@@ -644,7 +646,7 @@ def folder_lock(
     folder,  # is made where it is missing; the lock is the file .lock in it
     wait: bool = False,  # wait until the other process is done, instead of raising BlockingIOError
 ):
-    "One process at a time in a folder, as long as the block runs."
+    "One process at a time in a folder, as long as the block runs (on Windows nothing is locked)."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.lock', 'a') as f:
@@ -662,7 +664,7 @@ def folder_lock(
 
 # %% ../nbs/core.ipynb #c039-1
 def seed_all(
-    seed: int,  # any non-negative integer
+    seed: int,  # from 0 to 2**64 - 1
 ):
     "Seed Python, NumPy and PyTorch (CPU and every GPU)."
     random.seed(seed)

@@ -244,7 +244,7 @@ class Answer:
     refused: list  # reasons why there is no answer
     cautions: list  # reasons to distrust it
     prepared: Prepared = None  # what the network saw
-    heat: np.ndarray = None  # (n, side, side) signed part of each pixel in the logit of the first class
+    heat: np.ndarray = None  # (n, side, side) signed map of the evidence for the likeliest class
 
 # %% ../nbs/predict.ipynb #answer-props
 @patch(as_prop=True)
@@ -558,7 +558,7 @@ def _assembled(facts, weights):
 def load_model(
     path=None,  # a file of save_model; or one that ships with the package, 'pocus' (the default) or 'small'
 ) -> ClipModel:
-    "Read a finished model; ModelFileError, naming the file, for anything else."
+    "Read a finished model; FileNotFoundError if there is none, ModelFileError for any other file."
     if path in (None, 'pocus', 'small'):
         path = shipped_folder('data') / 'weights' / f'{path or "pocus"}.safetensors'
     path = Path(path)

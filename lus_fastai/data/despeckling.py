@@ -185,6 +185,8 @@ def srad_filter(
     rate: float = 0.15,  # size of a step, at most .25
 ) -> np.ndarray:  # (n, h, w)
     "Yu & Acton 2002: diffusion that stops at edges, where variation exceeds that of speckle."
+    if not 0 < rate <= 0.25:
+        raise ValueError(f"rate is above 0 and at most 0.25, where diffusion is stable, got {rate}")
     x = np.maximum(x, np.float32(1e-3))
     for _ in range(steps):
         (up, down), (left, right) = _differences(x, 1), _differences(x, 2)  # (n, h, w) each

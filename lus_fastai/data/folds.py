@@ -28,6 +28,8 @@ def _fold_of_rows(table, fold):
         fold = fold.reindex(table.index)
     if np.shape(fold) != (len(table),):
         raise ValueError(f"{len(fold)} folds for {len(table)} rows")
+    if (none := pd.isna(np.asarray(fold))).any():
+        raise ValueError(f"no fold is given for row(s) {and_more(table.index[none])}")
     return pd.Series(np.asarray(fold), index=table.index, name='fold')
 
 # %% ../../nbs/data/folds.ipynb #folds-class

@@ -191,7 +191,7 @@ def apply(
 # %% ../../nbs/data/pairs.ipynb #c017
 def label_budget(
     frames: pd.DataFrame,  # frame table
-    rate: float,  # share of the clips, 0..1
+    rate: float,  # share of the labelled clips, 0..1
     classes=CLASSES,  # labels that count
     seed: int = 0,  # decides which
 ) -> list:  # ids of the clips that keep their label, in the table's order
@@ -306,7 +306,7 @@ def _encode_labels(self: PairItems, frames, order, labelled):
 # %% ../../nbs/data/pairs.ipynb #c020-6
 @patch
 def digest(self: PairItems):
-    "Sixteen letters for the clips, their rows and the labels that train."
+    "Sixteen hexadecimal digits for the clips, their rows and the labels that train."
     clips = '\n'.join(map(str, self.clips)).encode()
     parts = clips, self.rows.numpy().tobytes(), self.target.numpy().tobytes()
     return hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16]

@@ -256,6 +256,8 @@ def duplicate_groups(
     bits: int = 8,  # hash bits that may differ between two images of one group, 0..64
 ) -> np.ndarray:  # (n,) int: the position of the first image of each one's group
     "Group images that are the same, or nearly, by perceptual hash: connected components of the near pairs."
+    if not 0 <= bits <= 64:
+        raise ValueError(f"bits is a number from 0 to 64, got {bits}")
     hashes = np.array([frame_hash(np.asarray(x)[None])[0] for x in images], np.uint64)
     near, group = hamming(hashes, hashes) <= bits, np.arange(len(hashes))  # (n, n), (n,)
     while True:

@@ -91,7 +91,7 @@ def timm_name(
     "timm's name of a backbone; ValueError with the nearest names where it has none."
     timm, full = import_timm(), _TIMM_NAMES.get(name, name)
     if not timm.is_model(full):
-        known = timm.list_models() + [*_TORCHVISION, *_TIMM_NAMES]
+        known = {*timm.list_models(), *_TORCHVISION, *_TIMM_NAMES}
         near = ', '.join(difflib.get_close_matches(full, known, 3, 0.4))
         hint = f'the nearest are {near}' if near else 'timm.list_models() lists them'
         raise ValueError(f"no backbone named {full!r}; {hint}")

@@ -265,7 +265,7 @@ def _checked(weights):
 def load_weights(
     path,  # .safetensors, or a PyTorch file that holds nothing but tensors
 ) -> Weights:  # name -> tensor, on the CPU; classes and normalize where the file has them
-    "Read weights without unpickling code; raises ValueError that names the file."
+    "Read weights without unpickling code; FileNotFoundError or ValueError names the file."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")

@@ -348,8 +348,12 @@ def pred_classes(
 def class_probabilities(
     preds: pd.DataFrame,  # a table with columns p_<class>
 ) -> np.ndarray:  # (rows, classes) floats
-    "The probabilities of a prediction table, a column per class."
-    return preds[['p_' + c for c in pred_classes(preds)]].to_numpy(float)
+    "The probabilities of a prediction table, a column per class; TableError for text."
+    columns = preds[['p_' + c for c in pred_classes(preds)]]
+    try:
+        return columns.to_numpy(float)
+    except (TypeError, ValueError) as e:
+        raise TableError(f"the columns p_<class> hold numbers from 0 to 1: {e}") from None
 
 # %% ../../nbs/stats/classification.ipynb #c031-a
 def _check_labels(preds):

@@ -146,7 +146,7 @@ class EpochLosses(EpochEnd):
 
 # %% ../../nbs/train/callbacks.ipynb #plateau-lr
 class PlateauLR(EpochEnd):
-    "Multiply the learning rates by `factor` when `watch` gave no lower value for `patience` epochs."
+    "Multiply the learning rates by `factor` after more than `patience` epochs without a lower `watch`."
 
     order = 60
 

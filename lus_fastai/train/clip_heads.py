@@ -32,6 +32,8 @@ def spread_positions(
     n: int,  # how many to take at most, from 1
 ) -> np.ndarray:  # rising positions 0..count-1, the first and the last among them where n allows
     "Positions spread evenly."
+    if n < 1:
+        raise ValueError(f"at least one position is taken, got {n}")
     return np.unique(np.linspace(0, count - 1, min(count, n)).round().astype(int))
 
 

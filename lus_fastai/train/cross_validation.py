@@ -377,7 +377,7 @@ class BatchTimes(Callback):
 
     def __init__(
         self,
-        most: int = 4,  # batches of each, at least 2; the first one, which is slow, does not count
+        most: int = 4,  # batches of each; the first one, which is slow, counts only if it is the only one
     ):
         self.most, self.seconds = most, {True: [], False: []}
 

@@ -208,3 +208,10 @@ def test_lite1_and_lite2_load_from_their_packages(k, tmp_path, monkeypatch):
         and net.normalize == ([0.5], [0.5])
         and all(torch.equal(v, theirs[n]) for n, v in net.state_dict().items())
     )
+
+
+def test_an_unknown_name_gets_each_of_the_nearest_once():
+    with pytest.raises(ValueError, match='the nearest are resnet18') as e:
+        create_backbone('resnet1888', 3)
+    near = str(e.value).split('nearest are ')[1].split(', ')
+    assert len(near) == len(set(near)) == 3

@@ -538,6 +538,7 @@ def test_one_patient_has_scores_but_no_interval():
         ),
         (lambda t: t.assign(p_covid=np.where(t.index == 3, np.inf, t.p_covid)), r'row\(s\) 3'),
         (lambda t: t.assign(p_covid=t.p_covid - 2), 'apply softmax'),
+        (lambda t: t.assign(p_covid='high'), 'hold numbers from 0 to 1'),
         (lambda t: pd.concat([t, t[:2]], ignore_index=True), r'row\(s\) 80, 81 repeat'),
         (lambda t: t.assign(label=t.label.where(t.index != 0, 'viral')), 'viral'),
     ],

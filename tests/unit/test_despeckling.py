@@ -161,6 +161,8 @@ def test_black_corners_are_no_noise():
         (np.zeros((8, 8)), 'wavelet', dict(threshold='sure'), ValueError, 'universal'),
         (np.zeros((8, 8)), 'wavelet', dict(levels=0), ValueError, 'levels'),
         (np.zeros((8, 8)), 'median', dict(size=4), ValueError, 'odd'),
+        (np.zeros((8, 8)), 'srad', dict(rate=0.3), ValueError, 'rate'),
+        (np.zeros((8, 8)), 'srad', dict(rate=0), ValueError, 'rate'),
         (np.zeros((8, 8)), 'median', dict(levels=3), TypeError, 'levels'),
     ],
 )

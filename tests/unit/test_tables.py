@@ -93,6 +93,13 @@ def test_names_that_are_not_utf8_are_refused_by_row(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('name', ['M\udcfcller', 'half\0'])
+def test_column_names_that_are_no_text_are_refused(tmp_path, name):
+    with pytest.raises(TableError, match='column name.* no text'):
+        save_csv(pd.DataFrame({'label': ['a'], name: ['b']}), tmp_path / 't.csv')
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('text', ['', '{"a": 1', '[' * 100_000, '\x00'])
 def test_damaged_json_names_its_file(tmp_path, text):
     (tmp_path / 'run.json').write_text(text)
