@@ -501,10 +501,10 @@ def _legend(ax, entries):
 
 # %% ../../nbs/data/loaders.ipynb #c026-1
 class TensorMasks(TensorMask):
-    "Masks of k classes that may overlap, (k, h, w): 0 and 1; shown with the `names` of the classes."
+    "Masks of k classes that may overlap, (k, h, w): 0 and 1; shown with their `class_names`."
 
     def show(self, ctx=None, **kwargs):
-        on, names = self.cpu().numpy() > 0.5, getattr(self, 'names', range(len(self)))
+        on, names = self.cpu().numpy() > 0.5, getattr(self, 'class_names', range(len(self)))
         there = np.flatnonzero(on.any((1, 2)))  # classes with a pixel
         ax = ctx if ctx is not None else plt.subplots(figsize=kwargs.get('figsize'))[1]
         if not ax.images:
@@ -539,7 +539,7 @@ class ReadMasks(RowReader):
 
     def take(self, keys):
         masks = self.set.masks[keys].view(np.uint8)
-        return TensorMasks(torch.from_numpy(masks), names=self.set.names)
+        return TensorMasks(torch.from_numpy(masks), class_names=self.set.names)
 
 # %% ../../nbs/data/loaders.ipynb #c029-2
 def checked_rows(

@@ -172,7 +172,7 @@ def test_whatever_is_drawn_masks_stay_masks_and_move_with_their_image(seed, h, w
 
     def draw(g, x, y):
         seed_all(seed)
-        return g((TensorImage(x.clone()), TensorMasks(y.clone(), names=('a', 'b'))), split_idx=0)
+        return g((TensorImage(x.clone()), TensorMasks(y.clone(), class_names=('a', 'b'))), split_idx=0)
 
     x, y = draw(MaskAugment(**STRONG), m, m)
     assert (
@@ -180,7 +180,7 @@ def test_whatever_is_drawn_masks_stay_masks_and_move_with_their_image(seed, h, w
         and y.dtype == torch.float32
         and x.shape == y.shape
         and isinstance(y, TensorMasks)
-        and y.names == ('a', 'b')
+        and y.class_names == ('a', 'b')
     )
     inside = (torch.Tensor(x) < 0.02) | (
         torch.Tensor(x) > 0.98

@@ -28,7 +28,7 @@ def test_a_batch_is_the_rows_of_the_arrays():
     for c in range(3):
         np.testing.assert_allclose(x[:, c], s.images[[6, 3]] / 255, atol=1e-6)
     np.testing.assert_array_equal(y, s.masks[[6, 3]])
-    assert isinstance(y, TensorMasks) and y.names == ('c0', 'c1', 'c2')
+    assert isinstance(y, TensorMasks) and y.class_names == ('c0', 'c1', 'c2')
 
 
 def test_bools_and_integers_name_the_same_rows_and_an_epoch_holds_each_once():
