@@ -159,10 +159,13 @@ def hide_private(
 HEAD = 34  # characters of a row's head in one line
 
 
+_interval = re.compile(r'(\[[-+]?[\d.]+,) ([-+]?[\d.]+\])')  # such as [0.58, 0.76]
+
+
 def break_heads(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Break the long heads of a table's rows, which would leave no room for its numbers."
+    "Break the long heads of a table's rows, which would leave no room for its numbers, and no interval."
 
     def broken(m):
         lines = textwrap.wrap(m[2], HEAD, break_long_words=False, break_on_hyphens=False)
@@ -172,7 +175,8 @@ def break_heads(
         page = o.get('data', {}).get('text/html')
         if page:
             page = page if isinstance(page, str) else ''.join(page)
-            o['data']['text/html'] = re.sub(rf'<th([^>]*)>([^<]{{{HEAD + 1},}})</th>', broken, page)
+            page = re.sub(rf'<th([^>]*)>([^<]{{{HEAD + 1},}})</th>', broken, page)
+            o['data']['text/html'] = _interval.sub('\\1\N{NO-BREAK SPACE}\\2', page)
 
 
 _SCALAR = re.compile(r'\bnp\.(?:float|u?int|bool|str)\w*\(([^()]*)\)')
