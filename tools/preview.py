@@ -340,7 +340,7 @@ def browser_faults(
     widths: tuple = WIDTHS,  # of the window, pixels
     shots: Path = None,  # folder for pictures of the pages, in the preview's folder; None: none are taken
 ) -> list:  # sentences
-    "What a reader would stumble over: what scrolls sideways (a table may on a phone), a request to elsewhere."
+    "What a reader stumbles over: what scrolls sideways (a table may on a phone), a request to elsewhere."
     import playwright.sync_api as api
 
     faults, chromium = [], shutil.which('chromium') or shutil.which('chromium-browser')
