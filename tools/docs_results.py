@@ -8,6 +8,8 @@ from pathlib import Path
 
 from docs_names import DATA, PAGES, RUNS, TABLES, protocol_title, shown_name
 
+PAGE = 93  # characters of a table that fit the page
+PAPER = ' (paper: '  # before their number
 COLUMNS = 4  # scores beside one another that fit the page
 FEW = '\N{NO-BREAK SPACE}†'  # beside what was trained too little
 STORED = {  # the file that each paper's claims are judged by: its run on the data that come closest
@@ -93,10 +95,17 @@ def table(
     head: list,  # of columns
     rows: list,  # of lists of texts
 ) -> list:  # lines of Markdown
-    "A Markdown table; columns are as wide as their longest text, up to 40 characters."
-    widths = [min(40, max(len(str(r[i])) for r in (head, *rows))) for i in range(len(head))]
+    "A Markdown table; columns are as wide as their longest text, the first as what they leave of the page."
+    widths = [min(40, max(map(_width, column))) for column in zip(head, *rows)]
+    widths[0] = min(widths[0], max(13, PAGE - sum(w + 2 for w in widths[1:])))
     out = ['| ' + ' | '.join(map(plain, head)) + ' |', '|' + '|'.join('-' * (w + 2) for w in widths) + '|']
     return out + ['| ' + ' | '.join(map(plain, r)) + ' |' for r in rows] + ['']
+
+
+def _width(text):
+    "Characters of a cell in one line; theirs goes under ours, and so may an interval of three digits."
+    ours = str(text).split(PAPER)[0]
+    return min(len(ours), 18 + 3 * (ours[0] in '+-')) if ours.endswith(']') else len(ours)
 
 
 def folded(
@@ -124,7 +133,7 @@ def pivot(
     rows, columns = ([*dict.fromkeys(c[k] for c in cells)] for k in ('row', 'column'))
     text = {}
     for c in cells:
-        theirs = '' if c.get('theirs') is None else f' (paper: {c["theirs"]:.3f})'
+        theirs = '' if c.get('theirs') is None else f'{PAPER}{c["theirs"]:.3f})'
         text[c['row'], c['column']] = number_text(c['ours'], c.get('interval')) + theirs
     shown = {r: shown_name(r) + FEW * (r in marked) for r in rows}
     if len(columns) > COLUMNS and len(rows) <= COLUMNS:
