@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 from nbdev.config import get_config
@@ -156,10 +157,18 @@ def hide_private(
         cell.source, cell['outputs'] = '#| include: false', []
 
 
-HEAD = 34  # characters of a row's head in one line
+HEAD, HEAD_OF_MANY = 34, 24  # characters of a row's head in one line: usually, and beside MANY columns
+MANY = 4
 
 
+_head = re.compile(r'<th([^>]*)>([^<]+)</th>')
 _interval = re.compile(r'(\[[-+]?[\d.]+,) ([-+]?[\d.]+\])')  # such as [0.58, 0.76]
+
+
+def _broken(width, head):
+    "The head of a row or a column in lines that are not wider."
+    lines = textwrap.wrap(head[2], width, break_long_words=False, break_on_hyphens=False)
+    return f'<th{head[1]}>{"<br>".join(lines)}</th>' if len(head[2]) > width else head[0]
 
 
 def break_heads(
@@ -167,15 +176,12 @@ def break_heads(
 ):
     "Break the long heads of a table's rows, which would leave no room for its numbers, and no interval."
 
-    def broken(m):
-        lines = textwrap.wrap(m[2], HEAD, break_long_words=False, break_on_hyphens=False)
-        return f"<th{m[1]}>{'<br>'.join(lines)}</th>"
-
     for o in cell.get('outputs', []):
         page = o.get('data', {}).get('text/html')
         if page:
             page = page if isinstance(page, str) else ''.join(page)
-            page = re.sub(rf'<th([^>]*)>([^<]{{{HEAD + 1},}})</th>', broken, page)
+            many = max(row.count('<td') for row in page.split('<tr')) >= MANY
+            page = _head.sub(partial(_broken, HEAD_OF_MANY if many else HEAD), page)
             o['data']['text/html'] = _interval.sub('\\1\N{NO-BREAK SPACE}\\2', page)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from docs_names import DATA, PAGES, RUNS, TABLES, protocol_title, shown_name
 
+LONG = 24  # characters of a row's name that leave room for one score less
 PAGE = 93  # characters of a table that fit the page
 PAPER = ' (paper: '  # before their number
 COLUMNS = 4  # scores beside one another that fit the page
@@ -142,7 +143,8 @@ def pivot(
             [[shown_name(c), *(text.get((r, c), '') for r in rows)] for c in columns],
         )
     out = []
-    for some in portions(columns, COLUMNS):
+    most = COLUMNS - (max(map(len, shown.values())) > LONG)
+    for some in portions(columns, most):
         full = [r for r in rows if any((r, c) in text for c in some)]
         head = ['', *map(shown_name, some)]
         out += table(head, [[shown[r], *(text.get((r, c), '') for c in some)] for r in full])

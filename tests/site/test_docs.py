@@ -314,6 +314,10 @@ def test_a_long_head_of_a_row_is_broken(cells):
     assert got.replace('<br>', ' ') == page and got.count('<br>') == 2
     head = re.search(r'<th class="a">(.*?)</th>', got)[1]
     assert all(len(line) <= cells.HEAD for line in head.split('<br>'))
+    many = f'<tr><th>{name[:30]}</th>{"<td>1</td>" * cells.MANY}</tr>'  # would fit beside fewer columns
+    cell = Cell(code('a', shown(**{'text/html': many})))
+    cells.break_heads(cell)
+    assert cell['outputs'][0]['data']['text/html'].count('<br>') == 1
 
 
 def test_an_interval_in_a_table_is_not_broken(cells):
@@ -402,6 +406,8 @@ def test_a_table_is_pivoted_and_turned_where_it_is_wide(results):
     assert heads == ['|  | c0 | c1 | c2 |']
     turned = results.pivot(cells(2, 8))
     assert turned[0] == '| score | r0 | r1 |' and len(turned) == 2 + 8 + 1
+    long = [dict(c, row='a name of a row that is long ' + c['row']) for c in cells(9, 8)]
+    assert [x.count('|') - 2 for x in results.pivot(long) if x.startswith('|  |')] == [2, 3, 3]
     beneath = [x.count('|') - 2 for x in results.pivot(cells(9, 9)) if x.startswith('|  |')]
     assert beneath == [3, 3, 3]  # scores
 
