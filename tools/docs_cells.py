@@ -158,7 +158,7 @@ def hide_private(
 
 
 HEAD, HEAD_OF_MANY = 34, 24  # characters of a row's head in one line: usually, and beside MANY columns
-MANY = 4
+MANY, HEAD_OF_INTERVALS = 4, 14  # and beside more than so many columns that have intervals
 
 
 _head = re.compile(r'<th([^>]*)>([^<]+)</th>')
@@ -180,8 +180,11 @@ def break_heads(
         page = o.get('data', {}).get('text/html')
         if page:
             page = page if isinstance(page, str) else ''.join(page)
-            many = max(row.count('<td') for row in page.split('<tr')) >= MANY
-            page = _head.sub(partial(_broken, HEAD_OF_MANY if many else HEAD), page)
+            columns = max(row.count('<td') for row in page.split('<tr'))
+            width = HEAD if columns < MANY else HEAD_OF_MANY
+            if columns > MANY and _interval.search(page):
+                width = HEAD_OF_INTERVALS
+            page = _head.sub(partial(_broken, width), page)
             o['data']['text/html'] = _interval.sub('\\1\N{NO-BREAK SPACE}\\2', page)
 
 
