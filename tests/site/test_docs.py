@@ -541,6 +541,8 @@ def test_what_a_browser_would_stumble_over_is_found(preview, tmp_path):
     module, pages = preview
     text = pages[1].read_text(encoding='utf-8')
     wide = '<div style="width: 3000px">wide</div><img src="https://example.invalid/a.png">'
+    cell = '<tr><td><div style="width: 2000px">wide</div></td></tr>'
+    wide += f'<details><table style="display: block; overflow-x: auto">{cell}</table></details>'
     bad = tmp_path / 'bad.html'
     bad.write_text(text.replace('</main>', wide + '</main>'), encoding='utf-8')
     faults = '\n'.join(module.browser_faults([bad], (1280,)))
@@ -548,6 +550,7 @@ def test_what_a_browser_would_stumble_over_is_found(preview, tmp_path):
         'scrolls sideways by',
         '1 images without alternative text',
         'asks for https://example.invalid',
+        'a table scrolls sideways: wide (',
     ):
         assert what in faults, what
 
@@ -563,6 +566,12 @@ def test_dead_links_and_places_are_found(tools, tmp_path):
         'a.html: links to b.html#there, and that page has no such place',
         'b.html: links to c.html, which is no page',
     ]
+
+
+def test_the_picture_of_a_page_has_its_path_and_the_width(tools):
+    name = tools('preview').shot_name
+    assert name(Path('data/folds.html'), 390) == 'data/folds-390.png'
+    assert name(Path('predict.html'), 1280) == 'predict-1280.png'
 
 
 def test_links_lead_to_pages_of_the_preview(tools):
