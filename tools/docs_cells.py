@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 from nbdev.config import get_config
@@ -156,23 +157,35 @@ def hide_private(
         cell.source, cell['outputs'] = '#| include: false', []
 
 
-HEAD = 34  # characters of a row's head in one line
+HEAD, HEAD_OF_MANY = 34, 24  # characters of a row's head in one line: usually, and beside MANY columns
+MANY, HEAD_OF_INTERVALS = 4, 14  # and beside more than so many columns that have intervals
+
+
+_head = re.compile(r'<th([^>]*)>([^<]+)</th>')
+_interval = re.compile(r'(\[[-+]?[\d.]+,) ([-+]?[\d.]+\])')  # such as [0.58, 0.76]
+
+
+def _broken(width, head):
+    "The head of a row or a column in lines that are not wider."
+    lines = textwrap.wrap(head[2], width, break_long_words=False, break_on_hyphens=False)
+    return f'<th{head[1]}>{"<br>".join(lines)}</th>' if len(head[2]) > width else head[0]
 
 
 def break_heads(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):
-    "Break the long heads of a table's rows, which would leave no room for its numbers."
-
-    def broken(m):
-        lines = textwrap.wrap(m[2], HEAD, break_long_words=False, break_on_hyphens=False)
-        return f"<th{m[1]}>{'<br>'.join(lines)}</th>"
+    "Break the long heads of a table's rows, which would leave no room for its numbers, and no interval."
 
     for o in cell.get('outputs', []):
         page = o.get('data', {}).get('text/html')
         if page:
             page = page if isinstance(page, str) else ''.join(page)
-            o['data']['text/html'] = re.sub(rf'<th([^>]*)>([^<]{{{HEAD + 1},}})</th>', broken, page)
+            columns = max(row.count('<td') for row in page.split('<tr'))
+            width = HEAD if columns < MANY else HEAD_OF_MANY
+            if columns > MANY and _interval.search(page):
+                width = HEAD_OF_INTERVALS
+            page = _head.sub(partial(_broken, width), page)
+            o['data']['text/html'] = _interval.sub('\\1\N{NO-BREAK SPACE}\\2', page)
 
 
 _SCALAR = re.compile(r'\bnp\.(?:float|u?int|bool|str)\w*\(([^()]*)\)')

@@ -2,12 +2,17 @@
 
 import html
 import json
+import math
 import re
 from pathlib import Path
 
 from docs_names import DATA, PAGES, RUNS, TABLES, protocol_title, shown_name
 
-COLUMNS = 5  # scores beside one another that fit the page
+LONG = 24  # characters of a row's name that leave room for one score less
+PAGE = 93  # characters of a table that fit the page
+PAPER = ' (paper: '  # before their number
+COLUMNS = 4  # scores beside one another that fit the page
+FEW = '\N{NO-BREAK SPACE}†'  # beside what was trained too little
 STORED = {  # the file that each paper's claims are judged by: its run on the data that come closest
     'gare': 'gare-pocus',
     'cheng_lam': 'cheng_lam-phantom',
@@ -45,15 +50,15 @@ def number_text(
     interval=None,  # its ends, or None
     sign: str = '',  # '+' for differences
 ) -> str:  # such as '0.685 [0.58, 0.76]'
-    "A number with its interval, for a table."
+    "A number with its interval, for a table: a line breaks between them, never within the interval."
     if value is None:
         return '–'
     count = interval is None and abs(value) > 1 and float(value).is_integer()
     text = f'{value:{sign},.0f}' if count or abs(value) >= 100 else f'{value:{sign}.3f}'
     if isinstance(interval, (list, tuple)) and None not in interval:
         digits = 2 if max(map(abs, interval)) >= 0.1 else 3
-        text += ' [' + ', '.join(f'{x:{sign}.{digits}f}' for x in interval) + ']'
-    return text.replace(' ', '\N{NO-BREAK SPACE}')
+        text += ' [' + ',\N{NO-BREAK SPACE}'.join(f'{x:{sign}.{digits}f}' for x in interval) + ']'
+    return text
 
 
 def no_tags(
@@ -91,10 +96,17 @@ def table(
     head: list,  # of columns
     rows: list,  # of lists of texts
 ) -> list:  # lines of Markdown
-    "A Markdown table; columns are as wide as their longest text, up to 40 characters."
-    widths = [min(40, max(len(str(r[i])) for r in (head, *rows))) for i in range(len(head))]
+    "A Markdown table; columns are as wide as their longest text, the first as what they leave of the page."
+    widths = [min(40, max(map(_width, column))) for column in zip(head, *rows)]
+    widths[0] = min(widths[0], max(13, PAGE - sum(w + 2 for w in widths[1:])))
     out = ['| ' + ' | '.join(map(plain, head)) + ' |', '|' + '|'.join('-' * (w + 2) for w in widths) + '|']
     return out + ['| ' + ' | '.join(map(plain, r)) + ' |' for r in rows] + ['']
+
+
+def _width(text):
+    "Characters of a cell in one line; theirs goes under ours, and so may an interval of three digits."
+    ours = str(text).split(PAPER)[0]
+    return min(len(ours), 18 + 3 * (ours[0] in '+-')) if ours.endswith(']') else len(ours)
 
 
 def folded(
@@ -105,6 +117,15 @@ def folded(
     return ['<details>', f'<summary>{plain(html.escape(summary))}</summary>', '', *lines, '</details>', '']
 
 
+def portions(
+    o: list,
+    most: int,  # in a part
+) -> list:  # of lists
+    "A list in as few parts as it takes, of nearly the same length."
+    parts = math.ceil(len(o) / most)
+    return [o[i * len(o) // parts : (i + 1) * len(o) // parts] for i in range(parts)]
+
+
 def pivot(
     cells: list,  # of one table of one protocol
     marked: tuple = (),  # rows that were trained too little
@@ -113,17 +134,17 @@ def pivot(
     rows, columns = ([*dict.fromkeys(c[k] for c in cells)] for k in ('row', 'column'))
     text = {}
     for c in cells:
-        theirs = '' if c.get('theirs') is None else f' (paper: {c["theirs"]:.3f})'
+        theirs = '' if c.get('theirs') is None else f'{PAPER}{c["theirs"]:.3f})'
         text[c['row'], c['column']] = number_text(c['ours'], c.get('interval')) + theirs
-    shown = {r: shown_name(r) + ' †' * (r in marked) for r in rows}
+    shown = {r: shown_name(r) + FEW * (r in marked) for r in rows}
     if len(columns) > COLUMNS and len(rows) <= COLUMNS:
         return table(
             ['score', *shown.values()],
             [[shown_name(c), *(text.get((r, c), '') for r in rows)] for c in columns],
         )
     out = []
-    for i in range(0, len(columns), COLUMNS):
-        some = columns[i : i + COLUMNS]
+    most = COLUMNS - (max(map(len, shown.values())) > LONG)
+    for some in portions(columns, most):
         full = [r for r in rows if any((r, c) in text for c in some)]
         head = ['', *map(shown_name, some)]
         out += table(head, [[shown[r], *(text.get((r, c), '') for c in some)] for r in full])
@@ -187,14 +208,13 @@ def difference_section(
         own = [d for d in results['differences'] if d['protocol'] == name]
         cells = []
         for d in own:
-            mark = ' †' * any((name, d[k]) in short for k in 'ab')
+            mark = FEW * any((name, d[k]) in short for k in 'ab')
             text = number_text(d['value'], (d['low'], d['high']), '+') + mark
             row = f'{shown_name(d["a"])} minus {shown_name(d["b"])}'
             cells.append(dict(row=row, column=shown_name(d['column']), text=text))
         rows, columns = ([*dict.fromkeys(c[k] for c in cells)] for k in ('row', 'column'))
         text = {(c['row'], c['column']): c['text'] for c in cells}
-        for i in range(0, len(columns), COLUMNS - 1):
-            some = columns[i : i + COLUMNS - 1]
+        for some in portions(columns, COLUMNS - 1):
             lines = [
                 [r, *(text.get((r, c), '') for c in some)] for r in rows if any((r, c) in text for c in some)
             ]

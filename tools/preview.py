@@ -321,20 +321,26 @@ def anchor_faults(
 
 
 LOOK = """() => {
+  const closed = [...document.querySelectorAll('main details:not([open])')]
+  closed.forEach(e => e.open = true)
   const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth
   const code = [...document.querySelectorAll('pre.sourceCode, div.sourceCode')]
   const scrolls = code.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 60))
   const images = [...document.querySelectorAll('main img')].filter(e => !e.alt).length
-  return {wide, scrolls, images}
+  const head = e => e.innerText.trim().replace(/\\s+/g, ' ').slice(0, 60)
+  const large = [...document.querySelectorAll('main table')].filter(e => e.scrollWidth > e.clientWidth + 1)
+  const tables = large.map(e => `${head(e)} (${e.scrollWidth - e.clientWidth} pixels)`)
+  closed.forEach(e => e.open = false)
+  return {wide, scrolls, images, tables: window.innerWidth < 1000 ? [] : tables}
 }"""
 
 
 def browser_faults(
     pages: list,  # HTML files
     widths: tuple = WIDTHS,  # of the window, pixels
-    shots: Path = None,  # folder for pictures of the pages; None: none are taken
+    shots: Path = None,  # folder for pictures of the pages, in the preview's folder; None: none are taken
 ) -> list:  # sentences
-    "What a reader would stumble over: a page that scrolls sideways, code that does, a request to elsewhere."
+    "What a reader stumbles over: what scrolls sideways (a table may on a phone), a request to elsewhere."
     import playwright.sync_api as api
 
     faults, chromium = [], shutil.which('chromium') or shutil.which('chromium-browser')
@@ -345,13 +351,22 @@ def browser_faults(
             for file in pages:
                 asked.clear()
                 page.goto(file.as_uri(), timeout=PATIENCE)
-                faults += [f'{file.name} at {width} pixels: {x}' for x in _seen(page.evaluate(LOOK), asked)]
+                where = f'{file.parent.name}/{file.name} at {width} pixels'
+                faults += [f'{where}: {x}' for x in _seen(page.evaluate(LOOK), asked)]
                 if shots:
-                    shots.mkdir(parents=True, exist_ok=True)
-                    name = f'{file.parent.name}-{file.stem}-{width}.png'
-                    page.screenshot(path=shots / name, full_page=True, timeout=PATIENCE)
+                    to = shots / shot_name(file.relative_to(shots.parent), width)
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    page.screenshot(path=to, full_page=True, timeout=PATIENCE)
         browser.close()
     return faults
+
+
+def shot_name(
+    page: Path,  # below the preview's folder, such as data/folds.html
+    width: int,  # of the window, pixels
+) -> str:  # such as 'data/folds-390.png'
+    "Where the picture of a page is, below the folder of pictures."
+    return f'{page.with_suffix("").as_posix()}-{width}.png'
 
 
 def _watched(browser, width):
@@ -368,6 +383,7 @@ def _seen(found, asked):
     return (
         [f'scrolls sideways by {found["wide"]} pixels'] * (found['wide'] > 0)
         + [f'a code block scrolls sideways: {s!r}' for s in found['scrolls']]
+        + [f'a table scrolls sideways: {t}' for t in found['tables']]
         + [f'{found["images"]} images without alternative text'] * (found['images'] > 0)
         + [f'asks for {a}' for a in away]
     )

@@ -512,7 +512,7 @@ def plot_examples(
         axs = fig.subplots(1, len(rows), squeeze=False)[0]
         for ax, image, title in zip(axs, store.images[rows['row'].to_numpy()], _titles(rows)):
             ax.imshow(image, cmap='gray', vmin=0, vmax=255)
-            ax.set_title(title, fontsize=8)
+            ax.set_title(title)
             ax.set_axis_off()
     return fig
 
