@@ -28,7 +28,7 @@ ALL = ('resnet18', 'vgg16', *TIMM)
 
 def meta(name, n=3):
     "A classifier without memory for its weights."
-    place = 'cpu' if name == 'regnetx_002' else 'meta'  # timm computes its widths with tensors, and it is small
+    place = 'cpu' if name == 'regnetx_002' else 'meta'  # timm computes its widths; this one is small
     with torch.device(place), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return BackboneClassifier(create_backbone(name, channels=3), n)
