@@ -183,10 +183,25 @@ def made_pages(
     }
 
 
+def name_release(
+    root: Path,  # the project's folder
+):
+    "Write the version of settings.ini into the cell of each notebook that installs the package in Colab."
+    cfg = settings(root)
+    for path in sorted((root / 'nbs').rglob('*.ipynb')):
+        text = path.read_text(encoding='utf-8')
+        named = re.sub(
+            r'(/content \] && pip install -Uqq )[^"]+', rf"\g<1>{cfg['lib_name']}=={cfg['version']}", text
+        )
+        if named != text:
+            path.write_text(named, encoding='utf-8')
+
+
 def derive(
     root: Path = root,  # the project's folder
 ):
-    "Write pyproject.toml, and what nbdev and Quarto read in nbs/, from the root's files."
+    "Write pyproject.toml, the release that notebooks install, and what nbdev and Quarto read in nbs/."
+    name_release(root)
     cfg, quarto = settings(root), _local(yaml.safe_load((root / '_quarto.yml').read_text(encoding='utf-8')))
     sidebar = {'website': {'sidebar': quarto['website'].pop('sidebar')}}
     quarto['metadata-files'] = ['nbdev.yml', 'sidebar.yml']

@@ -225,10 +225,11 @@ def test_notebook_is_readable(path):
 
 
 def colab_command():
-    "What installs the package in Colab, and does nothing elsewhere."
+    "What installs the release in Colab, and does nothing elsewhere."
     config = configparser.ConfigParser(delimiters=['='], interpolation=None)
     config.read(ROOT / 'settings.ini', encoding='utf-8')
-    return f"[ -e /content ] && pip install -Uqq git+{config['DEFAULT']['git_url']}"
+    cfg = config['DEFAULT']
+    return f"[ -e /content ] && pip install -Uqq {cfg['lib_name']}=={cfg['version']}"
 
 
 @each_notebook
@@ -256,7 +257,7 @@ def test_the_command_for_colab_installs_there_and_nowhere_else(in_colab, tmp_pat
     subprocess.run(['bash', '-c', command], env={**os.environ, 'PATH': path})
     assert said.exists() == in_colab
     if in_colab:
-        assert said.read_text() == 'install -Uqq git+https://github.com/lus-fastai/lus_fastai\n'
+        assert re.fullmatch(r'install -Uqq lus_fastai==\d+\.\d+\.\d+\n', said.read_text())
 
 
 @pytest.fixture(scope='module')
