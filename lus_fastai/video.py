@@ -202,6 +202,14 @@ def _luma(frame, codes):
     full = form.startswith(('gray', 'yuvj')) or frame.color_range == 2
     return np.array(im if codes or full else im.point(_STRETCH))
 
+# %% ../nbs/video.ipynb #converted
+def _converted(frame, form):
+    "A video frame in another pixel format, as an array; without threads, which a forked process lacks."
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter().reformat(frame, format=form, threads=1).to_ndarray()
+
+
 # %% ../nbs/video.ipynb #frame-grey
 def _frame_image(frame, path, codes):
     "A video frame as (h, w) uint8: grey, or the stored numbers for `codes`."
@@ -214,7 +222,7 @@ def _frame_image(frame, path, codes):
     elif form in ('bgra', 'rgba'):
         x = to_grey(_plane(frame, 'RGBA', form.upper()))
     else:
-        x = frame.to_ndarray(format='gray')
+        x = _converted(frame, 'gray')
     turns = getattr(frame, 'rotation', 0) // 90  # phones store which way is up
     return np.ascontiguousarray(np.rot90(x, turns))
 
@@ -891,7 +899,7 @@ def _video_colours(path, n):
     "Every tenth frame of a video in colour, at most n of them."
     with _open_video(path) as (box, stream):
         frames = itertools.islice(_sound_frames(path, box, stream), 0, 10 * n, 10)
-        return [np.rot90(f.to_ndarray(format='rgb24'), getattr(f, 'rotation', 0) // 90) for f in frames]
+        return [np.rot90(_converted(f, 'rgb24'), getattr(f, 'rotation', 0) // 90) for f in frames]
 
 
 def _still_colours(path, n):

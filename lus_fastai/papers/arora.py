@@ -24,7 +24,7 @@ __all__ = ['PROTOCOLS', 'SPLITS', 'COMPARED', 'LOOKED', 'THEIR_CONFUSIONS', 'THE
 import random
 import warnings
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -206,13 +206,16 @@ def verdict_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/papers/arora.ipynb #c006-1
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Net:
     "A backbone, and the sizes at which it is trained."
 
     name: str  # as for covidnet
     size: int  # height and width of its frames
     epochs: int = 20  # as in the paper
+
+    def __repr__(self):  # as the command line takes it, and as results name it
+        return repr(astuple(self))
 
 # %% ../../nbs/papers/arora.ipynb #parts
 PARTS = {
@@ -1084,16 +1087,18 @@ def compared_runs(
 def difference_stage(
     run: AroraRun,  # what stages share
 ):
-    "Every paired difference whose two rows were trained."
+    "Paired differences of accuracy and balanced accuracy between rows that were trained."
     e = run.experiment
     e.stage('differences')
     short = {(t['row'], t['protocol']) for t in e.trainings.values() if t['reasons']}
     for a, b, level in compared_runs(e.settings):
         if a in run.oofs and b in run.oofs:
-            found = compare_classifiers(run.oofs[a], run.oofs[b], 'accuracy', level)
             other = ', '.join(b) + (' (undertrained)' if b in short else '')
             counts = len(run.oofs[a]), len(run.oofs[b])
-            e.compare(a[0], other, f'accuracy by {level}', found, protocol=a[1], trainings=counts)
+            for metric in ('accuracy', 'balanced_accuracy'):
+                found = compare_classifiers(run.oofs[a], run.oofs[b], metric, level)
+                column = f'{metric} by {level}'.replace('_', ' ')
+                e.compare(a[0], other, column, found, protocol=a[1], trainings=counts)
     e.save()
 
 # %% ../../nbs/papers/arora.ipynb #c046-2

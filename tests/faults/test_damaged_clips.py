@@ -269,3 +269,24 @@ def test_a_log_that_another_library_turned_on_does_not_stop_a_reader(tmp_path):
         '    sample_clip(sys.argv[1], max_frames=2)\n'
     )
     subprocess.run([sys.executable, '-c', code, str(tmp_path / 'clip.mp4')], check=True, timeout=60)
+
+
+def test_a_process_that_is_forked_after_frames_were_converted_reads_too(tmp_path):
+    "PyAV 19 keeps a converter with threads for each thread; a forked process would wait for those for ever."
+    with av.open(str(tmp_path / 'clip.avi'), 'w') as out:  # RGB frames, which are converted to grey
+        stream = out.add_stream('ffv1', rate=10)
+        stream.width, stream.height, stream.pix_fmt = 256, 256, 'bgr0'
+        for x in np.random.default_rng(0).integers(0, 255, (4, 256, 256, 3), np.uint8):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(x, format='rgb24').reformat(format='bgr0')))
+        out.mux(stream.encode())
+    code = (
+        'import os, sys\n'
+        'from lus_fastai.video import colour_share, read_clip\n'
+        'def ask():\n'
+        '    return read_clip(sys.argv[1]).frames.sum(), colour_share(sys.argv[1])\n'
+        'before, child = ask(), os.fork()\n'
+        'if child == 0:\n'
+        '    os._exit(0 if ask() == before else 1)\n'
+        'sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n'
+    )
+    subprocess.run([sys.executable, '-c', code, str(tmp_path / 'clip.avi')], check=True, timeout=60)
