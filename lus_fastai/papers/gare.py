@@ -490,9 +490,9 @@ def classification_cells(
 def run_folder(
     settings: GareSettings,  # sizes
     cache=None,  # default lus_home()
-) -> Path:  # one folder per settings, whatever their seeds, recipe and parts
+) -> Path:  # one folder per settings, whatever their seeds and parts
     "Where the runs of some settings keep their checkpoints."
-    return settings_folder('gare', without(settings, 'seeds', 'recipe', 'parts'), cache=cache)
+    return settings_folder('gare', without(settings, 'seeds', 'parts'), cache=cache)
 
 # %% ../../nbs/papers/gare.ipynb #c030-2x0
 _STARTS = 'dense', 'sparse', 'none'
@@ -648,7 +648,8 @@ def gare_trainings(
         *_segmenter_trainings(data, settings, segmenters),
         *_classifier_trainings(data, settings, classifiers),
     ]
-    return sorted(first, key=lambda t: ('-variant-' in t.name or '-clip-' in t.name, 'seg-paper' in t.name))
+    later = 'seg-lines' if settings.recipe == 'paper' else 'seg-paper'  # no classifier starts from these
+    return sorted(first, key=lambda t: ('-variant-' in t.name or '-clip-' in t.name, later in t.name))
 
 
 def _not_run(data, settings):
