@@ -463,7 +463,7 @@ def pair_loaders(
 
 # %% ../../nbs/papers/uscl.ipynb #start
 class Start(NamedTuple):
-    "A backbone as it begins into the downstream task."
+    "A backbone as it enters the downstream task."
 
     backbone: str  # as for create_backbone
     name: str  # 'random', 'ImageNet', or as for method_of
@@ -516,7 +516,7 @@ def weights_of(
     start: Start,  # which backbone, name and seed
     path,  # from run_folder
 ) -> nn.Module:  # the backbone
-    "A backbone as it begins into the downstream task; its training is finished."
+    "A backbone as it enters the downstream task; its training is finished."
     return create_backbone(start.backbone, weights=Path(path) / start.folder / 'backbone.safetensors')
 
 # %% ../../nbs/papers/uscl.ipynb #embed
@@ -1208,7 +1208,7 @@ def compare_epochs(
 def compare_doses(
     run: UsclRun,  # what stages share
 ):
-    "How much more alike frames of one clip are after pretraining with more of them in a batch."
+    "How much more or less alike frames of a clip are after pretraining with more of them in a batch."
     e, s, frames = run.experiment, run.settings, downstream(run.store)
     starts = by_row(starts_of('doses', s, run.known))
     cosines = {
@@ -1290,6 +1290,12 @@ _ORIGIN = {  # data -> (what a backbone was pretrained on, its licence)
 }
 
 
+def _origin(start, data):
+    "What a backbone was pretrained on, ImageNet included, and the licence."
+    origin, licence = _ORIGIN[data]
+    return f'ImageNet, then {origin}' if start.name.startswith('ImageNet') else origin, licence
+
+
 def start_scores(
     results: dict,  # from results_json
     row: str,  # of the comparison
@@ -1323,7 +1329,7 @@ def save_backbone(
     data = results['data']
     file = Path(folder) / f'{start.folder.lower()}-{data}.safetensors'
     save_weights(weights_of(start, path), file)
-    origin, licence = _ORIGIN[data]
+    origin, licence = _origin(start, data)
     model_card(
         file.with_suffix('.md'),
         title=f'{start.backbone} pretrained by {start.name} on lung ultrasound',
