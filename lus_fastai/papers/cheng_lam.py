@@ -143,12 +143,12 @@ class ChengSettings(Settings):
     size: int = 64  # height and width of the images
     native: int = 256  # of the phantom's frames before they are filtered and resized
     width: int = 16  # channels of X-Unet's first stage
-    bs: int = 5  # batch size; 20 in the paper
-    test: int = 300  # images of the fixed test set; of BUSI those that 300 to train with leave over
+    bs: int = 5  # batch size; in the paper 20, and 30 on XPIE
+    test: int = 300  # images of the fixed test set; of BUSI, which has fewer, a third
     folds: int = 5  # of the paper's protocol, and of folds by patient beside it
     shapes: int = 3000  # images of salient shapes
     xunet_steps: tuple = (9600, 0, 1920)  # on shapes, on the target with the encoder frozen, of fine-tuning
-    vunet_steps: tuple = (1280, 960, 960)  # likewise; a step costs thirteen times as much
+    vunet_steps: tuple = (1280, 960, 960)  # likewise; a step costs ten to fourteen times as much
     xunet_lrs: tuple = (3e-4, 1e-3, 1e-3)  # Adam, of each
     vunet_lrs: tuple = (3e-4, 3e-4, 3e-4)  # likewise
     loss: str = 'bce+dice'  # or 'dice', the paper's: soft Dice alone
@@ -263,11 +263,11 @@ THEIRS_FIXED = {
     'X-Unet, 600 images': (0.8361, 0.8329),
     'V-Unet': (0.8632, 0.8603),
     'V-Unet, 200 images': (0.7815, 0.7787),
-}  # highest and mean soft Dice over folds, on 80 fixed images
+}  # highest and mean soft Dice over folds (of V-Unet four of five), on 80 fixed images
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c010-0
 def _covered(mask, size):
-    "A mask at a smaller size: pixels half covered, or the best covered ones where there are none."
+    "A mask at a smaller size: pixels that are half covered, or half as much as the best covered one."
     cover = resize_frame(mask.astype(np.uint8) * 255, (size, size))
     return cover >= max(1, min(127, cover.max() / 2)) if mask.any() else cover > 0
 
@@ -311,7 +311,7 @@ def _drawn(images, seed):
 
 
 def _n_tested(images, s):
-    "How many of the first images are tested, no patient cut: as the settings say, but 300 are to be left."
+    "How many are tested, no patient cut: as the settings say, but 300 are to be left, or two thirds."
     who = images.table['patient'].astype(str).to_numpy()
     n = min(s.test, max(len(who) - 300, len(who) // 3))
     return int(np.flatnonzero(who == who[n - 1])[-1]) + 1
@@ -1187,8 +1187,8 @@ def _first_screen(r, results, what):
         f'scored on the same images of patients that none has seen; seeds: {len(results["seeds"])}.',
         f'The mean Dice per image of {row} is {dice.ours[row]:.2f}. The table of claims says what the '
         'paired differences between ways support.',
-        'Many pairs are compared, so one in twenty differs by chance; an undertrained row supports nothing. '
-        + limits_note(results['data']),
+        'Many pairs are compared: where there is no difference, one interval in twenty still excludes zero. '
+        'An undertrained row supports nothing. ' + limits_note(results['data']),
     )
     number = score_text(dice.loc[row, ['ours', 'low', 'high']])
     r.numbers({f'mean Dice per image, fixed test set: {row}': number, **training_card(results)})

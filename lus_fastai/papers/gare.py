@@ -78,7 +78,7 @@ from ..train.losses import DiceCELoss, class_weights, code_counts
 # %% ../../nbs/papers/gare.ipynb #claims
 MERGED = 'dense, scored as sparse'  # the row of dense predictions
 _HONEST, _SHARED = 'classification by patient', 'classification by clip'
-_PATIENTS = 'more patients: nine have COVID-19'
+_PATIENTS = 'longer trainings, and more patients: nine have COVID-19'
 CLAIMS = (
     Claim(
         'dense labels segment better than sparse ones',
@@ -99,13 +99,13 @@ CLAIMS = (
 # %% ../../nbs/papers/gare.ipynb #c008
 @dataclass(frozen=True, repr=False)
 class GareSettings(Settings):
-    "Sizes of one run of the reproduction; the defaults are what two cores finish in about three hours."
+    "Sizes of one run of the reproduction; how long a run will take is printed before it begins."
 
     size: tuple = (128, 128)  # height and width of the frames
     width: int = 8  # channels of the U-Net's first stage
-    bn: bool = True  # batch norm in the U-Net; the traditional one of the paper has none
+    bn: bool = True  # batch norm in the U-Net; the paper's, a "traditional" one, is read as without
     bs: int = 4  # batch size
-    lr: float = 1e-3  # Adam, of the paper's segmenters and of the classifiers
+    lr: float = 1e-3  # Adam, of the paper's segmenters and of classifiers under leaky protocols
     precision: str = 'fp32'  # 'auto', 'bf16' or 'fp32', see AutoPrecision
     folds: int = 3
     seeds: tuple = (0, 1, 2)  # of folds, weights and batches; leaky protocols use the first one alone
@@ -121,7 +121,7 @@ class GareSettings(Settings):
     cls_patients: int = 45  # phantom patients to classify, two clips each
     cls_frames: int = 10  # frames of each phantom clip, at most
     clip_frames: int = 30  # frames of each real clip, at most
-    patient_epochs: int = 40  # of classifiers by patient: one cycle, long enough to settle from any start
+    patient_epochs: int = 40  # of classifiers by patient, over one cycle
     patient_lr: float = 3e-3  # its peak
     cls_schedule: str = 'plateau'  # of the paper's and leaky protocols: 'plateau' or 'one-cycle'
     cls_epochs: int = 12
@@ -177,7 +177,7 @@ def split_frames(
     settings: GareSettings = DEFAULT,  # sizes
     cache=None,  # where clips and frames are kept; default lus_home()
 ) -> FrameStore:  # with dense masks, half of a patient's frames from each of two clips
-    "Three linear phantom patients with COVID-19 and a healthy one, as in the paper's set (section 3.1)."
+    "Three phantom patients with COVID-19 and one without, seen with a linear probe, as in the paper's set."
     cache, s = Path(cache or lus_home()), settings
     which = dict(patients=4, clips=2, probe='linear', labels=('covid', 'covid', 'covid', 'regular'))
     return _labelled(s, cache, f'split-{s.split_frames}', 3000, s.split_frames // 2, **which)
@@ -337,7 +337,7 @@ def segment(
     recipe: str = 'lines',  # a name from RECIPES
     seed: int = 0,  # of folds, weights and batches
 ) -> pd.DataFrame:  # out-of-fold pixel confusions, a row per frame (or variant)
-    "Train and cross-validate the segmenter (Gare 2021, section 4.1)."
+    "Train and cross-validate the segmenter (Gare 2021)."
     if recipe not in RECIPES:
         raise ValueError(f"recipe is one of {list(RECIPES)}, not {recipe!r}")
     return cross_validate(**_segmentation_run(store, labels, protocol, settings, recipe, seed), path=path)
@@ -368,7 +368,7 @@ def classifier_schedule(
 
 
 def _classifier_training(protocol, s, seed):
-    "Twelve epochs as in the paper; by patient, as many as it takes from any start."
+    "Twelve epochs as in the paper; by patient, more of them, over one cycle."
     schedule = classifier_schedule(protocol, s)
     if protocol == 'patient':
         how = dict(epochs=s.patient_epochs, lr=s.patient_lr, schedule=schedule)
@@ -399,7 +399,7 @@ def classify(
     settings: GareSettings = DEFAULT,  # sizes
     seed: int = 0,  # of folds, weights and batches
 ) -> pd.DataFrame:  # out-of-fold probabilities, a row per frame
-    "Reverse transfer: the segmenter becomes a classifier, and all of it is trained (Gare 2021, section 4.2)."
+    "Reverse transfer: the segmenter becomes a classifier, and all of it is trained (Gare 2021)."
     return cross_validate(**_classification_run(store, start, n_codes, protocol, settings, seed), path=path)
 
 # %% ../../nbs/papers/gare.ipynb #c024
@@ -448,7 +448,7 @@ def segmentation_cells(
     labels: str,  # 'dense' or 'sparse'
     protocol: str,  # a name in protocols
 ) -> list:  # of cells
-    "IoU and pixel accuracy as in Table 1: dense predictions by their own codes, and merged to sparse ones."
+    "IoU and pixel accuracy as in the paper: dense predictions by their own codes, and merged to sparse ones."
     if labels == 'sparse':
         return _pixel_cells(tables, SPARSE, protocol, 'segmentation', 'sparse')
     merged = _pixel_cells(tables, SPARSE, protocol, 'segmentation', MERGED, DENSE_TO_SPARSE)
@@ -460,7 +460,7 @@ def fold_cells(
     labels: str,  # 'dense', which is merged, or 'sparse'
     protocol: str,  # a name in protocols
 ) -> list:  # of cells without interval: mean and standard deviation over folds
-    "The scores of Table 1 as the paper prints them, mean and deviation of folds, which are no patients."
+    "Scores of one training as the paper prints them: mean and deviation over folds, which are no patients."
     merge, row = (DENSE_TO_SPARSE, MERGED) if labels == 'dense' else (None, 'sparse')
     counts = seg_confusions(table, by='fold')  # (folds, n, n)
     counts = counts if merge is None else merge_confusion(counts, merge)
@@ -480,7 +480,7 @@ def classification_cells(
     table: str = 'classification',  # name of the table
     theirs=None,  # the paper's numbers by column, where this is their protocol on their data
 ) -> list:  # of cells
-    "Scores by frame as in Table 2 of the paper; accuracy and balanced accuracy by clip and patient beside."
+    "Scores by frame, as we read the paper; accuracy, balanced accuracy and F1 by clip and patient beside."
     scores = evaluate(tables)
     overall = (scores['class'] == 'all') & scores.metric.isin(['accuracy', 'balanced_accuracy', 'f1'])
     scores = scores[(scores.level == 'frame') | overall]
@@ -492,7 +492,7 @@ def run_folder(
     cache=None,  # default lus_home()
 ) -> Path:  # one folder per settings, whatever their seeds and parts
     "Where the runs of some settings keep their checkpoints."
-    return settings_folder('gare', without(settings, 'seeds', 'recipe', 'parts'), cache=cache)
+    return settings_folder('gare', without(settings, 'seeds', 'parts'), cache=cache)
 
 # %% ../../nbs/papers/gare.ipynb #c030-2x0
 _STARTS = 'dense', 'sparse', 'none'
@@ -648,7 +648,8 @@ def gare_trainings(
         *_segmenter_trainings(data, settings, segmenters),
         *_classifier_trainings(data, settings, classifiers),
     ]
-    return sorted(first, key=lambda t: ('-variant-' in t.name or '-clip-' in t.name, 'seg-paper' in t.name))
+    later = 'seg-lines' if settings.recipe == 'paper' else 'seg-paper'  # no classifier starts from these
+    return sorted(first, key=lambda t: ('-variant-' in t.name or '-clip-' in t.name, later in t.name))
 
 
 def _not_run(data, settings):
@@ -849,7 +850,7 @@ def _what_it_says(r, results, labelled, oof):
         f'so that training and test share patients, it seems to be right in {leaky:.0%} of the frames, '
         f'and merely copying the label of the most similar frame in {copied_leaky:.0%}; by patient, '
         f'copying is right in {copied:.0%}.',
-        f'The number from shared patients estimates nothing. {limits_note(data)}',
+        f'The number from shared patients is no estimate for new ones. {limits_note(data)}',
     )
 
 # %% ../../nbs/papers/gare.ipynb #c032c2
@@ -951,8 +952,9 @@ def _leak(r, results):
     cells, leak = results['cells'], leak_table(results['cells'])
     names = [k for k in results['protocols'] if k.startswith('classification')]
     paragraphs = [
-        'The same network and the same frames; only the split differs, and who picks the epoch. Frames of '
-        'one clip are nearly copies of each other, so a network that has seen some recognises the rest.',
+        'The same network under several protocols. They differ in the split and in who picks the epoch, and '
+        'may differ in epochs and learning rate; see the settings. Frames of one clip are nearly copies of '
+        'each other, so a network that has seen some can recognise the rest.',
         protocol_text(results, names),
     ]
     if leak.theirs.notna().any():

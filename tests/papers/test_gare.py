@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -153,3 +154,19 @@ def test_looking_up_never_takes_a_frame_of_its_own_fold():
         1,
         1,
     ] and copied.fold.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize('settings', [gare.DEFAULT, gare.QUICK, gare.PAPER])
+def test_every_training_comes_after_those_it_starts_from(settings):
+    stores = SimpleNamespace(kind='phantom', masks=lambda protocol: None, clips=lambda protocol: None)
+    before = set()
+    for t in gare.gare_trainings(stores, settings):
+        assert set(t.needs) <= before, t.name
+        before.add(t.name)
+    assert len(before) == len(gare.plan_segmenters(settings)) + len(gare.plan_classifiers(settings))
+
+
+def test_classifiers_that_start_from_another_recipe_have_another_folder(tmp_path):
+    one, other = (gare.run_folder(replace(TINY, recipe=r), tmp_path) for r in gare.RECIPES)
+    assert one != other
+    assert gare.run_folder(replace(TINY, seeds=(7,), parts=('core',)), tmp_path) == one
