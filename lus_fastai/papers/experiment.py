@@ -350,14 +350,14 @@ def verdict(
 
 # %% ../../nbs/papers/experiment.ipynb #claims
 class Claim(NamedTuple):
-    "A sentence of a paper, and the difference that tests it."
+    "A sentence about two rows, and the difference that tests it."
 
     text: str  # the claim
     a: str  # the row that should be better
     b: str  # the row that it is compared with
     column: str  # the score
     protocol: str  # the honest one
-    theirs: str = ''  # their numbers, as printed
+    theirs: str = ''  # their numbers, or the difference of them
     effect: float = None  # the difference that they report, a minus b; None where they report none
     as_theirs: str = None  # the protocol that is like the paper's, if it was run
     needs: str = ''  # what it would take to tell
