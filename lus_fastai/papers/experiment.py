@@ -509,7 +509,7 @@ def data_folder(
     sources=('pocus',),  # as lus_data calls them
     folder=None,  # of real data; default LUS_DATA
 ) -> Path:  # None for the phantom
-    "The folder of real data; ValueError for a name that is not known, or where the folder is not."
+    "The folder of real data; ValueError for a name that is not known, or where LUS_DATA is not set."
     if data not in ('phantom', real):
         raise ValueError(f"data is 'phantom' or {real!r}, not {data!r}")
     if data == 'phantom':
