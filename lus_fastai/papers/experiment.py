@@ -350,14 +350,14 @@ def verdict(
 
 # %% ../../nbs/papers/experiment.ipynb #claims
 class Claim(NamedTuple):
-    "A sentence of a paper, and the difference that tests it."
+    "A sentence about two rows, and the difference that tests it."
 
     text: str  # the claim
     a: str  # the row that should be better
     b: str  # the row that it is compared with
     column: str  # the score
     protocol: str  # the honest one
-    theirs: str = ''  # their numbers, as printed
+    theirs: str = ''  # their numbers, or the difference of them
     effect: float = None  # the difference that they report, a minus b; None where they report none
     as_theirs: str = None  # the protocol that is like the paper's, if it was run
     needs: str = ''  # what it would take to tell
@@ -509,7 +509,7 @@ def data_folder(
     sources=('pocus',),  # as lus_data calls them
     folder=None,  # of real data; default LUS_DATA
 ) -> Path:  # None for the phantom
-    "The folder of real data; ValueError for a name that is not known, or where the folder is not."
+    "The folder of real data; ValueError for a name that is not known, or where LUS_DATA is not set."
     if data not in ('phantom', real):
         raise ValueError(f"data is 'phantom' or {real!r}, not {data!r}")
     if data == 'phantom':

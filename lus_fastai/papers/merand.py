@@ -292,7 +292,7 @@ def claims_over(
     backbone: str = LITE0,  # of the rows that are compared
     masks: int = CHAIN_MASKS,  # of the chain
 ) -> tuple:  # of Claim
-    "The paper's claims as differences of rows; theirs is the mean gain of their three backbones."
+    "The claims as differences of rows; theirs is the mean gain of the paper's three backbones."
     out, needs = [], 'the public sets of both steps, and more masks'
     for text, (row_a, column_a), (row_b, column_b) in _PAIRS:
         a, b = table3_variant(backbone, row_a, column_a), table3_variant(backbone, row_b, column_b)
@@ -511,7 +511,7 @@ PAPER = MerandSettings(**_large, backbone='resnext50', seeds=(0, 1, 2), lr=1e-4,
 def box_targets(
     set: MaskSet,  # images with filled boxes of k classes
 ) -> MaskSet:  # the same images; background and the k classes, exactly one a pixel
-    "Filled boxes as a map of classes (Merand 2021, preprocessing); where they overlap, the later wins."
+    "Filled boxes (Merand 2021, preprocessing) as a map of classes; where they overlap, the later wins."
     later = np.cumsum(set.masks[:, ::-1], 1)[:, ::-1] > 1  # a class after this one is here too
     masks = set.masks & ~(later & set.masks)
     masks = np.concatenate([~masks.any(1, keepdims=True), masks], 1)  # (n, 1 + k, h, w)
@@ -656,7 +656,7 @@ def target_folds(
 def target_splits(
     target: MaskSet,  # all images with masks
     protocol: str,  # 'folds' or 'rotation'
-    seed: int,  # of the folds, and of who gives boxes; the paper's test images are drawn once
+    seed: int,  # of the folds, and of who gives boxes; the test images of the rotation are drawn once
     settings: MerandSettings = DEFAULT,  # folds, images with boxes, images of the test
     boxes: int = None,  # images given to the second step; default boxes_n
 ) -> list:  # of Split, one for each fold

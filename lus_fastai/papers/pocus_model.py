@@ -1,4 +1,4 @@
-"""The best honest classifier of POCUS clips that we could find: how it was chosen, what it can do, and by how much it fails at other hospitals
+"""A classifier of POCUS clips: how it was chosen, what it can do by patient, and how much worse it is by source
 
 Docs: https://lus-fastai.github.io/lus_fastai/papers/pocus_model.html.md"""
 
@@ -287,7 +287,7 @@ def sign_scores(
     channels: list,  # features of each stage
     table: pd.DataFrame,  # of the clips
     settings: ModelSettings = DEFAULT,  # number of folds
-) -> dict:  # auc, low, high, clips and patients with the sign; None where fewer than five patients have it
+) -> dict:  # auc, low, high, clips and patients with the sign; None where under five patients have or lack it
     "How well a sign is seen in clips of other patients."
     known = table[sign].notna().to_numpy()
     marked = table[known].reset_index(drop=True)
@@ -350,7 +350,7 @@ def looked_at(
     return slice(sum(channels[s] for s in candidate.stages[:-1]), None)
 
 
-LEVEL = 0.8  # of the sets: with nine patients of one class a higher one would put that class into most sets
+LEVEL = 0.8  # of the sets: at 0.9 a class with seven or eight patients in the other folds is in every set
 
 # %% ../../nbs/papers/pocus_model.ipynb #model-make-1
 def finished_model(
@@ -692,7 +692,7 @@ def coverage_cells(
 
 # %% ../../nbs/papers/pocus_model.ipynb #run-signs
 def _sign_cells(run, x, channels, table, where='signs', protocol='patient'):
-    "AUC of every sign that enough patients have; returns those that are found beyond doubt."
+    "AUC of every sign that enough patients have; returns those whose interval is above one half."
     found = []
     for sign in [s for s in SIGNS if s in table]:
         r = sign_scores(sign, x, channels, table, run.settings)
@@ -823,7 +823,7 @@ def reproduce(
     cache=None,  # where stores and the model are kept; default lus_home()
     settings: ModelSettings = None,  # default: DEFAULT or QUICK
 ) -> Path:  # the report
-    "Compare the candidates by patient and by source, choose, and make the model."
+    "Compare the candidates by patient and by source, and make the model of the one that ships."
     s = settings or (QUICK if quick else DEFAULT)
     run = _new_run(data, quick, out, cache, s)
     table, x, channels = vectors_of(clips_of(data, s, cache), s, cache)
@@ -855,7 +855,7 @@ def model_report(
     said = '; '.join(f'by {c.protocol} {interval_text(c.ours, c.low, c.high)}' for c in t.itertuples())
     r.summary(
         f'Balanced accuracy by clip of the procedure that chooses a head within the training clips: {said}.',
-        'By patient it has seen other clips of the same hospitals; by source it has seen none.',
+        'By patient it may have seen clips of other patients of the same source; by source it has not.',
         limits_note(results['data']),
     )
     r.section('Candidates', 'Balanced accuracy by clip, with 95 % intervals over patients.')

@@ -317,7 +317,7 @@ class DomainRandomization(RandTransform):
 def contrast_channels(
     x,  # (b, 1, h, w) float 0..1
 ):  # (b, 3, h, w): the standardised frame, ridges along the beams, streaks along the depth
-    "Three views of a frame in which gain cancels; ridges and streaks are relative to their neighbourhood."
+    "Three views in which gain nearly cancels; ridges and streaks are relative to their neighbourhood."
     mean, sd = x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True) + 0.02
     near, flat, tall = _blur(_blur(x, 7.5, 2), 4, 3) + 0.02, _blur(x, 1, 3), _blur(x, 4, 2)
     views = [(x - mean) / sd, 4 * (flat - _blur(flat, 2.5, 2)) / near, 4 * (tall - _blur(tall, 4, 3)) / near]
@@ -333,7 +333,7 @@ class LineNet(nn.Module):
     ):
         super().__init__()
         self.unet = unet(len(LINES), c_in=3, width=width, bn=True)
-        self.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+        self.unet.to(memory_format=torch.channels_last)  # often faster on a CPU
 
     def forward(self, x):
         return self.unet(contrast_channels(torch.Tensor(x)[:, :1]))

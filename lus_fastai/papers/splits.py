@@ -72,7 +72,7 @@ RULES = {
     'Cheng & Lam': Rule('Cheng & Lam 2021', 'image', lambda t: leaky_folds(t, 5, 'variant'), best=True),
     'USCL': Rule('Chen et al. 2021', 'frame', pocovid_folds, best=True, theirs=0.942),
     'Merand & Klein': Rule('Merand & Klein 2021', 'clip', lambda t: leaky_folds(t, 10, 'clip')),
-    'EchoLung': Rule('EchoLung', 'clip', _files, videos=True, theirs=0.892),
+    'EchoLung': Rule('EchoLung', 'clip', _files, best=True, videos=True, theirs=0.892),
     'frames': Rule('no paper', 'frame', lambda t: leaky_folds(t, 5, 'frame')),
 }
 
