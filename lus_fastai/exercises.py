@@ -88,7 +88,7 @@ class Marks:
     "What a check found."
 
     name: str  # of the exercise
-    rows: pd.DataFrame  # seed (or number of the question), mark (one of _MARKS), answer, truth, why
+    rows: pd.DataFrame  # seed (or question), mark (one of _MARKS), answer, truth; of a quiz: why
     confidence: object = None  # what the learner said before
 
     @property
@@ -106,7 +106,8 @@ class Marks:
 def _shown(x):
     "An answer as a short text."
     if isinstance(x, (tuple, list)):
-        return _shown(', '.join(_shown(v) for v in x))
+        parts = [f'({_shown(v)})' if isinstance(v, (tuple, list)) else _shown(v) for v in x]
+        return _shown(', '.join(parts) or 'an empty list')
     text = f'{x:.4g}' if isinstance(x, (float, np.floating)) else ' '.join(str(x).split())
     return text if len(text) < 80 else text[:77] + '...'
 
@@ -210,11 +211,10 @@ def _mark(exercise, fn, seed):
     return row
 
 # %% ../nbs/exercises.ipynb #ex-check
-def _logged(name, confidence, right):
-    "Put one answer into the session's log; ValueError for a confidence that is none."
+def _check_confidence(confidence):
+    "Raise ValueError for a confidence that is none."
     if not 0 <= confidence <= 1:
         raise ValueError(f"confidence is from 0 (surely wrong) to 1 (surely right), got {confidence!r}")
-    ANSWERS.add(name, confidence, right)
 
 
 @patch
@@ -225,10 +225,12 @@ def check(
     confidence: float = None,  # how sure the learner is that all will be right, 0..1; kept in ANSWERS
 ) -> Marks:
     "Ask a function the question of each seed; ValueError for a confidence outside 0..1."
+    if confidence is not None:
+        _check_confidence(confidence)
     rows = pd.DataFrame([_mark(self, fn, seed) for seed in seeds])
     marks = Marks(self.name, rows, confidence)
     if confidence is not None and marks.answered:
-        _logged(self.name, confidence, marks.score == 1)
+        ANSWERS.add(self.name, confidence, marks.score == 1)
     return marks
 
 # %% ../nbs/exercises.ipynb #quiz
@@ -268,10 +270,12 @@ def _quiz_row(number, question, answer):
 def _quiz_marks(questions, answers, confidence):
     "The marks of answers by number; what came with a confidence goes into the log."
     _check_numbers([*answers, *confidence], len(questions))
+    for c in confidence.values():
+        _check_confidence(c)
     rows = [_quiz_row(i, q, answers.get(i)) for i, q in enumerate(questions, 1)]
     for row, q in zip(rows, questions):
         if row['seed'] in confidence and row['answer'] is not None:
-            _logged(q.ask, confidence[row['seed']], row['mark'] == 'right')
+            ANSWERS.add(q.ask, confidence[row['seed']], row['mark'] == 'right')
     return Marks('quiz', pd.DataFrame(rows), confidence)
 
 # %% ../nbs/exercises.ipynb #quiz-class
@@ -298,7 +302,7 @@ class Quiz:
         answers,  # number of the question -> letter; what is left out is not answered yet
         confidence=None,  # number -> how sure, 0..1; kept in ANSWERS
     ):
-        "Marks of the answers; ValueError for questions or letters that the quiz does not have."
+        "Marks of the answers; ValueError for an unknown question or letter, or a confidence outside 0..1."
         return _quiz_marks(self.questions, answers, confidence or {})
 
 # %% ../nbs/exercises.ipynb #curve

@@ -92,7 +92,7 @@ class Price:
     mode: str  # a key of MODES
     leaky: float  # accuracy with it
     honest: float  # without
-    difference: Difference  # leaky minus honest, over the same patients
+    difference: Difference  # leaky minus honest, with its interval over patients
     compared: str  # what was compared, in words
 
     def __str__(self):

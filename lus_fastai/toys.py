@@ -74,7 +74,7 @@ def toy_frames(
     rng, (h, w) = np.random.default_rng(seed), size
     y, x = np.mgrid[:h, :w]
     row, column = rng.uniform(0.3, 0.7) * h, rng.uniform(0.2, 0.4) * w
-    columns = column + np.arange(n)[:, None, None] * w / (3 * n)  # (n, 1, 1): a third of the width in all
+    columns = column + np.arange(n)[:, None, None] * w / (3 * n)  # (n, 1, 1): almost a third of the width
     disc = np.hypot(y - row, x - columns) < min(size) / 5  # (n, h, w)
     images = 60 + 120 * disc + rng.normal(0, 10, disc.shape)
     return images.clip(0, 255).astype(np.uint8), np.where(disc, 1, 6).astype(np.uint8)

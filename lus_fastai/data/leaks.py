@@ -532,7 +532,8 @@ def no_anatomy(
     if found:
         says = f"{and_more(found)} predict(s) the label of patients on the other side"
     if split.looks is None:
-        says += '; what lies outside the fan was not looked at (no frame store)'
+        why = 'no frame store' if split.store is None else 'without look_outside'
+        says += f'; what lies outside the fan was not looked at ({why})'
     sure = rows['risk'].min() <= _RISK
     return 'leak' if sure else 'warning' if found else 'clean', says, rows
 

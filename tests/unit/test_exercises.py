@@ -104,4 +104,22 @@ def test_a_log_goes_on_in_its_file(tmp_path):
 def test_a_confidence_is_a_probability(confidence):
     with pytest.raises(ValueError, match='from 0'):
         double.check(lambda x: x, confidence=confidence)
+    with pytest.raises(ValueError, match='from 0'):
+        double.check(lambda x: None, confidence=confidence)  # not answered yet
     assert E.ANSWERS.rows == []
+
+
+def test_a_confidence_in_a_quiz_is_checked_without_an_answer():
+    quiz = E.Quiz([E.Question('which', ['this', 'that'], 'so')])
+    with pytest.raises(ValueError, match='from 0'):
+        quiz.check({}, confidence={1: 90})
+    assert E.ANSWERS.rows == []
+
+
+@pytest.mark.parametrize(
+    'answer, shown',
+    [([], 'an empty list'), ([(0, 6), (1, 9)], '(0, 6), (1, 9)'), ((1, 2.5), '1, 2.5'), ([3], '3')],
+)
+def test_lists_are_shown_with_their_parts(answer, shown):
+    marks = E.Exercise('pairs', '', lambda s: s, lambda x: 'true').check(lambda x: answer, seeds=[0])
+    assert f'seed 0: answered {shown}, the answer is true' in repr(marks)
