@@ -303,7 +303,7 @@ def claims_over(
     a, alone, longer = (chain_row('random', row, masks) for row in (CHAIN[1], CHAIN[0], CHAIN[2]))
     texts = 'boxes help on ultrasound', 'and more than as many steps on masks'
     for text, b in zip(texts, (alone, longer)):
-        out.append(Claim(f'{text}, {masks} masks', a, b, 'IoU', 'chain', needs='patients by name'))
+        out.append(Claim(f'{text}, {masks} masks', a, b, 'IoU', 'chain', needs='images with known patients'))
     return tuple(out)
 
 
