@@ -83,6 +83,7 @@ TABLES = {  # whose name in the file says too little
     'detection': 'average precision',
     'difference to the phantom before': 'difference to an earlier version of the phantom',
     'external': 'COVID-19 against the rest, by patient',
+    'folds: mean and deviation': 'folds of the first seed: mean and deviation',
     'fixed 80': "the paper's headline: soft Dice on 80 fixed images",
     'labels': 'a part of the labels',
     'look-up': 'no network: the label of the most similar training frame',

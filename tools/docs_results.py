@@ -23,7 +23,7 @@ STORED = {  # the file that each paper's claims are judged by: its run on the da
 PAPER_PAGE = """\
 A cell is a score with its 95 % interval, a bootstrap over patients; [the chapter](../papers/{}.ipynb)
 explains rows and scores. Tables after the first of a protocol are folded. The *split* is a hash of which
-patient is in which fold: equal hashes, equal splits. A *quick run* is a demonstration of a few minutes: it
+patient is in which fold: equal hashes, equal splits. A *quick run* is a small demonstration: it
 shows that the code runs, not what is true.
 """
 SUMMARY = """\
@@ -235,7 +235,7 @@ def remarks(
     ]
     if len(results.get('builds', [])) > 1:
         apart = [
-            f"{', '.join(b['trainings'])}: torch {b['torch']}, {b['device']}, {b['precision']}"
+            f"{', '.join(b['trainings'])}: torch {b['torch']}, {_device(b['device'])}, {b['precision']}"
             for b in results['builds']
         ]
         out.append(f"- Trained apart: {plain('; '.join(apart))}.")
@@ -254,6 +254,9 @@ def run_section(
     special = [x for x in (RUNS.get(stem), 'quick run' * stem.endswith('-quick')) if x]
     out = [f"## Data: {plain(', '.join([DATA.get(data, data), *special]))}", '']
     out += [f'{run_facts(r)} Every number is in {code(f"results/{stem}.json")}.', '']
+    if changed := changed_settings(r, paper):
+        names = ', '.join(map(code, changed))
+        out += [f'Settings of this command that have changed since or are new: {names}.', '']
     for name in dict.fromkeys(c.get('protocol', '') for c in r.get('cells', [])):
         out += protocol_section(r, name, paper)
     return out + difference_section(r, paper) + remarks(r, paper)
@@ -267,13 +270,40 @@ def run_facts(
     minutes = max(1, round(60 * hours))
     spent = f'{hours:.1f} hours' if hours >= 0.1 else f"{minutes} minute{'s' * (minutes != 1)}"
     took = f'{spent} of training' if hours else 'no network was trained'
-    device = re.sub(r'\b1 threads$', '1 thread', results.get('device', '?'))  # as older files have it
     seeds = list(map(str, results.get('seeds', [])))
     phantom = results.get('versions', {}).get('phantom', '1')
     return (
-        f"{code(results.get('command', '?'))}: {took} on {plain(device)}; "
+        f"{code(results.get('command', '?'))}: {took} on {plain(_device(results.get('device', '?')))}; "
         f"seed{'s' * (len(seeds) != 1)} {plain(', '.join(seeds))}; version {plain(phantom)} of the phantom."
     )
+
+
+def _device(text):
+    "A device, one thread as newer files have it."
+    return re.sub(r'\b1 threads$', '1 thread', text)
+
+
+def changed_settings(
+    results: dict,  # of a file
+    paper: str,  # its module
+) -> list:  # names, sorted; empty where the command or its settings are not known
+    "Settings that the same command would take otherwise today."
+    from dataclasses import asdict
+    from importlib import import_module
+
+    from lus_fastai.cli import _settings_of
+
+    typed = re.fullmatch(rf'lus_repro {paper}( [^"]*)?(?:"(.*)")?', results.get('command', ''))
+    module = typed and import_module(f'lus_fastai.papers.{paper}')
+    if not hasattr(module, 'DEFAULT'):
+        return []
+    text = typed[2] or ('QUICK' if '--quick' in (typed[1] or '') else '')
+    today = json.loads(json.dumps(asdict(_settings_of(module, text))))
+    changed = set()
+    for protocol in results['protocols'].values():
+        then = protocol.get('settings', today)
+        changed |= {k for k in {*then, *today} if k not in then or k not in today or then[k] != today[k]}
+    return sorted(changed)
 
 
 def module_of(

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -422,6 +423,22 @@ def test_a_short_run_took_minutes(results):
         (0, 'no network'),
     ):
         assert words in results.run_facts(dict(hours=hours))
+
+
+def test_settings_that_changed_since_a_run_are_named(results):
+    from lus_fastai.papers import gare
+
+    def changed(command, then):
+        return results.changed_settings(dict(command=command, protocols=dict(p=dict(settings=then))), 'gare')
+
+    today = json.loads(json.dumps(asdict(replace(gare.DEFAULT, folds=5))))
+    command = 'lus_repro gare --data pocus --settings "folds=5"'
+    assert changed(command, today) == []
+    assert changed('lus_repro gare --data pocus', today) == ['folds']
+    then = {k: v for k, v in today.items() if k != 'size'} | dict(width=3, gone=1)
+    assert changed(command, then) == ['gone', 'size', 'width']
+    quick = json.loads(json.dumps(asdict(gare.QUICK)))
+    assert changed('lus_repro gare --data phantom --quick', quick) == []
 
 
 def test_every_stored_protocol_has_a_title(results, tools):
