@@ -1,4 +1,4 @@
-"Small videos in each container that is read."
+"Small videos in each container that is read. Pixels are converted without threads: PyAV keeps them, and a fork in another thread hangs."
 
 import av
 import numpy as np
@@ -29,6 +29,7 @@ def video_bytes(path, kind, frames):
         stream = out.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:], pixels
         for x in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(x, format='gray').reformat(format=pixels)))
+            frame = av.VideoFrame.from_ndarray(x, format='gray').reformat(format=pixels, threads=1)
+            out.mux(stream.encode(frame))
         out.mux(stream.encode())
     return path.read_bytes()

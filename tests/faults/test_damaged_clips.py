@@ -277,7 +277,11 @@ def test_a_process_that_is_forked_after_frames_were_converted_reads_too(tmp_path
         stream = out.add_stream('ffv1', rate=10)
         stream.width, stream.height, stream.pix_fmt = 256, 256, 'bgr0'
         for x in np.random.default_rng(0).integers(0, 255, (4, 256, 256, 3), np.uint8):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(x, format='rgb24').reformat(format='bgr0')))
+            out.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(x, format='rgb24').reformat(format='bgr0', threads=1)
+                )
+            )
         out.mux(stream.encode())
     code = (
         'import os, sys\n'

@@ -354,7 +354,7 @@ def test_the_map_plays_in_browsers(model, clip, tmp_path):
     with av.open(str(tmp_path / 'map.mp4')) as box:
         stream = box.streams.video[0]
         form = stream.codec_context.name, stream.codec_context.pix_fmt
-        images = [f.to_ndarray(format='rgb24').astype(int) for f in box.decode(stream)]
+        images = [f.to_ndarray(format='rgb24', threads=1).astype(int) for f in box.decode(stream)]
     assert form == ('h264', 'yuv420p') and len(images) == 8
     top = images[0][:-76] if len(images[0]) > 76 else images[0]
     assert (np.ptp(top, axis=2) > 30).any()  # there is colour
@@ -369,7 +369,7 @@ def test_after_the_last_sampled_frame_there_is_no_map(model, frames, tmp_path):
     import av
 
     with av.open(str(tmp_path / 'map.mp4')) as box:
-        images = [f.to_ndarray(format='rgb24').astype(int) for f in box.decode(video=0)]
+        images = [f.to_ndarray(format='rgb24', threads=1).astype(int) for f in box.decode(video=0)]
     tinted = [(np.ptp(x[:-80], axis=2) > 30).any() for x in images]
     assert tinted[0] and not any(tinted[8:]) and len(images) == 24
 

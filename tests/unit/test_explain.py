@@ -683,7 +683,7 @@ def test_videos(tmp_path):
     assert sorted(p.name for p in (tmp_path / 'deep').iterdir()) == ['a.gif', 'a.mp4']
     with av.open(str(tmp_path / 'deep/a.mp4')) as box:
         stream = box.streams.video[0]
-        shown = [f.to_ndarray(format='rgb24').astype(int) for f in box.decode(stream)]
+        shown = [f.to_ndarray(format='rgb24', threads=1).astype(int) for f in box.decode(stream)]
         assert (
             len(shown) == 10
             and shown[0].shape == (32, 46, 3)

@@ -47,7 +47,7 @@ def read(path):
     import av
 
     with av.open(str(path)) as video:
-        return np.stack([f.to_ndarray(format='gray') for f in video.decode(video=0)])
+        return np.stack([f.to_ndarray(format='gray', threads=1) for f in video.decode(video=0)])
 
 
 @settings(max_examples=25, deadline=None)
