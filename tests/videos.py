@@ -1,4 +1,4 @@
-"Small videos in each container that is read. Pixels are converted without threads: PyAV keeps them, and a fork in another thread hangs."
+"Small videos in each container that is read; converted without threads, which PyAV keeps and a fork lacks."
 
 import av
 import numpy as np
