@@ -9,18 +9,18 @@ __all__ = ['PRETRAININGS', 'TABLE3', 'BACKBONES', 'LITE0', 'CHAIN', 'CHAIN_MASKS
            'DEFAULT', 'QUICK', 'PAPER', 'PROTOCOLS', 'chain_row', 'Variant', 'theirs', 'their_gain', 'failed_steps',
            'read_step_one', 'table3_variant', 'claims_over', 'claims_table', 'table3_grids', 'plot_table3',
            'chain_curves', 'plot_chain', 'StepSettings', 'MerandSettings', 'box_targets', 'phantom_first', 'reads_real',
-           'first_images', 'target_images', 'lesion_images', 'StepImages', 'Split', 'target_folds', 'target_splits',
-           'in_headline', 'left_out_text', 'variants', 'part_protocols', 'LabelLoss', 'ImageLoss', 'first_network',
-           'first_dls', 'note_build', 'bound_folder', 'trivial_answers', 'first_scores', 'first_run', 'first_gain',
-           'BoxLoss', 'first_weights', 'started', 'after_boxes', 'repeated_rows', 'fit_steps', 'box_images', 'box_step',
-           'SaveLast', 'count_columns', 'count_table', 'holdout_loss', 'rotation_epochs', 'train_fold', 'counted',
-           'target_run', 'count_stack', 'resampled_iou', 'run_scores', 'pooled_iou', 'image_dice', 'count_difference',
-           'chain_split', 'chain_numbers', 'some_masks', 'chain_boxes', 'chain_run', 'chain_name', 'run_folder',
-           'step_seconds', 'first_seconds', 'target_seconds', 'chain_seconds', 'chain_rows', 'chain_trainings',
-           'target_name', 'variant_trainings', 'trainings_of', 'not_run', 'iou_cells', 'loss_cells', 'MerandRun',
-           'describe', 'first_stage', 'target_stage', 'chain_stage', 'compared_with', 'compare_stage', 'score_parts',
-           'reproduce', 'step_points', 'plot_points', 'reconstructions', 'plot_reconstructions', 'plot_examples',
-           'merand_report']
+           'first_source', 'first_images', 'target_images', 'lesion_images', 'StepImages', 'Split', 'target_folds',
+           'target_splits', 'in_headline', 'left_out_text', 'variants', 'part_protocols', 'LabelLoss', 'ImageLoss',
+           'first_network', 'first_dls', 'note_build', 'bound_folder', 'trivial_answers', 'first_scores', 'first_run',
+           'first_gain', 'BoxLoss', 'first_weights', 'started', 'after_boxes', 'repeated_rows', 'fit_steps',
+           'box_images', 'box_step', 'SaveLast', 'count_columns', 'count_table', 'holdout_loss', 'rotation_epochs',
+           'train_fold', 'counted', 'target_run', 'count_stack', 'resampled_iou', 'run_scores', 'pooled_iou',
+           'image_dice', 'count_difference', 'chain_split', 'chain_numbers', 'some_masks', 'chain_boxes', 'chain_run',
+           'chain_name', 'run_folder', 'step_seconds', 'first_seconds', 'target_seconds', 'chain_seconds', 'chain_rows',
+           'chain_trainings', 'target_name', 'variant_trainings', 'trainings_of', 'not_run', 'iou_cells', 'loss_cells',
+           'MerandRun', 'describe', 'first_stage', 'target_stage', 'chain_stage', 'compared_with', 'compare_stage',
+           'score_parts', 'reproduce', 'step_points', 'plot_points', 'reconstructions', 'plot_reconstructions',
+           'plot_examples', 'merand_report']
 
 # %% ../../nbs/papers/merand.ipynb #c003
 from dataclasses import asdict, dataclass, field, replace
@@ -323,11 +323,15 @@ def _first_of(label):
 def claims_table(
     results: dict,  # from read_results
 ) -> pd.DataFrame:  # as verdicts gives it
-    "The claims with their paired differences and verdicts; none on a first step that has failed."
-    s = next(iter(results['protocols'].values())).get('settings', {})
+    "The claims and verdicts; none on a first step that failed, or had the phantom in place of CheXpert."
+    protocols = results['protocols']
+    s = next(iter(protocols.values())).get('settings', {})
     claims = claims_over(s.get('backbone', LITE0), s.get('chain_main', CHAIN_MASKS))
     table, failed = verdicts(results, claims), failed_steps(results)
-    lost = [bool({_first_of(c.a), _first_of(c.b)} & set(failed)) for c in claims]
+    first = [{_first_of(c.a), _first_of(c.b)} - {''} for c in claims]
+    if results.get('data') == 'real' and protocols.get('first', {}).get('source') == 'the chest phantom':
+        table.loc[map(bool, first), ['verdict', 'it would take']] = 'cannot tell', claims[0].needs
+    lost = [bool(f & set(failed)) for f in first]
     table.loc[lost, ['verdict', 'it would take']] = 'cannot tell', _FIRST_NEEDED
     return table
 
@@ -556,6 +560,13 @@ def reads_real(
 ) -> bool:  # whether it is to be read, and lies under LUS_DATA
     "Whether a step has its own data set."
     return data == 'real' and (real_data() / name).is_dir()
+
+
+def first_source(
+    data: str,  # 'phantom' or 'real'
+) -> str:  # as results name it
+    "Where the radiographs of the first step come from."
+    return 'CheXpert' if reads_real(data, 'chexpert') else 'the chest phantom'
 
 
 def first_images(
@@ -1595,7 +1606,7 @@ def first_stage(
     if held is None:  # SimCLR has no such score
         return e.trained.append(path)
     table = run.images.first[0].table
-    describe(run, 'first', table, patient_shares(table))
+    describe(run, 'first', table, patient_shares(table), source=first_source(e.data))
     score, trivial = _TRIVIAL[variant.first]
     sign = 1 if score == 'exact match' else -1  # of an error less is more
     row = dict(row=label, protocol='first')
