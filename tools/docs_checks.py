@@ -200,6 +200,19 @@ def tag_faults(
     return faults
 
 
+def option_faults(
+    cell,  # of a notebook that nbdev has processed
+) -> list:  # sentences
+    "Options that YAML cannot read: Quarto would stop at the page."
+    faults = []
+    for key, value in split_options(joined(cell['source']))[0].items():
+        try:
+            yaml.safe_load(f'{key}: {value}')
+        except yaml.YAMLError as e:
+            faults.append(f'"#| {key}" is no YAML ({e.problem}): quote it')
+    return faults
+
+
 def line_faults(
     cell,  # of a notebook that nbdev has processed
 ) -> list:  # sentences
@@ -227,7 +240,7 @@ def cell_faults(
         elif call := undocumented(c):
             found = [f'{call[0]} has no documentation: {told(c)}']
         else:
-            found = figure_faults(c) + tag_faults(c) + line_faults(c)
+            found = figure_faults(c) + tag_faults(c) + option_faults(c) + line_faults(c)
         faults += [f'cell {name}: {what}' for what in found]
     return faults
 

@@ -183,6 +183,10 @@ LABEL, CAPTION, ALT = '#| label: fig-a', '#| fig-cap: "A curve."', '#| fig-alt: 
         (code(f'{LABEL}\n{ALT}\nplot()', shown(**PNG)), 'its figure has no caption'),
         (code(f'{LABEL}\n{CAPTION}\nplot()', shown(**PNG)), 'its figure has no alternative text'),
         (code(f'{CAPTION}\n{ALT}\nplot()', shown(**PNG)), 'its figure has no label'),
+        (
+            code(f'{LABEL}\n#| fig-cap: A curve: it falls.\n{ALT}\nplot()', shown(**PNG)),
+            '"#| fig-cap" is no YAML',
+        ),
         (code('x = 1\n#| hide'), '"#| hide" stands below code, so it would show'),
         (code('#| hidden\nx = 1'), '"#| hidden" is no option that Quarto knows'),
         (code('fig', shown(**{'text/plain': '<Figure size 640x480 with 1 Axes>'})), 'would show as <Figure'),
