@@ -39,7 +39,7 @@ def logo() -> str:  # SVG
     ]
     lines.append(f'<path d="M {at(27, 11)} L {at(66, 10)} L {at(66, 14)} Z" fill="#ffffff" opacity=".85"/>')
     body = '\n'.join(lines)
-    size = f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {SIZE} {SIZE}"'  # no width, nothing shown in a navbar
+    size = f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {SIZE} {SIZE}"'  # no width: a navbar shows none
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n{body}\n</svg>\n'
 
 
