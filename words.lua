@@ -1,0 +1,27 @@
+-- A short word with hyphens, such as X-Unet or COVID-19, stays in one line of a table; styles.css has the class.
+-- Quarto and tools/preview.py run this filter; tools/docs.py copies it to nbs/.
+local WORD, LONGEST = '[%w_.]+%-[%w_.%-]*%w', 16
+
+local function is_short(text)
+  local word = text:match(WORD)
+  return word and #word <= LONGEST
+end
+
+local function whole(text)
+  return is_short(text) and '<span class="word">' .. text .. '</span>' or text
+end
+
+function Table(t)
+  return t:walk({
+    Str = function(s) return is_short(s.text) and pandoc.Span({ s }, { class = 'word' }) or nil end,
+  })
+end
+
+function RawBlock(b) -- of pandas
+  if b.format:find('html') then
+    local text = b.text:gsub('<table.-</table>', function(t)
+      return t:gsub('>[^<>]+<', function(said) return said:gsub(WORD, whole) end)
+    end)
+    return pandoc.RawBlock(b.format, text)
+  end
+end
