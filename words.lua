@@ -1,6 +1,8 @@
--- A short word with hyphens, such as X-Unet or COVID-19, stays in one line of a table; styles.css has the class.
+-- A short word with hyphens, such as X-Unet or COVID-19, stays in one line of a table, and sentences in tables of
+-- pandas are marked as such; styles.css has both classes.
 -- Quarto and tools/preview.py run this filter; tools/docs.py copies it to nbs/.
 local WORD, LONGEST = '[%w_.]+%-[%w_.%-]*%w', 16
+local SENTENCE = 41 -- characters
 
 local function is_short(text)
   local word = text:match(WORD)
@@ -20,7 +22,8 @@ end
 function RawBlock(b) -- of pandas
   if b.format:find('html') then
     local text = b.text:gsub('<table.-</table>', function(t)
-      return t:gsub('>[^<>]+<', function(said) return said:gsub(WORD, whole) end)
+      t = t:gsub('<td>([^<]+)', function(s) return #s >= SENTENCE and '<td class="sentence">' .. s or nil end)
+      return (t:gsub('>[^<>]+<', function(said) return (said:gsub(WORD, whole)) end))
     end)
     return pandoc.RawBlock(b.format, text)
   end

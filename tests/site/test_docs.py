@@ -667,6 +667,9 @@ def test_short_words_with_hyphens_stay_whole_in_tables():
     page = made(f'```{{=html}}\n<style>#T-a-b {{}}</style><table><tr>{cell}</tr></table><p>a-b</p>\n```\n')
     whole = cell.replace('pocus-17', '<span class="word">pocus-17</span>')
     assert page.strip() == f'<style>#T-a-b {{}}</style><table><tr>{whole}</tr></table><p>a-b</p>'
+    table = '```{{=html}}\n<table class="dataframe"><tr><td>{}</td></tr></table>\n```\n'
+    assert '<td class="sentence">' in made(table.format('a sentence ' * 4))
+    assert '<td>a sentence' in made(table.format('a sentence ' * 3))
     assert '.word { white-space: nowrap; }' in (ROOT / 'styles.css').read_text(encoding='utf-8')
 
 
