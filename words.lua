@@ -13,13 +13,26 @@ local function whole(text)
   return is_short(text) and '<span class="word">' .. text .. '</span>' or text
 end
 
-function Table(t)
+local function mark_sentences(t)
+  for _, body in ipairs(t.bodies) do
+    for _, row in ipairs(body.body) do
+      for i, cell in ipairs(row.cells) do
+        local said = #pandoc.utils.stringify(cell.contents) >= SENTENCE
+        if i > body.row_head_columns and said then cell.classes:insert('sentence') end
+      end
+    end
+  end
+  return t
+end
+
+function Table(t) -- Quarto makes tables of those of pandas, too
+  if t.classes:includes('dataframe') then t = mark_sentences(t) end
   return t:walk({
     Str = function(s) return is_short(s.text) and pandoc.Span({ s }, { class = 'word' }) or nil end,
   })
 end
 
-function RawBlock(b) -- of pandas
+function RawBlock(b) -- of pandas, for Pandoc alone
   if b.format:find('html') then
     local text = b.text:gsub('<table.-</table>', function(t)
       t = t:gsub('<td>([^<]+)', function(s) return #s >= SENTENCE and '<td class="sentence">' .. s or nil end)

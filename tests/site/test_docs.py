@@ -653,9 +653,9 @@ def test_the_picture_of_a_page_has_its_path_and_the_width(tools):
 def test_short_words_with_hyphens_stay_whole_in_tables():
     import pypandoc
 
-    def made(text):
+    def made(text, kind='markdown'):
         return pypandoc.convert_text(
-            text, 'html', 'markdown', ['--wrap=none', f'--lua-filter={ROOT / "words.lua"}']
+            text, 'html', kind, ['--wrap=none', f'--lua-filter={ROOT / "words.lua"}']
         )
 
     long = 'pocus-northumbria-0409'
@@ -670,6 +670,10 @@ def test_short_words_with_hyphens_stay_whole_in_tables():
     table = '```{{=html}}\n<table class="dataframe"><tr><td>{}</td></tr></table>\n```\n'
     assert '<td class="sentence">' in made(table.format('a sentence ' * 4))
     assert '<td>a sentence' in made(table.format('a sentence ' * 3))
+    cells = '<tr><td>{}</td><td>a-b</td></tr>'.format('a sentence ' * 4)
+    page = made(f'<table class="dataframe">{cells}</table>', 'html')  # as Quarto reads it
+    assert '<td class="sentence">' in page and page.count('class="word"') == 1 == page.count('sentence">')
+    assert 'sentence">' not in made(f'<table>{cells}</table>', 'html')
     assert '.word { white-space: nowrap; }' in (ROOT / 'styles.css').read_text(encoding='utf-8')
 
 
