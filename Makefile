@@ -72,6 +72,6 @@ bench: $(STAMP)
 
 clean:
 	rm -rf .venv .plain build dist *.egg-info _docs _preview _proc nbs/results .pytest_cache .hypothesis
-	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/references.bib
+	rm -f nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml nbs/styles.css nbs/words.lua nbs/references.bib
 	rm -f nbs/api.qmd nbs/notebooks.qmd nbs/references.qmd nbs/results.qmd
 	find lus_fastai tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

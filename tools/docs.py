@@ -166,7 +166,7 @@ of Merand and Klein (2021) no record was found, and of Gare et al. (2021) none t
 ::: {#refs}
 :::
 """
-COPIED = 'styles.css', 'references.bib'  # what Quarto looks for beside the pages
+COPIED = 'styles.css', 'words.lua', 'references.bib'  # what Quarto looks for beside the pages
 
 
 def made_pages(

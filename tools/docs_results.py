@@ -11,6 +11,7 @@ from docs_names import DATA, PAGES, RUNS, TABLES, protocol_title, shown_name
 LONG = 24  # characters of a row's name that leave room for one score less
 PAGE = 93  # characters of a table that fit the page
 PAPER = ' (paper: '  # before their number
+CLAIM = 30  # characters of a claim that have room beside what is said of it
 COLUMNS = 4  # scores beside one another that fit the page
 FEW = '\N{NO-BREAK SPACE}†'  # beside what was trained too little
 STORED = {  # the file that each paper's claims are judged by: its run on the data that come closest
@@ -95,10 +96,11 @@ def heading(
 def table(
     head: list,  # of columns
     rows: list,  # of lists of texts
+    least: int = 13,  # characters of the first column, where it has so many
 ) -> list:  # lines of Markdown
     "A Markdown table; columns are as wide as their longest text, the first as what they leave of the page."
     widths = [min(40, max(map(_width, column))) for column in zip(head, *rows)]
-    widths[0] = min(widths[0], max(13, PAGE - sum(w + 2 for w in widths[1:])))
+    widths[0] = min(widths[0], max(least, PAGE - sum(w + 2 for w in widths[1:])))
     out = ['| ' + ' | '.join(map(plain, head)) + ' |', '|' + '|'.join('-' * (w + 2) for w in widths) + '|']
     return out + ['| ' + ' | '.join(map(plain, r)) + ' |' for r in rows] + ['']
 
@@ -126,11 +128,22 @@ def portions(
     return [o[i * len(o) // parts : (i + 1) * len(o) // parts] for i in range(parts)]
 
 
+def without_empty(
+    head: list,  # of columns
+    rows: list,  # of lists of texts
+) -> tuple:  # head and rows
+    "Only the columns that say something in some row; the first is kept."
+    kept = [i for i in range(len(head)) if not i or any(r[i] not in ('', '–') for r in rows)]
+    return [head[i] for i in kept], [[r[i] for i in kept] for r in rows]
+
+
 def pivot(
     cells: list,  # of one table of one protocol
     marked: tuple = (),  # rows that were trained too little
 ) -> list:  # lines of Markdown
-    "Rows against scores, each cell a number with its interval; the longer of both goes down the page."
+    "Rows against scores that have a number, with its interval; the longer of both goes down the page."
+    scored = {c['column'] for c in cells if c['ours'] is not None}
+    cells = [c for c in cells if c['column'] in scored]
     rows, columns = ([*dict.fromkeys(c[k] for c in cells)] for k in ('row', 'column'))
     text = {}
     for c in cells:
@@ -143,7 +156,7 @@ def pivot(
             [[shown_name(c), *(text.get((r, c), '') for r in rows)] for c in columns],
         )
     out = []
-    most = COLUMNS - (max(map(len, shown.values())) > LONG)
+    most = COLUMNS - (max(map(len, shown.values()), default=0) > LONG)
     for some in portions(columns, most):
         full = [r for r in rows if any((r, c) in text for c in some)]
         head = ['', *map(shown_name, some)]
@@ -233,15 +246,31 @@ def remarks(
         f"({len(why)} training{'s' * (len(why) > 1)}; {plain(why[0])})."
         for (protocol, row), why in undertrained(results).items()
     ]
-    if len(results.get('builds', [])) > 1:
+    if len(builds := distinct_builds(results)) > 1:
         apart = [
-            f"{', '.join(b['trainings'])}: torch {b['torch']}, {_device(b['device'])}, {b['precision']}"
-            for b in results['builds']
+            f"{', '.join(b['trainings'])}: torch {b['torch']}, {b['device']}, {b['precision']}"
+            for b in builds
         ]
         out.append(f"- Trained apart: {plain('; '.join(apart))}.")
     if results.get('not_run'):
-        out.append(f"- Not run: {plain(', '.join(results['not_run']))}.")
+        out.append(f"- Not run: {plain('; '.join(results['not_run']))}.")
     return folded(f'What to know of the trainings ({len(out)} remarks)', [*out, '']) if out else []
+
+
+def distinct_builds(
+    results: dict,  # of a file
+) -> list:  # of builds, each with all of its trainings
+    "What trained what; builds that differ by the spelling of a device alone are one."
+    found = []
+    for build in results.get('builds', []):
+        about = {k: v for k, v in build.items() if k != 'trainings'}
+        about['device'] = _device(about['device'])
+        same = next((b for b in found if {**b, 'trainings': 0} == {**about, 'trainings': 0}), None)
+        if same is None:
+            found.append(dict(about, trainings=list(build['trainings'])))
+        else:
+            same['trainings'] += build['trainings']
+    return found
 
 
 def run_section(
@@ -253,7 +282,7 @@ def run_section(
     data = r.get('data', '?')
     special = [x for x in (RUNS.get(stem), 'quick run' * stem.endswith('-quick')) if x]
     out = [f"## Data: {plain(', '.join([DATA.get(data, data), *special]))}", '']
-    out += [f'{run_facts(r)} Every number is in {code(f"results/{stem}.json")}.', '']
+    out += [*command_block(r), f'{run_facts(r)} Every number is in {code(f"results/{stem}.json")}.', '']
     if changed := changed_settings(r, paper):
         names = ', '.join(map(code, changed))
         out += [f'Settings of this command that have changed since or are new: {names}.', '']
@@ -262,10 +291,17 @@ def run_section(
     return out + difference_section(r, paper) + remarks(r, paper)
 
 
+def command_block(
+    results: dict,  # of a file
+) -> list:  # lines of Markdown
+    "What was typed, as a block of code: a long command wraps there."
+    return ['```sh', code(results.get('command', '?')).strip('`'), '```', '']
+
+
 def run_facts(
     results: dict,  # of a file
 ) -> str:  # Markdown
-    "What was typed, how long it took, where, and with which seeds."
+    "How long it took, where, and with which seeds."
     hours = results.get('hours', 0)
     minutes = max(1, round(60 * hours))
     spent = f'{hours:.1f} hours' if hours >= 0.1 else f"{minutes} minute{'s' * (minutes != 1)}"
@@ -273,7 +309,7 @@ def run_facts(
     seeds = list(map(str, results.get('seeds', [])))
     phantom = results.get('versions', {}).get('phantom', '1')
     return (
-        f"{code(results.get('command', '?'))}: {took} on {plain(_device(results.get('device', '?')))}; "
+        f"{capital(took)} on {plain(_device(results.get('device', '?')))}; "
         f"seed{'s' * (len(seeds) != 1)} {plain(', '.join(seeds))}; version {plain(phantom)} of the phantom."
     )
 
@@ -417,16 +453,14 @@ def claim_section(
     head = ['claim', 'theirs', 'ours, their protocol', 'ours, honest', 'paired difference, honest', 'verdict']
     out = [f"## {plain(results['paper'])}", '', about, '']
     out += (
-        table(head, [r for r, _ in open_])
+        table(*without_empty(head, [r for r, _ in open_]), CLAIM)
         if open_
         else ['No difference that tests a claim is stored yet.', '']
     )
     if closed:
-        lines = table(
-            ['claim', 'theirs', 'verdict', 'it would take'],
-            [[r[0], r[1], r[5], n or 'the run'] for r, n in closed],
-        )
-        out += folded(f'Claims that no stored difference tests ({len(closed)})', lines)
+        head = ['claim', 'theirs', 'it would take']
+        lines = table(*without_empty(head, [[*r[:2], n or 'the run'] for r, n in closed]))
+        out += folded(f'Cannot tell: claims that no stored difference tests ({len(closed)})', lines)
     return out
 
 

@@ -242,6 +242,7 @@ def render_page(
         '--mathml',
         f'--template={tools / "preview.template"}',
         '--wrap=none',
+        f'--lua-filter={site.root / "words.lua"}',
     ]
     if (site.root / 'references.bib').is_file():
         options += [

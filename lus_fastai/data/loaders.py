@@ -492,10 +492,10 @@ def _legend(ax, entries):
             name,
             (j % 2 * 0.5, 0),
             xycoords='axes fraction',
-            xytext=(0, -4 - j // 2 * 11),
+            xytext=(0, -4 - j // 2 * 12),
             textcoords='offset points',
             color=np.array(color) * 0.8,
-            fontsize=8,
+            fontsize=9,
             va='top',
         )
 

@@ -413,9 +413,10 @@ def plot_embedding(
     marks = _marks(columns[style]) if style else {}
     lines = _traces(points, table, trace) if trace else []
     names = [sorted(columns[c].unique()) for c in by]
-    legends = [math.ceil(len(v) / figure_columns(v, 3.2)) for v in names if len(v) <= _MOST_NAMES]
+    width = min(3.3, 7.8 / len(by))  # of a panel; the page shows 7.8 inches
+    legends = [math.ceil(len(v) / figure_columns(v, width - 0.1)) for v in names if len(v) <= _MOST_NAMES]
     rows = max(legends, default=0) + bool(style)  # of the tallest legend
-    with figure_canvas(3.3 * len(by), 3.5 + 0.2 * rows) as fig:
+    with figure_canvas(width * len(by), width + 0.2 + 0.2 * rows) as fig:
         for ax, c in zip(fig.subplots(1, len(by), squeeze=False)[0], by):
             _colored_points(ax, points, columns[c], marks)
             for line in lines:

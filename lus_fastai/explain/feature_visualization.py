@@ -263,7 +263,8 @@ def _draw_columns(columns, titles):
     import matplotlib.pyplot as plt
 
     n, c = columns[0].shape[:2]
-    shape = dict(squeeze=False, figsize=(1.35 * len(columns), 1.5 * n), layout='constrained')
+    width = min(1.35, 7.8 / len(columns))  # of an image; the page shows 7.8 inches
+    shape = dict(squeeze=False, figsize=(width * len(columns), (width + 0.15) * n), layout='constrained')
     fig, axs = plt.subplots(n, len(columns), **shape)
     for column, images, title in zip(axs.T, columns, titles):
         column[0].set_title(title)

@@ -190,7 +190,7 @@ def their_report() -> pd.DataFrame:  # a row for each network
 # %% ../../nbs/papers/arora.ipynb #v-5
 def verdict_table(
     results: dict,  # from read_results
-) -> pd.DataFrame:  # network, theirs (their data), by file name, by patient, verdict, what it would take
+) -> pd.DataFrame:  # network, start, theirs (on their data, if any is theirs), ours, verdict, needs
     "The paper's first claim, and ours on other frames: how many of held-out files are named rightly."
     t, rows = leak_table(results).set_index(['label', 'group']), []
     starts = results['protocols']['patient']
@@ -203,7 +203,8 @@ def verdict_table(
         rows.append(
             dict(network=name, start=start, theirs=theirs, **ours, verdict='cannot tell', needs=needs)
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if table.theirs.any() else table.drop(columns='theirs')
 
 # %% ../../nbs/papers/arora.ipynb #c006-1
 @dataclass(frozen=True, repr=False)

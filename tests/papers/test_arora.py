@@ -264,6 +264,24 @@ def test_going_on_starts_from_the_network_of_the_held_out_fold(tmp_path, tiny):
     assert set(dls.train_ds.items['arrival']) == {'old'}
 
 
+def test_the_verdicts_have_a_column_of_theirs_where_a_network_is_theirs():
+    from lus_fastai.papers import arora
+    from lus_fastai.runs import cell
+
+    def columns(name):
+        scores = ('accuracy', 'accuracy by clip')
+        cells = [cell('classification', name, c, 0.5, (0.4, 0.6), protocol='patient') for c in scores]
+        table = arora.verdict_table(
+            dict(cells=cells, protocols={'patient': {f'weights of {name}': 'ImageNet'}})
+        )
+        assert table['by patient'].tolist() == ['0.500 [0.400, 0.600]']
+        return table.columns.tolist()
+
+    last = ['by patient', 'verdict', 'needs']
+    assert columns('resnet18') == ['network', 'start', 'theirs', *last]
+    assert columns('tf_efficientnet_lite0') == ['network', 'start', *last]
+
+
 def test_upper_left_is_read_and_cured():
     from lus_fastai.explain.attribution import saliency
     from lus_fastai.papers import arora

@@ -36,7 +36,16 @@ def checks(tools):
 def sources(tmp_path_factory):
     "A copy of what the site is made from, derived files included."
     folder = tmp_path_factory.mktemp('site')
-    tops = 'nbs', 'results', 'lus_fastai', '_quarto.yml', 'settings.ini', 'pyproject.toml', 'styles.css'
+    tops = (
+        'nbs',
+        'results',
+        'lus_fastai',
+        '_quarto.yml',
+        'settings.ini',
+        'pyproject.toml',
+        'styles.css',
+        'words.lua',
+    )
     for p in tracked():
         if p.relative_to(ROOT).parts[0] in (*tops, 'README.md', 'references.bib', 'ruff.toml'):
             to = folder / p.relative_to(ROOT)
@@ -424,7 +433,7 @@ def test_a_short_run_took_minutes(results):
         (0.01, '1 minute of'),
         (0.05, '3 minutes of'),
         (3.8, '3.8 hours of'),
-        (0, 'no network'),
+        (0, 'No network'),
     ):
         assert words in results.run_facts(dict(hours=hours))
 
@@ -501,6 +510,56 @@ def test_a_page_has_the_evidence(results):
     assert '- Trained too little: Dense, by patient (1 training; still falls).' in page
     assert '- Trained apart: dense-s0: torch 2, cpu, fp32; none-s0: torch 2, cpu, bf16.' in page
     assert '- Not run: none-s2.' in page
+
+
+def test_builds_that_differ_by_a_spelling_are_one(results):
+    build = dict(torch='2', device='cpu: x86_64, 1 threads', precision='fp32', numpy='2.4')
+    builds = [
+        dict(build, trainings=['a']),
+        dict(build, device='cpu: x86_64, 1 thread', trainings=['b']),
+        dict(build, device='cpu: x86_64, 2 threads', trainings=['c']),
+        dict(build, trainings=['d']),
+        dict(build, numpy='2.5', trainings=['e']),
+    ]
+    found = results.distinct_builds(dict(builds=builds))
+    assert [b['trainings'] for b in found] == [['a', 'b', 'd'], ['c'], ['e']]
+    assert [b['trainings'] for b in builds] == [['a'], ['b'], ['c'], ['d'], ['e']]  # left as they are
+    page = results.paper_pages({'gare-phantom': result(builds=builds[:2])})['gare']
+    assert 'Trained apart' not in page and 'What to know' not in page
+    for stem, run in results.read_all(ROOT / 'results').items():
+        devices = {re.sub('threads', 'thread', b['device']) for b in run.get('builds', [])}
+        assert ('Trained apart' in str(results.remarks(run, 'gare'))) == (len(devices) > 1), stem
+
+
+def test_what_was_typed_is_a_block_of_code(results):
+    command = "lus_repro gare --settings \"parts=('core',)\""
+    page = results.paper_pages({'gare-phantom': dict(result(), command=command)})['gare']
+    assert f'```sh\n{command}\n```\n\n1.5 hours of training on cpu; seed 0;' in page
+
+
+def test_a_column_without_a_value_is_not_shown(results):
+    rows = [['a', '–', '0.1', ''], ['b', '', '–', '–']]
+    assert results.without_empty(list('wxyz'), rows) == (['w', 'y'], [['a', '0.1'], ['b', '–']])
+    assert results.without_empty(['claim', 'x'], [['', '–']]) == (['claim'], [['']])
+    scores = [dict(row=r, column=c, ours=None) for r in 'ab' for c in ('F1', 'spread')]
+    scores[2]['ours'] = 0.5
+    assert results.pivot(scores)[0] == '|  | F1 |' and results.pivot(scores)[2:4] == [
+        '| a | – |',
+        '| b | 0.500 |',
+    ]
+    assert results.pivot(scores[:2]) == []
+
+
+def test_the_summary_has_no_column_without_a_value(sources):
+    page = (sources / 'nbs/results.qmd').read_text(encoding='utf-8')
+    tables = re.findall(r'(?:^\|.*\n)+', page, re.M)
+    cells = [[re.split(r' ?(?<!\\)\| ?', x)[1:-1] for x in t.splitlines() if x[:3] != '|--'] for t in tables]
+    assert len(tables) > 8
+    for head, *rows in cells:
+        for name, *column in zip(head, *rows):
+            assert set(column) - {'–', ''}, f'{name!r} of {rows[0][0]!r}'
+    [arora] = [t for t in cells if any('Grad-CAM' in r[0] for r in t) and 'verdict' in t[0]]
+    assert arora[0] == ['claim', 'paired difference, honest', 'verdict']
 
 
 def test_the_summary_has_every_claim_and_its_verdict(results, sources):
@@ -595,6 +654,33 @@ def test_the_picture_of_a_page_has_its_path_and_the_width(tools):
     assert name(Path('predict.html'), 1280) == 'predict-1280.png'
 
 
+def test_short_words_with_hyphens_stay_whole_in_tables():
+    import pypandoc
+
+    def made(text, kind='markdown'):
+        return pypandoc.convert_text(
+            text, 'html', kind, ['--wrap=none', f'--lua-filter={ROOT / "words.lua"}']
+        )
+
+    long = 'pocus-northumbria-0409'
+    table = f'| X-Unet | `a-b` |\n|---|---|\n| COVID-19, **A-line** | [k-Wave](a-b.html) {long} -0.5 |\n'
+    page = made(f'X-Unet\n\n{table}')
+    assert re.findall('<span class="word">(.*?)</span>', page) == ['X-Unet', 'COVID-19,', 'A-line', 'k-Wave']
+    assert '<p>X-Unet</p>' in page and '<code>a-b</code>' in page and 'href="a-b.html"' in page
+    cell = '<td data-id="a-b">pocus-17<br>[-0.5, 0.1]</td>'
+    page = made(f'```{{=html}}\n<style>#T-a-b {{}}</style><table><tr>{cell}</tr></table><p>a-b</p>\n```\n')
+    whole = cell.replace('pocus-17', '<span class="word">pocus-17</span>')
+    assert page.strip() == f'<style>#T-a-b {{}}</style><table><tr>{whole}</tr></table><p>a-b</p>'
+    table = '```{{=html}}\n<table class="dataframe"><tr><td>{}</td></tr></table>\n```\n'
+    assert '<td class="sentence">' in made(table.format('a sentence ' * 4))
+    assert '<td>a sentence' in made(table.format('a sentence ' * 3))
+    cells = '<tr><td>{}</td><td>a-b</td></tr>'.format('a sentence ' * 4)
+    page = made(f'<table class="dataframe">{cells}</table>', 'html')  # as Quarto reads it
+    assert '<td class="sentence">' in page and page.count('class="word"') == 1 == page.count('sentence">')
+    assert 'sentence">' not in made(f'<table>{cells}</table>', 'html')
+    assert '.word { white-space: nowrap; }' in (ROOT / 'styles.css').read_text(encoding='utf-8')
+
+
 def test_links_lead_to_pages_of_the_preview(tools):
     to_html, home = tools('preview').to_html, 'https://lus.org/site'
     assert to_html('../core.ipynb#a', 'data/store.ipynb', home) == '../core.html#a'
@@ -604,6 +690,13 @@ def test_links_lead_to_pages_of_the_preview(tools):
 
 def test_every_folder_of_pages_is_cleaned_and_ignored():
     ignored, make = ((ROOT / n).read_text(encoding='utf-8') for n in ('.gitignore', 'Makefile'))
-    for name in ('_preview', 'nbs/api.qmd', 'nbs/results.qmd', 'nbs/references.bib', 'nbs/results/'):
+    for name in (
+        '_preview',
+        'nbs/api.qmd',
+        'nbs/results.qmd',
+        'nbs/references.bib',
+        'nbs/words.lua',
+        'nbs/results/',
+    ):
         assert name in ignored and name.removesuffix('/') in make, name
     assert Path(ROOT / 'tools/preview.template').is_file()

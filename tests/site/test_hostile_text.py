@@ -199,7 +199,8 @@ def hostile_results(text):
     difference |= dict(p=0.5, spread=None, trainings=1)
     training = {text: dict(protocol=text, row=text, reasons=[text])}
     parts = dict(cells=cells, protocols=about, differences=[difference], trainings=training)
-    parts |= dict(builds=[dict(trainings=[text], torch=text, device=text, precision=text)] * 2)
+    build = dict(trainings=[text], torch=text, device=text, precision=text)
+    parts |= dict(builds=[build, dict(build, precision='fp32')])
     facts = dict(paper=text, data=text, seeds=[text], hours=1.5, device=text, command=text, not_run=[text])
     return dict(facts, versions=dict(phantom=text), **parts)
 
