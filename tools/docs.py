@@ -149,7 +149,7 @@ allowed_out_metadata_keys = ["image/png"]
 doc_procs = [
     "docs_cells:SiteLinks", "docs_cells:unlink_private", "docs_cells:hide_private",
     "docs_cells:steady_defaults", "docs_cells:plain_outputs", "docs_cells:break_heads",
-    "docs_cells:fit_code", "docs_cells:fold_code",
+    "docs_cells:fit_code", "docs_cells:fold_code", "docs_cells:name_pictures",
 ]
 '''
 

@@ -126,6 +126,14 @@ def unlink_private(
         cell.source = _nested.sub(r'[\1\2\3](', text)
 
 
+def name_pictures(
+    cell,  # of a notebook that nbdev has processed; changed in place
+):
+    "Give a picture its caption as alternative text: Quarto gives one that stands alone a caption only."
+    if cell.cell_type == 'markdown':
+        cell.source = re.sub(r'^!\[([^\]"]+)\]\(\S+\)$', r'\g<0>{fig-alt="\1"}', cell.source, flags=re.M)
+
+
 def steady_defaults(
     cell,  # of a notebook that nbdev has processed; changed in place
 ):

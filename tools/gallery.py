@@ -46,7 +46,7 @@ def gallery_page(
         (folder / f'thumbs/{name}.png').write_bytes(e['png'])
         image = f'[![{e["alt"]}](thumbs/{name}.png)]({name}.ipynb)'
         blocks.append(
-            f'::: {{.g-col-12 .g-col-md-4}}\n{image}\n\n**[{e["title"]}]({name}.ipynb)**\\\n{e["line"]}\n:::'
+            f'::: {{.g-col-12 .g-col-md-4}}\n{image}\\\n**[{e["title"]}]({name}.ipynb)**\\\n{e["line"]}\n:::'
         )
     page = folder / 'index.qmd'
     page.write_text(f'{HEAD}\n:::: {{.grid .gallery}}\n' + '\n\n'.join(blocks) + '\n::::\n', encoding='utf-8')

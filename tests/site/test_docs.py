@@ -351,6 +351,12 @@ def test_private_names_are_no_links(cells):
     assert cell.source == '`_a` and [`b`](https://lus.org/b.html#b)'
 
 
+def test_a_picture_that_stands_alone_has_alternative_text(cells):
+    cell = Cell(markdown('![A fan.](a.png)\n\nwords ![b](b.png)\n\n[![c](c.png)](c.ipynb)'))
+    cells.name_pictures(cell)
+    assert cell.source == '![A fan.](a.png){fig-alt="A fan."}\n\nwords ![b](b.png)\n\n[![c](c.png)](c.ipynb)'
+
+
 def test_a_link_holds_no_other_link(cells):
     cell = Cell(markdown('see [the `b`](../b.ipynb), [`c`](c.ipynb#c) and [d](d.ipynb)'))
     right = cell.source
