@@ -32,7 +32,8 @@ A claim is judged by the *paired difference* over patients, under a protocol tha
 training and test and picks nothing on the test set; by [rule](papers/experiment.ipynb), not by judgement.
 *Confirmed*: the interval is above 0. *Reversed*: it is below. *Not seen*: it holds 0 and leaves out what the
 paper reports.
-*Cannot tell*: it holds both, a row was trained too little, or nothing was measured.
+*Cannot tell*: it holds both, a row was trained too little, a first step saw simulated radiographs in place of the
+paper's (Merand), or nothing was measured.
 """
 DIFFERENCES = (
     'The score of the one minus that of the other, with its 95 % interval: each resample draws the same '
@@ -436,9 +437,13 @@ def claim_section(
     name: str,  # of the paper's module
 ) -> list:  # lines of Markdown
     "A paper's claims, those that were measured on top, the others folded."
+    from importlib import import_module
+
     from lus_fastai.papers.experiment import verdicts
 
-    judged, few, open_, closed = verdicts(results, claims), undertrained(results), [], []
+    own = getattr(import_module(f'lus_fastai.papers.{name}'), 'claims_table', None)  # with rules of its own
+    judged = own(results) if own else verdicts(results, claims)
+    few, open_, closed = undertrained(results), [], []
     for claim, (_, v) in zip(claims, judged.iterrows()):
         same, honest = _both(results, claim, claim.as_theirs), _both(results, claim, claim.protocol)
         short = ', trained too little' * any((claim.protocol, r) in few for r in (claim.a, claim.b))
