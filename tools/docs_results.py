@@ -32,8 +32,8 @@ A claim is judged by the *paired difference* over patients, under a protocol tha
 training and test and picks nothing on the test set; by [rule](papers/experiment.ipynb), not by judgement.
 *Confirmed*: the interval is above 0. *Reversed*: it is below. *Not seen*: it holds 0 and leaves out what the
 paper reports.
-*Cannot tell*: it holds both, a row was trained too little, a first step saw simulated radiographs in place of the
-paper's (Merand), or nothing was measured.
+*Cannot tell*: it holds both, a row was trained too little, a first step saw simulated radiographs in place of
+the paper's (Merand), or nothing was measured.
 """
 DIFFERENCES = (
     'The score of the one minus that of the other, with its 95 % interval: each resample draws the same '

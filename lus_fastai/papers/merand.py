@@ -568,7 +568,7 @@ def first_source(
     "Where the radiographs of the first step come from."
     return 'CheXpert' if reads_real(data, 'chexpert') else 'the chest phantom'
 
-
+# %% ../../nbs/papers/merand.ipynb #c011-b
 def first_images(
     data: str,  # 'phantom' or 'real'
     settings: StepSettings,  # sizes
