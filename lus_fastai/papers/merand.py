@@ -271,6 +271,7 @@ _PAIRS = (  # claim, row and column of a, row and column of b
     ('labels alone help', ('classifier', _ENCODER), ('none', _ENCODER)),
     ('boxes alone help', ('boxes', _ENCODER), ('none', _ENCODER)),
     ('labels add to boxes', ('classifier, boxes', _ENCODER), ('boxes', _ENCODER)),
+    ('boxes add to labels', ('classifier, boxes', _ENCODER), ('classifier', _ENCODER)),
     ('images add to boxes', ('autoencoder, boxes', _ENCODER), ('boxes', _ENCODER)),
     ('images alone help', ('autoencoder', _ENCODER), ('none', _ENCODER)),
     ('both halves beat the encoder', ('autoencoder, boxes', _BOTH), ('autoencoder, boxes', _ENCODER)),
@@ -1732,7 +1733,8 @@ def compared_with(
     if variant.row != 'none':
         out.append(replace(variant, row='none', moved='encoder', early=0))
     if variant.first and variant.boxes:
-        out.append(replace(variant, row='boxes', moved='encoder'))
+        alone = [row for row in ('boxes', variant.first) if row in PRETRAININGS]
+        out += [replace(variant, row=row, moved='encoder') for row in alone]
     if variant.moved == 'both':
         out.append(replace(variant, moved='encoder'))
     if variant.start == 'imagenet':
