@@ -19,6 +19,7 @@ _html = set(
     'img input ins kbd label li mark ol p picture pre s small source span strong style sub summary sup svg '
     'table tbody td tfoot th thead tr u ul var video'.split()
 )
+PICTURE = 800  # pixels of a picture that a page shows at full size
 KNOWN = set(  # options of a code cell that Quarto takes away from what is shown
     'label echo eval output include warning error code-fold code-summary code-overflow code-line-numbers '
     'fig-cap fig-alt fig-subcap fig-align fig-width fig-height layout layout-ncol layout-nrow column classes '
@@ -179,6 +180,14 @@ def figure_faults(
     ]
 
 
+def width_faults(
+    cell,  # of a notebook that nbdev has processed
+) -> list:  # sentences
+    "A picture that is shown wider than a page is: it is made smaller, and its text with it."
+    widths = [o.get('metadata', {}).get('image/png', {}).get('width', 0) for o in cell.get('outputs', [])]
+    return [f'a picture of {w} pixels, and {PICTURE} fit the page' for w in widths if w > PICTURE]
+
+
 def tag_faults(
     cell,  # of a notebook that nbdev has processed
 ) -> list:  # sentences
@@ -240,7 +249,7 @@ def cell_faults(
         elif call := undocumented(c):
             found = [f'{call[0]} has no documentation: {told(c)}']
         else:
-            found = figure_faults(c) + tag_faults(c) + option_faults(c) + line_faults(c)
+            found = figure_faults(c) + width_faults(c) + tag_faults(c) + option_faults(c) + line_faults(c)
         faults += [f'cell {name}: {what}' for what in found]
     return faults
 

@@ -975,7 +975,7 @@ def _tinted(image, truth, pred):
 def _score_lines(r):
     "What stands under a mask."
     objects = f"objects {r['found']}, false {r['components']:.0f}"
-    return f"Dice {r['dice']:.2f}, boundary {r['boundary f1']:.2f}\nHD95 {r['hd95']:.1f}\n{objects}"
+    return f"Dice {r['dice']:.2f}\nboundary {r['boundary f1']:.2f}\nHD95 {r['hd95']:.1f}\n{objects}"
 
 # %% ../../nbs/papers/cheng_lam.ipynb #c030-4q
 def _bare(ax, image, below='', above='', left=''):
@@ -983,7 +983,7 @@ def _bare(ax, image, below='', above='', left=''):
     ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='none')
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    ax.set_xlabel(below, size=7)
+    ax.set_xlabel(below, size=8)
     ax.set_title(above, size=8)
     ax.set_ylabel(left, size=8)
 
@@ -995,7 +995,7 @@ def plot_examples(
     from matplotlib.patches import Patch
 
     rows = list(examples[0]['rows'])
-    with figure_canvas(1.45 * len(examples) + 0.3, 1.9 * (len(rows) + 1)) as fig:
+    with figure_canvas(1.25 * len(examples) + 0.3, 1.85 * (len(rows) + 1)) as fig:
         axs = fig.subplots(len(rows) + 1, len(examples), squeeze=False)
         for e, column in zip(examples, axs.T):
             first = e is examples[0]

@@ -284,7 +284,7 @@ def _loss_panel(ax, name, trainings):
 # %% ../../nbs/stats/figures.ipynb #losses-2
 def plot_losses(
     trainings: dict,  # of a results file: name -> protocol, row, losses, reasons
-    ncols: int = 4,  # panels side by side
+    ncols: int = 3,  # panels side by side
 ):  # matplotlib Figure
     "Training loss of each epoch, a panel for each protocol and row, a line for each seed."
     panels = {}

@@ -182,6 +182,7 @@ def test_the_logo_is_drawn_by_code(tools):
 
 # what nbdev makes of a notebook
 
+WIDE = dict(width=900, height=300)
 LABEL, CAPTION, ALT = '#| label: fig-a', '#| fig-cap: "A curve."', '#| fig-alt: "It falls."'
 
 
@@ -195,6 +196,10 @@ LABEL, CAPTION, ALT = '#| label: fig-a', '#| fig-cap: "A curve."', '#| fig-alt: 
         (
             code(f'{LABEL}\n#| fig-cap: A curve: it falls.\n{ALT}\nplot()', shown(**PNG)),
             '"#| fig-cap" is no YAML',
+        ),
+        (
+            code(f'{LABEL}\n{CAPTION}\n{ALT}\nplot()', dict(shown(**PNG), metadata={'image/png': WIDE})),
+            'a picture of 900 pixels, and 800 fit',
         ),
         (code('x = 1\n#| hide'), '"#| hide" stands below code, so it would show'),
         (code('#| hidden\nx = 1'), '"#| hidden" is no option that Quarto knows'),
