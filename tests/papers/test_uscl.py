@@ -33,7 +33,7 @@ TINY = uscl.UsclSettings(
     patients=6,
     seeds=(0, 1),
 )
-FIRST = replace(TINY, parts=('core',), seeds=(0,))
+FIRST = replace(TINY, parts=('core',), policies=('last 3',), seeds=(0,))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -124,6 +124,8 @@ def test_the_core_alone_names_what_was_not_run(run, results):
     core = read_results(page.with_suffix('.json'))
     left = ' '.join(core['not_run'])
     assert all(part in left for part in ('doses', 'rivals (FixMatch)', 'ablation', 'labels', 'detection'))
+    assert 'core (supervised, ImageNet -> USCL)' in left and 'fine-tuning of the core (all)' in left
+    assert {*core['protocols']} == {'probe', 'last 3', 'last 3, best'}
     assert {c['row'] for c in core['cells']} < {c['row'] for c in results['cells']}
     with pytest.raises(ValueError, match='need the core'):
         uscl.reproduce(settings=replace(TINY, parts=('doses',)))
