@@ -109,7 +109,7 @@ def solutions(
 ) -> list:  # of the page of solutions
     "The exercises, solved and checked."
     title = re.match(r'# (.+)', text(cells[0]))[1]
-    line = 'What the exercises ask, a way to do it, and the check'
+    line = 'What the exercises ask, a way to do it, and the check; all cells run within ten seconds'
     out, under = [_cell(cells[0], f'# Solutions: {title}\n\n> {line}')], False
     for c in cells[1:]:
         code = text(c)

@@ -244,6 +244,28 @@ def test_all_but_the_installation_in_colab_is_run(path):
     assert left_out == [f'#| hide\n#| eval: false\n{comment}\n! {colab_command()}']
 
 
+@each_notebook
+def test_notebook_says_how_long_it_takes(path):
+    words = '\n'.join(''.join(c['source']) for c in load(path)['cells'] if c['cell_type'] == 'markdown')
+    assert re.search(r'[Rr]uns? (with)?in .*(seconds|minutes?)\b', words)
+
+
+def test_the_time_of_a_notebook_is_written_below_its_title(root, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(root / 'tools')
+    times = importlib.import_module('times')
+    path = tmp_path / 'folds.ipynb'
+    shutil.copy(root / 'nbs/data/folds.ipynb', path)
+    times.write(path, 6.0)
+    times.write(path, 7.0)  # 10.5 seconds on a machine that is half as slow again
+    before, after = load(root / 'nbs/data/folds.ipynb')['cells'], load(path)['cells']
+    assert [c['id'] for c in after] == [c['id'] for c in before]
+    changed = [b for a, b in zip(before, after) if a != b]
+    assert [c['source'] for c in changed] == [[times.sentence(7.0)]]
+    assert 'half a minute' in times.sentence(7.0) and 'ten seconds' in times.sentence(6.0)
+    with pytest.raises(ValueError, match='too long'):
+        times.sentence(500)
+
+
 @pytest.mark.parametrize('in_colab', [True, False])
 def test_the_command_for_colab_installs_there_and_nowhere_else(in_colab, tmp_path):
     said, pip = tmp_path / 'said', tmp_path / 'pip'
