@@ -185,7 +185,7 @@ RIVALS = 'Pi-model', 'temporal ensembling', 'FixMatch', 'MoCo v2'  # with CORE: 
 ABLATED = 'negative assignment', 'mixing', 'both'  # with SimCLR and USCL: Table 2
 DETECTED = 'random', 'ImageNet', 'USCL', 'ImageNet -> USCL'  # starts of the detectors
 PARTS = 'core', 'doses', 'rivals', 'ablation', 'labels', 'detection'  # in the order of rank
-POLICIES = 'last 3', 'all'  # what trains in a fine-tuning; all parts but the core have the first alone
+POLICIES = 'last 3', 'all'  # what trains in a fine-tuning; parts after the core have the first at most
 PAPER_STEPS = 7_900  # about 26 batches of 32 clips, 300 epochs
 
 # %% ../../nbs/papers/uscl.ipynb #c006-1
