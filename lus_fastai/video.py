@@ -209,7 +209,6 @@ def _converted(frame, form):
 
     return VideoReformatter().reformat(frame, format=form, threads=1).to_ndarray()
 
-
 # %% ../nbs/video.ipynb #frame-grey
 def _frame_image(frame, path, codes):
     "A video frame as (h, w) uint8: grey, or the stored numbers for `codes`."
