@@ -1425,6 +1425,8 @@ def reproduce(
     s, cache = settings or (QUICK if quick else DEFAULT), Path(cache or lus_home())
     if 'core' not in s.parts:
         raise ValueError(f"the parts {list(s.parts)} need the core: they are compared with its rows")
+    if 'last 3' not in s.policies:
+        raise ValueError(f"the policies {list(s.policies)} need 'last 3': the claims are judged by it")
     join_processes()
     run = uscl_run(data, s, quick, out, cache)
     if n_processes() > 1:
